@@ -1,1 +1,28 @@
-//! (skeleton)
+//! The node agent: pods from namespaces and cgroups, Services in eBPF, names, and nobody else.
+//!
+//! ```text
+//!  Pod, Service, Backend ──► feed ──► view ──► pods::workers ──► pod worker ──► runtime · cgroups · network ──► cni
+//!                                      ├─────► services::index ──► plan ──► dataplane::sync ──► maps ──► programs
+//!                                      └─────► dns
+//!  status, events ◄──────────────────────────── pods::status ◄── observations (exit, probe, OOM)
+//! ```
+//! Deciding code is pure and property-tested (`pods::state`, `runtime::spec`, `services`,
+//! `cgroups::limits`); acting code is thin and idempotent. Effects sit behind small traits
+//! ([`runtime::Runtime`], [`network::Network`], [`dataplane::Dataplane`]) passed as arguments.
+//!
+//! Invariants of absence: only `dataplane` knows aya; nothing here knows libcontainer (that is
+//! `gantry-rt`) or rtnetlink (that is `gantry-cni`); nothing opens a port outside the pod network.
+
+pub mod cgroups;
+pub mod dataplane;
+pub mod dns;
+pub mod feed;
+pub mod ids;
+pub mod images;
+pub mod network;
+pub mod paths;
+pub mod pods;
+pub mod runtime;
+pub mod services;
+pub mod view;
+pub mod volumes;

@@ -1,9 +1,14 @@
 //! Generates the gRPC code from `proto/` without an installed protoc.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["proto/gantry/v1/objects.proto", "proto/gantry/v1/feed.proto"];
+    let files = [
+        "proto/gantry/v1/objects.proto",
+        "proto/gantry/v1/feed.proto",
+    ];
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;
-    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -1,0 +1,72 @@
+//! Pod networks: namespaces pinned without a process, attached by CNI, routed without NAT.
+
+use std::collections::HashSet;
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use async_trait::async_trait;
+
+use crate::ids::PodUid;
+
+/// What a pod's network needs.
+#[derive(Clone, Debug)]
+pub struct PodNetworkSpec {
+    /// The pod.
+    pub pod: PodUid,
+    /// metadata.namespace and name: CNI args.
+    pub namespace: String,
+    /// metadata.name
+    pub name: String,
+    /// The UTS namespace's host name.
+    pub hostname: String,
+    /// spec.hostNetwork: no network namespace of its own.
+    pub host_network: bool,
+}
+
+/// A pod's network, ready.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PodNetwork {
+    /// `status.podIPs`, the first is `status.podIP`. The node's own with host network.
+    pub addresses: Vec<IpAddr>,
+    /// Path of the pinned network namespace; none with host network.
+    pub netns: Option<PathBuf>,
+    /// Path of the pinned ipc namespace.
+    pub ipcns: PathBuf,
+    /// Path of the pinned uts namespace; none with host network.
+    pub utsns: Option<PathBuf>,
+}
+
+/// Why a network could not be made. Retried by the pod worker.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// The node has no pod prefix yet, or no usable network configuration.
+    #[error("network not ready: {0}")]
+    NotReady(String),
+    /// A CNI plugin refused.
+    #[error("cni {plugin}: {message}")]
+    Cni {
+        /// Its name.
+        plugin: String,
+        /// Its own words.
+        message: String,
+    },
+    /// A system call failed.
+    #[error("{context}: {source}")]
+    Io {
+        /// What was being done, to which path.
+        context: String,
+        /// The error of the call.
+        source: std::io::Error,
+    },
+}
+
+/// The network side of a node. One implementation, one fake in tests.
+#[async_trait]
+pub trait Network: Send + Sync + 'static {
+    /// Pins the namespaces and attaches them. Idempotent: a second call returns the same addresses.
+    async fn ensure(&self, pod: &PodNetworkSpec) -> Result<PodNetwork, NetworkError>;
+    /// Detaches, drops the namespaces and gives the addresses back. Idempotent.
+    async fn remove(&self, pod: &PodUid) -> Result<(), NetworkError>;
+    /// Removes the networks of every pod not in `live`: what a crash left behind.
+    async fn retain(&self, live: &HashSet<PodUid>) -> Result<(), NetworkError>;
+}
