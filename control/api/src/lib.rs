@@ -5,6 +5,10 @@
 
 pub use k8s_openapi;
 
+pub mod field;
+pub mod kinds;
+pub mod status;
+
 /// The gRPC services and messages of `proto/gantry/v1`.
 pub mod proto {
     #![allow(
