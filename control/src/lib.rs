@@ -1,1 +1,22 @@
-//! (skeleton)
+//! Gantry's control plane: one process with the store, the API, the scheduler, the controllers and
+//! the feed.
+//!
+//! ```text
+//!  gantry, tools ──gRPC──► server ──► registry ──► store (durable before the answer)
+//!                                        ▲             │ watch
+//!                    scheduler, controllers ◄──────────┤
+//!                                        ▲             ▼
+//!                 agents ──one stream each──► feed ◄───┘
+//! ```
+//! Invariants: only `store` touches the disk; every write of anyone passes `server::registry`, which
+//! defaults, validates and admits it; scheduler and controllers keep no state of their own.
+
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod controllers;
+pub mod feed;
+pub mod pki;
+pub mod scheduler;
+pub mod server;
+pub mod store;

@@ -1,0 +1,1 @@
+//! The command line of `gantry-control`, parsed and checked before anything is opened.

@@ -1,0 +1,1 @@
+//! What each node must know, as one stream per agent.
