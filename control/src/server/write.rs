@@ -1,0 +1,544 @@
+//! The verbs on untyped objects: read, decide (`schema`, `rules`), compare-and-set, again if needed.
+//!
+//! Every loop here ends: a write that names a revision fails at the first conflict, any other one
+//! after [`ATTEMPT_COUNT_MAX`] rounds. Commits run in tasks of their own, so that a client that hangs
+//! up never leaves an address claim behind whose write may still happen.
+
+use std::sync::Arc;
+
+use gantry_api::field::{FieldError, Path};
+use gantry_api::kinds::Kind;
+use gantry_api::status::{Reason, Status};
+use jiff::Timestamp;
+use serde_json::{Value, json};
+
+use super::allocation::Claim;
+use super::object::{self, metadata_mut, metadata_text};
+use super::registry::{Registry, kind_named};
+use super::rules::{self, DeleteOptions, Outcome, Part};
+use super::{schema, service};
+use crate::store::{Entry, Revision, StoreError, Txn};
+
+/// Rounds of read, decide, write before a busy object is reported.
+const ATTEMPT_COUNT_MAX: usize = 32;
+/// Draws of a name from `generateName`.
+const NAME_DRAW_COUNT_MAX: usize = 8;
+
+/// How a write is to be done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WriteOptions {
+    /// Everything but the commit.
+    pub dry_run: bool,
+    /// Unknown fields are refused; otherwise they are dropped and named in the warnings.
+    pub strict: bool,
+}
+
+/// The outcome of a write.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Written {
+    /// The object afterwards; before, when it was removed.
+    pub object: Value,
+    /// Each names a field path.
+    pub warnings: Vec<String>,
+    /// It did not exist before.
+    pub created: bool,
+    /// Nothing was written.
+    pub unchanged: bool,
+}
+
+/// What a round decided, and what must come with it.
+struct Decision {
+    outcome: Outcome,
+    /// The Service to allocate for, filled in place.
+    allocate: bool,
+    /// Further keys that must exist.
+    required: Vec<String>,
+}
+
+impl From<Outcome> for Decision {
+    fn from(outcome: Outcome) -> Decision {
+        Decision {
+            outcome,
+            allocate: false,
+            required: Vec::new(),
+        }
+    }
+}
+
+impl Registry {
+    /// Creates an object in `namespace` ("" for cluster-scoped kinds).
+    pub async fn create_value(
+        &self,
+        kind: &'static Kind,
+        namespace: &str,
+        object: Value,
+        options: &WriteOptions,
+    ) -> Result<Written, Status> {
+        let (mut object, warnings) = schema::read(kind, object, options.strict)?;
+        set_namespace(kind, namespace, &mut object)?;
+        let generate = metadata_text(&object, "generateName").to_owned();
+        let drawn = metadata_text(&object, "name").is_empty() && !generate.is_empty();
+        let uid = uuid::Uuid::new_v4().to_string();
+        for round in 1.. {
+            if drawn {
+                let name = rules::generated_name(&generate);
+                metadata_mut(&mut object).insert("name".to_owned(), json!(name));
+            }
+            rules::prepare_create(kind, &mut object, &uid, Timestamp::now())?;
+            schema::default(kind, &mut object)?;
+            schema::validate(kind, &object)?;
+            match self.insert(kind, &object, options.dry_run).await {
+                Err(status)
+                    if drawn
+                        && status.reason == Reason::AlreadyExists
+                        && round < NAME_DRAW_COUNT_MAX => {}
+                result => {
+                    return result.map(|object| Written {
+                        object,
+                        warnings,
+                        created: true,
+                        unchanged: false,
+                    });
+                }
+            }
+        }
+        unreachable!("the loop returns")
+    }
+
+    /// Writes a complete new object; returns it as stored.
+    async fn insert(
+        &self,
+        kind: &'static Kind,
+        new: &Value,
+        dry_run: bool,
+    ) -> Result<Value, Status> {
+        let name = metadata_text(new, "name");
+        let namespace = metadata_text(new, "namespace");
+        let key: Arc<str> = kind.store_key(namespace, name).into();
+        for _ in 0..ATTEMPT_COUNT_MAX {
+            let mut object = new.clone();
+            let mut txn = Txn::new().require_absent(Arc::clone(&key));
+            let mut space_key: Option<Arc<str>> = None;
+            if kind.namespaced {
+                let space = self.open_namespace(kind, namespace, name)?;
+                // At this revision: a namespace that begins to go takes no new content.
+                txn = txn.require_at(Arc::clone(&space.key), space.mod_revision);
+                space_key = Some(Arc::clone(&space.key));
+            }
+            if self.inner.store.get(&key).is_some() {
+                return Err(Status::already_exists(kind, name));
+            }
+            let claim = self.claim(kind, &key, &mut object)?;
+            if dry_run {
+                self.drop_claim(claim);
+                return Ok(object);
+            }
+            let txn = txn.put(Arc::clone(&key), object::encode(&object)?);
+            match self.commit(txn, claim, &key, Some(&object)).await {
+                Ok(revision) => return Ok(with_revision(object, revision)),
+                Err(StoreError::Conflict { key, .. }) if Some(&key) == space_key.as_ref() => {}
+                Err(StoreError::Conflict { .. }) => {
+                    return Err(Status::already_exists(kind, name));
+                }
+                Err(error) => return Err(store_status(&error)),
+            }
+        }
+        Err(busy(kind, name))
+    }
+
+    /// Replaces the object or its status.
+    pub async fn update_value(
+        &self,
+        kind: &'static Kind,
+        namespace: &str,
+        name: &str,
+        object: Value,
+        part: Part,
+        options: &WriteOptions,
+    ) -> Result<Written, Status> {
+        let (mut object, warnings) = schema::read(kind, object, options.strict)?;
+        set_namespace(kind, namespace, &mut object)?;
+        set_name(name, &mut object)?;
+        let written = self
+            .mutate(kind, namespace, name, options.dry_run, |old| {
+                rules::check_identity(kind, old, &object)?;
+                replace(kind, old, object.clone(), part)
+            })
+            .await?;
+        Ok(Written {
+            warnings,
+            ..written
+        })
+    }
+
+    /// Changes the object by a function of its present state, as patch and apply do.
+    ///
+    /// `change` gets the object as a client sees it and returns the whole new one.
+    pub async fn change_value(
+        &self,
+        kind: &'static Kind,
+        namespace: &str,
+        name: &str,
+        part: Part,
+        options: &WriteOptions,
+        change: impl Fn(&Value) -> Result<Value, Status> + Send + Sync,
+    ) -> Result<Written, Status> {
+        let warnings = std::sync::Mutex::new(Vec::new());
+        let written = self
+            .mutate(kind, namespace, name, options.dry_run, |old| {
+                let (mut new, found) = schema::read(kind, change(old)?, options.strict)?;
+                if let Ok(mut warnings) = warnings.lock() {
+                    *warnings = found;
+                }
+                set_namespace(kind, namespace, &mut new)?;
+                set_name(name, &mut new)?;
+                rules::check_identity(kind, old, &new)?;
+                replace(kind, old, new, part)
+            })
+            .await?;
+        Ok(Written {
+            warnings: warnings.into_inner().unwrap_or_default(),
+            ..written
+        })
+    }
+
+    /// Deletes the object, or starts its deletion.
+    pub async fn delete_value(
+        &self,
+        kind: &'static Kind,
+        namespace: &str,
+        name: &str,
+        options: &DeleteOptions,
+        dry_run: bool,
+    ) -> Result<Written, Status> {
+        if kind.kind == "Namespace" && ["default", "kube-system", "kube-public"].contains(&name) {
+            let detail = "this namespace may not be deleted";
+            return Err(Status::forbidden(kind, name, detail));
+        }
+        let now = Timestamp::now();
+        self.mutate(kind, namespace, name, dry_run, |old| {
+            Ok(rules::prepare_delete(kind, old, options, now)?.into())
+        })
+        .await
+    }
+
+    pub(super) async fn bind_value(
+        &self,
+        namespace: &str,
+        pod: &str,
+        uid: &str,
+        node: &str,
+    ) -> Result<(), Status> {
+        let kind = kind_named("pods")?;
+        let node_kind = kind_named("nodes")?;
+        let node_key = node_kind.store_key("", node);
+        let now = Timestamp::now();
+        self.mutate(kind, namespace, pod, false, |old| {
+            if self.inner.store.get(&node_key).is_none() {
+                return Err(Status::not_found(node_kind, node));
+            }
+            Ok(Decision {
+                required: vec![node_key.clone()],
+                ..rules::prepare_bind(kind, old, uid, node, now)?.into()
+            })
+        })
+        .await?;
+        Ok(())
+    }
+
+    pub(super) async fn remove_pod_value(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: &str,
+    ) -> Result<(), Status> {
+        let kind = kind_named("pods")?;
+        let now = Timestamp::now();
+        let result = self
+            .mutate(kind, namespace, name, false, |old| {
+                if metadata_text(old, "uid") != uid {
+                    return Ok(Outcome::Unchanged.into());
+                }
+                Ok(rules::prepare_pod_removal(old, now).into())
+            })
+            .await;
+        match result {
+            Err(status) if status.reason != Reason::NotFound => Err(status),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads, decides, writes; decides again when somebody else wrote meanwhile.
+    async fn mutate(
+        &self,
+        kind: &'static Kind,
+        namespace: &str,
+        name: &str,
+        dry_run: bool,
+        decide: impl Fn(&Value) -> Result<Decision, Status>,
+    ) -> Result<Written, Status> {
+        for _ in 0..ATTEMPT_COUNT_MAX {
+            let entry = self
+                .get_entry(kind, namespace, name)
+                .ok_or_else(|| Status::not_found(kind, name))?;
+            let old = object::to_value(&entry)?;
+            let decision = decide(&old)?;
+            match self.write(kind, &entry, old, decision, dry_run).await {
+                Err(StoreError::Conflict { .. }) => {}
+                Ok(result) => return result,
+                Err(error) => return Err(store_status(&error)),
+            }
+        }
+        Err(busy(kind, name))
+    }
+
+    /// Carries out one decision. The outer error is the store's, the inner one is final.
+    async fn write(
+        &self,
+        kind: &'static Kind,
+        entry: &Entry,
+        old: Value,
+        decision: Decision,
+        dry_run: bool,
+    ) -> Result<Result<Written, Status>, StoreError> {
+        let written = |object: Value, unchanged: bool| Written {
+            object,
+            warnings: Vec::new(),
+            created: false,
+            unchanged,
+        };
+        let key = &entry.key;
+        let mut txn = Txn::new().require_at(Arc::clone(key), entry.mod_revision);
+        for required in decision.required {
+            txn = txn.require_exists(required);
+        }
+        match decision.outcome {
+            Outcome::Unchanged => Ok(Ok(written(old, true))),
+            Outcome::Remove => {
+                if let Err(status) = self.check_namespace_empty(kind, &old) {
+                    return Ok(Err(status));
+                }
+                if !dry_run {
+                    self.commit(txn.delete(Arc::clone(key)), None, key, None)
+                        .await?;
+                }
+                Ok(Ok(written(old, false)))
+            }
+            Outcome::Put(mut object) => {
+                let claim = if decision.allocate {
+                    match self.claim(kind, key, &mut object) {
+                        Ok(claim) => claim,
+                        Err(status) => return Ok(Err(status)),
+                    }
+                } else {
+                    None
+                };
+                if dry_run {
+                    self.drop_claim(claim);
+                    return Ok(Ok(written(object, false)));
+                }
+                let bytes = match object::encode(&object) {
+                    Ok(bytes) => bytes,
+                    Err(status) => {
+                        self.drop_claim(claim);
+                        return Ok(Err(status));
+                    }
+                };
+                let txn = txn.put(Arc::clone(key), bytes);
+                let revision = self.commit(txn, claim, key, Some(&object)).await?;
+                Ok(Ok(written(with_revision(object, revision), false)))
+            }
+        }
+    }
+
+    /// The namespace an object is to be created in, if it takes content.
+    fn open_namespace(
+        &self,
+        kind: &Kind,
+        namespace: &str,
+        name: &str,
+    ) -> Result<Arc<Entry>, Status> {
+        let space_kind = kind_named("namespaces")?;
+        let entry = self
+            .get_entry(space_kind, "", namespace)
+            .ok_or_else(|| Status::not_found(space_kind, namespace))?;
+        if object::is_being_deleted(&object::to_value(&entry)?) {
+            let detail = format!(
+                "unable to create new content in namespace {namespace} because it is being terminated"
+            );
+            return Err(Status::forbidden(kind, name, &detail));
+        }
+        Ok(entry)
+    }
+
+    /// A namespace goes last: nothing may be left in it. It is terminating, so nothing comes new.
+    fn check_namespace_empty(&self, kind: &Kind, object: &Value) -> Result<(), Status> {
+        if kind.kind != "Namespace" {
+            return Ok(());
+        }
+        let name = metadata_text(object, "name");
+        let namespaced = gantry_api::kinds::KINDS.iter().filter(|k| k.namespaced);
+        let left: Vec<String> = namespaced
+            .map(|k| {
+                (
+                    k.plural,
+                    self.inner.store.count(&k.store_prefix(Some(name))),
+                )
+            })
+            .filter(|(_, count)| *count > 0)
+            .map(|(plural, count)| format!("{count} {plural}"))
+            .collect();
+        if left.is_empty() {
+            return Ok(());
+        }
+        let detail = format!("it still has content: {}", left.join(", "));
+        Err(Status::conflict(kind, name, &detail))
+    }
+
+    /// Claims what a Service wants and writes it into the object.
+    fn claim(
+        &self,
+        kind: &Kind,
+        key: &Arc<str>,
+        object: &mut Value,
+    ) -> Result<Option<Claim>, Status> {
+        if kind.kind != "Service" {
+            return Ok(None);
+        }
+        let refuse = |object: &Value, error: FieldError| {
+            Status::invalid(kind, metadata_text(object, "name"), &[error])
+        };
+        let wanted = service::wanted(object).map_err(|error| refuse(object, error))?;
+        let claim = self
+            .inner
+            .allocator
+            .claim(key, &wanted)
+            .map_err(|error| refuse(object, service::refusal(object, &wanted, &error)))?;
+        service::fill(object, &claim);
+        Ok(Some(claim))
+    }
+
+    fn drop_claim(&self, claim: Option<Claim>) {
+        if let Some(claim) = claim {
+            self.inner.allocator.release_claim(&claim);
+        }
+    }
+
+    /// Commits in a task of its own and settles the claim by the outcome.
+    async fn commit(
+        &self,
+        txn: Txn,
+        claim: Option<Claim>,
+        key: &Arc<str>,
+        object: Option<&Value>,
+    ) -> Result<Revision, StoreError> {
+        if !key.starts_with(SERVICE_KEYS) {
+            return self.inner.store.commit(txn).await;
+        }
+        let held = object.map(service::held).unwrap_or_default();
+        let (allocator, store) = (self.inner.allocator.clone(), self.inner.store.clone());
+        let key = Arc::clone(key);
+        let task = tokio::spawn(async move {
+            let result = store.commit(txn).await;
+            match (&result, claim) {
+                (Ok(_), _) => allocator.set(&key, &held.0, &held.1),
+                // Unknown outcome: the numbers stay taken until the restart.
+                (Err(StoreError::Unavailable { .. }), _) | (Err(_), None) => {}
+                (Err(_), Some(claim)) => allocator.release_claim(&claim),
+            }
+            result
+        });
+        task.await.map_err(|_| StoreError::Closed)?
+    }
+}
+
+/// Store keys whose objects hold addresses and ports.
+const SERVICE_KEYS: &str = "/registry/services/";
+
+/// The decision of an update: `new` is what the client sent.
+fn replace(kind: &Kind, old: &Value, mut new: Value, part: Part) -> Result<Decision, Status> {
+    let is_service = kind.kind == "Service" && part == Part::Object;
+    if is_service {
+        service::carry_allocated(old, &mut new);
+    }
+    let mut new = rules::carry_over(kind, old, new, part);
+    if part == Part::Object {
+        schema::default(kind, &mut new)?;
+    }
+    if is_service {
+        service::check_address_change(old, &new)
+            .map_err(|error| Status::invalid(kind, metadata_text(old, "name"), &[error]))?;
+    }
+    schema::validate_update(kind, old, &new)?;
+    Ok(Decision {
+        outcome: rules::finish_update(kind, old, new)?,
+        allocate: is_service,
+        required: Vec::new(),
+    })
+}
+
+/// Makes the object's namespace the request's.
+fn set_namespace(kind: &Kind, namespace: &str, object: &mut Value) -> Result<(), Status> {
+    let own = metadata_text(object, "namespace").to_owned();
+    if !kind.namespaced {
+        metadata_mut(object).remove("namespace");
+        return Ok(());
+    }
+    let namespace = if namespace.is_empty() {
+        &own
+    } else {
+        namespace
+    };
+    if namespace.is_empty() {
+        let error = FieldError::required(&Path::new("metadata").child("namespace"), "");
+        return Err(Status::invalid(
+            kind,
+            metadata_text(object, "name"),
+            &[error],
+        ));
+    }
+    if !own.is_empty() && own != namespace {
+        return Err(Status::bad_request(format!(
+            "the namespace of the provided object does not match the namespace sent on the request: \
+             {own:?} and {namespace:?}"
+        )));
+    }
+    metadata_mut(object).insert("namespace".to_owned(), json!(namespace));
+    Ok(())
+}
+
+/// Makes the object's name the request's.
+fn set_name(name: &str, object: &mut Value) -> Result<(), Status> {
+    let own = metadata_text(object, "name");
+    if !own.is_empty() && own != name {
+        return Err(Status::bad_request(format!(
+            "the name of the object ({own}) does not match the name on the request ({name})"
+        )));
+    }
+    metadata_mut(object).insert("name".to_owned(), json!(name));
+    Ok(())
+}
+
+fn with_revision(mut object: Value, revision: Revision) -> Value {
+    metadata_mut(&mut object).insert("resourceVersion".to_owned(), json!(revision.to_string()));
+    object
+}
+
+fn busy(kind: &Kind, name: &str) -> Status {
+    let detail = "it is being changed too often; please try again";
+    Status::conflict(kind, name, detail)
+}
+
+/// A failed commit as a client sees it.
+pub(super) fn store_status(error: &StoreError) -> Status {
+    match error {
+        StoreError::Conflict { .. } => Status::new(Reason::Conflict, error.to_string()),
+        StoreError::TooLarge { .. } => {
+            Status::new(Reason::RequestEntityTooLarge, error.to_string())
+        }
+        StoreError::DuplicateKey { .. } => Status::internal(error.to_string()),
+        StoreError::Unavailable { .. } | StoreError::Closed => {
+            Status::unavailable(error.to_string())
+        }
+    }
+}
