@@ -1,0 +1,185 @@
+use std::process::{Child, Command, Stdio};
+
+use super::*;
+
+/// A tree of our own beside `/gantry`, removed at the end.
+struct Scratch(Cgroups);
+
+impl Scratch {
+    fn new(name: &str) -> Option<Self> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: cgroups need root");
+            return None;
+        }
+        let base = format!("/gantry-test-{name}-{}", std::process::id());
+        match Cgroups::detect_at(&base) {
+            Ok(cgroups) => {
+                for note in cgroups.degraded() {
+                    eprintln!("degraded: {note}");
+                }
+                if let Err(e) = cgroups.ensure_root_blocking() {
+                    eprintln!("skipped: {e}");
+                    return None;
+                }
+                Some(Self(cgroups))
+            }
+            Err(e) => {
+                eprintln!("skipped: {e}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = self.0.remove_blocking(&self.0.shared.base);
+    }
+}
+
+fn uid(text: &str) -> PodUid {
+    PodUid::new(text).unwrap()
+}
+
+fn limits() -> PodLimits {
+    PodLimits {
+        cpu_shares: 512,
+        cpu_quota_us: Some(50_000),
+        memory_limit_bytes: Some(64 << 20),
+        pids_max: Some(32),
+        cpu_request_millicores: 500,
+    }
+}
+
+/// A process in every hierarchy's leaf below `pod`, with a child that ignores SIGTERM.
+fn occupy(cgroups: &Cgroups, pod: &str) -> Child {
+    let leaf = format!("{pod}/c1");
+    cgroups.ensure_dir(&leaf).unwrap();
+    let child = Command::new("sh")
+        .args(["-c", "trap '' TERM; sleep 600 & sleep 0.1; sleep 600"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    for dir in cgroups.dirs(&leaf).unwrap() {
+        tree::write(&dir.join("cgroup.procs"), &child.id().to_string()).unwrap();
+    }
+    child
+}
+
+#[tokio::test]
+async fn pod_gets_its_limits_and_goes_with_all_processes() {
+    let Some(scratch) = Scratch::new("pod") else {
+        return;
+    };
+    let cgroups = &scratch.0;
+    let (pod, qos) = (uid("p-1"), QosClass::Burstable);
+    let path = cgroups.ensure_pod(&pod, qos, &limits()).await.unwrap();
+    assert_eq!(
+        cgroups.ensure_pod(&pod, qos, &limits()).await.unwrap(),
+        path
+    );
+    assert_eq!(cgroups.pods(), vec![(pod.clone(), qos)]);
+    let read = |controller: &str, file: &str| {
+        let dir = join(cgroups.layout().root_of(controller).unwrap(), &path);
+        tree::read(&dir.join(file))
+            .unwrap()
+            .unwrap()
+            .trim()
+            .to_owned()
+    };
+    assert_eq!(read("pids", "pids.max"), "32");
+    if cgroups.is_v2() {
+        assert_eq!(read("memory", "memory.max"), (64 << 20).to_string());
+        assert_eq!(read("cpu", "cpu.max"), "50000 100000");
+        assert_eq!(read("cpu", "cpu.weight"), "59");
+    } else {
+        assert_eq!(
+            read("memory", "memory.limit_in_bytes"),
+            (64 << 20).to_string()
+        );
+        assert_eq!(read("cpu", "cpu.cfs_quota_us"), "50000");
+        let level = join(cgroups.layout().root_of("cpu").unwrap(), &path);
+        let level = tree::read(&level.parent().unwrap().join("cpu.shares"))
+            .unwrap()
+            .unwrap();
+        assert_eq!(
+            level.trim(),
+            "512",
+            "the level weighs what its pods request"
+        );
+    }
+    let mut child = occupy(cgroups, &path);
+    assert!(
+        cgroups
+            .members(&path)
+            .unwrap()
+            .contains(&(child.id() as i32))
+    );
+    let stats = cgroups.stats(&path).unwrap().unwrap();
+    assert!(stats.task_count >= 1 && stats.memory_usage_bytes >= stats.memory_working_set_bytes);
+    assert_eq!(cgroups.oom_kills(&path).unwrap(), 0);
+    let reaper = std::thread::spawn(move || child.wait().unwrap());
+    cgroups.remove_pod(&pod).await.unwrap();
+    cgroups.remove_pod(&pod).await.unwrap();
+    assert!(!reaper.join().unwrap().success());
+    assert_eq!(cgroups.pods(), vec![]);
+    assert_eq!(cgroups.stats(&path).unwrap(), None);
+}
+
+#[tokio::test]
+async fn oom_kills_are_counted_below_the_pod() {
+    let Some(scratch) = Scratch::new("oom") else {
+        return;
+    };
+    let cgroups = &scratch.0;
+    let small = PodLimits {
+        memory_limit_bytes: Some(16 << 20),
+        ..limits()
+    };
+    let path = cgroups
+        .ensure_pod(&uid("o"), QosClass::Burstable, &small)
+        .await
+        .unwrap();
+    let leaf = format!("{path}/c1");
+    cgroups.ensure_dir(&leaf).unwrap();
+    let procs = join(cgroups.layout().root_of("memory").unwrap(), &leaf).join("cgroup.procs");
+    // tail keeps the endless line in memory: 16 MiB are soon not enough. The ulimit guards the
+    // machine should the cgroup's limit not hold.
+    let procs = procs.display();
+    let script = format!("ulimit -v 400000; echo $$ > {procs} && exec tail /dev/zero");
+    let status = Command::new("sh")
+        .args(["-c", &script])
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(!status.success());
+    assert!(cgroups.oom_kills(&path).unwrap() >= 1);
+}
+
+#[test]
+fn only_paths_below_our_root_are_touched() {
+    let Some(scratch) = Scratch::new("path") else {
+        return;
+    };
+    let cgroups = &scratch.0;
+    let base = cgroups.shared.base.clone();
+    for path in [
+        "/",
+        "",
+        "/system.slice",
+        "/gantry",
+        &format!("{base}x"),
+        &format!("{base}/../x"),
+    ] {
+        let refused = matches!(cgroups.members(path), Err(CgroupError::ForeignPath(_)));
+        assert!(refused, "{path}");
+    }
+    assert!(
+        cgroups
+            .members(&format!("{base}/burstable"))
+            .unwrap()
+            .is_empty()
+    );
+}
