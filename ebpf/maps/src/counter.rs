@@ -1,0 +1,30 @@
+//! What the programs count, as indexes into the per-CPU array `COUNTERS` (one `u64` each).
+
+/// Connects and unconnected sends that were translated to a backend.
+pub const TRANSLATED: u32 = 0;
+/// Of those, the ones that kept the backend of an earlier connection.
+pub const AFFINITY_HITS: u32 = 1;
+/// Connects and sends to a frontend without any backend; refused.
+pub const NO_BACKEND: u32 = 2;
+/// Slots or backends out of range: a fault of the agent, never of a packet; refused.
+pub const BROKEN_SLOT: u32 = 3;
+/// Entries that `REVERSE_NAT` did not take: the peer's name will be the backend's.
+pub const REVERSE_LOST: u32 = 4;
+/// Peer names and datagram sources that were turned back into a frontend.
+pub const REVERSED: u32 = 5;
+/// Device accesses that the device guard refused.
+pub const DEVICE_DENIED: u32 = 6;
+
+/// Entries of `COUNTERS`.
+pub const COUNTER_COUNT: u32 = 8;
+
+/// The name of each counter in use, by index, for metrics and reports.
+pub const COUNTER_NAMES: [&str; 7] = [
+    "translated",
+    "affinity_hits",
+    "no_backend",
+    "broken_slot",
+    "reverse_lost",
+    "reversed",
+    "device_denied",
+];

@@ -1,0 +1,276 @@
+//! Services: from a frontend that a client names to the backend that it gets, and back.
+//!
+//! ```text
+//!  FRONTENDS[addr, port, proto, scope] = {base, count, service_id, …}      one update switches it
+//!       SLOTS[base .. base + count]    = backend ids                       written before, by mmap
+//!       BACKENDS[id]                   = {addr, port, …}                   written first, by mmap
+//! ```
+//! A range of slots and a backend id are immutable while anything refers to them; only
+//! [`BackendValue::state`] goes from in use to retired. Both are reused 1 s after the last frontend
+//! left them, when no program can still hold what it has read.
+
+use core::mem::{offset_of, size_of};
+
+use crate::plain_old_data;
+
+/// Entries of `FRONTENDS`.
+pub const FRONTEND_COUNT_MAX: u32 = 65_536;
+/// Slots of the arena: the sum of all frontends' backends, and those in quarantine. 4 MiB.
+pub const SLOT_COUNT: u32 = 1 << 20;
+/// Slots in one element of `SLOTS`: an array's elements are padded to 8 bytes.
+pub const SLOTS_PER_ELEMENT: u32 = 2;
+/// Entries of `BACKENDS`; id 0 is none. 6 MiB.
+pub const BACKEND_COUNT: u32 = 1 << 17;
+/// Entries of `REVERSE_NAT`; the least recently used go first.
+pub const REVERSE_COUNT_MAX: u32 = 65_536;
+/// Entries of `AFFINITY`; the least recently used go first.
+pub const AFFINITY_COUNT_MAX: u32 = 65_536;
+/// Entries of `NODE_ADDRESSES`.
+pub const NODE_ADDRESS_COUNT_MAX: u32 = 16_384;
+
+/// `FrontendKey::scope`: an address of its own, for clients on this node: cluster IP, external IP,
+/// load balancer IP.
+pub const SCOPE_ADDRESS: u8 = 0;
+/// `FrontendKey::scope`: a node port, for clients on this node; the address is the unspecified one
+/// of its family and stands for every address in `NODE_ADDRESSES`.
+pub const SCOPE_NODE_PORT: u8 = 1;
+
+/// `BackendValue::state`: never written.
+pub const BACKEND_UNUSED: u8 = 0;
+/// `BackendValue::state`: some slot holds its id.
+pub const BACKEND_IN_USE: u8 = 1;
+/// `BackendValue::state`: it has left every slot; no affinity may bring it back.
+pub const BACKEND_RETIRED: u8 = 2;
+
+/// `AffinityKey::kind`: the client is a network namespace, so a pod (or the node itself).
+pub const AFFINITY_NETNS: u32 = 0;
+/// `AffinityKey::kind`: the client is one unconnected UDP socket.
+pub const AFFINITY_SOCKET: u32 = 1;
+
+/// How long an unconnected UDP socket keeps its backend without a datagram; the kernel's own
+/// `nf_conntrack_udp_timeout_stream`, which kube-proxy's clients are used to.
+pub const UDP_STICKY_S: u32 = 120;
+
+/// An address in 16 bytes, network order; IPv4 as `::ffff:a.b.c.d`.
+pub type Addr = [u32; 4];
+
+/// The third word of a v4-mapped address.
+pub const V4_MAPPED: u32 = 0xffff_u32.to_be();
+
+/// The v4-mapped form of an IPv4 address in network order.
+#[inline(always)]
+pub const fn v4_mapped(addr_be: u32) -> Addr {
+    [0, 0, V4_MAPPED, addr_be]
+}
+
+/// Whether this is a v4-mapped address.
+#[inline(always)]
+pub const fn is_v4_mapped(addr: &Addr) -> bool {
+    addr[0] == 0 && addr[1] == 0 && addr[2] == V4_MAPPED
+}
+
+/// Key of `FRONTENDS`: what a client connects to.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
+pub struct FrontendKey {
+    /// The address; unspecified for [`SCOPE_NODE_PORT`].
+    pub addr: Addr,
+    /// The port, network order.
+    pub port_be: u16,
+    /// IANA protocol number: 6 TCP, 17 UDP.
+    pub proto: u8,
+    /// [`SCOPE_ADDRESS`] or [`SCOPE_NODE_PORT`].
+    pub scope: u8,
+}
+
+impl FrontendKey {
+    /// A word that tells this key from its neighbours: two keys that differ in one field never
+    /// have the same, others rarely (about 1 in 4 billion).
+    #[inline(always)]
+    pub const fn check(&self) -> u32 {
+        // Odd factors are invertible modulo 2^32, so no single word's change can vanish.
+        let port = ((self.port_be as u32) << 16) | ((self.proto as u32) << 8) | self.scope as u32;
+        self.addr[0]
+            .wrapping_mul(0x9e37_79b1)
+            .wrapping_add(self.addr[1].wrapping_mul(0x85eb_ca77))
+            .wrapping_add(self.addr[2].wrapping_mul(0xc2b2_ae3d))
+            .wrapping_add(self.addr[3].wrapping_mul(0x27d4_eb2f))
+            .wrapping_add(port.wrapping_mul(0x1656_67b1))
+    }
+}
+
+/// Value of `FRONTENDS`: where its backends are.
+///
+/// The kernel hands a hash map's freed element to the next insertion at once, while a program may
+/// still be reading it (bpf_mem_alloc, since Linux 6.1: commit fba1a1c6c912). So a reader takes
+/// `base` and `count` in one 8-byte load and after it `check`, which lies before them: a foreign
+/// value shows itself by the key it was made for.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct FrontendValue {
+    /// The store revision that made this value.
+    pub generation: u64,
+    /// [`FrontendKey::check`] of the key it belongs to.
+    pub check: u32,
+    /// The set of backends that this frontend shares with others of its Service: same port,
+    /// family and traffic policy. Stable as long as the Service is, also over agent restarts.
+    pub service_id: u32,
+    /// The first slot.
+    pub base: u32,
+    /// How many slots; 0: nothing serves it, connects are refused at once.
+    pub count: u32,
+    /// Session affinity by client for so many seconds; 0: none.
+    pub affinity_s: u32,
+    /// None defined yet.
+    pub flags: u32,
+}
+
+/// Value of `BACKENDS`: where a connection goes.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct BackendValue {
+    /// The address, of the frontend's family.
+    pub addr: Addr,
+    /// The port, network order.
+    pub port_be: u16,
+    /// IANA protocol number: 6 TCP, 17 UDP.
+    pub proto: u8,
+    /// [`BACKEND_UNUSED`], [`BACKEND_IN_USE`] or [`BACKEND_RETIRED`].
+    pub state: u8,
+    /// FNV-1a of the node's name; a label for reports, nothing is decided by it.
+    pub node_id: u32,
+    /// FNV-1a of the pod's UID; 0: not a pod. A label for reports.
+    pub pod_id: u64,
+    /// The store revision that made this value.
+    pub generation: u64,
+    /// The `FrontendValue::service_id` whose slots hold this id.
+    pub service_id: u32,
+    /// Always 0.
+    pub _pad: u32,
+}
+
+/// Key of `REVERSE_NAT`: a socket and the backend it talks to.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct ReverseKey {
+    /// The socket's cookie: never reused while the machine is up.
+    pub cookie: u64,
+    /// The backend's address.
+    pub addr: Addr,
+    /// The backend's port, network order.
+    pub port_be: u16,
+    /// Always 0.
+    pub _pad: [u16; 3],
+}
+
+/// Value of `REVERSE_NAT`: what the client believes to talk to.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct ReverseValue {
+    /// The frontend's address (the node's address for a node port).
+    pub addr: Addr,
+    /// The frontend's port, network order.
+    pub port_be: u16,
+    /// Always 0.
+    pub _pad: u16,
+    /// The `FrontendValue::service_id` it went through.
+    pub service_id: u32,
+}
+
+/// Key of `AFFINITY`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct AffinityKey {
+    /// A network namespace's or socket's cookie, as `kind` says.
+    pub client: u64,
+    /// The `FrontendValue::service_id`.
+    pub service_id: u32,
+    /// [`AFFINITY_NETNS`] or [`AFFINITY_SOCKET`].
+    pub kind: u32,
+}
+
+/// Value of `AFFINITY`.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct AffinityValue {
+    /// When it was last used: nanoseconds of the monotonic clock, coarse.
+    pub used_ns: u64,
+    /// Id of the backend.
+    pub backend_id: u32,
+    /// Always 0.
+    pub _pad: u32,
+}
+
+const _: () = {
+    assert!(size_of::<FrontendKey>() == 20);
+    assert!(offset_of!(FrontendKey, port_be) == 16);
+    assert!(offset_of!(FrontendKey, proto) == 18);
+    assert!(offset_of!(FrontendKey, scope) == 19);
+
+    assert!(size_of::<FrontendValue>() == 32);
+    assert!(offset_of!(FrontendValue, check) == 8);
+    assert!(offset_of!(FrontendValue, service_id) == 12);
+    // One aligned 8-byte load reads base and count, and `check` lies before them.
+    assert!(offset_of!(FrontendValue, base) == 16);
+    assert!(offset_of!(FrontendValue, count) == 20);
+    assert!(offset_of!(FrontendValue, affinity_s) == 24);
+    assert!(offset_of!(FrontendValue, flags) == 28);
+
+    assert!(size_of::<BackendValue>() == 48);
+    assert!(offset_of!(BackendValue, port_be) == 16);
+    assert!(offset_of!(BackendValue, state) == 19);
+    assert!(offset_of!(BackendValue, node_id) == 20);
+    assert!(offset_of!(BackendValue, pod_id) == 24);
+    assert!(offset_of!(BackendValue, generation) == 32);
+    assert!(offset_of!(BackendValue, service_id) == 40);
+    assert!(offset_of!(BackendValue, _pad) == 44);
+    // An element of a memory-mapped array starts at a multiple of 8 bytes.
+    assert!(size_of::<BackendValue>().is_multiple_of(8));
+
+    assert!(size_of::<ReverseKey>() == 32);
+    assert!(offset_of!(ReverseKey, addr) == 8);
+    assert!(offset_of!(ReverseKey, port_be) == 24);
+    assert!(offset_of!(ReverseKey, _pad) == 26);
+
+    assert!(size_of::<ReverseValue>() == 24);
+    assert!(offset_of!(ReverseValue, port_be) == 16);
+    assert!(offset_of!(ReverseValue, service_id) == 20);
+
+    assert!(size_of::<AffinityKey>() == 16);
+    assert!(offset_of!(AffinityKey, service_id) == 8);
+    assert!(offset_of!(AffinityKey, kind) == 12);
+
+    assert!(size_of::<AffinityValue>() == 16);
+    assert!(offset_of!(AffinityValue, backend_id) == 8);
+    assert!(offset_of!(AffinityValue, _pad) == 12);
+};
+
+plain_old_data!(
+    FrontendKey,
+    FrontendValue,
+    BackendValue,
+    ReverseKey,
+    ReverseValue,
+    AffinityKey,
+    AffinityValue,
+);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn v4_mapped_is_the_rfc_4291_form() {
+        let addr = v4_mapped(u32::from_ne_bytes([10, 96, 0, 1]));
+        let mut bytes = [0; 16];
+        for (chunk, word) in bytes.chunks_mut(4).zip(addr) {
+            chunk.copy_from_slice(&word.to_ne_bytes());
+        }
+        assert_eq!(
+            bytes,
+            [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 96, 0, 1]
+        );
+        assert!(is_v4_mapped(&addr));
+        assert!(!is_v4_mapped(&[0; 4]));
+    }
+}

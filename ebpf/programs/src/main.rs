@@ -1,0 +1,107 @@
+//! The eBPF programs: one entry point per hook, and nothing decided here.
+//!
+//! ```text
+//!  connect(), sendmsg()      ──► service::translate ──► a backend's address, or refused
+//!  recvmsg(), getpeername()  ──► reverse::restore   ──► the frontend's address again
+//!  close()                   ──► reverse::forget
+//!  open(), mknod()           ──► device::is_allowed
+//! ```
+//! All but the device guard attach to the root of cgroup v2, so they see every pod and the node's
+//! own processes; a Service costs once per connection and nothing per packet.
+//!
+//! Invariants: no program writes FRONTENDS, SLOTS or BACKENDS; none can reach a panic (a program
+//! that can is refused by the verifier); anything that is no frontend passes untouched.
+#![no_std]
+#![no_main]
+
+mod device;
+mod maps;
+mod reverse;
+mod service;
+mod socket;
+
+use aya_ebpf::macros::{cgroup_device, cgroup_sock, cgroup_sock_addr};
+use aya_ebpf::programs::{DeviceContext, SockAddrContext, SockContext};
+
+use crate::service::Call;
+
+/// What a hook returns for "go on" and "refuse".
+const PASS: i32 = 1;
+const REFUSE: i32 = 0;
+
+/// The kernel lends some helpers (`bpf_ktime_get_coarse_ns` among them in some versions) only to
+/// programs under a GPL-compatible licence; this is its spelling of one.
+#[unsafe(no_mangle)]
+#[unsafe(link_section = "license")]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    service::forward(
+        &ctx,
+        socket::peer_v4(&ctx),
+        Call::Connect,
+        socket::set_peer_v4,
+    )
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    service::forward(
+        &ctx,
+        socket::peer_v6(&ctx),
+        Call::Connect,
+        socket::set_peer_v6,
+    )
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    service::forward(&ctx, socket::peer_v4(&ctx), Call::Send, socket::set_peer_v4)
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    service::forward(&ctx, socket::peer_v6(&ctx), Call::Send, socket::set_peer_v6)
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+pub fn recvmsg4(ctx: SockAddrContext) -> i32 {
+    reverse::restore(&ctx, socket::peer_v4(&ctx), socket::set_peer_v4)
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+pub fn recvmsg6(ctx: SockAddrContext) -> i32 {
+    reverse::restore(&ctx, socket::peer_v6(&ctx), socket::set_peer_v6)
+}
+
+#[cgroup_sock_addr(getpeername4)]
+pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+    reverse::restore(&ctx, socket::peer_v4(&ctx), socket::set_peer_v4)
+}
+
+#[cgroup_sock_addr(getpeername6)]
+pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+    reverse::restore(&ctx, socket::peer_v6(&ctx), socket::set_peer_v6)
+}
+
+#[cgroup_sock(sock_release)]
+pub fn sock_release(ctx: SockContext) -> i32 {
+    reverse::forget(&ctx);
+    PASS
+}
+
+#[cgroup_device]
+pub fn device_guard(ctx: DeviceContext) -> i32 {
+    if device::is_allowed(&ctx) {
+        PASS
+    } else {
+        REFUSE
+    }
+}
+
+/// Never reached: the verifier refuses a program that could come here.
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}

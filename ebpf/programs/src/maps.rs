@@ -1,0 +1,61 @@
+//! The maps. The agent pins all of them, so their contents outlive it; see `ebpf_maps` for what
+//! the rows mean and who writes them.
+
+use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
+use aya_ebpf::macros::map;
+use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use ebpf_maps::counter::COUNTER_COUNT;
+use ebpf_maps::device::DEVICE_EXEMPT_COUNT_MAX;
+use ebpf_maps::services::{
+    AFFINITY_COUNT_MAX, Addr, AffinityKey, AffinityValue, BACKEND_COUNT, BackendValue,
+    FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, NODE_ADDRESS_COUNT_MAX, REVERSE_COUNT_MAX,
+    ReverseKey, ReverseValue, SLOT_COUNT, SLOTS_PER_ELEMENT,
+};
+
+/// What clients address. Written by the agent only, one element at a time.
+#[map]
+pub static FRONTENDS: HashMap<FrontendKey, FrontendValue> =
+    HashMap::with_max_entries(FRONTEND_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// The arena of backend ids, two per element. Written by the agent only, through its mapping.
+#[map]
+pub static SLOTS: Array<[u32; SLOTS_PER_ELEMENT as usize]> =
+    Array::with_max_entries(SLOT_COUNT / SLOTS_PER_ELEMENT, BPF_F_MMAPABLE);
+
+/// Where connections go. Written by the agent only, through its mapping.
+#[map]
+pub static BACKENDS: Array<BackendValue> = Array::with_max_entries(BACKEND_COUNT, BPF_F_MMAPABLE);
+
+/// The addresses of all nodes: where node ports answer.
+#[map]
+pub static NODE_ADDRESSES: HashMap<Addr, u32> =
+    HashMap::with_max_entries(NODE_ADDRESS_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// Which frontend a socket went through. Written by the programs only.
+#[map]
+pub static REVERSE_NAT: LruHashMap<ReverseKey, ReverseValue> =
+    LruHashMap::with_max_entries(REVERSE_COUNT_MAX, 0);
+
+/// Which backend a client had last. Written by the programs only.
+#[map]
+pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue> =
+    LruHashMap::with_max_entries(AFFINITY_COUNT_MAX, 0);
+
+/// `ebpf_maps::counter`.
+#[map]
+pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_COUNT, 0);
+
+/// Ids of the cgroups (of privileged pods) that the device guard lets pass.
+#[map]
+pub static DEVICE_EXEMPT: HashMap<u64, u32> =
+    HashMap::with_max_entries(DEVICE_EXEMPT_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// Adds one to a counter of this CPU.
+#[inline(always)]
+pub fn count(counter: u32) {
+    if let Some(value) = COUNTERS.get_ptr_mut(counter) {
+        // SAFETY: the pointer is this CPU's own element, checked by the lookup, and programs of
+        // one CPU do not run in the middle of each other at these hooks.
+        unsafe { *value += 1 }
+    }
+}

@@ -1,0 +1,263 @@
+//! From a frontend to one of its backends, at connect() and at unconnected sends.
+//!
+//! A frontend without backends is refused at once: ECONNREFUSED where `bpf_set_retval` exists for
+//! these hooks (Linux 6.1), else EPERM. The choice is random; a Service with affinity remembers it
+//! per network namespace (a pod has one address per family, so that is its "client IP" before the
+//! packet exists), an unconnected UDP socket per socket, as conntrack would.
+
+use core::ptr::{addr_of, read_volatile};
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::helpers::{
+    bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_get_socket_cookie, bpf_ktime_get_coarse_ns,
+    bpf_set_retval,
+};
+use aya_ebpf::programs::SockAddrContext;
+use ebpf_maps::counter;
+use ebpf_maps::services::{
+    AFFINITY_NETNS, AFFINITY_SOCKET, Addr, AffinityKey, AffinityValue, BACKEND_IN_USE,
+    BackendValue, FrontendKey, FrontendValue, SCOPE_ADDRESS, SCOPE_NODE_PORT, SLOTS_PER_ELEMENT,
+    UDP_STICKY_S, is_v4_mapped, v4_mapped,
+};
+
+use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, NODE_ADDRESSES, SLOTS, count};
+use crate::socket::Peer;
+use crate::{PASS, REFUSE, reverse};
+
+/// Which system call asks.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    Connect,
+    /// An unconnected datagram: asks again for each one.
+    Send,
+}
+
+const ECONNREFUSED: i32 = 111;
+const NS_PER_S: u64 = 1_000_000_000;
+/// Times a frontend is read again when its element was reused under the reader.
+const READ_ATTEMPTS: u32 = 3;
+
+/// 1 where `bpf_set_retval` may be called from these hooks. The agent clears it when the kernel
+/// refuses the programs with it; as read-only data it lets the verifier drop the call.
+#[unsafe(no_mangle)]
+static HAS_SET_RETVAL: u32 = 1;
+
+/// What a frontend's value says, read consistently.
+struct Frontend {
+    base: u32,
+    count: u32,
+    service_id: u32,
+    affinity_s: u32,
+}
+
+/// Translates the peer if it is a frontend; `set` writes it back in the hook's family.
+#[inline(always)]
+pub fn forward(
+    ctx: &SockAddrContext,
+    peer: Peer,
+    call: Call,
+    set: fn(&SockAddrContext, &Addr, u16),
+) -> i32 {
+    let Some(key) = frontend_of(&peer) else {
+        return PASS;
+    };
+    let mut attempt = 0;
+    while attempt < READ_ATTEMPTS {
+        attempt += 1;
+        let frontend = match read_frontend(&key) {
+            Read::Absent => return PASS, // removed this moment
+            Read::Torn => continue,
+            Read::Is(frontend) => frontend,
+        };
+        if frontend.count == 0 {
+            count(counter::NO_BACKEND);
+            return refuse();
+        }
+        if let Some(backend) = choose(ctx, &frontend, call) {
+            count(counter::TRANSLATED);
+            reverse::remember(ctx, &peer, backend);
+            set(ctx, &backend.addr, backend.port_be);
+            log(ctx, frontend.service_id, backend);
+            return PASS;
+        }
+    }
+    count(counter::BROKEN_SLOT);
+    refuse()
+}
+
+/// The key of the frontend that answers for this peer, if any does.
+#[inline(always)]
+fn frontend_of(peer: &Peer) -> Option<FrontendKey> {
+    let key = FrontendKey {
+        addr: peer.addr,
+        port_be: peer.port_be,
+        proto: peer.proto,
+        scope: SCOPE_ADDRESS,
+    };
+    if FRONTENDS.get_ptr(&key).is_some() {
+        return Some(key);
+    }
+    NODE_ADDRESSES.get_ptr(&peer.addr)?;
+    let any = if is_v4_mapped(&peer.addr) {
+        v4_mapped(0)
+    } else {
+        [0; 4]
+    };
+    let key = FrontendKey {
+        addr: any,
+        scope: SCOPE_NODE_PORT,
+        ..key
+    };
+    FRONTENDS.get_ptr(&key)?;
+    Some(key)
+}
+
+enum Read {
+    Absent,
+    Torn,
+    Is(Frontend),
+}
+
+/// Reads a frontend's value so that a concurrent reuse of its element is noticed: see
+/// [`FrontendValue`].
+#[inline(always)]
+fn read_frontend(key: &FrontendKey) -> Read {
+    let Some(value) = FRONTENDS.get_ptr(key) else {
+        return Read::Absent;
+    };
+    // SAFETY: the lookup checked the pointer; the element stays mapped while the program runs.
+    // base and count are 8-byte aligned neighbours (asserted in ebpf_maps).
+    let (range, service_id, affinity_s, check) = unsafe {
+        let range = read_volatile(addr_of!((*value).base).cast::<[u32; 2]>().cast::<u64>());
+        let service_id = read_volatile(addr_of!((*value).service_id));
+        let affinity_s = read_volatile(addr_of!((*value).affinity_s));
+        (
+            range,
+            service_id,
+            affinity_s,
+            read_volatile(addr_of!((*value).check)),
+        )
+    };
+    if check != key.check() {
+        return Read::Torn;
+    }
+    let [base, count] = words(range);
+    Read::Is(Frontend {
+        base,
+        count,
+        service_id,
+        affinity_s,
+    })
+}
+
+/// Two neighbouring words of memory that were loaded as one.
+#[inline(always)]
+fn words(pair: u64) -> [u32; 2] {
+    if cfg!(target_endian = "little") {
+        [pair as u32, (pair >> 32) as u32]
+    } else {
+        [(pair >> 32) as u32, pair as u32]
+    }
+}
+
+/// A backend for this call; none if a slot is broken or belongs to another Service by now.
+#[inline(always)]
+fn choose(ctx: &SockAddrContext, frontend: &Frontend, call: Call) -> Option<&'static BackendValue> {
+    let (kind, timeout_s) = if frontend.affinity_s != 0 {
+        (AFFINITY_NETNS, frontend.affinity_s)
+    } else if call == Call::Send && frontend.count > 1 {
+        (AFFINITY_SOCKET, UDP_STICKY_S)
+    } else {
+        return choose_any(frontend).map(|(_, backend)| backend);
+    };
+    // SAFETY: both helpers take this hook's context; the clock takes nothing.
+    let (client, now_ns) = unsafe {
+        let client = if kind == AFFINITY_NETNS {
+            bpf_get_netns_cookie(ctx.as_ptr())
+        } else {
+            bpf_get_socket_cookie(ctx.as_ptr())
+        };
+        (client, bpf_ktime_get_coarse_ns())
+    };
+    let key = AffinityKey {
+        client,
+        service_id: frontend.service_id,
+        kind,
+    };
+    if let Some(last) = AFFINITY.get_ptr_mut(&key) {
+        // SAFETY: the lookup checked the pointer. The element may be reused for another client at
+        // any time; what is read is checked below, and a lost refresh only shortens a timeout.
+        let (used_ns, id) = unsafe { ((*last).used_ns, (*last).backend_id) };
+        if now_ns.wrapping_sub(used_ns) < u64::from(timeout_s) * NS_PER_S
+            && let Some(backend) = usable(id, frontend.service_id)
+        {
+            // SAFETY: as above.
+            unsafe { (*last).used_ns = now_ns };
+            count(counter::AFFINITY_HITS);
+            return Some(backend);
+        }
+    }
+    let (backend_id, backend) = choose_any(frontend)?;
+    // A full map only costs the affinity, and being LRU it is never full.
+    let _ = AFFINITY.insert(
+        &key,
+        &AffinityValue {
+            used_ns: now_ns,
+            backend_id,
+            _pad: 0,
+        },
+        0,
+    );
+    Some(backend)
+}
+
+/// A random backend of the frontend.
+#[inline(always)]
+fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
+    // SAFETY: takes nothing, returns a number.
+    let random = unsafe { bpf_get_prandom_u32() };
+    // checked_rem: the verifier must see that no division by zero can panic.
+    let slot = frontend
+        .base
+        .wrapping_add(random.checked_rem(frontend.count)?);
+    let pair = SLOTS.get(slot / SLOTS_PER_ELEMENT)?;
+    let [even, odd] = *pair;
+    let id = if slot % SLOTS_PER_ELEMENT == 0 {
+        even
+    } else {
+        odd
+    };
+    let backend = BACKENDS.get(id)?;
+    (backend.service_id == frontend.service_id).then_some((id, backend))
+}
+
+/// The backend of an affinity if the Service still sends to it.
+#[inline(always)]
+fn usable(id: u32, service_id: u32) -> Option<&'static BackendValue> {
+    let backend = BACKENDS.get(id)?;
+    (backend.service_id == service_id && backend.state == BACKEND_IN_USE).then_some(backend)
+}
+
+#[inline(always)]
+fn refuse() -> i32 {
+    // SAFETY: a read of this object's read-only data; volatile, because the agent may have
+    // replaced the compiler's value before loading.
+    if unsafe { read_volatile(addr_of!(HAS_SET_RETVAL)) } != 0 {
+        // SAFETY: any negative errno is a valid argument.
+        unsafe { bpf_set_retval(-ECONNREFUSED) };
+    }
+    REFUSE
+}
+
+#[cfg(feature = "log")]
+#[inline(always)]
+fn log(ctx: &SockAddrContext, service_id: u32, backend: &BackendValue) {
+    let (addr, port) = (u32::from_be(backend.addr[3]), u16::from_be(backend.port_be));
+    aya_log_ebpf::debug!(ctx, "service {} to {:i}:{}", service_id, addr, port);
+}
+
+#[cfg(not(feature = "log"))]
+#[inline(always)]
+fn log(_ctx: &SockAddrContext, _service_id: u32, _backend: &BackendValue) {}
+
+const _: () = assert!(core::mem::offset_of!(FrontendValue, base) % 8 == 0);
