@@ -18,7 +18,7 @@ use ipnet::IpNet;
 use crate::config::{BridgeNetwork, mac_of};
 use crate::error::CniError;
 use crate::ipam::{Ipam, Owner, boot_id};
-use crate::netlink::{BridgeSpec, Link, Netlink, Route, VethSpec};
+use crate::netlink::{BridgeSpec, LOOPBACK_INDEX, Link, Netlink, Route, VethSpec};
 use crate::netns::Netns;
 use crate::result::{Attached, AttachedAddress};
 
@@ -137,19 +137,12 @@ pub async fn add(
     }
     let ipam = ipam(network)?;
     let bridge = ensure_bridge(host, network).await?;
-    let had_lease = {
-        let owner = owner.clone();
-        leasing(&ipam, move |ipam| {
-            Ok(ipam.leases()?.values().any(|holder| *holder == owner))
-        })
-    }
-    .await?;
-    let addresses = {
+    let allocation = {
         let owner = owner.clone();
         leasing(&ipam, move |ipam| ipam.allocate(&owner)).await?
     };
-    let attached = wire(host, network, owner, netns, &bridge, &addresses).await;
-    if attached.is_err() && !had_lease {
+    let attached = wire(host, network, owner, netns, &bridge, &allocation.addresses).await;
+    if attached.is_err() && allocation.new {
         // The first error is the one to report; what fails here is found by the next DEL or GC.
         if let Err(error) = remove(host, network, owner).await {
             tracing::warn!(%error, container = %owner.container_id, "undo of a failed ADD");
@@ -196,6 +189,8 @@ async fn wire(
         netns: netns.path().display().to_string(),
         addresses: Vec::with_capacity(addresses.len()),
     };
+    // The container's own; a runtime may have done it already.
+    pod.set_up(LOOPBACK_INDEX).await?;
     for (address, range) in addresses.iter().zip(&network.ranges) {
         let address = IpNet::new_assert(*address, range.prefix().prefix_len());
         pod.ensure_address(peer.index, address).await?;

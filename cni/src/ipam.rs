@@ -56,6 +56,15 @@ impl Owner {
     }
 }
 
+/// What [`Ipam::allocate`] gave.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Allocation {
+    /// One per range, in their order.
+    pub addresses: Vec<IpAddr>,
+    /// The owner had none before this call.
+    pub new: bool,
+}
+
 /// One prefix to lease from. Offsets count from the network address.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Range {
@@ -182,11 +191,12 @@ impl Ipam {
         }
     }
 
-    /// One address per range for `owner`; the same again when it has them already.
+    /// One address per range for `owner`; the same again when it has them already. Also tells
+    /// whether it had any before.
     ///
     /// # Errors
     /// [`CniError::Exhausted`] names the range; what this call leased before is given back.
-    pub fn allocate(&self, owner: &Owner) -> Result<Vec<IpAddr>, CniError> {
+    pub fn allocate(&self, owner: &Owner) -> Result<Allocation, CniError> {
         let _lock = self.lock()?;
         let mut leases = self.read()?;
         let mut addresses = Vec::with_capacity(self.ranges.len());
@@ -225,7 +235,10 @@ impl Ipam {
                 }
             }
         }
-        Ok(addresses)
+        Ok(Allocation {
+            addresses,
+            new: held.is_empty(),
+        })
     }
 
     /// Gives back everything `owner` has. Ok when it has nothing.

@@ -1,4 +1,24 @@
 //! Pod networks: namespaces pinned without a process, attached by CNI, routed without NAT.
+//!
+//! ```text
+//! pod worker ─► PodNetworks ─┬► namespaces   net, ipc, uts pinned by bind mounts
+//!                            ├► gantry-cni   the default: bridge, veth, lease, routes, in process
+//!                            └► chain        or whatever /etc/cni/net.d says, by running plugins
+//! ```
+//! Everything lives below `/run/gantry`, on tmpfs, and leases are keyed by boot id: a reboot
+//! leaves nothing. An agent restart changes nothing: [`Network::ensure`] finds what is there.
+
+mod census;
+mod chain;
+mod forwarding;
+mod namespaces;
+mod pod_networks;
+mod record;
+mod resolv;
+
+pub use census::{Census, census, remove_all};
+pub use pod_networks::{NetworkConfig, PodNetworks};
+pub use resolv::{ResolvConf, node_resolv_conf, resolv_conf};
 
 use std::collections::HashSet;
 use std::net::IpAddr;

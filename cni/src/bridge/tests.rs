@@ -170,7 +170,7 @@ fn what_a_crash_leaves_is_repaired_or_removed() {
         let id = owner("a");
 
         // Killed after the lease: the next ADD takes it over.
-        let leased = ipam(&network).unwrap().allocate(&id).unwrap();
+        let leased = ipam(&network).unwrap().allocate(&id).unwrap().addresses;
         let attached = add(&host, &network, &id, &pod).await.unwrap();
         assert_eq!(attached.addresses[0].address.addr(), leased[0]);
 

@@ -27,7 +27,7 @@ fn network_gateway_and_broadcast_are_never_leased() {
     assert_eq!(ipam.ranges()[0].gateway().to_string(), "10.0.0.1");
     assert_eq!(ipam.ranges()[1].gateway().to_string(), "fd00::1");
     let leased: Vec<_> = (0..5)
-        .map(|n| ipam.allocate(&owner(n)).unwrap()[0])
+        .map(|n| ipam.allocate(&owner(n)).unwrap().addresses[0])
         .collect();
     let leased: Vec<_> = leased.iter().map(ToString::to_string).collect();
     assert_eq!(
@@ -57,20 +57,21 @@ fn exhaustion_of_one_family_gives_the_other_back() {
 fn a_freed_address_is_reused_last() {
     let dir = tempfile::tempdir().unwrap();
     let ipam = ipam(dir.path(), "boot", &["10.0.0.0/29"]);
-    let first = ipam.allocate(&owner(1)).unwrap();
+    let first = ipam.allocate(&owner(1)).unwrap().addresses;
     ipam.release(&owner(1)).unwrap();
     for n in 2..=5 {
-        assert_ne!(ipam.allocate(&owner(n)).unwrap(), first);
+        assert_ne!(ipam.allocate(&owner(n)).unwrap().addresses, first);
     }
-    assert_eq!(ipam.allocate(&owner(6)).unwrap(), first);
+    assert_eq!(ipam.allocate(&owner(6)).unwrap().addresses, first);
 }
 
 #[test]
 fn the_same_owner_gets_the_same_addresses() {
     let dir = tempfile::tempdir().unwrap();
     let ipam = ipam(dir.path(), "boot", &["10.0.0.0/24", "fd00::/64"]);
-    let first = ipam.allocate(&owner(1)).unwrap();
-    assert_eq!(ipam.allocate(&owner(1)).unwrap(), first);
+    let first = ipam.allocate(&owner(1)).unwrap().addresses;
+    let again = ipam.allocate(&owner(1)).unwrap();
+    assert_eq!((again.addresses, again.new), (first.clone(), false));
     assert_eq!(ipam.release(&owner(1)).unwrap(), first);
     assert_eq!(ipam.release(&owner(1)).unwrap(), Vec::<IpAddr>::new());
 }
@@ -83,7 +84,7 @@ fn an_address_of_an_earlier_prefix_is_given_back() {
         .unwrap();
     let moved = ipam(dir.path(), "boot", &["10.9.0.0/24"]);
     assert_eq!(
-        moved.allocate(&owner(1)).unwrap()[0].to_string(),
+        moved.allocate(&owner(1)).unwrap().addresses[0].to_string(),
         "10.9.0.2"
     );
     assert_eq!(moved.leases().unwrap().len(), 1);
@@ -109,7 +110,7 @@ fn parallel_allocations_get_distinct_addresses() {
     let threads: Vec<_> = (0..100)
         .map(|n| {
             let ipam = ipam.clone();
-            std::thread::spawn(move || ipam.allocate(&owner(n)).unwrap()[0])
+            std::thread::spawn(move || ipam.allocate(&owner(n)).unwrap().addresses[0])
         })
         .collect();
     let distinct: HashSet<_> = threads.into_iter().map(|t| t.join().unwrap()).collect();

@@ -1,0 +1,146 @@
+//! A pod's namespaces, pinned by bind mounts: no pause process.
+//!
+//! ```text
+//! thread: unshare(net, ipc, uts) ─► sethostname ─► mount /proc/thread-self/ns/X on <dir>/X ─► ends
+//! ```
+//! The thread is the only member of the namespaces until a container joins, so its end changes
+//! nothing. The mounts keep them. They are whole when all wanted files are namespaces; anything
+//! less is what a crash left and is made anew, for no container can have joined it.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use gantry_cni::netns::is_pinned;
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::sethostname;
+
+use super::NetworkError;
+
+/// The kernel's limit (`__NEW_UTS_LEN`), in bytes.
+const HOSTNAME_SIZE_MAX: usize = 64;
+
+/// Which namespaces a pod has of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Kinds {
+    /// net, ipc, uts.
+    Own,
+    /// ipc only: net and uts are the node's.
+    HostNetwork,
+}
+
+impl Kinds {
+    fn names(self) -> &'static [&'static str] {
+        match self {
+            Self::Own => &["net", "ipc", "uts"],
+            Self::HostNetwork => &["ipc"],
+        }
+    }
+
+    fn flags(self) -> CloneFlags {
+        match self {
+            Self::Own => {
+                CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS
+            }
+            Self::HostNetwork => CloneFlags::CLONE_NEWIPC,
+        }
+    }
+}
+
+fn io_error(context: String) -> impl FnOnce(io::Error) -> NetworkError {
+    move |source| NetworkError::Io { context, source }
+}
+
+/// Pins the namespaces in `dir` unless they are. Returns whether they are new.
+pub(super) async fn ensure(
+    dir: PathBuf,
+    kinds: Kinds,
+    hostname: String,
+) -> Result<bool, NetworkError> {
+    if kinds.names().iter().all(|name| is_pinned(&dir.join(name))) {
+        return Ok(false);
+    }
+    if kinds == Kinds::Own && !(1..=HOSTNAME_SIZE_MAX).contains(&hostname.len()) {
+        return Err(NetworkError::Io {
+            context: format!("hostname {hostname:?}: want 1 to {HOSTNAME_SIZE_MAX} bytes"),
+            source: ErrorKind::InvalidInput.into(),
+        });
+    }
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    // Never on a worker of the runtime, nor on its blocking pool: those threads are used again.
+    std::thread::Builder::new()
+        .name("namespaces".into())
+        .stack_size(128 * 1024)
+        .spawn(move || {
+            let result = remove(&dir).and_then(|()| pin(&dir, kinds, &hostname));
+            // Nobody listens when the caller was cancelled; the next call finds the pins.
+            drop(sender.send(result));
+        })
+        .map_err(io_error("start a thread for namespaces".into()))?;
+    match receiver.await {
+        Ok(result) => result.map(|()| true),
+        Err(_) => Err(NetworkError::Io {
+            context: "thread for namespaces".into(),
+            source: io::Error::other("ended without an answer"),
+        }),
+    }
+}
+
+fn pin(dir: &Path, kinds: Kinds, hostname: &str) -> Result<(), NetworkError> {
+    fs::create_dir_all(dir).map_err(io_error(format!("create {}", dir.display())))?;
+    unshare(kinds.flags())
+        .map_err(|errno| io_error(format!("unshare {}", kinds.names().join(", ")))(errno.into()))?;
+    if kinds == Kinds::Own {
+        sethostname(hostname)
+            .map_err(|errno| io_error(format!("set hostname {hostname}"))(errno.into()))?;
+    }
+    for name in kinds.names() {
+        let target = dir.join(name);
+        (OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&target))
+        .map_err(io_error(format!("create {}", target.display())))?;
+        let source = format!("/proc/thread-self/ns/{name}");
+        let none: Option<&str> = None;
+        mount(Some(source.as_str()), &target, none, MsFlags::MS_BIND, none).map_err(|errno| {
+            io_error(format!("mount {source} on {}", target.display()))(errno.into())
+        })?;
+    }
+    Ok(())
+}
+
+/// Drops the pins and the directory. The namespaces end with their last process, link and pin.
+/// Ok when nothing is there.
+pub(super) fn remove(dir: &Path) -> Result<(), NetworkError> {
+    for name in Kinds::Own.names() {
+        let path = dir.join(name);
+        // More than one mount on the file would mean two makers; all of them go.
+        loop {
+            match umount2(&path, MntFlags::MNT_DETACH) {
+                Ok(()) => continue,
+                Err(Errno::EINVAL | Errno::ENOENT) => break,
+                Err(errno) => {
+                    return Err(io_error(format!("unmount {}", path.display()))(
+                        errno.into(),
+                    ));
+                }
+            }
+        }
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(io_error(format!("remove {}", path.display()))(error));
+            }
+            _ => {}
+        }
+    }
+    match fs::remove_dir(dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(io_error(format!("remove {}", dir.display()))(error))
+        }
+        _ => Ok(()),
+    }
+}

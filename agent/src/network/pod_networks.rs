@@ -1,0 +1,390 @@
+//! [`PodNetworks`]: the one implementation of [`Network`].
+//!
+//! ```text
+//! ensure  pins ─► record (intent) ─► bridge::add in process, or the chain's ADD ─► record (result)
+//! remove  chain: DEL ─► pins ─► record
+//!         bridge: pins (the kernel takes the veth with the netns) ─► wait ─► lease ─► record
+//! ```
+//! The record stays until the rest is gone, so whatever a crash interrupts is found and finished:
+//! by the next `ensure` or `remove` of that pod, or by `retain`.
+//!
+//! Invariant: an address is given back only when the link that answers for it is gone.
+
+use std::collections::{BTreeSet, HashSet};
+use std::fs;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use gantry_cni::CniError;
+use gantry_cni::bridge;
+use gantry_cni::config::BridgeNetwork;
+use gantry_cni::ipam::Owner;
+use gantry_cni::netlink::{LOOPBACK_INDEX, Netlink};
+use gantry_cni::netns::Netns;
+use ipnet::IpNet;
+use tokio::sync::watch;
+
+use super::chain::{self, IFNAME, NetworkList, Runner, Subject, pod_addresses};
+use super::namespaces::{self, Kinds};
+use super::record::{Record, Wiring};
+use super::{Network, NetworkError, PodNetwork, PodNetworkSpec, forwarding};
+use crate::ids::PodUid;
+use crate::paths::Paths;
+use crate::view::View;
+
+/// How long the kernel may take to remove a link with its namespace before we delete it ourselves.
+const LINK_GONE_WAIT: Duration = Duration::from_millis(500);
+
+/// What the machine's administrator decides.
+#[derive(Clone, Debug)]
+pub struct NetworkConfig {
+    /// Where third-party network lists are: `/etc/cni/net.d`.
+    pub conf_dir: PathBuf,
+    /// Where plugins are: `/opt/cni/bin`, `/usr/lib/cni`.
+    pub plugin_dirs: Vec<PathBuf>,
+    /// The node's own addresses, for pods with host network.
+    pub node_addresses: Vec<IpAddr>,
+}
+
+impl NetworkConfig {
+    /// The standard places.
+    pub fn standard(node_addresses: Vec<IpAddr>) -> Self {
+        Self {
+            conf_dir: "/etc/cni/net.d".into(),
+            plugin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
+            node_addresses,
+        }
+    }
+}
+
+/// Pod networks of this node. Calls for different pods may run at the same time; calls for one
+/// pod come one after the other, from its pod worker.
+pub struct PodNetworks {
+    paths: Paths,
+    config: NetworkConfig,
+    runner: Runner,
+    view: watch::Receiver<Arc<View>>,
+}
+
+impl PodNetworks {
+    /// * `paths` – namespaces, records and leases are below `paths.run`.
+    /// * `view` – its settings say this node's pod prefix.
+    pub fn new(paths: Paths, config: NetworkConfig, view: watch::Receiver<Arc<View>>) -> Self {
+        let runner = Runner {
+            path: config.plugin_dirs.clone(),
+        };
+        Self {
+            paths,
+            config,
+            runner,
+            view,
+        }
+    }
+
+    /// What a new pod is attached with, now.
+    fn wiring(&self) -> Result<Wiring, NetworkError> {
+        match chain::load(&self.config.conf_dir)? {
+            Some(list) if !list.is_ours() => {
+                self.runner.find_all(&list)?;
+                Ok(Wiring::Chain(list))
+            }
+            _ => match self.view.borrow().settings.pod_cidr {
+                Some(prefix) => Ok(Wiring::Bridge {
+                    prefixes: vec![prefix],
+                }),
+                None => Err(NetworkError::NotReady(
+                    "this node has no pod prefix yet: the control plane has not allocated one"
+                        .into(),
+                )),
+            },
+        }
+    }
+
+    fn network(&self, prefixes: &[IpNet]) -> Result<BridgeNetwork, NetworkError> {
+        BridgeNetwork::new(prefixes, lease_dir(&self.paths)).map_err(from_cni)
+    }
+
+    /// Attaches a pod whose namespaces are pinned; returns its addresses.
+    async fn attach(
+        &self,
+        spec: &PodNetworkSpec,
+        netns_path: &Path,
+        netns_is_new: bool,
+    ) -> Result<Vec<IpAddr>, NetworkError> {
+        let (run, pod) = (&self.paths.run, &spec.pod);
+        let found = Record::load(run, pod)?;
+        let existed = found.is_some();
+        let mut record = match found {
+            Some(record) => record,
+            None => Record {
+                namespace: spec.namespace.clone(),
+                name: spec.name.clone(),
+                wiring: self.wiring()?,
+                result: None,
+                addresses: Vec::new(),
+            },
+        };
+        match record.wiring.clone() {
+            Wiring::Bridge { prefixes } => {
+                let network = self.network(&prefixes)?;
+                if record.addresses.is_empty() {
+                    record.store(run, pod)?;
+                }
+                forwarding::ensure(run, &network)?;
+                let (host, netns) = (
+                    Netlink::open().map_err(from_cni)?,
+                    Netns::open(netns_path).map_err(from_cni)?,
+                );
+                let attached = bridge::add(&host, &network, &owner(pod), &netns).await;
+                let attached = attached.map_err(from_cni)?;
+                let addresses = attached
+                    .addresses
+                    .iter()
+                    .map(|ip| ip.address.addr())
+                    .collect();
+                if record.addresses != addresses {
+                    record.addresses = addresses;
+                    record.result = Some(attached.to_json("1.1.0"));
+                    record.store(run, pod)?;
+                }
+            }
+            Wiring::Chain(_) if record.result.is_some() && !netns_is_new => {}
+            Wiring::Chain(list) => {
+                if existed {
+                    let subject = subject(&record, pod, Some(netns_path));
+                    // ADD did not finish, or for a namespace that is gone: undo it first.
+                    self.runner
+                        .remove(&list, &subject, record.result.as_ref())
+                        .await?;
+                    record.wiring = self.wiring()?;
+                    record.result = None;
+                }
+                return self.attach_chain(record, pod, netns_path).await;
+            }
+        }
+        Ok(record.addresses)
+    }
+
+    async fn attach_chain(
+        &self,
+        mut record: Record,
+        pod: &PodUid,
+        netns_path: &Path,
+    ) -> Result<Vec<IpAddr>, NetworkError> {
+        let run = &self.paths.run;
+        record.store(run, pod)?;
+        let Wiring::Chain(list) = record.wiring.clone() else {
+            // The configuration changed to ours meanwhile: the next try takes it.
+            return Err(NetworkError::NotReady(
+                "cni configuration has just changed".into(),
+            ));
+        };
+        let netns = Netns::open(netns_path).map_err(from_cni)?;
+        let inside = Netlink::open_in(&netns).await.map_err(from_cni)?;
+        inside.set_up(LOOPBACK_INDEX).await.map_err(from_cni)?;
+        let subject = subject(&record, pod, Some(netns_path));
+        let added = self.runner.add(&list, &subject).await;
+        let addresses = added.and_then(|result| {
+            let addresses = pod_addresses(&list, &result)?;
+            Ok((result, addresses))
+        });
+        match addresses {
+            Ok((result, addresses)) => {
+                record.result = Some(result);
+                record.addresses.clone_from(&addresses);
+                record.store(run, pod)?;
+                Ok(addresses)
+            }
+            Err(error) => {
+                // The specification asks for a DEL after a failed ADD; the ADD's error counts.
+                if self.runner.remove(&list, &subject, None).await.is_ok() {
+                    Record::remove(run, pod)?;
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// The bridge's part of a removal; the pins are gone already.
+    async fn detach_bridge(&self, pod: &PodUid, prefixes: &[IpNet]) -> Result<(), NetworkError> {
+        let network = self.network(prefixes)?;
+        let host = Netlink::open().map_err(from_cni)?;
+        let (owner, name) = (owner(pod), bridge::host_ifname(&network.name, &owner(pod)));
+        let mut pause = Duration::from_millis(1);
+        let mut waited = Duration::ZERO;
+        while host.link_by_name(&name).await.map_err(from_cni)?.is_some() {
+            if waited >= LINK_GONE_WAIT {
+                // Something still holds the namespace. The pod is over, so its link goes too.
+                tracing::debug!(%pod, link = %name, "namespace still held; link deleted");
+                return bridge::remove(&host, &network, &owner)
+                    .await
+                    .map_err(from_cni);
+            }
+            tokio::time::sleep(pause).await;
+            waited += pause;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+        bridge::release(&network, &owner).await.map_err(from_cni)
+    }
+
+    /// Every pod of which anything is left.
+    async fn found(&self) -> Result<BTreeSet<PodUid>, NetworkError> {
+        let mut pods: BTreeSet<PodUid> = Record::pods(&self.paths.run)?.into_iter().collect();
+        pods.extend(pinned(&self.paths)?.into_iter().map(|(pod, _)| pod));
+        let leases = bridge::ipam(&self.network(&[])?).and_then(|ipam| ipam.leases());
+        for owner in leases.map_err(from_cni)?.into_values() {
+            pods.extend(PodUid::new(&owner.container_id).ok());
+        }
+        Ok(pods)
+    }
+}
+
+#[async_trait]
+impl Network for PodNetworks {
+    async fn ensure(&self, spec: &PodNetworkSpec) -> Result<PodNetwork, NetworkError> {
+        let dir = self.paths.namespaces(&spec.pod);
+        let ipcns = dir.join("ipc");
+        if spec.host_network {
+            namespaces::ensure(dir, Kinds::HostNetwork, spec.hostname.clone()).await?;
+            return Ok(PodNetwork {
+                addresses: self.config.node_addresses.clone(),
+                netns: None,
+                ipcns,
+                utsns: None,
+            });
+        }
+        let (netns, utsns) = (dir.join("net"), dir.join("uts"));
+        // Nothing is pinned for a pod that cannot be attached yet.
+        if Record::load(&self.paths.run, &spec.pod)?.is_none() {
+            self.wiring()?;
+        }
+        let new = namespaces::ensure(dir, Kinds::Own, spec.hostname.clone()).await?;
+        let addresses = self.attach(spec, &netns, new).await?;
+        Ok(PodNetwork {
+            addresses,
+            netns: Some(netns),
+            ipcns,
+            utsns: Some(utsns),
+        })
+    }
+
+    async fn remove(&self, pod: &PodUid) -> Result<(), NetworkError> {
+        let record = Record::load(&self.paths.run, pod)?;
+        let dir = self.paths.namespaces(pod);
+        let netns_path = dir.join("net");
+        if let Some(Wiring::Chain(list)) = record.as_ref().map(|record| &record.wiring)
+            && let Some(record) = &record
+        {
+            let netns = Netns::open(&netns_path).ok();
+            let subject = subject(record, pod, netns.as_ref().map(Netns::path));
+            self.runner
+                .remove(list, &subject, record.result.as_ref())
+                .await?;
+        }
+        namespaces::remove(&dir)?;
+        match record.map(|record| record.wiring) {
+            Some(Wiring::Chain(_)) => {}
+            Some(Wiring::Bridge { prefixes }) => self.detach_bridge(pod, &prefixes).await?,
+            // Host network, nothing at all, or a lost record: then the names still find it.
+            None => self.detach_bridge(pod, &[]).await?,
+        }
+        Record::remove(&self.paths.run, pod)
+    }
+
+    async fn retain(&self, live: &HashSet<PodUid>) -> Result<(), NetworkError> {
+        let mut first = Ok(());
+        let found = self.found().await?;
+        let dead = found.iter().filter(|pod| !live.contains(*pod));
+        // At the same time: the kernel takes namespaces down in batches.
+        let removals = dead.map(|pod| async move {
+            tracing::info!(%pod, "network of a pod that is no more: removed");
+            self.remove(pod).await
+        });
+        for result in futures_util::future::join_all(removals).await {
+            first = first.and(result);
+        }
+        // Ports whose lease and record are both gone.
+        let valid: HashSet<Owner> = live.iter().map(owner).collect();
+        let host = Netlink::open().map_err(from_cni)?;
+        let collected = bridge::collect(&host, &self.network(&[])?, &valid).await;
+        first = first.and(collected.map_err(from_cni));
+        if let Some(list) = self.third_party() {
+            first = first.and(self.runner.collect(&list, live).await);
+        }
+        first
+    }
+}
+
+impl PodNetworks {
+    fn third_party(&self) -> Option<NetworkList> {
+        let list = chain::load(&self.config.conf_dir).ok().flatten()?;
+        (!list.is_ours() && self.runner.find_all(&list).is_ok()).then_some(list)
+    }
+}
+
+/// The pods with a directory of pins, and that directory.
+pub(super) fn pinned(paths: &Paths) -> Result<Vec<(PodUid, PathBuf)>, NetworkError> {
+    let pods_dir = paths.run.join("pods");
+    let failed = |source| NetworkError::Io {
+        context: format!("list {}", pods_dir.display()),
+        source,
+    };
+    let entries = match fs::read_dir(&pods_dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other.map_err(failed)?,
+    };
+    let mut pods = Vec::new();
+    for entry in entries {
+        let name = entry.map_err(failed)?.file_name();
+        if let Some(pod) = name.to_str().and_then(|name| PodUid::new(name).ok()) {
+            let dir = paths.namespaces(&pod);
+            if dir.exists() {
+                pods.push((pod, dir));
+            }
+        }
+    }
+    Ok(pods)
+}
+
+/// `/run/gantry/ipam`
+pub(super) fn lease_dir(paths: &Paths) -> PathBuf {
+    paths.run.join("ipam")
+}
+
+fn subject<'a>(record: &'a Record, pod: &'a PodUid, netns: Option<&'a Path>) -> Subject<'a> {
+    Subject {
+        pod,
+        namespace: &record.namespace,
+        name: &record.name,
+        netns,
+    }
+}
+
+fn owner(pod: &PodUid) -> Owner {
+    Owner {
+        container_id: pod.as_str().into(),
+        ifname: IFNAME.into(),
+    }
+}
+
+/// An error of the built-in wiring, in the pod worker's terms.
+pub(super) fn from_cni(error: CniError) -> NetworkError {
+    match error {
+        CniError::Io { context, source }
+        | CniError::Kernel {
+            what: context,
+            source,
+        } => NetworkError::Io { context, source },
+        CniError::NotReady(message) => NetworkError::NotReady(message),
+        other => NetworkError::Cni {
+            plugin: "gantry-bridge".into(),
+            message: other.to_string(),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests;
