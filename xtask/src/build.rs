@@ -1,0 +1,69 @@
+//! Builds the binaries and gathers them in one directory, as an installation would have them.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::run;
+
+/// What is installed side by side; the agent finds its shim and runtime helper beside itself.
+pub const BINARIES: [&str; 5] =
+    ["gantry-control", "gantry-agent", "gantry-rt", "gantry-bridge", "gantry"];
+
+/// Which profile the dynamic binaries are built in; the shim always has its own.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Profile {
+    /// For use and for measurements.
+    Release,
+    /// For tests: the same artefacts that `cargo test` links.
+    Dev,
+}
+
+/// Builds everything and returns the directory that holds it: `target/<name>/bin`.
+pub fn binaries(profile: Profile, name: &str) -> Result<PathBuf> {
+    crate::ebpf::build()?;
+    let mut cargo = run::cargo();
+    cargo.args(["build", "--workspace", "--bins"]);
+    let built = match profile {
+        Profile::Release => {
+            cargo.arg("--release");
+            run::target().join("release")
+        }
+        Profile::Dev => run::target().join("debug"),
+    };
+    run::shown(&mut cargo)?;
+    let bin = run::target().join(name).join("bin");
+    std::fs::create_dir_all(&bin).with_context(|| format!("create {}", bin.display()))?;
+    for binary in BINARIES {
+        install(&built.join(binary), &bin.join(binary))?;
+    }
+    install(&shim()?, &bin.join("gantry-shim"))?;
+    Ok(bin)
+}
+
+/// The shim, static: its pages are shared between all pods and it needs no loader.
+fn shim() -> Result<PathBuf> {
+    let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
+    let mut cargo = run::cargo();
+    cargo.args(["build", "--quiet", "--profile", "shim", "--package", "gantry-shim"]);
+    cargo.args(["--target", &target]).env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
+    run::shown(&mut cargo)?;
+    Ok(run::target().join(target).join("shim/gantry-shim"))
+}
+
+/// Replaces a file by name: a running binary keeps its old inode.
+fn install(from: &Path, to: &Path) -> Result<()> {
+    let same = |a: &Path, b: &Path| -> std::io::Result<bool> {
+        let (a, b) = (std::fs::metadata(a)?, std::fs::metadata(b)?);
+        Ok(a.len() == b.len() && a.modified()? <= b.modified()?)
+    };
+    if same(from, to).unwrap_or(false) {
+        return Ok(());
+    }
+    let new = to.with_extension("new");
+    let copy = || -> std::io::Result<()> {
+        std::fs::copy(from, &new)?;
+        std::fs::rename(&new, to)
+    };
+    copy().with_context(|| format!("copy {} to {}", from.display(), to.display()))
+}

@@ -1,0 +1,160 @@
+//! `cargo xtask test`: every check and every test, from a fresh clone on a fresh machine.
+//!
+//! Order: cheap before dear. A test that cannot run here prints `skipped: <reason>`; those lines
+//! are shown and counted. The last line is `N passed, N failed, N skipped`.
+
+use std::io::{BufRead, BufReader};
+use std::process::Stdio;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{build, census, down, image, report, run, setup, tidy, vm};
+
+/// What `test` takes.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Only tests whose name contains this
+    pub filter: Option<String>,
+    /// Without the checks (fmt, tidy, clippy, deny)
+    #[arg(long)]
+    pub no_checks: bool,
+    /// Without the virtual machine
+    #[arg(long)]
+    pub no_vm: bool,
+}
+
+/// What has been counted so far.
+#[derive(Default)]
+struct Count {
+    passed: usize,
+    failed: usize,
+    skipped: Vec<String>,
+}
+
+/// Runs everything; fails when anything failed.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    let step = report::step("setting up this machine");
+    setup::ensure(setup::For::Test)?;
+    drop(step);
+    let mut count = Count::default();
+    if !arguments.no_checks {
+        checks(&mut count);
+    }
+    let step = report::step("building");
+    let bin = build::binaries(build::Profile::Dev, "test")?;
+    drop(step);
+    let _ = (image::archive(&image::NGINX)?, image::archive(&image::BUSYBOX)?);
+    unit_and_integration(arguments, &bin, &mut count)?;
+    if !arguments.no_vm && arguments.filter.is_none() {
+        let outcome = vm::run(&vm::Arguments::defaults())?;
+        count.passed += outcome.passed;
+        count.failed += outcome.failed;
+        count.skipped.extend(outcome.skipped);
+    }
+    let census = census::take();
+    if !census::is_zero(&census) {
+        down::print(&census);
+        println!("FAILED census: the tests left something behind");
+        count.failed += 1;
+    }
+    for reason in &count.skipped {
+        println!("skipped: {reason}");
+    }
+    println!("{} passed, {} failed, {} skipped", count.passed, count.failed, count.skipped.len());
+    if count.failed > 0 {
+        bail!("{} failed (see FAILED above)", count.failed);
+    }
+    Ok(())
+}
+
+/// Each check counts as one test.
+fn checks(count: &mut Count) {
+    let mut check = |name: &str, done: Result<()>| match done {
+        Ok(()) => count.passed += 1,
+        Err(error) => {
+            println!("FAILED {name}: {error:#}");
+            count.failed += 1;
+        }
+    };
+    let cargo = |arguments: &[&str]| {
+        let _step = report::step(&format!("cargo {}", arguments.join(" ")));
+        run::shown(run::cargo().args(arguments))
+    };
+    check("fmt", cargo(&["fmt", "--all", "--", "--check"]));
+    check("tidy", tidy::run());
+    check("deny", cargo(&["deny", "--workspace", "check", "licenses", "bans", "sources"]));
+    let ebpf = crate::ebpf::build().map(drop);
+    check("ebpf", ebpf);
+    let clippy =
+        ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    check("clippy", cargo(&clippy));
+}
+
+fn unit_and_integration(
+    arguments: &Arguments,
+    bin: &std::path::Path,
+    count: &mut Count,
+) -> Result<()> {
+    let _step = report::step("cargo test --workspace");
+    let mut cargo = run::cargo();
+    // One binary after another must not hide the later ones' failures.
+    cargo.args(["test", "--workspace", "--no-fail-fast"]);
+    cargo.args(arguments.filter.as_ref());
+    cargo.args(["--", "--show-output"]).env("GANTRY_BIN", bin)
+        .env("GANTRY_IMAGES", run::target().join("images"))
+       .env("RUST_BACKTRACE", "1");
+    let mut child = cargo.stdout(Stdio::piped()).spawn().context("cargo test")?;
+    let stdout = child.stdout.take().context("cargo test has no output")?;
+    for line in BufReader::new(stdout).lines() {
+        take_line(&line?, count);
+    }
+    let status = child.wait()?;
+    if !status.success() && count.failed == 0 {
+        println!("FAILED cargo test: {status}");
+        count.failed += 1;
+    }
+    Ok(())
+}
+
+/// Counts and echoes what a person wants to see of libtest's output.
+fn take_line(line: &str, count: &mut Count) {
+    if let Some((_, reason)) = line.split_once("skipped: ")
+        && !line.starts_with("test ")
+    {
+        count.skipped.push(reason.to_owned());
+        return;
+    }
+    if let Some(result) = line.strip_prefix("test result: ") {
+        let number = |word: &str| {
+            let part = result.split(['.', ';']).find(|p| p.trim().ends_with(word));
+            part.and_then(|p| p.trim().split(' ').next()?.parse::<usize>().ok()).unwrap_or(0)
+        };
+        count.passed += number("passed");
+        count.failed += number("failed");
+        return;
+    }
+    let dull = line.is_empty() || line.ends_with("... ok") || line.starts_with("running ");
+    if !dull {
+        println!("{line}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_and_skips_are_counted() {
+        let mut count = Count::default();
+        for line in [
+            "running 3 tests",
+            "test a ... ok",
+            "skipped: no /dev/kvm",
+            "test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 4 filtered out",
+        ] {
+            take_line(line, &mut count);
+        }
+        assert_eq!((count.passed, count.failed), (2, 1));
+        assert_eq!(count.skipped, ["no /dev/kvm"]);
+    }
+}

@@ -1,0 +1,81 @@
+//! The guest's first root: our binaries as they are installed, the libraries they name, a static
+//! busybox, images, and kernel modules numbered in load order.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use super::cpio::Archive;
+use crate::{build, run};
+
+/// Writes the archive. The guest finds: `/init`, `/usr/lib/gantry/*` (binaries),
+/// `/images/*.tar`, `/modules/NN-NAME.ko`, `/bin/busybox`.
+pub fn write(
+    to: &Path,
+    init: &Path,
+    bin: &Path,
+    images: &[PathBuf],
+    modules: &[PathBuf],
+) -> Result<()> {
+    let file = File::create(to).with_context(|| to.display().to_string())?;
+    let mut archive = Archive::new(BufWriter::new(file));
+    for directory in ["proc", "sys", "dev", "run", "tmp", "root", "etc", "var/lib", "mnt"] {
+        archive.directory(directory)?;
+    }
+    archive.file("etc/hostname", 0o644, b"vm-1\n")?;
+    archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 vm-1\n")?;
+    archive.file("etc/resolv.conf", 0o644, b"# no resolver outside the cluster\n")?;
+    archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
+    archive.file("etc/group", 0o644, b"root:x:0:\n")?;
+    let mut libraries = BTreeSet::new();
+    add_binary(&mut archive, init, "init", &mut libraries)?;
+    for binary in build::BINARIES.iter().chain(&["gantry-shim"]) {
+        let inside = format!("usr/lib/gantry/{binary}");
+        add_binary(&mut archive, &bin.join(binary), &inside, &mut libraries)?;
+    }
+    for library in &libraries {
+        // By its own name where the loader looks for it; a link's target under the link's name.
+        archive.file(&library.display().to_string(), 0o755, &std::fs::read(library)?)?;
+    }
+    archive.file("bin/busybox", 0o755, &std::fs::read("/bin/busybox").context("/bin/busybox")?)?;
+    archive.link("bin/sh", "busybox")?;
+    for image in images {
+        let name = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        archive.file(&format!("images/{name}"), 0o644, &std::fs::read(image)?)?;
+    }
+    for (number, module) in modules.iter().enumerate() {
+        let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        archive.file(&format!("modules/{number:02}-{name}"), 0o644, &std::fs::read(module)?)?;
+    }
+    archive.finish()?;
+    Ok(())
+}
+
+/// Adds a binary without its symbols, and notes the libraries that it loads.
+fn add_binary(
+    archive: &mut Archive<BufWriter<File>>,
+    from: &Path,
+    inside: &str,
+    libraries: &mut BTreeSet<PathBuf>,
+) -> Result<()> {
+    let stripped = run::target().join("vm/stripped");
+    let mut strip = run::program("strip", ["--strip-debug", "-o"]);
+    run::captured(strip.arg(&stripped).arg(from))?;
+    archive.file(inside, 0o755, &std::fs::read(&stripped)?)?;
+    libraries.extend(loads(from)?);
+    Ok(())
+}
+
+/// What `ldd` says: the loader and every library. A static binary has none.
+fn loads(binary: &Path) -> Result<Vec<PathBuf>> {
+    let mut ldd = run::program("ldd", [binary]);
+    let Ok(said) = run::captured(&mut ldd) else { return Ok(Vec::new()) };
+    let path = |line: &str| {
+        let word = line.split_whitespace().find(|w| w.starts_with('/'))?;
+        Some(PathBuf::from(word))
+    };
+    Ok(said.lines().filter_map(path).collect())
+}
