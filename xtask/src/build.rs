@@ -4,11 +4,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::run;
+use crate::{ebpf, run};
 
 /// What is installed side by side; the agent finds its shim and runtime helper beside itself.
-pub const BINARIES: [&str; 5] =
-    ["gantry-control", "gantry-agent", "gantry-rt", "gantry-bridge", "gantry"];
+pub const BINARIES: [&str; 5] = [
+    "gantry-control",
+    "gantry-agent",
+    "gantry-rt",
+    "gantry-bridge",
+    "gantry",
+];
 
 /// Which profile the dynamic binaries are built in; the shim always has its own.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -21,7 +26,11 @@ pub enum Profile {
 
 /// Builds everything and returns the directory that holds it: `target/<name>/bin`.
 pub fn binaries(profile: Profile, name: &str) -> Result<PathBuf> {
-    crate::ebpf::build()?;
+    let variant = match profile {
+        Profile::Release => ebpf::Variant::Release,
+        Profile::Dev => ebpf::Variant::Logging,
+    };
+    ebpf::build(&run::root(), variant)?;
     let mut cargo = run::cargo();
     cargo.args(["build", "--workspace", "--bins"]);
     let built = match profile {
@@ -45,8 +54,17 @@ pub fn binaries(profile: Profile, name: &str) -> Result<PathBuf> {
 fn shim() -> Result<PathBuf> {
     let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);
     let mut cargo = run::cargo();
-    cargo.args(["build", "--quiet", "--profile", "shim", "--package", "gantry-shim"]);
-    cargo.args(["--target", &target]).env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
+    cargo.args([
+        "build",
+        "--quiet",
+        "--profile",
+        "shim",
+        "--package",
+        "gantry-shim",
+    ]);
+    cargo
+        .args(["--target", &target])
+        .env("RUSTFLAGS", "-Ctarget-feature=+crt-static");
     run::shown(&mut cargo)?;
     Ok(run::target().join(target).join("shim/gantry-shim"))
 }

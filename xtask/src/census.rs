@@ -9,8 +9,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Every kind that is counted, in the order of printing.
-pub const KINDS: [&str; 8] =
-    ["processes", "netns", "links", "routes", "cgroups", "mounts", "bpf", "files"];
+pub const KINDS: [&str; 8] = [
+    "processes",
+    "netns",
+    "links",
+    "routes",
+    "cgroups",
+    "mounts",
+    "bpf",
+    "files",
+];
 
 /// What was found, by kind; every kind is present.
 pub type Census = BTreeMap<&'static str, Vec<String>>;
@@ -31,7 +39,13 @@ pub fn take() -> Census {
     let mut put = |kind: &'static str, found: Vec<String>| {
         census.insert(kind, found);
     };
-    put("processes", processes().into_iter().map(|(pid, name)| format!("{pid} {name}")).collect());
+    put(
+        "processes",
+        processes()
+            .into_iter()
+            .map(|(pid, name)| format!("{pid} {name}"))
+            .collect(),
+    );
     let (netns, mounts) = mounts();
     put("netns", netns);
     put("mounts", mounts);
@@ -39,7 +53,14 @@ pub fn take() -> Census {
     put("routes", routes());
     put("cgroups", cgroups());
     put("bpf", bpf());
-    put("files", FILES.iter().filter(|f| Path::new(f).exists()).map(|f| f.to_string()).collect());
+    put(
+        "files",
+        FILES
+            .iter()
+            .filter(|f| Path::new(f).exists())
+            .map(|f| f.to_string())
+            .collect(),
+    );
     census
 }
 
@@ -51,7 +72,11 @@ pub fn rows(census: &Census) -> Vec<Vec<String>> {
             let found = census.get(kind).map(Vec::as_slice).unwrap_or_default();
             let names = found.iter().take(3).cloned().collect::<Vec<_>>().join(", ");
             let more = if found.len() > 3 { ", ..." } else { "" };
-            vec![(*kind).to_owned(), found.len().to_string(), format!("{names}{more}")]
+            vec![
+                (*kind).to_owned(),
+                found.len().to_string(),
+                format!("{names}{more}"),
+            ]
         })
         .collect()
 }
@@ -63,9 +88,19 @@ pub fn is_zero(census: &Census) -> bool {
 
 /// Our processes: pid and the name of their executable.
 pub fn processes() -> Vec<(i32, String)> {
-    let ours = ["gantry-control", "gantry-agent", "gantry-shim", "gantry-rt", "gantry-bridge"];
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
-    let pids = entries.flatten().filter_map(|e| e.file_name().to_string_lossy().parse::<i32>().ok());
+    let ours = [
+        "gantry-control",
+        "gantry-agent",
+        "gantry-shim",
+        "gantry-rt",
+        "gantry-bridge",
+    ];
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
+    let pids = entries
+        .flatten()
+        .filter_map(|e| e.file_name().to_string_lossy().parse::<i32>().ok());
     pids.filter_map(|pid| {
         let exe = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
         // A replaced binary shows as "name (deleted)".
@@ -81,49 +116,81 @@ fn mounts() -> (Vec<String>, Vec<String>) {
     let mut netns = Vec::new();
     let mut others = Vec::new();
     for line in table.lines() {
-        let Some(point) = line.split(' ').nth(4) else { continue };
+        let Some(point) = line.split(' ').nth(4) else {
+            continue;
+        };
         let below = |root: &str| point == root || point.starts_with(&format!("{root}/"));
         if !below("/run/gantry") && !below("/var/lib/gantry") {
             continue;
         }
-        if line.contains(" - nsfs ") { &mut netns } else { &mut others }.push(point.to_owned());
+        if line.contains(" - nsfs ") {
+            &mut netns
+        } else {
+            &mut others
+        }
+        .push(point.to_owned());
     }
     (netns, others)
 }
 
 fn links() -> Vec<String> {
-    let Ok(entries) = fs::read_dir("/sys/class/net") else { return Vec::new() };
-    let names = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned());
-    names.filter(|name| name.starts_with("gantry") || name.starts_with("gt")).collect()
+    let Ok(entries) = fs::read_dir("/sys/class/net") else {
+        return Vec::new();
+    };
+    let names = entries
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned());
+    names
+        .filter(|name| name.starts_with("gantry") || name.starts_with("gt"))
+        .collect()
 }
 
 /// Destinations that leave through one of our links.
 fn routes() -> Vec<String> {
     let table = fs::read_to_string("/proc/net/route").unwrap_or_default();
     let through_ours = |line: &&str| {
-        line.split_whitespace().next().is_some_and(|l| l.starts_with("gantry") || l.starts_with("gt"))
+        line.split_whitespace()
+            .next()
+            .is_some_and(|l| l.starts_with("gantry") || l.starts_with("gt"))
     };
-    table.lines().filter(through_ours).map(|l| l.split_whitespace().take(2).collect::<Vec<_>>().join(" ")).collect()
+    table
+        .lines()
+        .filter(through_ours)
+        .map(|l| l.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
+        .collect()
 }
 
 /// `gantry` and `gantry-*` at the top of each hierarchy.
 fn cgroups() -> Vec<String> {
     let top = Path::new("/sys/fs/cgroup");
     let children = |dir: &Path| -> Vec<PathBuf> {
-        fs::read_dir(dir).map(|d| d.flatten().map(|e| e.path()).collect()).unwrap_or_default()
+        fs::read_dir(dir)
+            .map(|d| d.flatten().map(|e| e.path()).collect())
+            .unwrap_or_default()
     };
     let ours = |path: &PathBuf| {
-        path.file_name().is_some_and(|n| n == "gantry" || n.to_string_lossy().starts_with("gantry-"))
+        path.file_name()
+            .is_some_and(|n| n == "gantry" || n.to_string_lossy().starts_with("gantry-"))
             && path.is_dir()
     };
     let hierarchies = children(top);
-    let nested = hierarchies.iter().filter(|h| !h.is_symlink()).flat_map(|h| children(h));
-    children(top).into_iter().chain(nested).filter(ours).map(|p| p.display().to_string()).collect()
+    let nested = hierarchies
+        .iter()
+        .filter(|h| !h.is_symlink())
+        .flat_map(|h| children(h));
+    children(top)
+        .into_iter()
+        .chain(nested)
+        .filter(ours)
+        .map(|p| p.display().to_string())
+        .collect()
 }
 
 /// Pins below /sys/fs/bpf/gantry*.
 fn bpf() -> Vec<String> {
-    let Ok(entries) = fs::read_dir("/sys/fs/bpf") else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/sys/fs/bpf") else {
+        return Vec::new();
+    };
     let mut found = Vec::new();
     for entry in entries.flatten() {
         if entry.file_name().to_string_lossy().starts_with("gantry") {

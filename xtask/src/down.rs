@@ -56,8 +56,11 @@ pub fn remove() -> Result<()> {
 }
 
 fn remove_path(path: &Path) -> std::io::Result<()> {
-    let removed =
-        if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    let removed = if path.is_dir() {
+        std::fs::remove_dir_all(path)
+    } else {
+        std::fs::remove_file(path)
+    };
     match removed {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         other => other,
@@ -66,7 +69,11 @@ fn remove_path(path: &Path) -> std::io::Result<()> {
 
 /// SIGTERM, then SIGKILL after 10 s, by pid and only to executables of these names.
 pub fn stop(names: &[&str]) -> Result<()> {
-    let ours = || census::processes().into_iter().filter(|(_, name)| names.contains(&name.as_str()));
+    let ours = || {
+        census::processes()
+            .into_iter()
+            .filter(|(_, name)| names.contains(&name.as_str()))
+    };
     for (pid, _) in ours() {
         // Gone in between is what we want.
         let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);

@@ -24,6 +24,9 @@ use std::process::Command;
 pub(crate) const OBJECT_VARIABLE: &str = "GANTRY_BPF_OBJECT";
 /// Part of the stamp: a change of the flags below must rebuild.
 const RECIPE_VERSION: u32 = 1;
+/// rustup's toolchains in order of preference. The dated one has LLVM 22, which every supported
+/// bpf-linker reads; a newer nightly may be too new for the linker.
+pub const NIGHTLIES: [&str; 2] = ["nightly-2026-05-20", "nightly"];
 /// Lines of the compiler's output that an error shows.
 const OUTPUT_LINES: usize = 40;
 /// What the stamp covers, below the workspace's root.
@@ -50,8 +53,11 @@ impl Variant {
 /// A compiler that can build `core` for the BPF machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum Toolchain {
-    /// `rustup run nightly`, with the rust-src component.
-    Nightly,
+    /// `rustup run NAME`, with the rust-src component.
+    Nightly {
+        /// One of [`NIGHTLIES`].
+        name: &'static str,
+    },
     /// `/usr/bin/rustc` and the sources of its release, as Debian packages them.
     System {
         /// `/usr/bin/cargo`, or the one on PATH: its version does not matter.
@@ -125,9 +131,11 @@ pub(crate) fn build(root: &Path, variant: Variant) -> Result<PathBuf, Error> {
 pub(crate) fn detect() -> Result<Toolchains, Error> {
     let mut compilers = Vec::new();
     let mut absent = Vec::new();
-    match nightly() {
-        Ok(toolchain) => compilers.push(toolchain),
-        Err(reason) => absent.push(reason),
+    for name in NIGHTLIES {
+        match nightly(name) {
+            Ok(toolchain) => compilers.push(toolchain),
+            Err(reason) => absent.push(reason),
+        }
     }
     match system() {
         Ok(toolchain) => compilers.push(toolchain),
@@ -138,7 +146,7 @@ pub(crate) fn detect() -> Result<Toolchains, Error> {
         text += &format!(
             "the eBPF programs need a compiler with the sources of its own core library:\n  \
              - {}\nplease run one of\n  \
-             rustup toolchain install nightly --profile minimal --component rust-src\n  \
+             rustup toolchain install nightly-2026-05-20 --profile minimal --component rust-src\n  \
              apt-get install rustc-web cargo-web rust-web-src      # Debian, Ubuntu; as root\n",
             absent.join("\n  - ")
         );
@@ -157,6 +165,11 @@ pub(crate) fn detect() -> Result<Toolchains, Error> {
             "{text}or set {OBJECT_VARIABLE} to an object built elsewhere"
         ))),
     }
+}
+
+/// Is there a compiler, whether or not there is a linker?
+pub fn has_compiler() -> bool {
+    NIGHTLIES.iter().any(|name| nightly(name).is_ok()) || system().is_ok()
 }
 
 /// Every file that the object is made from, for `rerun-if-changed` and for the stamp.
@@ -214,9 +227,9 @@ fn command(
     variant: Variant,
 ) -> Command {
     let mut command = match compiler {
-        Toolchain::Nightly => {
+        Toolchain::Nightly { name } => {
             let mut command = Command::new("rustup");
-            command.args(["run", "nightly", "cargo"]);
+            command.args(["run", name, "cargo"]);
             command
         }
         Toolchain::System { cargo } => Command::new(cargo),
@@ -287,23 +300,23 @@ fn clean_environment(command: &mut Command) {
     }
 }
 
-fn nightly() -> Result<Toolchain, String> {
+fn nightly(name: &'static str) -> Result<Toolchain, String> {
     let mut command = Command::new("rustup");
-    command.args(["run", "nightly", "rustc", "--print", "sysroot"]);
+    command.args(["run", name, "rustc", "--print", "sysroot"]);
     clean_environment(&mut command);
     let output = command
         .output()
-        .map_err(|error| format!("rustup's nightly: rustup does not start: {error}"))?;
+        .map_err(|error| format!("rustup's {name}: rustup does not start: {error}"))?;
     if !output.status.success() {
-        return Err("rustup's nightly: not installed".into());
+        return Err(format!("rustup's {name}: not installed"));
     }
     let sysroot = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
     let sources = sysroot.join("lib/rustlib/src/rust/library/core");
     if sources.is_dir() {
-        Ok(Toolchain::Nightly)
+        Ok(Toolchain::Nightly { name })
     } else {
         Err(format!(
-            "rustup's nightly: no rust-src component ({} is absent)",
+            "rustup's {name}: no rust-src component ({} is absent)",
             sources.display()
         ))
     }

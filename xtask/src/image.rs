@@ -65,7 +65,11 @@ pub fn archive(recipe: &Recipe) -> Result<PathBuf> {
         return Ok(archive);
     }
     let files = images.join(format!("{name}.rootfs.tar"));
-    report::note(format!("{}: unpacking {}", recipe.reference, recipe.packages.join(", ")));
+    report::note(format!(
+        "{}: unpacking {}",
+        recipe.reference,
+        recipe.packages.join(", ")
+    ));
     packages_to_tar(recipe, &files)?;
     let made = images.join(format!("{name}.tar.new"));
     write(recipe, &files, &made).with_context(|| format!("write {}", made.display()))?;
@@ -77,7 +81,12 @@ pub fn archive(recipe: &Recipe) -> Result<PathBuf> {
 fn packages_to_tar(recipe: &Recipe, files: &Path) -> Result<()> {
     let mut mmdebstrap = run::program("mmdebstrap", ["--quiet", "--variant=extract"]);
     mmdebstrap.arg(format!("--include={}", recipe.packages.join(",")));
-    let noise = ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info"];
+    let noise = [
+        "usr/share/doc",
+        "usr/share/man",
+        "usr/share/locale",
+        "usr/share/info",
+    ];
     for path in noise {
         mmdebstrap.arg(format!("--dpkgopt=path-exclude=/{path}/*"));
     }
@@ -89,7 +98,9 @@ fn packages_to_tar(recipe: &Recipe, files: &Path) -> Result<()> {
 
 fn suite() -> Result<String> {
     let release = std::fs::read_to_string("/etc/os-release").context("/etc/os-release")?;
-    let line = release.lines().find_map(|l| l.strip_prefix("VERSION_CODENAME="));
+    let line = release
+        .lines()
+        .find_map(|l| l.strip_prefix("VERSION_CODENAME="));
     match line {
         Some(name) => Ok(name.trim_matches('"').to_owned()),
         None => bail!("/etc/os-release has no VERSION_CODENAME: which Debian suite is this?"),
@@ -104,16 +115,29 @@ fn apt_sources() -> Vec<PathBuf> {
         "/etc/apt/sources.list",
     ];
     let useful = |path: &PathBuf| {
-        std::fs::read_to_string(path)
-            .is_ok_and(|t| t.lines().any(|l| l.starts_with("deb") || l.starts_with("Types:")))
+        std::fs::read_to_string(path).is_ok_and(|t| {
+            t.lines()
+                .any(|l| l.starts_with("deb") || l.starts_with("Types:"))
+        })
     };
-    candidates.into_iter().map(PathBuf::from).filter(useful).take(1).collect()
+    candidates
+        .into_iter()
+        .map(PathBuf::from)
+        .filter(useful)
+        .take(1)
+        .collect()
 }
 
 /// An OCI archive: two layers, configuration, manifest, index.
 fn write(recipe: &Recipe, files: &Path, to: &Path) -> Result<()> {
     let mut archive = tar::Builder::new(std::fs::File::create(to)?);
-    append(&mut archive, "oci-layout", &json!({"imageLayoutVersion": "1.0.0"}).to_string().into_bytes())?;
+    append(
+        &mut archive,
+        "oci-layout",
+        &json!({"imageLayoutVersion": "1.0.0"})
+            .to_string()
+            .into_bytes(),
+    )?;
     let base = std::fs::read(files)?;
     let additions = additions(recipe, &base)?;
     let layers = [blob(&mut archive, &base)?, blob(&mut archive, &additions)?];
@@ -132,9 +156,7 @@ fn write(recipe: &Recipe, files: &Path, to: &Path) -> Result<()> {
         ],
     });
     let config = blob(&mut archive, config.to_string().as_bytes())?;
-    let descriptor = |kind: &str, (digest, size): &(String, usize)| {
-        json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": digest, "size": size})
-    };
+    let descriptor = |kind: &str, (digest, size): &(String, usize)| json!({"mediaType": format!("application/vnd.oci.image.{kind}"), "digest": digest, "size": size});
     let manifest = json!({
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",
@@ -202,7 +224,11 @@ fn applets(base: &[u8]) -> Result<(Vec<String>, bool)> {
     let mut merged = false;
     for entry in tar::Archive::new(base).entries()? {
         let mut entry = entry?;
-        let path = entry.path()?.to_string_lossy().trim_start_matches("./").to_owned();
+        let path = entry
+            .path()?
+            .to_string_lossy()
+            .trim_start_matches("./")
+            .to_owned();
         if path == "bin" && entry.header().entry_type() == tar::EntryType::Symlink {
             merged = true;
         }
@@ -215,18 +241,29 @@ fn applets(base: &[u8]) -> Result<(Vec<String>, bool)> {
             names.insert(name);
         }
     }
-    let Some(busybox) = busybox else { bail!("the packages hold no bin/busybox") };
+    let Some(busybox) = busybox else {
+        bail!("the packages hold no bin/busybox")
+    };
     let file = run::target().join("images/busybox");
     std::fs::write(&file, busybox)?;
-    run::captured(&mut run::program("chmod", ["755".as_ref(), file.as_os_str()]))?;
+    run::captured(&mut run::program(
+        "chmod",
+        ["755".as_ref(), file.as_os_str()],
+    ))?;
     let listed = run::captured(run::program(&file.to_string_lossy(), ["--list"]).env_clear())?;
     let fresh = |name: &&str| !names.contains(*name);
-    Ok((listed.lines().filter(fresh).map(str::to_owned).collect(), merged))
+    Ok((
+        listed.lines().filter(fresh).map(str::to_owned).collect(),
+        merged,
+    ))
 }
 
 /// Adds a blob and returns its digest and size.
 fn blob<W: Write>(archive: &mut tar::Builder<W>, bytes: &[u8]) -> Result<(String, usize)> {
-    let hex: String = Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect();
+    let hex: String = Sha256::digest(bytes)
+        .iter()
+        .map(|b| format!("{b:02x}"))
+        .collect();
     append(archive, &format!("blobs/sha256/{hex}"), bytes)?;
     Ok((format!("sha256:{hex}"), bytes.len()))
 }

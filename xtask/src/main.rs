@@ -20,7 +20,11 @@ mod up;
 mod vm;
 
 #[derive(Parser)]
-#[command(name = "cargo xtask", about = "Gantry's tasks", disable_help_subcommand = true)]
+#[command(
+    name = "cargo xtask",
+    about = "Gantry's tasks",
+    disable_help_subcommand = true
+)]
 struct Arguments {
     #[command(subcommand)]
     task: Task,
@@ -54,7 +58,9 @@ fn main() -> ExitCode {
         Task::Test(arguments) => test::run(&arguments),
         Task::VmTest(arguments) => vm::task(&arguments),
         Task::Setup => setup::ensure(setup::For::Test),
-        Task::Ebpf => ebpf::task(),
+        Task::Ebpf => ebpf::build(&run::root(), ebpf::Variant::Release)
+            .map(|object| println!("{}", object.display()))
+            .map_err(anyhow::Error::from),
         Task::Tidy => tidy::run(),
         Task::Census => down::census(),
     };

@@ -98,7 +98,9 @@ mod tests {
     use super::*;
 
     fn message(kind: u16, body: &[u8]) -> Vec<u8> {
-        let mut bytes = ((NLMSG_HEADER_BYTES + body.len()) as u32).to_ne_bytes().to_vec();
+        let mut bytes = ((NLMSG_HEADER_BYTES + body.len()) as u32)
+            .to_ne_bytes()
+            .to_vec();
         bytes.extend(kind.to_ne_bytes());
         bytes.extend([0; 10]);
         bytes.extend(body);

@@ -11,7 +11,10 @@ pub struct Step {
 /// Announces a step.
 pub fn step(name: &str) -> Step {
     println!("==> {name}");
-    Step { began: Instant::now(), name: name.to_owned() }
+    Step {
+        began: Instant::now(),
+        name: name.to_owned(),
+    }
 }
 
 impl Drop for Step {
@@ -32,7 +35,11 @@ pub fn note(words: impl AsRef<str>) {
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
-        rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count()).max().unwrap_or(0)
+        rows.iter()
+            .filter_map(|r| r.get(column))
+            .map(|c| c.chars().count())
+            .max()
+            .unwrap_or(0)
     };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut text = String::new();
@@ -41,7 +48,11 @@ pub fn table(rows: &[Vec<String>]) -> String {
         for (cell, width) in row.iter().zip(&widths) {
             let number = !cell.is_empty() && cell.chars().all(|c| c.is_ascii_digit());
             line.push(' ');
-            line.push_str(&if number { format!("{cell:>width$} ") } else { format!("{cell:<width$} ") });
+            line.push_str(&if number {
+                format!("{cell:>width$} ")
+            } else {
+                format!("{cell:<width$} ")
+            });
         }
         text.push_str(line.trim_end());
         text.push('\n');
@@ -55,7 +66,10 @@ mod tests {
 
     #[test]
     fn tables_align_words_left_and_numbers_right() {
-        let rows = [vec!["pod".into(), "hits".into()], vec!["web-1".into(), "7".into()]];
+        let rows = [
+            vec!["pod".into(), "hits".into()],
+            vec!["web-1".into(), "7".into()],
+        ];
         assert_eq!(table(&rows), "    pod    hits\n    web-1     7\n");
     }
 }

@@ -9,7 +9,10 @@ use anyhow::{Context, Result, bail};
 /// The repository's root.
 pub fn root() -> PathBuf {
     // xtask/ lies in the root; the path is compiled in, so any working directory will do.
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().map(PathBuf::from).unwrap_or_default()
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .map(PathBuf::from)
+        .unwrap_or_default()
 }
 
 /// `target/`, or what CARGO_TARGET_DIR says.
@@ -34,7 +37,9 @@ pub fn program<S: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = 
 /// Runs it with our own output; an error names the command.
 pub fn shown(command: &mut Command) -> Result<()> {
     let words = words(command);
-    let status = command.status().with_context(|| format!("cannot run `{words}`"))?;
+    let status = command
+        .status()
+        .with_context(|| format!("cannot run `{words}`"))?;
     if !status.success() {
         bail!("`{words}` failed: {status}");
     }
@@ -44,8 +49,10 @@ pub fn shown(command: &mut Command) -> Result<()> {
 /// Runs it silently and returns its standard output; an error carries its last lines.
 pub fn captured(command: &mut Command) -> Result<String> {
     let words = words(command);
-    let output =
-        command.stdin(Stdio::null()).output().with_context(|| format!("cannot run `{words}`"))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run `{words}`"))?;
     if !output.status.success() {
         let said = [output.stdout, output.stderr].concat();
         let said = String::from_utf8_lossy(&said);
@@ -56,26 +63,27 @@ pub fn captured(command: &mut Command) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Does it exist and succeed?
-pub fn succeeds(command: &mut Command) -> bool {
-    let quiet = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    quiet.status().is_ok_and(|s| s.success())
-}
-
 /// The command as a person would type it.
 pub fn words(command: &Command) -> String {
     let name = PathBuf::from(command.get_program());
-    let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = name
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let arguments = command.get_args().map(|a| a.to_string_lossy().into_owned());
-    std::iter::once(name).chain(arguments).collect::<Vec<_>>().join(" ")
+    std::iter::once(name)
+        .chain(arguments)
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 /// Where a program of that name lies on PATH (or in cargo's own bin directory).
 pub fn which(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let cargo_home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| {
-        std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"))
-    });
+    let cargo_home = std::env::var_os("CARGO_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo")));
     // /usr/sbin holds tools that a plain user's PATH lacks.
     let more = ["/usr/sbin", "/sbin"].map(PathBuf::from).into_iter();
     std::env::split_paths(&path)

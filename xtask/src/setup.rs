@@ -3,7 +3,7 @@
 //!
 //! The eBPF toolchain is detected, not configured. The programs need a Rust compiler *with the
 //! standard library's sources* and `bpf-linker`, whose LLVM is not older than the compiler's:
-//! 1. rustup's nightly of [`NIGHTLY`] with `rust-src`, where rustup can download;
+//! 1. rustup's nightly of [`ebpf::NIGHTLIES`] with `rust-src`, where rustup can download;
 //! 2. Debian's `rustc-web cargo-web rust-web-src`, where it cannot.
 
 use std::path::Path;
@@ -11,10 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::run;
+use crate::{ebpf, run};
 
-/// Rust 1.97 with LLVM 22: the newest that Debian's LLVM 22 can link.
-pub const NIGHTLY: &str = "nightly-2026-05-20";
 /// Pinned: the object's bytes follow from it.
 const BPF_LINKER: &str = "0.13";
 /// LLVM releases that bpf-linker 0.13 takes and that are not older than the compilers' LLVM 22.
@@ -44,10 +42,25 @@ fn file(path: &str) -> bool {
 }
 
 fn needs(purpose: For) -> Vec<Need> {
-    let need = |what, why, found, packages| Need { what, why, found, packages };
+    let need = |what, why, found, packages| Need {
+        what,
+        why,
+        found,
+        packages,
+    };
     let mut needs = vec![
-        need("cc", "links Rust programs", run::which("cc").is_some(), &["gcc", "libc6-dev"][..]),
-        need("mmdebstrap", "makes images", run::which("mmdebstrap").is_some(), &["mmdebstrap"]),
+        need(
+            "cc",
+            "links Rust programs",
+            run::which("cc").is_some(),
+            &["gcc", "libc6-dev"][..],
+        ),
+        need(
+            "mmdebstrap",
+            "makes images",
+            run::which("mmdebstrap").is_some(),
+            &["mmdebstrap"],
+        ),
     ];
     if purpose == For::Test {
         let registry = run::which("docker-registry").is_some();
@@ -55,11 +68,26 @@ fn needs(purpose: For) -> Vec<Need> {
         let qemu = run::which("qemu-system-x86_64").is_some();
         let busybox = file("/bin/busybox");
         needs.extend([
-            need("docker-registry", "image pull tests", registry, &["docker-registry"][..]),
-            need("CNI plugins", "third-party CNI tests", plugins, &["containernetworking-plugins"]),
+            need(
+                "docker-registry",
+                "image pull tests",
+                registry,
+                &["docker-registry"][..],
+            ),
+            need(
+                "CNI plugins",
+                "third-party CNI tests",
+                plugins,
+                &["containernetworking-plugins"],
+            ),
             need("qemu", "cargo xtask vm-test", qemu, &["qemu-system-x86"]),
             need("busybox", "test containers", busybox, &["busybox-static"]),
-            need("strace", "fault injection tests", run::which("strace").is_some(), &["strace"]),
+            need(
+                "strace",
+                "fault injection tests",
+                run::which("strace").is_some(),
+                &["strace"],
+            ),
         ]);
     }
     needs
@@ -70,11 +98,19 @@ pub fn ensure(purpose: For) -> Result<()> {
     let missing: Vec<Need> = needs(purpose).into_iter().filter(|n| !n.found).collect();
     let packages: Vec<&str> = missing.iter().flat_map(|n| n.packages).copied().collect();
     for need in &missing {
-        println!("setup: {} is missing ({}): {}", need.what, need.why, need.packages.join(" "));
+        println!(
+            "setup: {} is missing ({}): {}",
+            need.what,
+            need.why,
+            need.packages.join(" ")
+        );
     }
     let mut commands = Vec::new();
     if !packages.is_empty() && !install(&packages)? {
-        commands.push(format!("apt-get install --no-install-recommends {}", packages.join(" ")));
+        commands.push(format!(
+            "apt-get install --no-install-recommends {}",
+            packages.join(" ")
+        ));
     }
     ensure_bpf_compiler(&mut commands)?;
     ensure_bpf_linker(&mut commands)?;
@@ -86,7 +122,11 @@ pub fn ensure(purpose: For) -> Result<()> {
     }
     bail!(
         "this machine lacks what the lines above name, and {}. Run:\n  {}",
-        if run::is_root() { "its packages do not have it" } else { "only root may install it" },
+        if run::is_root() {
+            "its packages do not have it"
+        } else {
+            "only root may install it"
+        },
         commands.join("\n  ")
     )
 }
@@ -98,7 +138,14 @@ fn install(packages: &[&str]) -> Result<bool> {
     }
     update_lists()?;
     println!("setup: apt-get install {}", packages.join(" "));
-    let options = ["-q", "-y", "-o", "DPkg::Lock::Timeout=300", "install", "--no-install-recommends"];
+    let options = [
+        "-q",
+        "-y",
+        "-o",
+        "DPkg::Lock::Timeout=300",
+        "install",
+        "--no-install-recommends",
+    ];
     let mut apt = run::program("apt-get", options);
     run::captured(apt.args(packages).env("DEBIAN_FRONTEND", "noninteractive"))?;
     Ok(true)
@@ -113,10 +160,12 @@ fn update_lists() -> Result<()> {
     }
     let stamp = std::fs::metadata("/var/lib/apt/periodic/update-success-stamp")
         .or_else(|_| std::fs::metadata("/var/cache/apt/pkgcache.bin"));
-    let fresh = stamp
-        .and_then(|m| m.modified())
-        .is_ok_and(|at| at.elapsed().is_ok_and(|age| age < Duration::from_secs(86_400)));
-    if fresh && run::captured(&mut run::program("apt-cache", ["policy", "mmdebstrap"]))?.contains(':')
+    let fresh = stamp.and_then(|m| m.modified()).is_ok_and(|at| {
+        at.elapsed()
+            .is_ok_and(|age| age < Duration::from_secs(86_400))
+    });
+    if fresh
+        && run::captured(&mut run::program("apt-cache", ["policy", "mmdebstrap"]))?.contains(':')
     {
         return Ok(());
     }
@@ -127,21 +176,31 @@ fn update_lists() -> Result<()> {
 
 /// Does apt know this package?
 fn available(package: &str) -> bool {
-    run::captured(&mut run::program("apt-cache", ["policy", package]))
-        .is_ok_and(|said| said.lines().any(|l| l.contains("Candidate:") && !l.contains("(none)")))
+    run::captured(&mut run::program("apt-cache", ["policy", package])).is_ok_and(|said| {
+        said.lines()
+            .any(|l| l.contains("Candidate:") && !l.contains("(none)"))
+    })
 }
 
 fn ensure_bpf_compiler(commands: &mut Vec<String>) -> Result<()> {
-    if crate::ebpf::compiler().is_some() {
+    if ebpf::has_compiler() {
         return Ok(());
     }
     println!("setup: no Rust compiler for eBPF (a nightly with rust-src, or Debian's rustc-web)");
-    let rustup = ["toolchain", "install", NIGHTLY, "--profile", "minimal", "-c", "rust-src"];
+    let rustup = [
+        "toolchain",
+        "install",
+        ebpf::NIGHTLIES[0],
+        "--profile",
+        "minimal",
+        "-c",
+        "rust-src",
+    ];
     if run::which("rustup").is_some() {
         println!("setup: rustup {}", rustup.join(" "));
         // Where rustup cannot download it fails or hangs: bounded, then the other way.
         let mut bounded = run::program("timeout", ["300", "rustup"]);
-        if run::captured(bounded.args(rustup)).is_ok() && crate::ebpf::compiler().is_some() {
+        if run::captured(bounded.args(rustup)).is_ok() && ebpf::has_compiler() {
             return Ok(());
         }
         println!("setup: rustup could not download it");
@@ -149,7 +208,7 @@ fn ensure_bpf_compiler(commands: &mut Vec<String>) -> Result<()> {
     let packages = ["rustc-web", "cargo-web", "rust-web-src"];
     if run::is_root() && run::which("apt-get").is_some() {
         update_lists()?;
-        if available(packages[0]) && install(&packages)? && crate::ebpf::compiler().is_some() {
+        if available(packages[0]) && install(&packages)? && ebpf::has_compiler() {
             return Ok(());
         }
     }
@@ -167,10 +226,12 @@ fn ensure_bpf_linker(commands: &mut Vec<String>) -> Result<()> {
     let mut version = LLVM.into_iter().find(|v| complete(*v));
     if version.is_none() && run::is_root() && run::which("apt-get").is_some() {
         update_lists()?;
-        let found = LLVM.into_iter().find(|v| available(&format!("llvm-{v}-dev")));
+        let found = LLVM
+            .into_iter()
+            .find(|v| available(&format!("llvm-{v}-dev")));
         if let Some(found) = found {
             let package = format!("llvm-{found}-dev");
-            install(&[package.as_str(), "zlib1g-dev", "g++"])?;
+            install(&[package.as_str(), "libzstd-dev", "zlib1g-dev", "g++"])?;
             version = Some(found);
         }
     }
@@ -182,7 +243,9 @@ fn ensure_bpf_linker(commands: &mut Vec<String>) -> Result<()> {
     let feature = format!("llvm-{version}");
     let mut cargo = run::cargo();
     cargo.args(["install", "bpf-linker", "--locked", "--version"]);
-    cargo.arg(format!("^{BPF_LINKER}")).args(["--no-default-features", "--features", &feature]);
+    cargo
+        .arg(format!("^{BPF_LINKER}"))
+        .args(["--no-default-features", "--features", &feature]);
     run::captured(cargo.env("LLVM_PREFIX", prefix(version))).context("bpf-linker")?;
     Ok(())
 }
@@ -193,7 +256,9 @@ fn ensure_cargo_deny() -> Result<()> {
     }
     println!("setup: cargo install cargo-deny {CARGO_DENY} (some minutes)");
     let mut cargo = run::cargo();
-    cargo.args(["install", "cargo-deny", "--locked", "--version"]).arg(format!("^{CARGO_DENY}"));
+    cargo
+        .args(["install", "cargo-deny", "--locked", "--version"])
+        .arg(format!("^{CARGO_DENY}"));
     run::captured(&mut cargo).context("cargo-deny")?;
     Ok(())
 }

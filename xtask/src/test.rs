@@ -8,7 +8,7 @@ use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{build, census, down, image, report, run, setup, tidy, vm};
+use crate::{build, census, down, ebpf, image, report, run, setup, tidy, vm};
 
 /// What `test` takes.
 #[derive(clap::Args)]
@@ -43,7 +43,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let step = report::step("building");
     let bin = build::binaries(build::Profile::Dev, "test")?;
     drop(step);
-    let _ = (image::archive(&image::NGINX)?, image::archive(&image::BUSYBOX)?);
+    let _ = (
+        image::archive(&image::NGINX)?,
+        image::archive(&image::BUSYBOX)?,
+    );
     unit_and_integration(arguments, &bin, &mut count)?;
     if !arguments.no_vm && arguments.filter.is_none() {
         let outcome = vm::run(&vm::Arguments::defaults())?;
@@ -60,7 +63,12 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     for reason in &count.skipped {
         println!("skipped: {reason}");
     }
-    println!("{} passed, {} failed, {} skipped", count.passed, count.failed, count.skipped.len());
+    println!(
+        "{} passed, {} failed, {} skipped",
+        count.passed,
+        count.failed,
+        count.skipped.len()
+    );
     if count.failed > 0 {
         bail!("{} failed (see FAILED above)", count.failed);
     }
@@ -82,11 +90,28 @@ fn checks(count: &mut Count) {
     };
     check("fmt", cargo(&["fmt", "--all", "--", "--check"]));
     check("tidy", tidy::run());
-    check("deny", cargo(&["deny", "--workspace", "check", "licenses", "bans", "sources"]));
-    let ebpf = crate::ebpf::build().map(drop);
-    check("ebpf", ebpf);
-    let clippy =
-        ["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"];
+    check(
+        "deny",
+        cargo(&[
+            "deny",
+            "--workspace",
+            "check",
+            "licenses",
+            "bans",
+            "sources",
+        ]),
+    );
+    let ebpf = ebpf::build(&run::root(), ebpf::Variant::Release).map(drop);
+    check("ebpf", ebpf.map_err(anyhow::Error::from));
+    let clippy = [
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ];
     check("clippy", cargo(&clippy));
 }
 
@@ -100,9 +125,11 @@ fn unit_and_integration(
     // One binary after another must not hide the later ones' failures.
     cargo.args(["test", "--workspace", "--no-fail-fast"]);
     cargo.args(arguments.filter.as_ref());
-    cargo.args(["--", "--show-output"]).env("GANTRY_BIN", bin)
+    cargo
+        .args(["--", "--show-output"])
+        .env("GANTRY_BIN", bin)
         .env("GANTRY_IMAGES", run::target().join("images"))
-       .env("RUST_BACKTRACE", "1");
+        .env("RUST_BACKTRACE", "1");
     let mut child = cargo.stdout(Stdio::piped()).spawn().context("cargo test")?;
     let stdout = child.stdout.take().context("cargo test has no output")?;
     for line in BufReader::new(stdout).lines() {
@@ -127,7 +154,8 @@ fn take_line(line: &str, count: &mut Count) {
     if let Some(result) = line.strip_prefix("test result: ") {
         let number = |word: &str| {
             let part = result.split(['.', ';']).find(|p| p.trim().ends_with(word));
-            part.and_then(|p| p.trim().split(' ').next()?.parse::<usize>().ok()).unwrap_or(0)
+            part.and_then(|p| p.trim().split(' ').next()?.parse::<usize>().ok())
+                .unwrap_or(0)
         };
         count.passed += number("passed");
         count.failed += number("failed");

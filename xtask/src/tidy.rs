@@ -9,15 +9,33 @@ use crate::{report, run};
 
 /// The only files that may contain `unsafe`, each with why.
 const UNSAFE: [(&str, &str); 12] = [
-    ("agent/shim/src/sys.rs", "libc without a wrapper crate: the shim links nothing else"),
-    ("agent/rt/src/executor.rs", "seccomp and capabilities between libcontainer and execve"),
-    ("agent/src/dataplane/sys.rs", "bpf(2) commands that aya does not have, mmap of arrays"),
-    ("agent/src/network/namespaces.rs", "unshare and bind mounts on a throw-away thread"),
+    (
+        "agent/shim/src/sys.rs",
+        "libc without a wrapper crate: the shim links nothing else",
+    ),
+    (
+        "agent/rt/src/executor.rs",
+        "seccomp and capabilities between libcontainer and execve",
+    ),
+    (
+        "agent/src/dataplane/sys.rs",
+        "bpf(2) commands that aya does not have, mmap of arrays",
+    ),
+    (
+        "agent/src/network/namespaces.rs",
+        "unshare and bind mounts on a throw-away thread",
+    ),
     ("cni/src/netns.rs", "setns on a dedicated thread"),
     ("ebpf/maps/src/lib.rs", "plain-old-data markers for aya"),
     ("ebpf/programs/src/", "programs for the BPF virtual machine"),
-    ("xtask/src/up.rs", "a signal handler that stores to an atomic"),
-    ("agent/src/runtime/", "descriptor passing and pseudo terminals"),
+    (
+        "xtask/src/up.rs",
+        "a signal handler that stores to an atomic",
+    ),
+    (
+        "agent/src/runtime/",
+        "descriptor passing and pseudo terminals",
+    ),
     ("tests/", "test harness: namespaces and signals"),
     ("agent/tests/", "test harness: namespaces and signals"),
     ("control/cli/src/terminal.rs", "raw terminal mode"),
@@ -25,8 +43,13 @@ const UNSAFE: [(&str, &str); 12] = [
 
 /// Marks of unfinished work, and paths of a developer's machine. Written in two parts, so that this
 /// file does not find itself.
-const FORBIDDEN: [(&str, &str); 5] =
-    [("FIX", "ME"), ("XX", "X:"), ("TO", "DO"), ("/wo", "rk/"), ("/ro", "ot/.")];
+const FORBIDDEN: [(&str, &str); 5] = [
+    ("FIX", "ME"),
+    ("XX", "X:"),
+    ("TO", "DO"),
+    ("/wo", "rk/"),
+    ("/ro", "ot/."),
+];
 
 /// Runs all checks; the error lists every finding.
 pub fn run() -> Result<()> {
@@ -38,7 +61,9 @@ pub fn run() -> Result<()> {
     ))?;
     for name in listed.lines() {
         let path = run::root().join(name);
-        let Ok(text) = std::fs::read_to_string(&path) else { continue };
+        let Ok(text) = std::fs::read_to_string(&path) else {
+            continue;
+        };
         check_file(name, &text, &mut findings);
     }
     check_readme(&mut findings)?;
@@ -52,7 +77,9 @@ fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
     let rust = name.ends_with(".rs");
     let test = name.ends_with("tests.rs") || name.contains("/tests/");
     if rust && !test && !text.lines().take(4).any(|line| line.starts_with("//!")) {
-        findings.push(format!("{name}: no `//!` header that says what the module is for"));
+        findings.push(format!(
+            "{name}: no `//!` header that says what the module is for"
+        ));
     }
     for (number, line) in text.lines().enumerate() {
         for (a, b) in FORBIDDEN {
@@ -63,9 +90,14 @@ fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
         let code = line.trim_start();
         let is_unsafe = rust
             && !code.starts_with("//")
-            && (code.contains("unsafe {") || code.contains("unsafe fn") || code.contains("unsafe impl"));
+            && (code.contains("unsafe {")
+                || code.contains("unsafe fn")
+                || code.contains("unsafe impl"));
         if is_unsafe && !UNSAFE.iter().any(|(allowed, _)| name.starts_with(allowed)) {
-            findings.push(format!("{name}:{}: unsafe outside the modules named in tidy", number + 1));
+            findings.push(format!(
+                "{name}:{}: unsafe outside the modules named in tidy",
+                number + 1
+            ));
         }
     }
 }
@@ -73,7 +105,12 @@ fn check_file(name: &str, text: &str, findings: &mut Vec<String>) {
 /// Every path in backquotes that looks like one of ours exists.
 fn check_readme(findings: &mut Vec<String>) -> Result<()> {
     let readme = std::fs::read_to_string(run::root().join("README.md")).context("README.md")?;
-    for path in readme.split('`').skip(1).step_by(2).filter(|word| is_path(word)) {
+    for path in readme
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|word| is_path(word))
+    {
         if !run::root().join(PathBuf::from(path)).exists() {
             findings.push(format!("README.md names {path}, which does not exist"));
         }
@@ -82,9 +119,13 @@ fn check_readme(findings: &mut Vec<String>) -> Result<()> {
 }
 
 fn is_path(word: &str) -> bool {
-    let tops = ["agent/", "ebpf/", "cni/", "control/", "xtask/", "tests/", ".ci/", ".cargo/"];
+    let tops = [
+        "agent/", "ebpf/", "cni/", "control/", "xtask/", "tests/", ".ci/", ".cargo/",
+    ];
     tops.iter().any(|top| word.starts_with(top))
-        && word.chars().all(|c| c.is_alphanumeric() || "/._-".contains(c))
+        && word
+            .chars()
+            .all(|c| c.is_alphanumeric() || "/._-".contains(c))
         && Path::new(word).is_relative()
 }
 
@@ -95,7 +136,11 @@ mod tests {
     #[test]
     fn findings_name_file_and_line() {
         let mut findings = Vec::new();
-        check_file("cni/src/x.rs", "fn f() {\n    unsafe { g() }\n}\n", &mut findings);
+        check_file(
+            "cni/src/x.rs",
+            "fn f() {\n    unsafe { g() }\n}\n",
+            &mut findings,
+        );
         assert_eq!(findings.len(), 2);
         assert!(findings[0].contains("no `//!` header"));
         assert!(findings[1].starts_with("cni/src/x.rs:2: unsafe"));

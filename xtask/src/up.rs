@@ -54,7 +54,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let cluster = Cluster { bin };
     refuse_second()?;
     let interrupted = interrupts()?;
-    let done = main_job(&cluster, &interrupted);
+    let done = main_job(&cluster, interrupted);
     if let Err(error) = &done {
         eprintln!("xtask: {error:#}");
         eprintln!("logs: {0}/control.log {0}/agent.log", directory().display());
@@ -122,16 +122,30 @@ fn main_job(cluster: &Cluster, interrupted: &AtomicBool) -> Result<()> {
     let manifest = run::root().join("tests/fixtures/manifests/web.yaml");
     run::shown(cluster.gantry(["apply", "-f"]).arg(&manifest))?;
     run::shown(&mut cluster.gantry([
-        "-n", "web", "rollout", "status", "deployment/web", "--timeout=120s",
+        "-n",
+        "web",
+        "rollout",
+        "status",
+        "deployment/web",
+        "--timeout=120s",
     ]))?;
     run::shown(&mut cluster.gantry([
-        "-n", "web", "wait", "--for=condition=Ready", "pod/client", "--timeout=60s",
+        "-n",
+        "web",
+        "wait",
+        "--for=condition=Ready",
+        "pod/client",
+        "--timeout=60s",
     ]))?;
     run::shown(&mut cluster.gantry(["-n", "web", "get", "pods,services", "-o", "wide"]))?;
     drop(step);
-    let step = report::step(&format!("{REQUEST_COUNT} requests from the host and from a pod"));
-    let host = from_host().context("requests from the host")?;
-    let pod = cluster.from_pod().context("requests from the client pod")?;
+    let step = report::step(&format!(
+        "{REQUEST_COUNT} requests from the host and from a pod"
+    ));
+    let host = requests_from_host().context("requests from the host")?;
+    let pod = cluster
+        .requests_from_pod()
+        .context("requests from the client pod")?;
     answers(&host, &pod)?;
     drop(step);
     report::step("how each pod started");
@@ -139,7 +153,9 @@ fn main_job(cluster: &Cluster, interrupted: &AtomicBool) -> Result<()> {
     let rules_after = netfilter::rule_count()?;
     println!("==> netfilter rules: {rules_before} before, {rules_after} after");
     if rules_before != rules_after {
-        bail!("the number of netfilter rules has changed: something added {rules_after} - {rules_before}");
+        bail!(
+            "the number of netfilter rules has changed: something added {rules_after} - {rules_before}"
+        );
     }
     println!("\nTry next:");
     println!("  . target/up/env");
@@ -182,7 +198,9 @@ impl Cluster {
         self.spawn("gantry-agent", &["run", "--node-name", &node], "agent.log")?;
         self.answers("agent.log", || {
             let node = run::captured(&mut self.gantry(["get", "node", &node, "-o", "json"]));
-            node.ok().and_then(|text| serde_json::from_str(&text).ok()).is_some_and(|n| ready(&n))
+            node.ok()
+                .and_then(|text| serde_json::from_str(&text).ok())
+                .is_some_and(|n| ready(&n))
         })?;
         drop(step);
         run::shown(&mut self.gantry(["get", "nodes", "-o", "wide"]))
@@ -202,7 +220,11 @@ impl Cluster {
 
     /// Waits until `is_up`; a process that has ended, or 60 s, end the wait with its log's words.
     fn answers(&self, log: &str, is_up: impl Fn() -> bool) -> Result<()> {
-        let name = if log == "control.log" { "gantry-control" } else { "gantry-agent" };
+        let name = if log == "control.log" {
+            "gantry-control"
+        } else {
+            "gantry-agent"
+        };
         let began = Instant::now();
         while !is_up() {
             let runs = census::processes().iter().any(|(_, n)| n == name);
@@ -210,7 +232,11 @@ impl Cluster {
                 let text = std::fs::read_to_string(directory().join(log)).unwrap_or_default();
                 let last: Vec<&str> = text.lines().rev().take(8).collect();
                 let last: Vec<&str> = last.into_iter().rev().collect();
-                let what = if runs { "is not ready after 60 s" } else { "has ended" };
+                let what = if runs {
+                    "is not ready after 60 s"
+                } else {
+                    "has ended"
+                };
                 bail!("{name} {what}; its last words:\n{}", last.join("\n"));
             }
             std::thread::sleep(Duration::from_millis(50));
@@ -238,14 +264,19 @@ impl Cluster {
         Ok(())
     }
 
-    fn from_pod(&self) -> Result<BTreeMap<String, usize>> {
+    fn requests_from_pod(&self) -> Result<BTreeMap<String, usize>> {
         let script = format!(
             "i=0; while [ $i -lt {REQUEST_COUNT} ]; do wget -S -q -O /dev/null http://web 2>&1; i=$((i+1)); done"
         );
-        let mut exec = self.gantry(["-n", "web", "exec", "client", "--", "/bin/sh", "-c", &script]);
+        let mut exec = self.gantry([
+            "-n", "web", "exec", "client", "--", "/bin/sh", "-c", &script,
+        ]);
         let said = run::captured(&mut exec)?;
         let mut hits = BTreeMap::new();
-        for pod in said.lines().filter_map(|l| l.trim().strip_prefix("X-Pod: ")) {
+        for pod in said
+            .lines()
+            .filter_map(|l| l.trim().strip_prefix("X-Pod: "))
+        {
             *hits.entry(pod.trim().to_owned()).or_insert(0) += 1;
         }
         Ok(hits)
@@ -253,7 +284,13 @@ impl Cluster {
 
     fn timelines(&self) -> Result<()> {
         let said = run::captured(&mut self.gantry([
-            "-n", "web", "get", "events", "--field-selector=reason=Timeline", "-o", "json",
+            "-n",
+            "web",
+            "get",
+            "events",
+            "--field-selector=reason=Timeline",
+            "-o",
+            "json",
         ]))?;
         let list: Value = serde_json::from_str(&said).context("events as JSON")?;
         let mut rows = Vec::new();
@@ -273,7 +310,10 @@ impl Cluster {
 
 fn ready(node: &Value) -> bool {
     let conditions = node["status"]["conditions"].as_array();
-    conditions.into_iter().flatten().any(|c| c["type"] == "Ready" && c["status"] == "True")
+    conditions
+        .into_iter()
+        .flatten()
+        .any(|c| c["type"] == "Ready" && c["status"] == "True")
 }
 
 fn hostname() -> Result<String> {
@@ -281,7 +321,7 @@ fn hostname() -> Result<String> {
     Ok(name.to_string_lossy().to_lowercase())
 }
 
-fn from_host() -> Result<BTreeMap<String, usize>> {
+fn requests_from_host() -> Result<BTreeMap<String, usize>> {
     let address = resolve(SERVICE)?;
     report::note(format!("{SERVICE} is {address}, says {RESOLVER}"));
     let mut hits = BTreeMap::new();
@@ -297,7 +337,10 @@ fn get(address: SocketAddr) -> Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))
         .with_context(|| format!("connect to {address}"))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(stream, "GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n")?;
+    write!(
+        stream,
+        "GET / HTTP/1.1\r\nHost: web\r\nConnection: close\r\n\r\n"
+    )?;
     let mut pod = None;
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
@@ -325,10 +368,14 @@ fn resolve(name: &str) -> Result<Ipv4Addr> {
     let mut answer = [0u8; 512];
     for _ in 0..3 {
         socket.send(&query)?;
-        let Ok(length) = socket.recv(&mut answer) else { continue };
+        let Ok(length) = socket.recv(&mut answer) else {
+            continue;
+        };
         let answer = answer.get(..length).unwrap_or_default();
         // One A record ends the answer section; ours carry nothing after it but EDNS, not asked for.
-        let count = answer.get(6..8).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
+        let count = answer
+            .get(6..8)
+            .map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
         if let (true, [.., 0, 4, a, b, c, d]) = (count > 0, answer) {
             return Ok(Ipv4Addr::new(*a, *b, *c, *d));
         }
@@ -338,7 +385,11 @@ fn resolve(name: &str) -> Result<Ipv4Addr> {
 }
 
 fn answers(host: &BTreeMap<String, usize>, pod: &BTreeMap<String, usize>) -> Result<()> {
-    let mut rows = vec![vec!["pod".to_owned(), "host".to_owned(), "client".to_owned()]];
+    let mut rows = vec![vec![
+        "pod".to_owned(),
+        "host".to_owned(),
+        "client".to_owned(),
+    ]];
     let names: std::collections::BTreeSet<&String> = host.keys().chain(pod.keys()).collect();
     let count = |hits: &BTreeMap<String, usize>, name: &String| {
         hits.get(name).copied().unwrap_or(0).to_string()

@@ -62,8 +62,9 @@ mod tests {
     #[test]
     fn first_restart_is_immediate_then_doubles_to_five_minutes() {
         let mut backoff = Backoff::default();
-        let waits: Vec<u64> =
-            (0..8).map(|_| backoff.after_exit(Duration::from_secs(1)).as_secs()).collect();
+        let waits: Vec<u64> = (0..8)
+            .map(|_| backoff.after_exit(Duration::from_secs(1)).as_secs())
+            .collect();
         assert_eq!(waits, [0, 10, 20, 40, 80, 160, 300, 300]);
     }
 

@@ -99,7 +99,8 @@ impl Prober {
         }
         let liveness = async {
             if let Some(probe) = &self.config.liveness_probe {
-                self.repeat(probe, ProbeKind::Liveness, Some(true), false).await;
+                self.repeat(probe, ProbeKind::Liveness, Some(true), false)
+                    .await;
             }
         };
         let readiness = async {
@@ -112,9 +113,8 @@ impl Prober {
     }
 
     async fn repeat(&self, probe: &Probe, kind: ProbeKind, known: Option<bool>, until_ok: bool) {
-        let seconds = |n: Option<i32>, default: i32| {
-            Duration::from_secs(n.unwrap_or(default).max(0) as u64)
-        };
+        let seconds =
+            |n: Option<i32>, default: i32| Duration::from_secs(n.unwrap_or(default).max(0) as u64);
         let period = seconds(probe.period_seconds, 10).max(Duration::from_secs(1));
         let limit = seconds(probe.timeout_seconds, 1).max(Duration::from_secs(1));
         let mut threshold = Threshold::new(probe, known);
@@ -160,7 +160,12 @@ impl Prober {
     }
 
     async fn exec(&self, command: Vec<String>) -> Result<(), String> {
-        let spec = ExecSpec { run: self.run.clone(), command, stdin: false, tty: false };
+        let spec = ExecSpec {
+            run: self.run.clone(),
+            command,
+            stdin: false,
+            tty: false,
+        };
         let session = self.runtime.exec(&spec).await.map_err(|e| e.to_string())?;
         let mut output = Vec::new();
         let mut limited = session.stdout.take(ANSWER_BYTES_MAX as u64);
@@ -192,15 +197,22 @@ impl Prober {
             Some(path) => format!("/{path}"),
         };
         let headers = get.http_headers.iter().flatten();
-        let host = headers.clone().find(|h| h.name.eq_ignore_ascii_case("host"));
+        let host = headers
+            .clone()
+            .find(|h| h.name.eq_ignore_ascii_case("host"));
         let mut request = http::Request::get(&path)
-            .header("host", host.map_or(address.to_string(), |h| h.value.clone()))
+            .header(
+                "host",
+                host.map_or(address.to_string(), |h| h.value.clone()),
+            )
             .header("user-agent", "kube-probe/1.36")
             .header("connection", "close");
         for header in headers.filter(|h| !h.name.eq_ignore_ascii_case("host")) {
             request = request.header(&header.name, &header.value);
         }
-        let request = request.body(Empty::<bytes::Bytes>::new()).map_err(|e| e.to_string())?;
+        let request = request
+            .body(Empty::<bytes::Bytes>::new())
+            .map_err(|e| e.to_string())?;
         let stream = TcpStream::connect(address)
             .await
             .map_err(|e| format!("Get \"http://{address}{path}\": dial tcp {address}: {e}"))?;
@@ -229,7 +241,9 @@ impl Prober {
         let mut found = tokio::net::lookup_host((host, port))
             .await
             .map_err(|e| format!("lookup {host}: {e}"))?;
-        found.next().ok_or_else(|| format!("lookup {host}: no address"))
+        found
+            .next()
+            .ok_or_else(|| format!("lookup {host}: no address"))
     }
 }
 
@@ -257,13 +271,19 @@ async fn answer<T>(io: T, request: http::Request<Empty<bytes::Bytes>>) -> Result
 where
     T: hyper::rt::Read + hyper::rt::Write + Send + Unpin + 'static,
 {
-    let (mut sender, connection) =
-        hyper::client::conn::http1::handshake(io).await.map_err(|e| e.to_string())?;
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(io)
+        .await
+        .map_err(|e| e.to_string())?;
     let exchange = async {
-        let response = sender.send_request(request).await.map_err(|e| e.to_string())?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|e| e.to_string())?;
         let status = response.status().as_u16();
         // A server that is cut off in its answer logs an error at every probe: read it out.
-        let _ = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let _ = Limited::new(response.into_body(), ANSWER_BYTES_MAX)
+            .collect()
+            .await;
         Ok(status)
     };
     tokio::select! {
@@ -382,7 +402,10 @@ mod tests {
             "name": "a", "ports": [{"name": "web", "containerPort": 8080}]
         }))
         .unwrap();
-        assert_eq!(port_number(&config, &IntOrString::String("web".into())), Ok(8080));
+        assert_eq!(
+            port_number(&config, &IntOrString::String("web".into())),
+            Ok(8080)
+        );
         assert!(port_number(&config, &IntOrString::String("nope".into())).is_err());
         assert!(port_number(&config, &IntOrString::Int(0)).is_err());
         assert!(port_number(&config, &IntOrString::Int(70_000)).is_err());

@@ -262,7 +262,11 @@ impl PodState {
             uid,
             pod,
             phase: Phase::Syncing,
-            sandbox: Sandbox::Absent { retry_at: Duration::ZERO, failures: 0, failure: None },
+            sandbox: Sandbox::Absent {
+                retry_at: Duration::ZERO,
+                failures: 0,
+                failure: None,
+            },
             containers,
             deleted: false,
             grace_s,
@@ -281,11 +285,19 @@ impl PodState {
     /// The configuration of a container.
     pub fn config(&self, name: &str) -> Option<&ContainerConfig> {
         let spec = self.pod.spec.as_ref()?;
-        spec.init_containers.iter().flatten().chain(&spec.containers).find(|c| c.name == name)
+        spec.init_containers
+            .iter()
+            .flatten()
+            .chain(&spec.containers)
+            .find(|c| c.name == name)
     }
 
     fn restart_policy(&self) -> &str {
-        self.pod.spec.as_ref().and_then(|s| s.restart_policy.as_deref()).unwrap_or("Always")
+        self.pod
+            .spec
+            .as_ref()
+            .and_then(|s| s.restart_policy.as_deref())
+            .unwrap_or("Always")
     }
 
     fn run_of(&self, index: usize) -> ContainerRun {
@@ -394,7 +406,8 @@ impl PodState {
                 .max_by_key(|o| o.run.attempt);
             let Some(newest) = newest else {
                 // It ran in an earlier boot: its next run gets a number of its own.
-                let ran = known.filter(|s| s.container_id.as_deref().is_some_and(|i| !i.is_empty()));
+                let ran =
+                    known.filter(|s| s.container_id.as_deref().is_some_and(|i| !i.is_empty()));
                 container.attempt = ran.map_or(0, |s| s.restart_count.max(0) as u32 + 1);
                 continue;
             };
@@ -410,7 +423,10 @@ impl PodState {
             container.ready = known.is_some_and(|s| s.ready);
             container.started = known.is_some_and(|s| s.started == Some(true));
             let started_at = newest.started_at.unwrap_or(SystemTime::UNIX_EPOCH);
-            container.run = Run::Running { started_at, since: now };
+            container.run = Run::Running {
+                started_at,
+                since: now,
+            };
             match newest.exit.clone() {
                 Some(exit) => {
                     let run = self.run_of(index);
@@ -428,7 +444,9 @@ impl PodState {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let Sandbox::Preparing { failures } = self.sandbox else { return };
+        let Sandbox::Preparing { failures } = self.sandbox else {
+            return;
+        };
         for container in &mut self.containers {
             if let Run::Waiting { message: words, .. } = &mut container.run {
                 *words = message.clone();
@@ -450,7 +468,9 @@ impl PodState {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let Some(index) = self.current(run) else { return };
+        let Some(index) = self.current(run) else {
+            return;
+        };
         let (has_startup, has_readiness) = self
             .config(&run.name)
             .map(|c| (c.startup_probe.is_some(), c.readiness_probe.is_some()))
@@ -459,7 +479,10 @@ impl PodState {
         if container.run != Run::Starting {
             return;
         }
-        container.run = Run::Running { started_at: at, since: now };
+        container.run = Run::Running {
+            started_at: at,
+            since: now,
+        };
         container.image_id = image_id;
         container.started = !has_startup;
         container.ready = !has_startup && !has_readiness;
@@ -482,7 +505,9 @@ impl PodState {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let Some(index) = self.current(run) else { return };
+        let Some(index) = self.current(run) else {
+            return;
+        };
         let container = &mut self.containers[index];
         if container.run != Run::Starting {
             return;
@@ -494,7 +519,11 @@ impl PodState {
             _ => reason,
         };
         let wait = container.backoff.after_failed_start();
-        container.run = Run::Waiting { reason, message, retry_at: now + wait };
+        container.run = Run::Waiting {
+            reason,
+            message,
+            retry_at: now + wait,
+        };
     }
 
     fn container_exited(
@@ -504,7 +533,9 @@ impl PodState {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let Some(index) = self.current(run) else { return };
+        let Some(index) = self.current(run) else {
+            return;
+        };
         let ran = match &self.containers[index].run {
             Run::Running { since, .. } => now.saturating_sub(*since),
             // It ended before its start was reported.
@@ -547,8 +578,12 @@ impl PodState {
         actions: &mut Vec<Action>,
     ) {
         let grace_s = self.grace_s;
-        let Some(index) = self.current(run) else { return };
-        let has_readiness = self.config(&run.name).is_some_and(|c| c.readiness_probe.is_some());
+        let Some(index) = self.current(run) else {
+            return;
+        };
+        let has_readiness = self
+            .config(&run.name)
+            .is_some_and(|c| c.readiness_probe.is_some());
         let container = &mut self.containers[index];
         if !matches!(container.run, Run::Running { .. }) {
             return;
@@ -566,9 +601,15 @@ impl PodState {
                 }
                 container.ready = false;
                 container.stop = Stop::Asked(now + Duration::from_secs(grace_s));
-                let which = if kind == ProbeKind::Liveness { "liveness" } else { "startup" };
-                let words =
-                    format!("Container {} failed {which} probe, will be restarted", run.name);
+                let which = if kind == ProbeKind::Liveness {
+                    "liveness"
+                } else {
+                    "startup"
+                };
+                let words = format!(
+                    "Container {} failed {which} probe, will be restarted",
+                    run.name
+                );
                 actions.push(Action::Event("Killing", words, false));
                 actions.push(Action::StopProbes(run.clone()));
                 actions.push(Action::Stop(run.clone()));
@@ -615,13 +656,19 @@ impl PodState {
 
     fn sync(&mut self, now: Duration, actions: &mut Vec<Action>) {
         match &self.sandbox {
-            Sandbox::Absent { retry_at, failures, .. } if *retry_at <= now => {
-                self.sandbox = Sandbox::Preparing { failures: *failures };
+            Sandbox::Absent {
+                retry_at, failures, ..
+            } if *retry_at <= now => {
+                self.sandbox = Sandbox::Preparing {
+                    failures: *failures,
+                };
                 actions.push(Action::PrepareSandbox);
             }
             Sandbox::Ready(_) => {
                 for index in self.startable() {
-                    let Run::Waiting { retry_at, .. } = self.containers[index].run else { continue };
+                    let Run::Waiting { retry_at, .. } = self.containers[index].run else {
+                        continue;
+                    };
                     if retry_at <= now {
                         self.containers[index].run = Run::Starting;
                         actions.push(Action::Start(self.run_of(index)));
@@ -634,17 +681,25 @@ impl PodState {
 
     /// The first init container that has not succeeded, else all others.
     fn startable(&self) -> Vec<usize> {
-        let pending = self.containers.iter().position(|c| c.init && !c.succeeded());
+        let pending = self
+            .containers
+            .iter()
+            .position(|c| c.init && !c.succeeded());
         match pending {
             Some(index) => vec![index],
-            None => (0..self.containers.len()).filter(|i| !self.containers[*i].init).collect(),
+            None => (0..self.containers.len())
+                .filter(|i| !self.containers[*i].init)
+                .collect(),
         }
     }
 
     /// Nothing runs and nothing will be started again.
     fn ended_by_itself(&self) -> bool {
         let ended = |c: &Container| matches!(c.run, Run::Exited(_));
-        let init_failed = self.containers.iter().any(|c| c.init && ended(c) && !c.succeeded());
+        let init_failed = self
+            .containers
+            .iter()
+            .any(|c| c.init && ended(c) && !c.succeeded());
         let nothing_runs = !self.containers.iter().any(Container::alive);
         let others_ended = self.containers.iter().filter(|c| !c.init).all(ended);
         nothing_runs && (init_failed || others_ended)
@@ -693,19 +748,30 @@ impl PodState {
             _ => None,
         };
         let ready = matches!(self.sandbox, Sandbox::Ready(_)) && self.phase == Phase::Syncing;
-        let starts = self.startable().into_iter().filter_map(|i| match self.containers[i].run {
-            Run::Waiting { retry_at, .. } if ready => Some(retry_at),
-            _ => None,
-        });
-        let kills = self.containers.iter().filter_map(|c| match (&c.run, c.stop) {
-            (Run::Running { .. }, Stop::Asked(at) | Stop::Killed(at)) => Some(at),
-            _ => None,
-        });
+        let starts = self
+            .startable()
+            .into_iter()
+            .filter_map(|i| match self.containers[i].run {
+                Run::Waiting { retry_at, .. } if ready => Some(retry_at),
+                _ => None,
+            });
+        let kills = self
+            .containers
+            .iter()
+            .filter_map(|c| match (&c.run, c.stop) {
+                (Run::Running { .. }, Stop::Asked(at) | Stop::Killed(at)) => Some(at),
+                _ => None,
+            });
         let tear_down = match (self.phase, self.tear_down) {
             (Phase::TearingDown, TearDown::Due(at, _)) => Some(at),
             _ => None,
         };
-        sandbox.into_iter().chain(starts).chain(kills).chain(tear_down).min()
+        sandbox
+            .into_iter()
+            .chain(starts)
+            .chain(kills)
+            .chain(tear_down)
+            .min()
     }
 }
 
@@ -743,7 +809,10 @@ fn event_reason(reason: &str) -> &'static str {
 
 /// `spec.terminationGracePeriodSeconds`, or what the deletion asked for.
 fn spec_grace_s(pod: &Pod) -> u64 {
-    let spec = pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds);
+    let spec = pod
+        .spec
+        .as_ref()
+        .and_then(|s| s.termination_grace_period_seconds);
     let deletion = pod.metadata.deletion_grace_period_seconds;
     deletion.or(spec).unwrap_or(30).max(0) as u64
 }

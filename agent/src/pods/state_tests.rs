@@ -58,7 +58,11 @@ fn starts(actions: &[Action]) -> Vec<String> {
 }
 
 fn run(name: &str, attempt: u32) -> ContainerRun {
-    ContainerRun { pod: uid(), name: name.into(), attempt }
+    ContainerRun {
+        pod: uid(),
+        name: name.into(),
+        attempt,
+    }
 }
 
 fn started(name: &str, attempt: u32) -> Input {
@@ -71,7 +75,8 @@ fn started(name: &str, attempt: u32) -> Input {
 
 fn deleted(pod: &Arc<Pod>, grace: i64) -> Arc<Pod> {
     let mut pod = Pod::clone(pod);
-    pod.metadata.deletion_timestamp = Some(serde_json::from_str("\"2026-01-01T00:00:00Z\"").unwrap());
+    pod.metadata.deletion_timestamp =
+        Some(serde_json::from_str("\"2026-01-01T00:00:00Z\"").unwrap());
     pod.metadata.deletion_grace_period_seconds = Some(grace);
     Arc::new(pod)
 }
@@ -81,21 +86,36 @@ fn containers_start_together_after_the_sandbox() {
     let spec = web("Always", 0);
     let mut state = PodState::new(uid(), spec);
     assert_eq!(state.next(Input::Timer, secs(0)), [Action::PrepareSandbox]);
-    assert_eq!(starts(&state.next(Input::SandboxReady(network()), secs(0))), ["a/0", "b/0"]);
-    assert!(starts(&state.next(Input::Timer, secs(1))).is_empty(), "one start in flight");
+    assert_eq!(
+        starts(&state.next(Input::SandboxReady(network()), secs(0))),
+        ["a/0", "b/0"]
+    );
+    assert!(
+        starts(&state.next(Input::Timer, secs(1))).is_empty(),
+        "one start in flight"
+    );
 }
 
 #[test]
 fn init_containers_run_in_order_and_to_completion() {
     let mut state = PodState::new(uid(), web("Never", 2));
     state.next(Input::Timer, secs(0));
-    assert_eq!(starts(&state.next(Input::SandboxReady(network()), secs(0))), ["init0/0"]);
+    assert_eq!(
+        starts(&state.next(Input::SandboxReady(network()), secs(0))),
+        ["init0/0"]
+    );
     assert!(starts(&state.next(started("init0", 0), secs(0))).is_empty());
-    assert_eq!(starts(&state.next(Input::Exited(run("init0", 0), exit(0)), secs(0))), ["init1/0"]);
+    assert_eq!(
+        starts(&state.next(Input::Exited(run("init0", 0), exit(0)), secs(0))),
+        ["init1/0"]
+    );
     state.next(started("init1", 0), secs(0));
     let actions = state.next(Input::Exited(run("init1", 0), exit(3)), secs(0));
     assert!(starts(&actions).is_empty());
-    assert!(actions.contains(&Action::TearDown), "a failed init container ends a Never pod");
+    assert!(
+        actions.contains(&Action::TearDown),
+        "a failed init container ends a Never pod"
+    );
 }
 
 #[test]
@@ -124,10 +144,22 @@ fn deletion_asks_then_kills_then_tears_down() {
     let actions = state.next(Input::Spec(deleted(&spec, 5)), secs(10));
     assert!(actions.contains(&Action::Stop(run("a", 0))));
     assert!(!actions.contains(&Action::TearDown));
-    assert!(state.next(started("b", 0), secs(11)).contains(&Action::Stop(run("b", 0))));
+    assert!(
+        state
+            .next(started("b", 0), secs(11))
+            .contains(&Action::Stop(run("b", 0)))
+    );
     state.next(Input::Exited(run("a", 0), exit(0)), secs(12));
-    assert!(state.next(Input::Timer, secs(16)).contains(&Action::Kill(run("b", 0))));
-    assert!(state.next(Input::Exited(run("b", 0), exit(137)), secs(16)).contains(&Action::TearDown));
+    assert!(
+        state
+            .next(Input::Timer, secs(16))
+            .contains(&Action::Kill(run("b", 0)))
+    );
+    assert!(
+        state
+            .next(Input::Exited(run("b", 0), exit(137)), secs(16))
+            .contains(&Action::TearDown)
+    );
     state.next(Input::TornDown, secs(17));
     assert_eq!(state.phase, Phase::Finished);
 }
@@ -136,9 +168,16 @@ fn deletion_asks_then_kills_then_tears_down() {
 fn a_shorter_grace_period_counts_a_longer_does_not() {
     let spec = web("Always", 0);
     let mut state = PodState::new(uid(), spec.clone());
-    state.next(Input::Observed(vec![observed("a", 0, None), observed("b", 0, None)]), secs(0));
+    state.next(
+        Input::Observed(vec![observed("a", 0, None), observed("b", 0, None)]),
+        secs(0),
+    );
     state.next(Input::Spec(deleted(&spec, 30)), secs(0));
-    assert_eq!(state.wake_at(), Some(secs(5)), "the pod's own 5 s bound the deletion's 30 s");
+    assert_eq!(
+        state.wake_at(),
+        Some(secs(5)),
+        "the pod's own 5 s bound the deletion's 30 s"
+    );
     state.next(Input::Spec(deleted(&spec, 1)), secs(2));
     assert_eq!(state.wake_at(), Some(secs(3)));
 }
@@ -155,7 +194,11 @@ fn observed(name: &str, attempt: u32, exit: Option<Exit>) -> ObservedContainer {
 #[test]
 fn adopted_containers_are_not_started_again() {
     let mut state = PodState::new(uid(), web("Always", 0));
-    let found = vec![observed("a", 2, None), observed("a", 1, Some(exit(9))), observed("b", 0, None)];
+    let found = vec![
+        observed("a", 2, None),
+        observed("a", 1, Some(exit(9))),
+        observed("b", 0, None),
+    ];
     let actions = state.next(Input::Observed(found), secs(0));
     assert!(starts(&actions).is_empty());
     assert_eq!(state.containers[0].attempt, 2);
@@ -168,7 +211,10 @@ fn adopted_containers_are_not_started_again() {
 #[test]
 fn an_exit_during_the_agents_absence_is_seen_at_adoption() {
     let mut state = PodState::new(uid(), web("Never", 0));
-    let found = vec![observed("a", 0, Some(exit(7))), observed("b", 0, Some(exit(0)))];
+    let found = vec![
+        observed("a", 0, Some(exit(7))),
+        observed("b", 0, Some(exit(0))),
+    ];
     let actions = state.next(Input::Observed(found), secs(0));
     assert!(actions.contains(&Action::TearDown));
     assert_eq!(state.containers[0].run, Run::Exited(exit(7)));
@@ -177,10 +223,20 @@ fn an_exit_during_the_agents_absence_is_seen_at_adoption() {
 #[test]
 fn a_failed_liveness_probe_restarts_the_container_after_its_grace() {
     let mut state = PodState::new(uid(), web("Always", 0));
-    state.next(Input::Observed(vec![observed("a", 0, None), observed("b", 0, None)]), secs(0));
-    let actions = state.next(Input::Probe(run("a", 0), ProbeKind::Liveness, false), secs(100));
+    state.next(
+        Input::Observed(vec![observed("a", 0, None), observed("b", 0, None)]),
+        secs(0),
+    );
+    let actions = state.next(
+        Input::Probe(run("a", 0), ProbeKind::Liveness, false),
+        secs(100),
+    );
     assert!(actions.contains(&Action::Stop(run("a", 0))));
-    assert!(state.next(Input::Timer, secs(105)).contains(&Action::Kill(run("a", 0))));
+    assert!(
+        state
+            .next(Input::Timer, secs(105))
+            .contains(&Action::Kill(run("a", 0)))
+    );
     state.next(Input::SandboxReady(network()), secs(105));
     let actions = state.next(Input::Exited(run("a", 0), exit(137)), secs(106));
     assert_eq!(starts(&actions), ["a/1"]);
@@ -217,7 +273,10 @@ impl Machine {
                 Action::Start(run) => {
                     assert_eq!(state.phase, Phase::Syncing, "nothing starts after Syncing");
                     assert!(!self.starting.contains(run) && !self.running.contains(run));
-                    assert!(!self.ever_started.contains(run), "a run number is started once");
+                    assert!(
+                        !self.ever_started.contains(run),
+                        "a run number is started once"
+                    );
                     self.starting.push(run.clone());
                 }
                 Action::TearDown => {
@@ -256,7 +315,11 @@ impl Machine {
             }
             3 if self.tearing => {
                 self.tearing = false;
-                if good { Input::TornDown } else { Input::TearDownFailed }
+                if good {
+                    Input::TornDown
+                } else {
+                    Input::TearDownFailed
+                }
             }
             4 if !self.running.is_empty() => {
                 let run = self.running[pick % self.running.len()].clone();

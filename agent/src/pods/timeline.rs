@@ -16,7 +16,11 @@ pub struct Timeline {
 impl Timeline {
     /// Starts when the agent first hears of the pod.
     pub fn new() -> Self {
-        Self { began: Instant::now(), phases: Vec::new(), told: false }
+        Self {
+            began: Instant::now(),
+            phases: Vec::new(),
+            told: false,
+        }
     }
 
     /// Adds what a phase took; the same phase of a second container adds up.

@@ -21,7 +21,12 @@ pub struct Archive<W: Write> {
 impl<W: Write> Archive<W> {
     /// Starts an archive.
     pub fn new(out: W) -> Self {
-        Self { out, inode: 1, directories: BTreeSet::new(), position: 0 }
+        Self {
+            out,
+            inode: 1,
+            directories: BTreeSet::new(),
+            position: 0,
+        }
     }
 
     /// Adds a directory and its parents.

@@ -22,12 +22,22 @@ pub fn write(
 ) -> Result<()> {
     let file = File::create(to).with_context(|| to.display().to_string())?;
     let mut archive = Archive::new(BufWriter::new(file));
-    for directory in ["proc", "sys", "dev", "run", "tmp", "root", "etc", "var/lib", "mnt"] {
+    for directory in [
+        "proc", "sys", "dev", "run", "tmp", "root", "etc", "var/lib", "mnt",
+    ] {
         archive.directory(directory)?;
     }
     archive.file("etc/hostname", 0o644, b"vm-1\n")?;
-    archive.file("etc/hosts", 0o644, b"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 vm-1\n")?;
-    archive.file("etc/resolv.conf", 0o644, b"# no resolver outside the cluster\n")?;
+    archive.file(
+        "etc/hosts",
+        0o644,
+        b"127.0.0.1 localhost\n::1 localhost\n127.0.1.1 vm-1\n",
+    )?;
+    archive.file(
+        "etc/resolv.conf",
+        0o644,
+        b"# no resolver outside the cluster\n",
+    )?;
     archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n")?;
     archive.file("etc/group", 0o644, b"root:x:0:\n")?;
     let mut libraries = BTreeSet::new();
@@ -38,17 +48,37 @@ pub fn write(
     }
     for library in &libraries {
         // By its own name where the loader looks for it; a link's target under the link's name.
-        archive.file(&library.display().to_string(), 0o755, &std::fs::read(library)?)?;
+        archive.file(
+            &library.display().to_string(),
+            0o755,
+            &std::fs::read(library)?,
+        )?;
     }
-    archive.file("bin/busybox", 0o755, &std::fs::read("/bin/busybox").context("/bin/busybox")?)?;
+    archive.file(
+        "bin/busybox",
+        0o755,
+        &std::fs::read("/bin/busybox").context("/bin/busybox")?,
+    )?;
     archive.link("bin/sh", "busybox")?;
     for image in images {
-        let name = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = image
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         archive.file(&format!("images/{name}"), 0o644, &std::fs::read(image)?)?;
     }
     for (number, module) in modules.iter().enumerate() {
-        let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        archive.file(&format!("modules/{number:02}-{name}"), 0o644, &std::fs::read(module)?)?;
+        let name = module
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        archive.file(
+            &format!("modules/{number:02}-{name}"),
+            0o644,
+            &std::fs::read(module)?,
+        )?;
     }
     archive.finish()?;
     Ok(())
@@ -72,7 +102,9 @@ fn add_binary(
 /// What `ldd` says: the loader and every library. A static binary has none.
 fn loads(binary: &Path) -> Result<Vec<PathBuf>> {
     let mut ldd = run::program("ldd", [binary]);
-    let Ok(said) = run::captured(&mut ldd) else { return Ok(Vec::new()) };
+    let Ok(said) = run::captured(&mut ldd) else {
+        return Ok(Vec::new());
+    };
     let path = |line: &str| {
         let word = line.split_whitespace().find(|w| w.starts_with('/'))?;
         Some(PathBuf::from(word))

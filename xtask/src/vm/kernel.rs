@@ -8,7 +8,14 @@ use anyhow::{Context, Result, bail};
 use crate::{report, run};
 
 /// What the guest needs that Debian builds as modules.
-const WANTED: [&str; 6] = ["overlay", "veth", "bridge", "inet_diag", "tcp_diag", "udp_diag"];
+const WANTED: [&str; 6] = [
+    "overlay",
+    "veth",
+    "bridge",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+];
 
 /// Returns the kernel image and the files of its modules, dependencies first.
 pub fn debian(directory: &Path, version: &str) -> Result<(PathBuf, Vec<PathBuf>)> {
@@ -18,19 +25,35 @@ pub fn debian(directory: &Path, version: &str) -> Result<(PathBuf, Vec<PathBuf>)
         fetch(directory, &package, &unpacked)?;
     }
     let image = newest(&unpacked.join("boot"), "vmlinuz-")?;
-    let release = image.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let release = image
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     let release = release.trim_start_matches("vmlinuz-");
     let modules = unpacked.join("lib/modules").join(release).join("kernel");
-    let modules = if modules.exists() { modules } else { unpacked.join("usr/lib/modules").join(release) };
+    let modules = if modules.exists() {
+        modules
+    } else {
+        unpacked.join("usr/lib/modules").join(release)
+    };
     Ok((image, load_order(&modules)?))
 }
 
 /// The newest cloud kernel of that version that apt knows.
 fn package(version: &str) -> Result<String> {
-    let arch = if std::env::consts::ARCH == "aarch64" { "arm64" } else { "amd64" };
+    let arch = if std::env::consts::ARCH == "aarch64" {
+        "arm64"
+    } else {
+        "amd64"
+    };
     let listed = run::captured(&mut run::program(
         "apt-cache",
-        ["search", "--names-only", &format!("^linux-image-{version}[.-][0-9.+a-z-]*cloud-{arch}$")],
+        [
+            "search",
+            "--names-only",
+            &format!("^linux-image-{version}[.-][0-9.+a-z-]*cloud-{arch}$"),
+        ],
     ))?;
     let names = listed.lines().filter_map(|l| l.split_whitespace().next());
     let newest = names.max_by_key(|name| {
@@ -55,7 +78,10 @@ fn fetch(directory: &Path, package: &str, unpacked: &Path) -> Result<()> {
     let archive = std::fs::read_dir(&fetched)?
         .flatten()
         .map(|e| e.path())
-        .find(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(package)))
+        .find(|p| {
+            p.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with(package))
+        })
         .with_context(|| format!("apt-get download {package} left no file"))?;
     let mut dpkg = run::program("dpkg-deb", ["--extract"]);
     run::captured(dpkg.arg(&archive).arg(unpacked))?;
@@ -65,15 +91,19 @@ fn fetch(directory: &Path, package: &str, unpacked: &Path) -> Result<()> {
 }
 
 fn newest(directory: &Path, prefix: &str) -> Result<PathBuf> {
-    let entries =
-        std::fs::read_dir(directory).with_context(|| directory.display().to_string())?;
+    let entries = std::fs::read_dir(directory).with_context(|| directory.display().to_string())?;
     let mut found: Vec<PathBuf> = entries
         .flatten()
         .map(|e| e.path())
-        .filter(|p| p.file_name().is_some_and(|n| n.to_string_lossy().starts_with(prefix)))
+        .filter(|p| {
+            p.file_name()
+                .is_some_and(|n| n.to_string_lossy().starts_with(prefix))
+        })
         .collect();
     found.sort();
-    found.pop().with_context(|| format!("no {prefix}* in {}", directory.display()))
+    found
+        .pop()
+        .with_context(|| format!("no {prefix}* in {}", directory.display()))
 }
 
 /// Every wanted module after what it depends on; one that is built in has no file.
@@ -88,8 +118,7 @@ fn load_order(directory: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn index(directory: &Path, files: &mut HashMap<String, PathBuf>) -> Result<()> {
-    let entries =
-        std::fs::read_dir(directory).with_context(|| directory.display().to_string())?;
+    let entries = std::fs::read_dir(directory).with_context(|| directory.display().to_string())?;
     for path in entries.flatten().map(|e| e.path()) {
         if path.is_dir() {
             index(&path, files)?;
@@ -104,7 +133,9 @@ fn index(directory: &Path, files: &mut HashMap<String, PathBuf>) -> Result<()> {
 }
 
 fn add(name: &str, files: &HashMap<String, PathBuf>, order: &mut Vec<PathBuf>) -> Result<()> {
-    let Some(file) = files.get(&name.replace('-', "_")) else { return Ok(()) };
+    let Some(file) = files.get(&name.replace('-', "_")) else {
+        return Ok(());
+    };
     if order.contains(file) {
         return Ok(());
     }
@@ -119,10 +150,19 @@ fn add(name: &str, files: &HashMap<String, PathBuf>, order: &mut Vec<PathBuf>) -
 /// The `depends=` entry of a module's .modinfo section.
 fn depends(module: &[u8]) -> Vec<String> {
     let key = b"\0depends=";
-    let Some(at) = module.windows(key.len()).position(|w| w == key) else { return Vec::new() };
-    let value = module[at + key.len()..].split(|b| *b == 0).next().unwrap_or_default();
+    let Some(at) = module.windows(key.len()).position(|w| w == key) else {
+        return Vec::new();
+    };
+    let value = module[at + key.len()..]
+        .split(|b| *b == 0)
+        .next()
+        .unwrap_or_default();
     let names = String::from_utf8_lossy(value).into_owned();
-    names.split(',').filter(|n| !n.is_empty()).map(str::to_owned).collect()
+    names
+        .split(',')
+        .filter(|n| !n.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 #[cfg(test)]
@@ -131,7 +171,10 @@ mod tests {
 
     #[test]
     fn dependencies_are_read_from_modinfo() {
-        assert_eq!(depends(b"\x7fELF..\0name=bridge\0depends=stp,llc\0retpoline=Y\0"), ["stp", "llc"]);
+        assert_eq!(
+            depends(b"\x7fELF..\0name=bridge\0depends=stp,llc\0retpoline=Y\0"),
+            ["stp", "llc"]
+        );
         assert!(depends(b"\0depends=\0").is_empty());
         assert!(depends(b"nothing").is_empty());
     }

@@ -48,7 +48,12 @@ pub struct Arguments {
 impl Arguments {
     /// As `cargo xtask vm-test` without any flag.
     pub fn defaults() -> Self {
-        Self { kernel: None, kernel_version: "6.1".into(), scenario: None, console: false }
+        Self {
+            kernel: None,
+            kernel_version: "6.1".into(),
+            scenario: None,
+            console: false,
+        }
     }
 }
 
@@ -98,7 +103,10 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         None => kernel::debian(&directory(), &arguments.kernel_version)?,
     };
     let init = run::target().join("debug/gantry-vm-init");
-    let images = [image::archive(&image::NGINX)?, image::archive(&image::BUSYBOX)?];
+    let images = [
+        image::archive(&image::NGINX)?,
+        image::archive(&image::BUSYBOX)?,
+    ];
     let initrd = directory().join("initrd");
     initramfs::write(&initrd, &init, &bin, &images, &modules)?;
     drop(step);
@@ -140,7 +148,9 @@ fn boot(arguments: &Arguments, accel: &str, image: &Path, initrd: &Path) -> Resu
 
 /// Reads one line of the guest's console.
 fn verdict(line: &str, outcome: &mut Outcome) {
-    let Some((_, words)) = line.split_once("vm: ") else { return };
+    let Some((_, words)) = line.split_once("vm: ") else {
+        return;
+    };
     if let Some(name) = words.strip_prefix("ok ") {
         report::note(format!("ok {name}"));
         outcome.passed += 1;
@@ -161,8 +171,19 @@ fn qemu(accelerator: &str, kernel: &Path, more: &str) -> Command {
     };
     let mut qemu = Command::new(program);
     let cpu = if accelerator == "kvm" { "host" } else { "max" };
-    qemu.args(["-accel", accelerator, "-cpu", cpu, "-smp", "2", "-nodefaults", "-display", "none"]);
-    qemu.args(["-serial", "stdio", "-no-reboot", "-kernel"]).arg(kernel);
+    qemu.args([
+        "-accel",
+        accelerator,
+        "-cpu",
+        cpu,
+        "-smp",
+        "2",
+        "-nodefaults",
+        "-display",
+        "none",
+    ]);
+    qemu.args(["-serial", "stdio", "-no-reboot", "-kernel"])
+        .arg(kernel);
     qemu.arg("-append").arg(format!(
         "console={console} panic=-1 quiet rootfstype=tmpfs systemd.unified_cgroup_hierarchy=1 {more}"
     ));
@@ -174,7 +195,12 @@ fn qemu(accelerator: &str, kernel: &Path, more: &str) -> Command {
 
 /// Does a guest really boot under KVM? On some machines /dev/kvm exists and hangs them.
 fn kvm_works(image: &Path) -> Result<bool> {
-    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
+    if std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_err()
+    {
         return Ok(false);
     }
     // Without an initrd the kernel boots, finds no root and panics: any word of it will do.
@@ -204,7 +230,9 @@ struct Guest {
 
 impl Guest {
     fn start(mut qemu: Command) -> Result<Self> {
-        qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
+        qemu.stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit());
         let mut child = qemu.spawn().with_context(|| run::words(&qemu))?;
         let stdout = child.stdout.take().context("qemu has no output")?;
         let (sender, lines) = mpsc::channel();
@@ -255,7 +283,10 @@ mod tests {
         ] {
             verdict(line, &mut outcome);
         }
-        assert_eq!((outcome.passed, outcome.failed, outcome.ended), (1, 1, false));
+        assert_eq!(
+            (outcome.passed, outcome.failed, outcome.ended),
+            (1, 1, false)
+        );
         assert_eq!(outcome.skipped, ["vm ipv6: no module"]);
         verdict("vm: end", &mut outcome);
         assert!(outcome.ended);
