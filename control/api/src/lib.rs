@@ -2,12 +2,38 @@
 //!
 //! Only this crate knows the protobuf services and the Kubernetes schema's details (kinds,
 //! defaults, validation, selectors, merge rules, table columns). Everything here is pure.
+//!
+//! ```text
+//! manifest (YAML, JSON) ─► manifest::documents ─► JSON ─► gRPC ─► admission::{apply, prepare_create, …}
+//!                                                                     │ decode, support, defaults, validation, merge
+//!  rows ◄─ table::rows ◄─ stored objects ◄─ selector::{Selector, FieldSelector} ◄─┘
+//! ```
+//! Entry points for a server, all on (`&Kind`, `serde_json::Value` or JSON bytes):
+//! * `kinds`: `resolve("po")`, `by_plural`, `by_api_version`, `of::<Pod>()`, `Kind::store_key`;
+//! * [`admission`]: [`admission::prepare_create`]`(kind, json, strict)`,
+//!   [`admission::prepare_update`]`(kind, old, new, strict)`,
+//!   [`admission::prepare_status`]`(kind, object)`,
+//!   [`admission::apply`]`(kind, live, json, strict)`,
+//!   [`admission::patch`]`(kind, live, type, patch)`, [`admission::patch_status`]; each answers
+//!   `Prepared { object, warnings }` or a [`status::Status`];
+//! * `selector`: `Selector::parse(text)?.matches_object(&value)`,
+//!   `FieldSelector::parse(kind, text)?.matches(&value)`;
+//! * `status`: [`status::Status`] with constructors, to and from `tonic::Status`.
 
 pub use k8s_openapi;
 
+pub mod admission;
+pub mod decode;
+pub mod defaults;
 pub mod field;
 pub mod kinds;
+pub mod merge;
+pub mod quantity;
+pub mod selector;
 pub mod status;
+pub mod support;
+pub mod table;
+pub mod validation;
 
 /// The gRPC services and messages of `proto/gantry/v1`.
 pub mod proto {

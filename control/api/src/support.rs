@@ -1,0 +1,696 @@
+//! Which fields Gantry honours: one table, read by admission and printed into the README.
+//!
+//! The table is an allow list. A field that Kubernetes knows but this table does not is refused by
+//! its path, so nothing is accepted and then ignored in silence:
+//! * [`Level::Yes`]: honoured, with everything inside it that no longer path speaks about;
+//! * [`Level::Listed`]: only what longer paths list is honoured;
+//! * [`Level::Warn`]: accepted and stored, without effect yet; the client gets a warning;
+//! * [`Level::No`]: refused, because a pod that runs without it would do something else than asked.
+//!
+//! Values that mean "off" (null, false, 0, "", [], {}) are always accepted.
+
+use crate::field::{FieldError, Path};
+use crate::kinds::Kind;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::sync::LazyLock;
+
+/// What Gantry does with a field.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Honoured.
+    Yes,
+    /// Honoured as far as the paths below it say.
+    Listed,
+    /// Accepted with a warning; no effect yet.
+    Warn,
+    /// Refused by path.
+    No,
+}
+
+/// One line of the table.
+#[derive(Debug, Clone, Copy)]
+pub struct Rule {
+    /// Path without indices; `[]` stands for every element.
+    pub path: &'static str,
+    /// What Gantry does with it.
+    pub level: Level,
+    /// Values that are honoured although the level is `Warn` or `No`.
+    pub except: &'static [&'static str],
+    /// Why, or what to use instead.
+    pub note: &'static str,
+}
+
+const fn yes(path: &'static str) -> Rule {
+    Rule {
+        path,
+        level: Level::Yes,
+        except: &[],
+        note: "",
+    }
+}
+
+const fn listed(path: &'static str) -> Rule {
+    Rule {
+        path,
+        level: Level::Listed,
+        except: &[],
+        note: "",
+    }
+}
+
+const fn warn(path: &'static str, except: &'static [&'static str], note: &'static str) -> Rule {
+    Rule {
+        path,
+        level: Level::Warn,
+        except,
+        note,
+    }
+}
+
+const fn no(path: &'static str, except: &'static [&'static str], note: &'static str) -> Rule {
+    Rule {
+        path,
+        level: Level::No,
+        except,
+        note,
+    }
+}
+
+const TOKENS: &str = "service account tokens are not issued yet";
+const PLACEMENT: &str = "the scheduler does not read it yet";
+const LIFECYCLE: &str = "hooks do not run yet; traffic is drained before SIGTERM without one";
+
+/// Fields of a PodSpec.
+pub static POD_SPEC: &[Rule] = &[
+    no(
+        "activeDeadlineSeconds",
+        &[],
+        "deadlines are not enforced yet",
+    ),
+    warn("affinity", &[], PLACEMENT),
+    warn("automountServiceAccountToken", &[], TOKENS),
+    listed("containers"),
+    no("dnsConfig", &[], "use dnsPolicy"),
+    yes("dnsPolicy"),
+    warn(
+        "enableServiceLinks",
+        &[],
+        "variables of Services are not injected; use DNS names",
+    ),
+    no("ephemeralContainers", &[], "use exec"),
+    no("hostAliases", &[], "/etc/hosts entries are not written yet"),
+    no("hostIPC", &[], "the host's IPC namespace is not shared yet"),
+    yes("hostNetwork"),
+    no("hostPID", &[], "the host's PID namespace is not shared yet"),
+    yes("hostUsers"), // false is refused in `check`: it is the value that asks for something
+    yes("hostname"),
+    yes("imagePullSecrets"),
+    listed("initContainers"),
+    yes("nodeName"),
+    yes("nodeSelector"),
+    no("os", &["{\"name\":\"linux\"}"], "nodes run Linux only"),
+    warn("preemptionPolicy", &["\"PreemptLowerPriority\""], PLACEMENT),
+    warn("priority", &[], PLACEMENT),
+    warn("priorityClassName", &[], PLACEMENT),
+    yes("restartPolicy"),
+    warn(
+        "schedulerName",
+        &["\"default-scheduler\""],
+        "there is one scheduler",
+    ),
+    listed("securityContext"),
+    warn("serviceAccount", &["\"default\""], TOKENS),
+    warn("serviceAccountName", &["\"default\""], TOKENS),
+    yes("terminationGracePeriodSeconds"),
+    warn("tolerations", &[], PLACEMENT),
+    warn("topologySpreadConstraints", &[], PLACEMENT),
+    listed("volumes"),
+    // --- security of the pod
+    yes("securityContext.fsGroup"),
+    warn(
+        "securityContext.fsGroupChangePolicy",
+        &["\"Always\""],
+        "volumes are always changed",
+    ),
+    yes("securityContext.runAsGroup"),
+    yes("securityContext.runAsNonRoot"),
+    yes("securityContext.runAsUser"),
+    warn(
+        "securityContext.seLinuxOptions",
+        &[],
+        "SELinux labels are not set",
+    ),
+    listed("securityContext.seccompProfile"),
+    yes("securityContext.seccompProfile.type"), // Localhost: see `check`
+    no(
+        "securityContext.seccompProfile.localhostProfile",
+        &[],
+        "use RuntimeDefault",
+    ),
+    yes("securityContext.supplementalGroups"),
+    no("securityContext.sysctls", &[], "sysctls are not set yet"),
+    // --- volumes
+    yes("volumes[].name"),
+    yes("volumes[].configMap"),
+    yes("volumes[].emptyDir"),
+    yes("volumes[].hostPath"),
+    yes("volumes[].secret"),
+    no("volumes[].csi", &[], "there are no CSI drivers yet"),
+    no("volumes[].downwardAPI", &[], "use env with fieldRef"),
+    no("volumes[].ephemeral", &[], "use emptyDir"),
+    no(
+        "volumes[].persistentVolumeClaim",
+        &[],
+        "there are no claims yet; use hostPath",
+    ),
+    no(
+        "volumes[].projected",
+        &[],
+        "mount its sources as separate volumes",
+    ),
+];
+
+/// Fields of a container; the same table serves init containers.
+pub static CONTAINER: &[Rule] = &[
+    yes("args"),
+    yes("command"),
+    listed("env"),
+    yes("env[].name"),
+    yes("env[].value"),
+    listed("env[].valueFrom"),
+    yes("env[].valueFrom.configMapKeyRef"),
+    yes("env[].valueFrom.fieldRef"),
+    no(
+        "env[].valueFrom.resourceFieldRef",
+        &[],
+        "resource values are not resolved yet",
+    ),
+    yes("env[].valueFrom.secretKeyRef"),
+    yes("envFrom"),
+    yes("image"),
+    yes("imagePullPolicy"),
+    no("lifecycle", &[], LIFECYCLE),
+    listed("livenessProbe"),
+    yes("name"),
+    listed("ports"),
+    yes("ports[].containerPort"),
+    yes("ports[].hostPort"), // only with hostNetwork: see `check`
+    yes("ports[].name"),
+    yes("ports[].protocol"),
+    no(
+        "ports[].hostIP",
+        &[],
+        "host ports are not served yet; use hostNetwork",
+    ),
+    listed("readinessProbe"),
+    listed("resources"),
+    yes("resources.limits"),
+    yes("resources.requests"),
+    no(
+        "resources.claims",
+        &[],
+        "there is no dynamic resource allocation",
+    ),
+    no(
+        "resizePolicy",
+        &[],
+        "resources are fixed for the life of a pod",
+    ),
+    no(
+        "restartPolicy",
+        &[],
+        "sidecar init containers do not run yet",
+    ),
+    listed("securityContext"),
+    yes("securityContext.allowPrivilegeEscalation"),
+    yes("securityContext.capabilities"),
+    yes("securityContext.privileged"),
+    no(
+        "securityContext.procMount",
+        &["\"Default\""],
+        "/proc is always masked",
+    ),
+    yes("securityContext.readOnlyRootFilesystem"),
+    yes("securityContext.runAsGroup"),
+    yes("securityContext.runAsNonRoot"),
+    yes("securityContext.runAsUser"),
+    warn(
+        "securityContext.seLinuxOptions",
+        &[],
+        "SELinux labels are not set",
+    ),
+    listed("securityContext.seccompProfile"),
+    yes("securityContext.seccompProfile.type"),
+    no(
+        "securityContext.seccompProfile.localhostProfile",
+        &[],
+        "use RuntimeDefault",
+    ),
+    listed("startupProbe"),
+    no("stdin", &[], "attach is not served yet; use exec -i"),
+    no("stdinOnce", &[], "attach is not served yet; use exec -i"),
+    warn(
+        "terminationMessagePath",
+        &["\"/dev/termination-log\""],
+        "termination messages are not read yet",
+    ),
+    warn(
+        "terminationMessagePolicy",
+        &["\"File\""],
+        "termination messages are not read yet",
+    ),
+    no("tty", &[], "attach is not served yet; use exec -t"),
+    no("volumeDevices", &[], "there are no block volumes yet"),
+    listed("volumeMounts"),
+    yes("volumeMounts[].mountPath"),
+    no(
+        "volumeMounts[].mountPropagation",
+        &["\"None\""],
+        "mounts are private",
+    ),
+    yes("volumeMounts[].name"),
+    yes("volumeMounts[].readOnly"),
+    no(
+        "volumeMounts[].recursiveReadOnly",
+        &["\"Disabled\""],
+        "use readOnly",
+    ),
+    yes("volumeMounts[].subPath"),
+    no("volumeMounts[].subPathExpr", &[], "use subPath"),
+    yes("workingDir"),
+];
+
+/// Fields of a probe.
+pub static PROBE: &[Rule] = &[
+    yes("exec"),
+    yes("failureThreshold"),
+    no("grpc", &[], "use tcpSocket, httpGet or exec"),
+    yes("httpGet"),
+    yes("initialDelaySeconds"),
+    yes("periodSeconds"),
+    yes("successThreshold"),
+    yes("tcpSocket"),
+    warn(
+        "terminationGracePeriodSeconds",
+        &[],
+        "the pod's own grace period applies",
+    ),
+    yes("timeoutSeconds"),
+];
+
+/// Fields of a Service's spec.
+pub static SERVICE_SPEC: &[Rule] = &[
+    warn(
+        "allocateLoadBalancerNodePorts",
+        &["true"],
+        "there is no load balancer yet",
+    ),
+    yes("clusterIP"),
+    yes("clusterIPs"),
+    warn("externalIPs", &[], "served to clients on the nodes only"),
+    yes("externalName"),
+    warn(
+        "externalTrafficPolicy",
+        &["\"Cluster\""],
+        "traffic goes to every node's endpoints",
+    ),
+    no(
+        "healthCheckNodePort",
+        &[],
+        "health check ports are not served yet",
+    ),
+    yes("internalTrafficPolicy"),
+    yes("ipFamilies"),
+    warn(
+        "ipFamilyPolicy",
+        &["\"SingleStack\""],
+        "services have one address",
+    ),
+    no("loadBalancerClass", &[], "there is no load balancer yet"),
+    no("loadBalancerIP", &[], "there is no load balancer yet"),
+    warn(
+        "loadBalancerSourceRanges",
+        &[],
+        "there is no load balancer yet",
+    ),
+    yes("ports"),
+    yes("publishNotReadyAddresses"),
+    yes("selector"),
+    warn(
+        "sessionAffinity",
+        &["\"None\""],
+        "every connection is balanced on its own",
+    ),
+    warn(
+        "sessionAffinityConfig",
+        &[],
+        "every connection is balanced on its own",
+    ),
+    warn(
+        "trafficDistribution",
+        &[],
+        "every ready endpoint gets traffic",
+    ),
+    warn(
+        "type",
+        &["\"ClusterIP\"", "\"ExternalName\""],
+        "node ports are served to clients on the nodes only, and there is no load balancer yet",
+    ),
+];
+
+/// Fields of a Deployment's spec, beside its template.
+pub static DEPLOYMENT_SPEC: &[Rule] = &[
+    yes("minReadySeconds"),
+    yes("paused"),
+    yes("progressDeadlineSeconds"),
+    yes("replicas"),
+    yes("revisionHistoryLimit"),
+    yes("selector"),
+    yes("strategy"),
+    yes("template"),
+];
+
+/// Fields of a ReplicaSet's spec, beside its template.
+pub static REPLICA_SET_SPEC: &[Rule] = &[
+    yes("minReadySeconds"),
+    yes("replicas"),
+    yes("selector"),
+    yes("template"),
+];
+
+/// What the support table says about one object.
+#[derive(Debug, Default)]
+pub struct Findings {
+    /// Refused fields.
+    pub errors: Vec<FieldError>,
+    /// Accepted fields without effect: `spec.affinity: the scheduler does not read it yet`.
+    pub warnings: Vec<String>,
+}
+
+struct Table(HashMap<&'static str, &'static Rule>);
+
+impl Table {
+    fn new(rules: &'static [Rule]) -> Self {
+        Self(rules.iter().map(|rule| (rule.path, rule)).collect())
+    }
+}
+
+static POD_SPEC_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(POD_SPEC));
+static CONTAINER_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(CONTAINER));
+static PROBE_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(PROBE));
+static SERVICE_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(SERVICE_SPEC));
+static DEPLOYMENT_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(DEPLOYMENT_SPEC));
+static REPLICA_SET_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(REPLICA_SET_SPEC));
+
+/// Judges a decoded object (unknown fields are already gone) by the table.
+#[must_use]
+pub fn check(kind: &Kind, object: &Value) -> Findings {
+    let mut findings = Findings::default();
+    let Some(spec) = object.get("spec") else {
+        return findings;
+    };
+    let path = Path::new("spec");
+    match kind.kind {
+        "Pod" => check_pod_spec(spec, &path, &mut findings),
+        "Deployment" | "ReplicaSet" => {
+            let table = if kind.kind == "Deployment" {
+                &DEPLOYMENT_TABLE
+            } else {
+                &REPLICA_SET_TABLE
+            };
+            walk(table, "", spec, &path, Level::Listed, &mut findings);
+            if let Some(pod) = spec.pointer("/template/spec") {
+                check_pod_spec(pod, &path.child("template").child("spec"), &mut findings);
+            }
+        }
+        "Service" => walk(
+            &SERVICE_TABLE,
+            "",
+            spec,
+            &path,
+            Level::Listed,
+            &mut findings,
+        ),
+        _ => {}
+    }
+    findings
+}
+
+fn check_pod_spec(spec: &Value, path: &Path, findings: &mut Findings) {
+    walk(&POD_SPEC_TABLE, "", spec, path, Level::Listed, findings);
+    if spec.get("hostUsers") == Some(&Value::Bool(false)) {
+        let note = "not supported by Gantry yet: pods run without a user namespace of their own";
+        findings
+            .errors
+            .push(FieldError::forbidden(&path.child("hostUsers"), note));
+    }
+    check_seccomp(spec, path, findings);
+    let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
+    for list in ["containers", "initContainers"] {
+        let containers = spec.get(list).and_then(Value::as_array);
+        for (i, container) in containers.into_iter().flatten().enumerate() {
+            let path = path.child(list).index(i);
+            walk(
+                &CONTAINER_TABLE,
+                "",
+                container,
+                &path,
+                Level::Listed,
+                findings,
+            );
+            check_seccomp(container, &path, findings);
+            check_ports(container, &path, host_network, findings);
+            check_resources(container, &path, findings);
+            for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
+                if let Some(value) = container.get(probe) {
+                    let path = path.child(probe);
+                    walk(&PROBE_TABLE, "", value, &path, Level::Listed, findings);
+                }
+            }
+        }
+    }
+}
+
+fn check_seccomp(owner: &Value, path: &Path, findings: &mut Findings) {
+    let kind = owner
+        .pointer("/securityContext/seccompProfile/type")
+        .and_then(Value::as_str);
+    if kind == Some("Localhost") {
+        let path = path
+            .child("securityContext")
+            .child("seccompProfile")
+            .child("type");
+        let note = "not supported by Gantry yet: use RuntimeDefault or Unconfined";
+        findings.errors.push(FieldError::forbidden(&path, note));
+    }
+}
+
+fn check_ports(container: &Value, path: &Path, host_network: bool, findings: &mut Findings) {
+    let ports = container.get("ports").and_then(Value::as_array);
+    for (i, port) in ports.into_iter().flatten().enumerate() {
+        if !host_network && port.get("hostPort").is_some_and(|p| !is_off(p)) {
+            let path = path.child("ports").index(i).child("hostPort");
+            let note = "not supported by Gantry yet: use hostNetwork or a Service";
+            findings.errors.push(FieldError::forbidden(&path, note));
+        }
+    }
+}
+
+fn check_resources(container: &Value, path: &Path, findings: &mut Findings) {
+    for list in ["limits", "requests"] {
+        let entries = container
+            .pointer(&format!("/resources/{list}"))
+            .and_then(Value::as_object);
+        for name in entries.into_iter().flat_map(|map| map.keys()) {
+            let path = path.child("resources").child(list).key(name);
+            match name.as_str() {
+                "cpu" | "memory" => {}
+                "ephemeral-storage" => {
+                    findings
+                        .warnings
+                        .push(format!("{path}: local storage is not limited yet"));
+                }
+                _ => {
+                    let note = "not supported by Gantry yet: nodes offer cpu and memory";
+                    findings.errors.push(FieldError::forbidden(&path, note));
+                }
+            }
+        }
+    }
+}
+
+/// Whether a value asks for nothing.
+fn is_off(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(b) => !b,
+        Value::Number(n) => n.as_f64() == Some(0.0),
+        Value::String(s) => s.is_empty(),
+        Value::Array(a) => a.is_empty(),
+        Value::Object(o) => o.is_empty(),
+    }
+}
+
+fn walk(table: &Table, at: &str, value: &Value, path: &Path, level: Level, out: &mut Findings) {
+    match value {
+        Value::Object(map) => {
+            for (key, value) in map {
+                let at = if at.is_empty() {
+                    key.clone()
+                } else {
+                    format!("{at}.{key}")
+                };
+                judge(table, &at, value, &path.child(key), level, out);
+            }
+        }
+        Value::Array(list) => {
+            let at = format!("{at}[]");
+            for (i, value) in list.iter().enumerate() {
+                walk(table, &at, value, &path.index(i), level, out);
+            }
+        }
+        _ => {}
+    }
+}
+
+fn judge(table: &Table, at: &str, value: &Value, path: &Path, level: Level, out: &mut Findings) {
+    // An empty volume source is a real request (`emptyDir: {}`); a refused one stays refused.
+    let source = at.starts_with("volumes[].") && value.is_object();
+    if is_off(value) && !source {
+        return;
+    }
+    let rule = table.0.get(at);
+    let (level, note) = match rule {
+        Some(rule) => (rule.level, rule.note),
+        None if level == Level::Yes => (Level::Yes, ""),
+        None => (Level::No, "unknown to this version"),
+    };
+    // Containers and probes have tables of their own.
+    let elsewhere = level == Level::Listed
+        && matches!(
+            at,
+            "containers" | "initContainers" | "livenessProbe" | "readinessProbe" | "startupProbe"
+        );
+    match level {
+        Level::Yes => {}
+        Level::Listed if elsewhere => {}
+        Level::Listed => walk(table, at, value, path, level, out),
+        Level::Warn | Level::No => {
+            let text = value.to_string();
+            if rule.is_some_and(|rule| rule.except.contains(&text.as_str())) {
+                return;
+            }
+            if level == Level::Warn {
+                out.warnings
+                    .push(format!("{path}: accepted without effect: {note}"));
+            } else {
+                let text = format!("not supported by Gantry yet: {note}");
+                out.errors.push(FieldError::forbidden(path, &text));
+            }
+        }
+    }
+}
+
+/// The table as Markdown, for the README.
+#[must_use]
+pub fn matrix() -> String {
+    let mut text = String::from("| Field | Gantry | Note |\n|---|---|---|\n");
+    let parts: [(&str, &[Rule]); 6] = [
+        ("pod.spec", POD_SPEC),
+        ("pod.spec.containers[]", CONTAINER),
+        ("pod.spec.containers[].*Probe", PROBE),
+        ("service.spec", SERVICE_SPEC),
+        ("deployment.spec", DEPLOYMENT_SPEC),
+        ("replicaset.spec", REPLICA_SET_SPEC),
+    ];
+    for (prefix, rules) in parts {
+        for rule in rules.iter().filter(|r| r.level != Level::Listed) {
+            let level = match rule.level {
+                Level::Yes | Level::Listed => "yes",
+                Level::Warn => "warned",
+                Level::No => "refused",
+            };
+            let mut note = rule.note.to_owned();
+            if !rule.except.is_empty() {
+                let _ = write!(note, " (accepted: {})", rule.except.join(", "));
+            }
+            let _ = writeln!(text, "| `{prefix}.{}` | {level} | {note} |", rule.path);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kinds::resolve;
+    use serde_json::json;
+
+    fn pod(spec: &Value) -> Findings {
+        check(resolve("pod").unwrap(), &json!({"spec": spec}))
+    }
+
+    #[test]
+    fn refused_fields_are_named_by_path() {
+        let findings = pod(&json!({
+            "hostUsers": false,
+            "containers": [{"name": "a", "lifecycle": {"preStop": {"sleep": {"seconds": 1}}},
+                "ports": [{"containerPort": 80, "hostPort": 80}],
+                "resources": {"limits": {"nvidia.com/gpu": "1"}},
+                "livenessProbe": {"grpc": {"port": 1}}}],
+            "volumes": [{"name": "v", "csi": {"driver": "x"}}, {"name": "e", "emptyDir": {}}]
+        }));
+        let fields: Vec<&str> = findings.errors.iter().map(|e| e.field.as_str()).collect();
+        for field in [
+            "spec.hostUsers",
+            "spec.containers[0].lifecycle",
+            "spec.containers[0].ports[0].hostPort",
+            "spec.containers[0].resources.limits[nvidia.com/gpu]",
+            "spec.containers[0].livenessProbe.grpc",
+            "spec.volumes[0].csi",
+        ] {
+            assert!(fields.contains(&field), "{field} in {fields:?}");
+        }
+        assert_eq!(fields.len(), 6, "{fields:?}");
+    }
+
+    #[test]
+    fn harmless_fields_warn_and_defaults_do_not() {
+        let findings = pod(&json!({
+            "affinity": {"nodeAffinity": {"x": 1}}, "tolerations": [{"operator": "Exists"}],
+            "serviceAccountName": "default", "schedulerName": "default-scheduler",
+            "automountServiceAccountToken": false, "hostPID": false, "securityContext": {},
+            "containers": [{"name": "a", "terminationMessagePath": "/dev/termination-log"}]
+        }));
+        assert!(findings.errors.is_empty(), "{:?}", findings.errors);
+        assert_eq!(findings.warnings.len(), 2, "{:?}", findings.warnings);
+        assert!(findings.warnings[0].starts_with("spec.affinity: "));
+    }
+
+    #[test]
+    fn what_the_table_does_not_know_is_refused() {
+        let findings = pod(&json!({"overhead": {"cpu": "1"}, "containers": [{"name": "a"}]}));
+        assert_eq!(findings.errors[0].field, "spec.overhead");
+    }
+
+    #[test]
+    fn templates_are_judged_too() {
+        let object = json!({"spec": {"template": {"spec": {"containers": [
+            {"name": "a", "tty": true}]}}}});
+        let findings = check(resolve("deploy").unwrap(), &object);
+        assert_eq!(
+            findings.errors[0].field,
+            "spec.template.spec.containers[0].tty"
+        );
+    }
+
+    #[test]
+    fn no_path_is_listed_twice_and_the_matrix_shows_all() {
+        for rules in [POD_SPEC, CONTAINER, PROBE, SERVICE_SPEC, DEPLOYMENT_SPEC] {
+            assert_eq!(Table::new(rules).0.len(), rules.len());
+        }
+        assert!(matrix().contains("| `pod.spec.containers[].lifecycle` | refused |"));
+    }
+}

@@ -1,0 +1,710 @@
+//! Rules for Pods and pod templates.
+
+use super::{IMMUTABLE, each, names, not_negative, one_of};
+use crate::field::{FieldError, Path};
+use crate::quantity::Quantity;
+use k8s_openapi::api::core::v1::{
+    Container, EnvVar, KeyToPath, Pod, PodSpec, Probe, ResourceRequirements, Volume, VolumeMount,
+};
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use std::collections::BTreeSet;
+
+/// Containers in one pod, init containers included; Kubernetes sets no limit, the agent's tables do.
+const CONTAINERS_MAX: usize = 64;
+const PROTOCOLS: &[&str] = &["SCTP", "TCP", "UDP"];
+/// Fields of the pod that an environment variable may take its value from.
+const FIELD_PATHS: &[&str] = &[
+    "metadata.name",
+    "metadata.namespace",
+    "metadata.uid",
+    "spec.nodeName",
+    "spec.serviceAccountName",
+    "status.hostIP",
+    "status.hostIPs",
+    "status.podIP",
+    "status.podIPs",
+];
+
+/// A Pod.
+pub fn pod(pod: &Pod) -> Vec<FieldError> {
+    match &pod.spec {
+        Some(spec) => pod_spec(spec, &Path::new("spec")),
+        None => vec![FieldError::required(&Path::new("spec"), "")],
+    }
+}
+
+/// A PodSpec at `path`.
+pub fn pod_spec(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
+    let mut errors = Vec::new();
+    let text = Option::as_deref;
+    let policies = ["Always", "OnFailure", "Never"];
+    one_of(
+        &path.child("restartPolicy"),
+        text(&spec.restart_policy),
+        &policies,
+        &mut errors,
+    );
+    let policies = ["ClusterFirstWithHostNet", "ClusterFirst", "Default", "None"];
+    one_of(
+        &path.child("dnsPolicy"),
+        text(&spec.dns_policy),
+        &policies,
+        &mut errors,
+    );
+    if spec.dns_policy.as_deref() == Some("None") {
+        let detail = "must provide at least one DNS nameserver when `dnsPolicy` is None";
+        errors.push(FieldError::required(
+            &path.child("dnsConfig").child("nameservers"),
+            detail,
+        ));
+    }
+    let grace = path.child("terminationGracePeriodSeconds");
+    not_negative(&grace, spec.termination_grace_period_seconds, &mut errors);
+    for (field, name) in [("hostname", &spec.hostname), ("subdomain", &spec.subdomain)] {
+        if let Some(name) = name.as_deref().filter(|n| !n.is_empty()) {
+            each(
+                &path.child(field),
+                name,
+                names::dns1123_label(name),
+                &mut errors,
+            );
+        }
+    }
+    if let Some(node) = spec.node_name.as_deref().filter(|n| !n.is_empty()) {
+        each(
+            &path.child("nodeName"),
+            node,
+            names::dns1123_subdomain(node),
+            &mut errors,
+        );
+    }
+    errors.extend(super::labels(
+        spec.node_selector.as_ref(),
+        &path.child("nodeSelector"),
+    ));
+    let volumes = volumes(
+        spec.volumes.as_deref().unwrap_or_default(),
+        path,
+        &mut errors,
+    );
+    if spec.containers.is_empty() {
+        errors.push(FieldError::required(&path.child("containers"), ""));
+    }
+    let init = spec.init_containers.as_deref().unwrap_or_default();
+    if spec.containers.len() + init.len() > CONTAINERS_MAX {
+        let count = spec.containers.len() + init.len();
+        errors.push(FieldError::too_many(
+            &path.child("containers"),
+            count,
+            CONTAINERS_MAX,
+        ));
+    }
+    let mut seen = Seen::default();
+    let host_network = spec.host_network == Some(true);
+    for (i, one) in spec.containers.iter().enumerate() {
+        let path = path.child("containers").index(i);
+        container(one, &path, &volumes, host_network, &mut seen, &mut errors);
+    }
+    // Init containers run before the others: their host ports do not meet.
+    seen.host_ports.clear();
+    for (i, one) in init.iter().enumerate() {
+        let path = path.child("initContainers").index(i);
+        container(one, &path, &volumes, host_network, &mut seen, &mut errors);
+        for (field, probe) in [
+            ("livenessProbe", &one.liveness_probe),
+            ("readinessProbe", &one.readiness_probe),
+            ("startupProbe", &one.startup_probe),
+        ] {
+            if probe.is_some() {
+                let detail = "may not be set for init containers";
+                errors.push(FieldError::forbidden(&path.child(field), detail));
+            }
+        }
+    }
+    errors
+}
+
+/// Names that must be unique over all containers of a pod.
+#[derive(Default)]
+struct Seen<'a> {
+    containers: BTreeSet<&'a str>,
+    host_ports: BTreeSet<(i32, &'a str)>,
+}
+
+fn volumes<'a>(
+    volumes: &'a [Volume],
+    path: &Path,
+    errors: &mut Vec<FieldError>,
+) -> BTreeSet<&'a str> {
+    let mut seen = BTreeSet::new();
+    for (i, volume) in volumes.iter().enumerate() {
+        let path = path.child("volumes").index(i);
+        let name = &path.child("name");
+        if volume.name.is_empty() {
+            errors.push(FieldError::required(name, ""));
+        } else {
+            each(
+                name,
+                &volume.name,
+                names::dns1123_label(&volume.name),
+                errors,
+            );
+        }
+        if !seen.insert(volume.name.as_str()) {
+            errors.push(FieldError::duplicate(name, volume.name.as_str()));
+        }
+        volume_source(volume, &path, errors);
+    }
+    seen
+}
+
+fn volume_source(volume: &Volume, path: &Path, errors: &mut Vec<FieldError>) {
+    let sources = [
+        volume.config_map.is_some(),
+        volume.empty_dir.is_some(),
+        volume.host_path.is_some(),
+        volume.secret.is_some(),
+    ];
+    if sources.iter().filter(|set| **set).count() > 1 {
+        let detail = "may not specify more than 1 volume type";
+        errors.push(FieldError::forbidden(path, detail));
+    }
+    if let Some(source) = &volume.config_map {
+        let path = path.child("configMap");
+        if source.name.is_empty() {
+            errors.push(FieldError::required(&path.child("name"), ""));
+        }
+        items(source.items.as_deref(), source.default_mode, &path, errors);
+    }
+    if let Some(source) = &volume.secret {
+        let path = path.child("secret");
+        if source.secret_name.as_ref().is_none_or(String::is_empty) {
+            errors.push(FieldError::required(&path.child("secretName"), ""));
+        }
+        items(source.items.as_deref(), source.default_mode, &path, errors);
+    }
+    if let Some(source) = &volume.host_path {
+        let path = path.child("hostPath");
+        if source.path.is_empty() {
+            errors.push(FieldError::required(&path.child("path"), ""));
+        } else {
+            inner_path(&path.child("path"), &source.path, true, errors);
+        }
+        let types = [
+            "DirectoryOrCreate",
+            "Directory",
+            "FileOrCreate",
+            "File",
+            "Socket",
+            "CharDevice",
+            "BlockDevice",
+        ];
+        one_of(&path.child("type"), source.type_.as_deref(), &types, errors);
+    }
+    if let Some(source) = &volume.empty_dir {
+        let path = path.child("emptyDir");
+        one_of(
+            &path.child("medium"),
+            source.medium.as_deref(),
+            &["Memory"],
+            errors,
+        );
+        if let Some(limit) = &source.size_limit {
+            quantity(&path.child("sizeLimit"), &limit.0, errors);
+        }
+    }
+}
+
+fn items(
+    items: Option<&[KeyToPath]>,
+    mode: Option<i32>,
+    path: &Path,
+    errors: &mut Vec<FieldError>,
+) {
+    file_mode(&path.child("defaultMode"), mode, errors);
+    for (i, item) in items.unwrap_or_default().iter().enumerate() {
+        let path = path.child("items").index(i);
+        if item.key.is_empty() {
+            errors.push(FieldError::required(&path.child("key"), ""));
+        }
+        if item.path.is_empty() {
+            errors.push(FieldError::required(&path.child("path"), ""));
+        } else {
+            inner_path(&path.child("path"), &item.path, false, errors);
+        }
+        file_mode(&path.child("mode"), item.mode, errors);
+    }
+}
+
+fn file_mode(path: &Path, mode: Option<i32>, errors: &mut Vec<FieldError>) {
+    if let Some(mode) = mode.filter(|m| !(0..=0o777).contains(m)) {
+        let detail = "must be a number between 0 and 0777 (octal), both inclusive";
+        errors.push(FieldError::invalid(path, mode, detail));
+    }
+}
+
+/// A path that stays inside its volume: no `..`, and relative unless `absolute`.
+fn inner_path(field: &Path, text: &str, absolute: bool, errors: &mut Vec<FieldError>) {
+    if !absolute && text.starts_with('/') {
+        errors.push(FieldError::invalid(field, text, "must be a relative path"));
+    }
+    if text.split('/').any(|part| part == "..") {
+        errors.push(FieldError::invalid(field, text, "must not contain '..'"));
+    }
+    if text.contains('\0') {
+        errors.push(FieldError::invalid(
+            field,
+            text,
+            "must not contain a NUL byte",
+        ));
+    }
+}
+
+fn container<'a>(
+    one: &'a Container,
+    path: &Path,
+    volumes: &BTreeSet<&str>,
+    host_network: bool,
+    seen: &mut Seen<'a>,
+    errors: &mut Vec<FieldError>,
+) {
+    if one.name.is_empty() {
+        errors.push(FieldError::required(&path.child("name"), ""));
+    } else {
+        each(
+            &path.child("name"),
+            &one.name,
+            names::dns1123_label(&one.name),
+            errors,
+        );
+        if !seen.containers.insert(&one.name) {
+            errors.push(FieldError::duplicate(
+                &path.child("name"),
+                one.name.as_str(),
+            ));
+        }
+    }
+    let image = one.image.as_deref().unwrap_or_default();
+    if image.is_empty() {
+        errors.push(FieldError::required(&path.child("image"), ""));
+    } else if image.trim() != image {
+        let detail = "must not have leading or trailing whitespace";
+        errors.push(FieldError::invalid(&path.child("image"), image, detail));
+    }
+    let policies = ["Always", "IfNotPresent", "Never"];
+    let policy = one.image_pull_policy.as_deref();
+    one_of(&path.child("imagePullPolicy"), policy, &policies, errors);
+    let policies = ["FallbackToLogsOnError", "File"];
+    let policy = one.termination_message_policy.as_deref();
+    one_of(
+        &path.child("terminationMessagePolicy"),
+        policy,
+        &policies,
+        errors,
+    );
+    ports(one, path, host_network, seen, errors);
+    for (i, variable) in one.env.iter().flatten().enumerate() {
+        environment(variable, &path.child("env").index(i), errors);
+    }
+    for (i, source) in one.env_from.iter().flatten().enumerate() {
+        let path = path.child("envFrom").index(i);
+        match (&source.config_map_ref, &source.secret_ref) {
+            (Some(_), Some(_)) => {
+                let detail = "may not have more than one field specified at a time";
+                errors.push(FieldError::invalid(&path, "", detail));
+            }
+            (None, None) => {
+                let detail = "must specify one of: `configMapRef` or `secretRef`";
+                errors.push(FieldError::invalid(&path, "", detail));
+            }
+            (Some(map), None) if map.name.is_empty() => {
+                errors.push(FieldError::required(
+                    &path.child("configMapRef").child("name"),
+                    "",
+                ));
+            }
+            (None, Some(secret)) if secret.name.is_empty() => {
+                errors.push(FieldError::required(
+                    &path.child("secretRef").child("name"),
+                    "",
+                ));
+            }
+            _ => {}
+        }
+    }
+    mounts(
+        one.volume_mounts.as_deref().unwrap_or_default(),
+        path,
+        volumes,
+        errors,
+    );
+    if let Some(resources) = &one.resources {
+        self::resources(resources, &path.child("resources"), errors);
+    }
+    for (field, probe, only_one) in [
+        ("livenessProbe", &one.liveness_probe, true),
+        ("readinessProbe", &one.readiness_probe, false),
+        ("startupProbe", &one.startup_probe, true),
+    ] {
+        if let Some(probe) = probe {
+            self::probe(probe, one, &path.child(field), only_one, errors);
+        }
+    }
+    security(one, path, errors);
+}
+
+fn security(one: &Container, path: &Path, errors: &mut Vec<FieldError>) {
+    let Some(context) = &one.security_context else {
+        return;
+    };
+    let path = path.child("securityContext");
+    not_negative(&path.child("runAsUser"), context.run_as_user, errors);
+    not_negative(&path.child("runAsGroup"), context.run_as_group, errors);
+    let sys_admin = context
+        .capabilities
+        .iter()
+        .flat_map(|c| c.add.iter().flatten())
+        .any(|c| matches!(c.as_str(), "SYS_ADMIN" | "CAP_SYS_ADMIN"));
+    let privileged = context.privileged == Some(true);
+    if context.allow_privilege_escalation == Some(false) && (privileged || sys_admin) {
+        let detail = if privileged {
+            "cannot set `allowPrivilegeEscalation` to false and `privileged` to true"
+        } else {
+            "cannot set `allowPrivilegeEscalation` to false and `capabilities.Add` CAP_SYS_ADMIN"
+        };
+        errors.push(FieldError::invalid(&path, "", detail));
+    }
+}
+
+fn ports<'a>(
+    one: &'a Container,
+    path: &Path,
+    host_network: bool,
+    seen: &mut Seen<'a>,
+    errors: &mut Vec<FieldError>,
+) {
+    let mut port_names = BTreeSet::new();
+    for (i, port) in one.ports.iter().flatten().enumerate() {
+        let path = path.child("ports").index(i);
+        let number = &path.child("containerPort");
+        for rule in names::port_number(port.container_port) {
+            errors.push(FieldError::invalid(number, port.container_port, &rule));
+        }
+        if let Some(name) = port.name.as_deref().filter(|n| !n.is_empty()) {
+            each(&path.child("name"), name, names::port_name(name), errors);
+            if !port_names.insert(name) {
+                errors.push(FieldError::duplicate(&path.child("name"), name));
+            }
+        }
+        let protocol = port.protocol.as_deref().unwrap_or("TCP");
+        one_of(&path.child("protocol"), Some(protocol), PROTOCOLS, errors);
+        let Some(host_port) = port.host_port.filter(|p| *p != 0) else {
+            continue;
+        };
+        let path = path.child("hostPort");
+        for rule in names::port_number(host_port) {
+            errors.push(FieldError::invalid(&path, host_port, &rule));
+        }
+        if host_network && host_port != port.container_port {
+            let detail = "must match `containerPort` when `hostNetwork` is true";
+            errors.push(FieldError::invalid(&path, host_port, detail));
+        }
+        if !seen.host_ports.insert((host_port, protocol)) {
+            errors.push(FieldError::duplicate(
+                &path,
+                format!("{protocol}//{host_port}"),
+            ));
+        }
+    }
+}
+
+fn environment(variable: &EnvVar, path: &Path, errors: &mut Vec<FieldError>) {
+    if variable.name.is_empty() {
+        errors.push(FieldError::required(&path.child("name"), ""));
+    } else {
+        each(
+            &path.child("name"),
+            &variable.name,
+            names::env_name(&variable.name),
+            errors,
+        );
+    }
+    let Some(source) = &variable.value_from else {
+        return;
+    };
+    let path = path.child("valueFrom");
+    if variable.value.as_ref().is_some_and(|v| !v.is_empty()) {
+        let detail = "may not be specified when `value` is not empty";
+        errors.push(FieldError::invalid(&path, "", detail));
+    }
+    let given = [
+        source.field_ref.is_some(),
+        source.config_map_key_ref.is_some(),
+        source.secret_key_ref.is_some(),
+        source.resource_field_ref.is_some(),
+    ];
+    match given.iter().filter(|set| **set).count() {
+        1 => {}
+        0 => {
+            let detail = "must specify one of: `fieldRef`, `configMapKeyRef` or `secretKeyRef`";
+            errors.push(FieldError::invalid(&path, "", detail));
+        }
+        _ => {
+            let detail = "may not have more than one field specified at a time";
+            errors.push(FieldError::invalid(&path, "", detail));
+        }
+    }
+    if let Some(field) = &source.field_ref {
+        field_path(
+            &field.field_path,
+            &path.child("fieldRef").child("fieldPath"),
+            errors,
+        );
+    }
+    let map = source
+        .config_map_key_ref
+        .as_ref()
+        .map(|r| ("configMapKeyRef", &r.name, &r.key));
+    let secret = source
+        .secret_key_ref
+        .as_ref()
+        .map(|r| ("secretKeyRef", &r.name, &r.key));
+    for (field, name, key) in map.into_iter().chain(secret) {
+        let path = path.child(field);
+        if name.is_empty() {
+            errors.push(FieldError::required(&path.child("name"), ""));
+        }
+        if key.is_empty() {
+            errors.push(FieldError::required(&path.child("key"), ""));
+        } else {
+            each(&path.child("key"), key, names::config_key(key), errors);
+        }
+    }
+}
+
+fn field_path(text: &str, path: &Path, errors: &mut Vec<FieldError>) {
+    let key = ["metadata.labels['", "metadata.annotations['"]
+        .iter()
+        .find_map(|prefix| text.strip_prefix(prefix)?.strip_suffix("']"));
+    if let Some(key) = key {
+        each(
+            path,
+            text,
+            names::qualified_name(&key.to_lowercase()),
+            errors,
+        );
+    } else if text.is_empty() {
+        errors.push(FieldError::required(path, ""));
+    } else {
+        one_of(path, Some(text), FIELD_PATHS, errors);
+    }
+}
+
+fn mounts(
+    mounts: &[VolumeMount],
+    path: &Path,
+    volumes: &BTreeSet<&str>,
+    errors: &mut Vec<FieldError>,
+) {
+    let mut seen = BTreeSet::new();
+    for (i, mount) in mounts.iter().enumerate() {
+        let path = path.child("volumeMounts").index(i);
+        if mount.name.is_empty() {
+            errors.push(FieldError::required(&path.child("name"), ""));
+        } else if !volumes.contains(mount.name.as_str()) {
+            errors.push(FieldError::not_found(
+                &path.child("name"),
+                mount.name.as_str(),
+            ));
+        }
+        let mount_path = &path.child("mountPath");
+        if mount.mount_path.is_empty() {
+            errors.push(FieldError::required(mount_path, ""));
+        } else if !seen.insert(mount.mount_path.trim_end_matches('/')) {
+            let detail = "must be unique";
+            errors.push(FieldError::invalid(
+                mount_path,
+                mount.mount_path.as_str(),
+                detail,
+            ));
+        }
+        if mount.mount_path.contains(':') {
+            let detail = "must not contain ':'";
+            errors.push(FieldError::invalid(
+                mount_path,
+                mount.mount_path.as_str(),
+                detail,
+            ));
+        }
+        inner_path(mount_path, &mount.mount_path, true, errors);
+        if let Some(sub_path) = mount.sub_path.as_deref().filter(|p| !p.is_empty()) {
+            inner_path(&path.child("subPath"), sub_path, false, errors);
+        }
+    }
+}
+
+fn quantity(path: &Path, text: &str, errors: &mut Vec<FieldError>) -> Option<Quantity> {
+    match Quantity::parse(text) {
+        Ok(value) if value.is_negative() => {
+            errors.push(FieldError::invalid(path, text, super::NOT_NEGATIVE));
+            None
+        }
+        Ok(value) => Some(value),
+        Err(error) => {
+            errors.push(FieldError::invalid(path, text, &error.to_string()));
+            None
+        }
+    }
+}
+
+fn resources(resources: &ResourceRequirements, path: &Path, errors: &mut Vec<FieldError>) {
+    for (name, limit) in resources.limits.iter().flatten() {
+        quantity(&path.child("limits").key(name), &limit.0, errors);
+    }
+    for (name, request) in resources.requests.iter().flatten() {
+        let path = path.child("requests").key(name);
+        let request_value = quantity(&path, &request.0, errors);
+        let limit = resources
+            .limits
+            .as_ref()
+            .and_then(|limits| limits.get(name));
+        let limit_value = limit.and_then(|limit| Quantity::parse(&limit.0).ok());
+        if let (Some(value), Some(limit)) = (request_value, limit_value)
+            && value > limit
+        {
+            let detail = format!("must be less than or equal to {name} limit of {limit}");
+            errors.push(FieldError::invalid(&path, request.0.as_str(), &detail));
+        }
+    }
+}
+
+fn probe(
+    probe: &Probe,
+    owner: &Container,
+    path: &Path,
+    only_one: bool,
+    errors: &mut Vec<FieldError>,
+) {
+    let handlers = [
+        probe.exec.is_some(),
+        probe.http_get.is_some(),
+        probe.tcp_socket.is_some(),
+        probe.grpc.is_some(),
+    ];
+    match handlers.iter().filter(|set| **set).count() {
+        1 => {}
+        0 => errors.push(FieldError::required(path, "must specify a handler type")),
+        _ => {
+            let detail = "may not specify more than 1 handler type";
+            errors.push(FieldError::forbidden(path, detail));
+        }
+    }
+    for (field, value) in [
+        ("initialDelaySeconds", probe.initial_delay_seconds),
+        ("timeoutSeconds", probe.timeout_seconds),
+        ("periodSeconds", probe.period_seconds),
+        ("successThreshold", probe.success_threshold),
+        ("failureThreshold", probe.failure_threshold),
+    ] {
+        not_negative(&path.child(field), value.map(i64::from), errors);
+    }
+    if only_one && let Some(threshold) = probe.success_threshold.filter(|t| *t > 1) {
+        let path = path.child("successThreshold");
+        errors.push(FieldError::invalid(&path, threshold, "must be 1"));
+    }
+    if let Some(exec) = &probe.exec
+        && exec.command.as_ref().is_none_or(Vec::is_empty)
+    {
+        errors.push(FieldError::required(
+            &path.child("exec").child("command"),
+            "",
+        ));
+    }
+    if let Some(http) = &probe.http_get {
+        let path = path.child("httpGet");
+        probe_port(&http.port, owner, &path.child("port"), errors);
+        one_of(
+            &path.child("scheme"),
+            http.scheme.as_deref(),
+            &["HTTP", "HTTPS"],
+            errors,
+        );
+    }
+    if let Some(tcp) = &probe.tcp_socket {
+        probe_port(
+            &tcp.port,
+            owner,
+            &path.child("tcpSocket").child("port"),
+            errors,
+        );
+    }
+}
+
+fn probe_port(port: &IntOrString, owner: &Container, path: &Path, errors: &mut Vec<FieldError>) {
+    match port {
+        IntOrString::Int(number) => {
+            for rule in names::port_number(*number) {
+                errors.push(FieldError::invalid(path, *number, &rule));
+            }
+        }
+        IntOrString::String(name) => {
+            let before = errors.len();
+            each(path, name, names::port_name(name), errors);
+            let known = owner
+                .ports
+                .iter()
+                .flatten()
+                .any(|p| p.name.as_ref() == Some(name));
+            if errors.len() == before && !known {
+                // Kubernetes accepts this and the probe then fails for ever.
+                errors.push(FieldError::not_found(path, name.as_str()));
+            }
+        }
+    }
+}
+
+/// What may change in a Pod: images, and a few numbers that only shrink.
+pub fn pod_update(new: &Pod, old: &Pod) -> Vec<FieldError> {
+    let (Some(new_spec), Some(old_spec)) = (&new.spec, &old.spec) else {
+        return Vec::new();
+    };
+    let mut errors = Vec::new();
+    let path = Path::new("spec");
+    // Give the old spec everything that may differ: what still differs may not.
+    let mut allowed = old_spec.clone();
+    allowed.tolerations.clone_from(&new_spec.tolerations);
+    allowed.active_deadline_seconds = new_spec.active_deadline_seconds;
+    if old_spec
+        .termination_grace_period_seconds
+        .is_some_and(|s| s < 0)
+    {
+        allowed.termination_grace_period_seconds = new_spec.termination_grace_period_seconds;
+    }
+    for (old, new) in allowed.containers.iter_mut().zip(&new_spec.containers) {
+        old.image.clone_from(&new.image);
+    }
+    let init = allowed.init_containers.iter_mut().flatten();
+    for (old, new) in init.zip(new_spec.init_containers.iter().flatten()) {
+        old.image.clone_from(&new.image);
+    }
+    // A binding: the registry's `bind` sets it once.
+    if old_spec.node_name.as_ref().is_none_or(String::is_empty) {
+        allowed.node_name.clone_from(&new_spec.node_name);
+    } else if old_spec.node_name != new_spec.node_name {
+        let value = new_spec.node_name.as_deref().unwrap_or_default();
+        errors.push(FieldError::invalid(
+            &path.child("nodeName"),
+            value,
+            IMMUTABLE,
+        ));
+        return errors;
+    }
+    if allowed != *new_spec {
+        let detail = "pod updates may not change fields other than \
+                      `spec.containers[*].image`,`spec.initContainers[*].image`,\
+                      `spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing \
+                      tolerations)";
+        errors.push(FieldError::forbidden(&path, detail));
+    }
+    errors
+}
