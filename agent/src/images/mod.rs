@@ -1,1 +1,411 @@
-//! (to come)
+//! Images: from a registry or a file to a root file system that a container can start in.
+//!
+//! ```text
+//! pod's image name ─► reference ─► present? ─yes─────────────────────────────► overlay mount
+//!                                     └─no─► pull (registry) ──┬─► verify ─► unpack once per layer ─┘
+//!                          gantry-agent image import FILE ─────┘
+//! ```
+//! Files: [`reference`] names, [`auth`] pull secrets, `document` manifests, `stream` hashing and
+//! decompression, [`extract`] the confined unpacker, `content` the directories, `pull` and `import`
+//! the two sources, `overlay` the mounts.
+//!
+//! Invariants:
+//! * nothing is visible before every byte was verified (digest, size, diff ID) and synced;
+//! * one layer is unpacked once, whoever asks, and shared by all containers;
+//! * an image that is handed out, that a container's mount was made from, or that was imported from
+//!   a file is not cleaned up;
+//! * the store belongs to the machine, not to the process: a second one may import meanwhile.
+
+pub mod auth;
+mod content;
+mod document;
+mod error;
+pub mod extract;
+mod import;
+mod keyed;
+mod overlay;
+mod pull;
+pub mod reference;
+mod stream;
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+pub use auth::{Credential, RegistryAuth};
+use content::{Content, Record, Table};
+pub use error::ImageError;
+pub use import::{Imported, Progress};
+use keyed::KeyedLocks;
+pub use oci_spec::image::ImageConfiguration;
+pub use reference::{Digest, Reference};
+
+/// Layers downloaded at the same time, all pulls together.
+const DOWNLOADS_MAX: usize = 4;
+
+/// When to ask the registry: `spec.containers[].imagePullPolicy`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PullPolicy {
+    /// Before every start.
+    Always,
+    /// Only when the image is not here.
+    IfNotPresent,
+    /// Never.
+    Never,
+}
+
+impl PullPolicy {
+    /// The policy as written; absent: Always for the tag `latest`, else IfNotPresent.
+    pub fn of(policy: Option<&str>, image: &str) -> Self {
+        match policy {
+            Some("Always") => Self::Always,
+            Some("Never") => Self::Never,
+            Some("IfNotPresent") => Self::IfNotPresent,
+            _ => match Reference::parse(image) {
+                Ok(r) if r.digest.is_none() && r.tag.as_deref() == Some("latest") => Self::Always,
+                _ => Self::IfNotPresent,
+            },
+        }
+    }
+}
+
+/// An image that is here, complete. While one is held, its files stay.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// The configuration's digest, `sha256:...`.
+    pub id: Digest,
+    /// Full names, tags and digests alike.
+    pub references: Vec<String>,
+    /// Entry point, environment, user, working directory.
+    pub config: ImageConfiguration,
+    /// Diff IDs, bottom first.
+    pub layers: Vec<Digest>,
+    /// Compressed size, bytes.
+    pub size_bytes: u64,
+    /// Imported from a file.
+    pub pinned: bool,
+}
+
+impl Image {
+    /// `status.containerStatuses[].imageID`: the name with digest when it came from a registry.
+    pub fn image_id(&self) -> String {
+        let digest = self.references.iter().find(|r| r.contains('@'));
+        digest.cloned().unwrap_or_else(|| self.id.to_string())
+    }
+}
+
+/// The node's images. Cheap to clone.
+#[derive(Clone)]
+pub struct ImageStore {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    content: Content,
+    /// `/var/lib/gantry/pods`: each container's layers directory names its image.
+    pods: PathBuf,
+    /// One task at a time per image name and per layer.
+    locks: KeyedLocks,
+    downloads: tokio::sync::Semaphore,
+    /// Images somebody holds.
+    handed_out: Mutex<HashMap<Digest, Weak<Image>>>,
+}
+
+impl ImageStore {
+    /// Opens the store below `/var/lib/gantry`, making it on first use.
+    pub fn open(lib_dir: &Path) -> Result<Self, ImageError> {
+        Ok(Self {
+            shared: Arc::new(Shared {
+                content: Content::open(lib_dir.join("images"))?,
+                pods: lib_dir.join("pods"),
+                locks: KeyedLocks::default(),
+                downloads: tokio::sync::Semaphore::new(DOWNLOADS_MAX),
+                handed_out: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Tries what containers will need of this directory's file system: `Err` says in words what
+    /// is missing (no overlayfs, ramfs without extended attributes, not root).
+    pub async fn probe(&self) -> Result<(), ImageError> {
+        self.blocking(|this| overlay::probe(&this.content().fresh("unpack")))
+            .await
+    }
+
+    /// The image of this name, pulled if the policy says so.
+    ///
+    /// # Errors
+    /// With the reason Kubernetes shows ([`ImageError::reason`]). Retry and back-off are the
+    /// caller's; a failed pull leaves verified layers and partial downloads for the next one.
+    pub async fn ensure(
+        &self,
+        reference: &str,
+        policy: PullPolicy,
+        auth: &[RegistryAuth],
+    ) -> Result<Arc<Image>, ImageError> {
+        let name = Reference::parse(reference)?;
+        if policy != PullPolicy::Always
+            && let Some(image) = self.present(&name, reference).await?
+        {
+            return Ok(image);
+        }
+        if policy == PullPolicy::Never {
+            return Err(ImageError::NeverPull {
+                reference: reference.to_owned(),
+            });
+        }
+        // Whoever waited here finds the image there.
+        let _one = self.shared.locks.lock(&name.to_string()).await;
+        if policy == PullPolicy::IfNotPresent
+            && let Some(image) = self.present(&name, reference).await?
+        {
+            return Ok(image);
+        }
+        Box::pin(pull::pull(self, &name, auth))
+            .await
+            .map_err(|source| ImageError::Pull {
+                reference: reference.to_owned(),
+                source: Box::new(source),
+            })
+    }
+
+    async fn present(
+        &self,
+        name: &Reference,
+        written: &str,
+    ) -> Result<Option<Arc<Image>>, ImageError> {
+        let (key, written) = (name.to_string(), written.to_owned());
+        self.blocking(move |this| this.lookup(&key))
+            .await
+            .map_err(|source| ImageError::Inspect {
+                reference: written,
+                source: Box::new(source),
+            })
+    }
+
+    /// Mounts a writable root for one container run at `layers_dir/rootfs`. Idempotent.
+    pub async fn mount_rootfs(
+        &self,
+        image: &Image,
+        layers_dir: &Path,
+    ) -> Result<PathBuf, ImageError> {
+        let lower: Vec<PathBuf> = image
+            .layers
+            .iter()
+            .map(|d| self.content().layer_fs(d))
+            .collect();
+        let (id, dir) = (image.id.clone(), layers_dir.to_owned());
+        self.blocking(move |_| overlay::mount_rootfs(&lower, id.as_str(), &dir))
+            .await
+    }
+
+    /// Unmounts what [`ImageStore::mount_rootfs`] mounted. Idempotent.
+    pub async fn unmount_rootfs(&self, layers_dir: &Path) -> Result<(), ImageError> {
+        let dir = layers_dir.to_owned();
+        self.blocking(move |_| overlay::unmount_rootfs(&dir)).await
+    }
+
+    /// Unmounts and deletes a container run's layers directory. Idempotent.
+    pub async fn remove_rootfs(&self, layers_dir: &Path) -> Result<(), ImageError> {
+        let dir = layers_dir.to_owned();
+        self.blocking(move |_| {
+            overlay::unmount_rootfs(&dir)?;
+            match std::fs::remove_dir_all(&dir) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    Err(ImageError::io(format!("remove {}", dir.display()))(e))
+                }
+                _ => Ok(()),
+            }
+        })
+        .await
+    }
+
+    /// Imports every image of an OCI layout directory, an OCI archive or a docker-save archive
+    /// (plain, gzip or zstd). `progress` is called often; make it cheap.
+    pub async fn import(
+        &self,
+        path: &Path,
+        progress: impl Fn(Progress) + Send + 'static,
+    ) -> Result<Vec<Imported>, ImageError> {
+        let path = path.to_owned();
+        self.blocking(move |this| import::import(this.content(), &path, &progress))
+            .await
+    }
+
+    /// Every image that is here.
+    pub async fn list(&self) -> Result<Vec<Arc<Image>>, ImageError> {
+        self.blocking(|this| {
+            let table = this.content().table()?;
+            let images = table.images.iter();
+            Ok(images
+                .filter_map(|(id, record)| this.load(&table, id, record).ok())
+                .collect())
+        })
+        .await
+    }
+
+    /// Takes a name away. The image itself goes with the next clean-up once it has no name.
+    pub async fn remove_reference(&self, reference: &str) -> Result<bool, ImageError> {
+        let key = Reference::parse(reference)?.to_string();
+        self.blocking(move |this| {
+            this.content().update(|table| {
+                let Some(id) = table.references.remove(&key) else {
+                    return false;
+                };
+                let named = table.references.values().any(|other| *other == id);
+                if let (false, Some(record)) = (named, table.images.get_mut(&id)) {
+                    record.pinned = false;
+                }
+                true
+            })
+        })
+        .await
+    }
+
+    /// Removes images that nobody needs and layers without an image.
+    ///
+    /// * `keep` – image IDs or names the caller's pods use, running or about to.
+    /// * returns the IDs that went; empty when another process is adding content just now.
+    pub async fn remove_unused(&self, keep: &BTreeSet<String>) -> Result<Vec<Digest>, ImageError> {
+        let keep = keep.clone();
+        self.blocking(move |this| this.remove_unused_blocking(&keep))
+            .await
+    }
+
+    fn remove_unused_blocking(&self, keep: &BTreeSet<String>) -> Result<Vec<Digest>, ImageError> {
+        let Some(lock) = self.content().try_lock_removal()? else {
+            return Ok(Vec::new());
+        };
+        // Held to the end, so that no lookup hands out what is about to go.
+        let held = self.handed_out();
+        let mut used: BTreeSet<String> = keep
+            .iter()
+            .map(|k| Reference::parse(k).map_or_else(|_| k.clone(), |r| r.to_string()))
+            .chain(keep.iter().cloned())
+            .collect();
+        used.extend(
+            held.iter()
+                .filter(|(_, w)| w.strong_count() > 0)
+                .map(|(id, _)| id.to_string()),
+        );
+        used.extend(mounted_images(&self.shared.pods));
+        let gone = self.content().update(|table| {
+            let by_name: BTreeSet<Digest> = table
+                .references
+                .iter()
+                .filter(|(name, _)| used.contains(*name))
+                .map(|(_, id)| id.clone())
+                .collect();
+            let unused = |id: &Digest, record: &Record| {
+                !record.pinned && !used.contains(id.as_str()) && !by_name.contains(id)
+            };
+            let gone: Vec<Digest> = table
+                .images
+                .iter()
+                .filter(|(id, record)| unused(id, record))
+                .map(|(id, _)| id.clone())
+                .collect();
+            table.images.retain(|id, _| !gone.contains(id));
+            table.references.retain(|_, id| !gone.contains(id));
+            gone
+        })?;
+        self.content().sweep(&self.content().table()?, &lock)?;
+        drop(held);
+        Ok(gone)
+    }
+
+    fn content(&self) -> &Content {
+        &self.shared.content
+    }
+
+    fn handed_out(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, Weak<Image>>> {
+        self.shared
+            .handed_out
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The image of a full name, if it is here and complete.
+    fn lookup(&self, key: &str) -> Result<Option<Arc<Image>>, ImageError> {
+        let table = self.content().table()?;
+        match table
+            .references
+            .get(key)
+            .and_then(|id| Some((id, table.images.get(id)?)))
+        {
+            Some((id, record)) => {
+                // Somebody deleted a layer behind our back: as good as not here.
+                if record.layers.iter().all(|l| self.content().has_layer(l)) {
+                    self.load(&table, id, record).map(Some)
+                } else {
+                    Ok(None)
+                }
+            }
+            None => Ok(None),
+        }
+    }
+
+    fn load(&self, table: &Table, id: &Digest, record: &Record) -> Result<Arc<Image>, ImageError> {
+        let mut held = self.handed_out();
+        let references: Vec<String> = table
+            .references
+            .iter()
+            .filter(|(_, i)| *i == id)
+            .map(|(name, _)| name.clone())
+            .collect();
+        if let Some(image) = held.get(id).and_then(Weak::upgrade)
+            && image.references == references
+        {
+            return Ok(image);
+        }
+        let bytes = self.content().document(id)?;
+        let (config, layers) =
+            document::parse_config(&bytes, record.layers.len()).map_err(|reason| {
+                ImageError::Corrupt {
+                    origin: self.content().blob_path(id).display().to_string(),
+                    what: format!("image configuration {id}"),
+                    reason,
+                }
+            })?;
+        let image = Arc::new(Image {
+            id: id.clone(),
+            references,
+            config,
+            layers,
+            size_bytes: record.size_bytes,
+            pinned: record.pinned,
+        });
+        held.retain(|_, weak| weak.strong_count() > 0);
+        held.insert(id.clone(), Arc::downgrade(&image));
+        Ok(image)
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T, ImageError> + Send + 'static,
+    ) -> Result<T, ImageError> {
+        let this = self.clone();
+        tokio::task::spawn_blocking(move || work(&this))
+            .await
+            .unwrap_or_else(|e| Err(ImageError::io("image task")(std::io::Error::other(e))))
+    }
+}
+
+/// IDs that container layer directories were made from: `<pods>/<uid>/containers/<name>/<run>/image`.
+fn mounted_images(pods: &Path) -> BTreeSet<String> {
+    let below = |dir: PathBuf| {
+        std::fs::read_dir(dir)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| e.path())
+    };
+    below(pods.to_owned())
+        .flat_map(|pod| below(pod.join("containers")))
+        .flat_map(below)
+        .filter_map(|run| std::fs::read_to_string(run.join("image")).ok())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;
