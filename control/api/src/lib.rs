@@ -25,6 +25,7 @@ pub use k8s_openapi;
 pub mod admission;
 pub mod decode;
 pub mod defaults;
+pub mod digest;
 pub mod field;
 pub mod kinds;
 pub mod merge;
