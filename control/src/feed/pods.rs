@@ -1,0 +1,279 @@
+//! Logs and exec for users: finds the pod and its node, opens a tunnel, splices the streams.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt as _, stream};
+use gantry_api::k8s_openapi::api::core::v1::{Pod, PodSpec};
+use gantry_api::kinds;
+use gantry_api::proto;
+use gantry_api::proto::open_tunnel::Target;
+use gantry_api::proto::{exec_input, exec_output, pods_server, tunnel_down, tunnel_up};
+use gantry_api::status::Status;
+use tokio::time::timeout;
+use tonic::{Request, Response, Streaming};
+
+use super::Feed;
+use super::tunnels::{DownSender, Tunnel};
+
+/// Which container is meant when none is named.
+const DEFAULT_CONTAINER_ANNOTATION: &str = "kubectl.kubernetes.io/default-container";
+/// How long a client may take with the command it wants to run.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+
+type BoxedStream<T> = Pin<Box<dyn Stream<Item = Result<T, tonic::Status>> + Send>>;
+
+/// The `Pods` service.
+pub struct PodStreams {
+    feed: Feed,
+}
+
+/// Where a request goes.
+struct Place {
+    node: String,
+    uid: String,
+    container: String,
+}
+
+impl PodStreams {
+    pub(super) fn new(feed: Feed) -> Self {
+        Self { feed }
+    }
+
+    fn place(&self, namespace: &str, name: &str, container: &str) -> Result<Place, Status> {
+        let namespace = if namespace.is_empty() {
+            "default"
+        } else {
+            namespace
+        };
+        let pod = self
+            .feed
+            .inner
+            .registry
+            .get::<Pod>(namespace, name)?
+            .ok_or_else(|| match kinds::by_plural("", "pods") {
+                Some(kind) => Status::not_found(kind, name),
+                None => Status::not_served("pods is not a kind of this server"),
+            })?;
+        let container = container_of(&pod, name, container)?;
+        let node = pod
+            .spec
+            .and_then(|spec| spec.node_name)
+            .filter(|node| !node.is_empty());
+        let node = node.ok_or_else(|| {
+            Status::bad_request(format!("pod {name} does not have a host assigned"))
+        })?;
+        Ok(Place {
+            node,
+            uid: pod.metadata.uid.unwrap_or_default(),
+            container,
+        })
+    }
+
+    async fn open(&self, place: &Place, target: Target) -> Result<Tunnel, Status> {
+        self.feed
+            .inner
+            .open_tunnel(&place.node, &place.uid, target)
+            .await
+    }
+}
+
+/// The container that is meant.
+fn container_of(pod: &Pod, pod_name: &str, wanted: &str) -> Result<String, Status> {
+    let empty = PodSpec::default();
+    let spec = pod.spec.as_ref().unwrap_or(&empty);
+    let main: Vec<&str> = spec.containers.iter().map(|c| c.name.as_str()).collect();
+    let init = spec
+        .init_containers
+        .iter()
+        .flatten()
+        .map(|c| c.name.as_str());
+    let ephemeral = spec
+        .ephemeral_containers
+        .iter()
+        .flatten()
+        .map(|c| c.name.as_str());
+    let annotations = pod.metadata.annotations.as_ref();
+    let default = annotations.and_then(|all| all.get(DEFAULT_CONTAINER_ANNOTATION));
+    let wanted = match (wanted, default, main.as_slice()) {
+        ("", Some(default), _) => default.as_str(),
+        ("", None, [only]) => *only,
+        ("", None, all) => {
+            return Err(Status::bad_request(format!(
+                "a container name must be specified for pod {pod_name}, choose one of: [{}]",
+                all.join(" ")
+            )));
+        }
+        (name, _, _) => name,
+    };
+    if main
+        .iter()
+        .copied()
+        .chain(init)
+        .chain(ephemeral)
+        .any(|name| name == wanted)
+    {
+        return Ok(wanted.into());
+    }
+    Err(Status::bad_request(format!(
+        "container {wanted:?} is not valid for pod {pod_name}"
+    )))
+}
+
+#[tonic::async_trait]
+impl pods_server::Pods for PodStreams {
+    type LogsStream = BoxedStream<proto::LogsChunk>;
+    type ExecStream = BoxedStream<proto::ExecOutput>;
+
+    async fn logs(
+        &self,
+        request: Request<proto::LogsRequest>,
+    ) -> Result<Response<Self::LogsStream>, tonic::Status> {
+        let mut request = request.into_inner();
+        let place = self.place(&request.namespace, &request.pod, &request.container)?;
+        request.container.clone_from(&place.container);
+        let tunnel = self.open(&place, Target::Logs(request)).await?;
+        // The tunnel lives as long as the client reads: dropping the stream closes it.
+        let chunks = stream::unfold(tunnel, |mut tunnel| async {
+            loop {
+                match tunnel.up.message().await {
+                    Ok(Some(proto::TunnelUp {
+                        message: Some(tunnel_up::Message::Logs(chunk)),
+                    })) => {
+                        return Some((Ok(chunk), tunnel));
+                    }
+                    Ok(Some(_)) => {}
+                    Ok(None) => return None,
+                    Err(status) => return Some((Err(lost(&status)), tunnel)),
+                }
+            }
+        });
+        Ok(Response::new(end_after_error(chunks)))
+    }
+
+    async fn exec(
+        &self,
+        request: Request<Streaming<proto::ExecInput>>,
+    ) -> Result<Response<Self::ExecStream>, tonic::Status> {
+        let mut input = request.into_inner();
+        let first = timeout(START_TIMEOUT, input.message()).await;
+        let first = first.map_err(|_| Status::timeout("no command in 10 s"))??;
+        let Some(exec_input::Input::Start(mut start)) = first.and_then(|first| first.input) else {
+            return Err(Status::bad_request("the first message must be the command").into());
+        };
+        if start.command.is_empty() {
+            return Err(Status::bad_request("you must specify at least one command").into());
+        }
+        let place = self.place(&start.namespace, &start.pod, &start.container)?;
+        start.container.clone_from(&place.container);
+        let tunnel = self.open(&place, Target::Exec(start)).await?;
+        let forward = Forward(tokio::spawn(forward_input(input, tunnel.down.clone())));
+        let output = stream::unfold((tunnel, forward), |(mut tunnel, forward)| async {
+            loop {
+                match tunnel.up.message().await {
+                    Ok(Some(proto::TunnelUp {
+                        message: Some(tunnel_up::Message::Exec(output)),
+                    })) => {
+                        return Some((Ok(output), (tunnel, forward)));
+                    }
+                    Ok(Some(_)) => {}
+                    Ok(None) => return None,
+                    Err(status) => return Some((Err(lost(&status)), (tunnel, forward))),
+                }
+            }
+        });
+        let ended = |output: &Result<proto::ExecOutput, tonic::Status>| {
+            matches!(
+                output,
+                Ok(proto::ExecOutput {
+                    output: Some(exec_output::Output::Exit(_))
+                })
+            )
+        };
+        Ok(Response::new(end_after(output, ended)))
+    }
+}
+
+fn lost(status: &tonic::Status) -> tonic::Status {
+    Status::unavailable(format!(
+        "the connection to the node was lost: {}",
+        status.message()
+    ))
+    .into()
+}
+
+fn end_after_error<T: Send + 'static>(
+    stream: impl Stream<Item = Result<T, tonic::Status>> + Send + 'static,
+) -> BoxedStream<T> {
+    end_after(stream, |_| false)
+}
+
+/// Ends a stream after the first error, and after the first item for which `last` holds.
+fn end_after<T: Send + 'static>(
+    stream: impl Stream<Item = Result<T, tonic::Status>> + Send + 'static,
+    last: impl Fn(&Result<T, tonic::Status>) -> bool + Send + 'static,
+) -> BoxedStream<T> {
+    let ended = stream.scan(false, move |ended, item| {
+        if *ended {
+            return std::future::ready(None);
+        }
+        *ended = item.is_err() || last(&item);
+        std::future::ready(Some(item))
+    });
+    Box::pin(ended)
+}
+
+/// The task that carries a client's input; it ends with the output.
+struct Forward(tokio::task::JoinHandle<()>);
+
+impl Drop for Forward {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Carries input until the client has no more; the tunnel stays open for the output.
+async fn forward_input(mut input: Streaming<proto::ExecInput>, down: DownSender) {
+    while let Ok(Some(message)) = input.message().await {
+        let message = tunnel_down::Message::Exec(message);
+        if down
+            .send(Ok(proto::TunnelDown {
+                message: Some(message),
+            }))
+            .await
+            .is_err()
+        {
+            return;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn pod(annotation: Option<&str>) -> Pod {
+        let mut pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": "web"},
+            "spec": {"containers": [{"name": "a"}, {"name": "b"}], "initContainers": [{"name": "i"}]},
+        }))
+        .unwrap();
+        pod.metadata.annotations = annotation
+            .map(|name| [(DEFAULT_CONTAINER_ANNOTATION.to_owned(), name.to_owned())].into());
+        pod
+    }
+
+    #[test]
+    fn a_container_is_found_by_name_annotation_or_because_it_is_alone() {
+        assert_eq!(container_of(&pod(None), "web", "i").unwrap(), "i");
+        assert_eq!(container_of(&pod(Some("b")), "web", "").unwrap(), "b");
+        let status = container_of(&pod(None), "web", "").unwrap_err();
+        assert!(status.message.contains("choose one of: [a b]"), "{status}");
+        let status = container_of(&pod(None), "web", "x").unwrap_err();
+        assert_eq!(status.message, "container \"x\" is not valid for pod web");
+        let mut single = pod(None);
+        single.spec.as_mut().unwrap().containers.truncate(1);
+        assert_eq!(container_of(&single, "web", "").unwrap(), "a");
+    }
+}

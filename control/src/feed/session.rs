@@ -1,0 +1,523 @@
+//! One stream of one agent, from Hello to its end.
+//!
+//! ```text
+//!  Hello ─► wait for the older session ─► register ─► pod prefix ─► Welcome ─► Sync ─► Live
+//!                                                                   GoAway ◄── newer session, silence,
+//!                                                                              shutdown, node deleted
+//! ```
+//! One task owns the stream. It sends a batch when the index has moved and fewer than two commits
+//! are open, at most one per [`PACE`]; everything that came meanwhile is in the next one.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use gantry_api::k8s_openapi::api::core::v1::Event;
+use gantry_api::proto;
+use gantry_api::proto::{down, up};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::Streaming;
+
+use super::view::{Cursor, Step};
+use super::{Inner, NodeLink};
+
+/// Commits sent and not yet applied by the agent.
+const OPEN_COMMITS_MAX: usize = 2;
+/// The least time between two commits of one stream.
+const PACE: Duration = Duration::from_millis(2);
+/// Batches are cut at about this size; one larger item has a batch of its own.
+const BATCH_BYTES: usize = 256 << 10;
+/// An agent beats every 5 s; three missed ones end the stream.
+const SILENCE_MAX: Duration = Duration::from_secs(16);
+/// A message that the connection does not take for this long ends the stream.
+const SEND_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long Welcome waits for the node's pod prefix and for the index to reach the registration.
+const WELCOME_HOLD_MAX: Duration = Duration::from_secs(10);
+/// How long a newer session waits for the older one's writes.
+const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Writes of one session in progress: the agent's window of statuses and some more.
+const WRITES_MAX: usize = 320;
+/// Events in progress; more are dropped, they are best effort.
+const EVENT_WRITES_MAX: usize = 32;
+/// Waits for a floor of one agent.
+const FLOOR_WAITS_MAX: usize = 256;
+
+type Down = mpsc::Sender<Result<proto::Down, tonic::Status>>;
+
+/// Why a session ends; told to the agent.
+struct Leave {
+    reason: String,
+    retry_after: Duration,
+}
+
+fn leave(reason: impl Into<String>) -> Leave {
+    Leave {
+        reason: reason.into(),
+        retry_after: Duration::ZERO,
+    }
+}
+
+/// What a finished write leaves to do.
+enum Written {
+    Ack(proto::StatusAck),
+    /// A status could not be written now: the agent has to send it again.
+    Failed(String),
+    Event,
+    Nothing,
+}
+
+struct Session {
+    inner: Arc<Inner>,
+    link: Arc<NodeLink>,
+    node: String,
+    down: Down,
+    cursor: Cursor,
+    open: VecDeque<u64>,
+    writes: JoinSet<Written>,
+    event_writes: usize,
+    /// Pods whose status is being written: one at a time each, so that they land in order.
+    writing: BTreeSet<String>,
+    floor_waits: Vec<u64>,
+    /// Welcome carried no pod prefix: the agent has to come back for it.
+    lacks_pod_cidr: bool,
+    /// The node's conditions as the agent gave them last.
+    conditions: Value,
+}
+
+/// Serves one stream to its end.
+pub(super) async fn run(
+    inner: Arc<Inner>,
+    hello: proto::Hello,
+    mut inbound: Streaming<proto::Up>,
+    down: Down,
+) {
+    let node = hello.node.clone();
+    let link = inner.link(&node);
+    let kick = CancellationToken::new();
+    std::mem::replace(&mut link.state().kick, kick.clone()).cancel();
+    let stop = async {
+        tokio::select! {
+            () = kick.cancelled() => leave("a newer session of this node has started"),
+            () = inner.closed.cancelled() => leave("the control plane is shutting down"),
+            () = down.closed() => leave("the agent has left"),
+        }
+    };
+    tokio::pin!(stop);
+
+    let open = async {
+        let held = timeout(TAKE_OVER_TIMEOUT, link.session.clone().lock_owned()).await;
+        let held = held.map_err(|_| leave("the writes of the session before have not settled"))?;
+        let session = Session::open(&inner, &link, hello, down.clone()).await?;
+        Ok::<_, Leave>((held, session))
+    };
+    let opened = tokio::select! {
+        opened = open => opened,
+        ended = &mut stop => Err(ended),
+    };
+    let ended = match opened {
+        Err(ended) => ended,
+        Ok((held, mut session)) => {
+            let (opens, tunnels) = mpsc::channel(super::tunnels::TUNNELS_PER_NODE_MAX);
+            link.state().tunnels = Some(opens);
+            let ended = tokio::select! {
+                ended = session.serve(&mut inbound, tunnels) => ended,
+                ended = &mut stop => ended,
+            };
+            link.state().tunnels = None;
+            // The next session of this node waits for these: no write of an old stream comes late.
+            while session.writes.join_next().await.is_some() {}
+            drop(held);
+            ended
+        }
+    };
+    tracing::info!(node, reason = ended.reason, "session ended");
+    let go_away = proto::GoAway {
+        reason: ended.reason,
+        retry_after_ms: u32::try_from(ended.retry_after.as_millis()).unwrap_or(u32::MAX),
+    };
+    let message = proto::Down {
+        message: Some(down::Message::GoAway(go_away)),
+    };
+    let _ = down.try_send(Ok(message)); // best effort: the end of the stream says the same
+}
+
+impl Session {
+    /// Registers the node, waits until it has a pod prefix, and welcomes it.
+    async fn open(
+        inner: &Arc<Inner>,
+        link: &Arc<NodeLink>,
+        hello: proto::Hello,
+        down: Down,
+    ) -> Result<Self, Leave> {
+        let node = hello.node.clone();
+        let info = hello
+            .info
+            .as_ref()
+            .map(|info| info.node_json.as_ref())
+            .unwrap_or_default();
+        let conditions = serde_json::from_slice::<Value>(info)
+            .map(|mut node| node["status"]["conditions"].take())
+            .unwrap_or_default();
+        let session = inner.register(&hello).await.map_err(|status| Leave {
+            reason: format!("registration of node {node}: {status}"),
+            retry_after: Duration::from_secs(1),
+        })?;
+        {
+            let mut state = link.state();
+            if state.boot_id != hello.boot_id {
+                state.boot_id.clone_from(&hello.boot_id);
+                state.acked = 0; // the kernel's maps went with the reboot
+            }
+        }
+        let pod_cidr = inner.await_pod_cidr(&node, session).await?;
+        let lineage = inner.registry.store().lineage();
+        let lineage = proto::Lineage {
+            counter: lineage.counter,
+            id: lineage.id.clone(),
+        };
+        let same_lineage = hello
+            .lineage
+            .as_ref()
+            .is_some_and(|held| held.id == lineage.id);
+        let resume = same_lineage
+            .then(|| {
+                inner
+                    .index()
+                    .resume_at(hello.common_rev, hello.common_digest)
+            })
+            .flatten();
+        let inventory: BTreeMap<String, u64> = hello
+            .private
+            .into_iter()
+            .map(|private| (private.key, private.rev))
+            .collect();
+        let (mode, cursor) = match resume {
+            Some(rev) => (
+                proto::welcome::Mode::Cursor,
+                Cursor::resume(Some(rev), inventory),
+            ),
+            None => (proto::welcome::Mode::Full, Cursor::default()),
+        };
+        let settings = &inner.settings;
+        let lacks_pod_cidr = pod_cidr.is_empty();
+        let mut welcome = proto::Welcome {
+            session,
+            lineage: Some(lineage),
+            min_rev: session,
+            pod_cidr,
+            cluster_domain: settings.cluster_domain.clone(),
+            dns_service_ip: settings.dns_service_ip.to_string(),
+            service_cidr: settings.service_cidr.to_string(),
+            cluster_cidr: settings.cluster_cidr.to_string(),
+            ..Default::default()
+        };
+        welcome.set_mode(mode);
+        let resumed = resume.unwrap_or(0);
+        tracing::info!(
+            node,
+            session,
+            ?mode,
+            resumed,
+            held = hello.common_rev,
+            "session started"
+        );
+        let this = Self {
+            inner: inner.clone(),
+            link: link.clone(),
+            node,
+            down,
+            cursor,
+            open: VecDeque::new(),
+            writes: JoinSet::new(),
+            event_writes: 0,
+            writing: BTreeSet::new(),
+            floor_waits: Vec::new(),
+            lacks_pod_cidr,
+            conditions,
+        };
+        this.send(down::Message::Welcome(welcome)).await?;
+        Ok(this)
+    }
+
+    /// Returns why the session has ended.
+    async fn serve(
+        &mut self,
+        inbound: &mut Streaming<proto::Up>,
+        mut tunnels: mpsc::Receiver<proto::OpenTunnel>,
+    ) -> Leave {
+        match self.serve_until_error(inbound, &mut tunnels).await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    async fn serve_until_error(
+        &mut self,
+        inbound: &mut Streaming<proto::Up>,
+        tunnels: &mut mpsc::Receiver<proto::OpenTunnel>,
+    ) -> Result<std::convert::Infallible, Leave> {
+        let mut common = self.inner.common.subscribe();
+        let mut acked = self.inner.acked.subscribe();
+        let link = self.link.clone();
+        let mut last_heard = Instant::now();
+        let mut next_commit = Instant::now();
+        let mut dirty = true;
+        loop {
+            let may_send = dirty && self.open.len() < OPEN_COMMITS_MAX;
+            // Every arm is cancel safe: a message, a permit or a finished write is either taken or
+            // still there. What an arm's body awaits is never cut off by another arm.
+            tokio::select! {
+                message = inbound.message(), if self.writes.len() < WRITES_MAX => {
+                    let message = message.map_err(|status| leave(format!("stream: {status}")))?;
+                    let message = message.ok_or_else(|| leave("the agent has left"))?;
+                    last_heard = Instant::now();
+                    self.take(message)?;
+                    self.answer_floors().await?;
+                }
+                () = sleep_until(last_heard + SILENCE_MAX) => {
+                    return Err(leave("nothing heard for 16 s"));
+                }
+                changed = common.changed() => {
+                    changed.map_err(|_| leave("the feed has ended"))?;
+                    dirty = true;
+                }
+                () = link.private.notified() => dirty = true,
+                () = sleep_until(next_commit), if may_send => {
+                    dirty = false;
+                    if self.lacks_pod_cidr && self.inner.pod_cidr(&self.node).is_some() {
+                        return Err(leave("the node has got its pod prefix"));
+                    }
+                    if self.send_step().await? {
+                        next_commit = Instant::now() + PACE;
+                    }
+                }
+                Some(written) = self.writes.join_next() => self.written(written).await?,
+                Some(open) = tunnels.recv() => self.send(down::Message::OpenTunnel(open)).await?,
+                changed = acked.changed(), if !self.floor_waits.is_empty() => {
+                    changed.map_err(|_| leave("the feed has ended"))?;
+                    self.answer_floors().await?;
+                }
+            }
+        }
+    }
+
+    async fn send(&self, message: down::Message) -> Result<(), Leave> {
+        let message = Ok(proto::Down {
+            message: Some(message),
+        });
+        match timeout(SEND_TIMEOUT, self.down.send(message)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(leave("the agent has left")),
+            Err(_) => Err(leave("the agent has taken nothing for 20 s")),
+        }
+    }
+
+    /// Sends what is new, if anything is.
+    async fn send_step(&mut self) -> Result<bool, Leave> {
+        let step = self.inner.index().step(&self.node, &mut self.cursor);
+        let Some(Step { items, commit }) = step else {
+            return Ok(false);
+        };
+        let rev = commit.rev;
+        for items in batches(items) {
+            self.send(down::Message::Batch(proto::Batch { items }))
+                .await?;
+        }
+        self.send(down::Message::Commit(commit)).await?;
+        self.open.push_back(rev);
+        Ok(true)
+    }
+
+    fn take(&mut self, message: proto::Up) -> Result<(), Leave> {
+        match message.message {
+            Some(up::Message::Ack(ack)) => {
+                while self.open.front().is_some_and(|rev| *rev <= ack.applied) {
+                    self.open.pop_front();
+                }
+                for stuck in ack.stuck.iter().take(64) {
+                    let (service, reason) = (&stuck.service, &stuck.reason);
+                    tracing::warn!(node = self.node, service, reason, "not programmed");
+                }
+                self.inner.note_acked(&self.link, ack.rev);
+                Ok(())
+            }
+            Some(up::Message::Beat(beat)) => self.take_beat(beat),
+            Some(up::Message::Status(report)) => self.take_status(report),
+            Some(up::Message::Event(report)) => {
+                self.take_event(&report);
+                Ok(())
+            }
+            Some(up::Message::FloorWait(wait)) => {
+                if self.floor_waits.len() >= FLOOR_WAITS_MAX {
+                    return Err(leave("more than 256 waits for a floor"));
+                }
+                self.floor_waits.push(wait.rev);
+                Ok(())
+            }
+            Some(up::Message::Hello(_)) => Err(leave("a second Hello on one stream")),
+            None => Ok(()), // a newer agent's message
+        }
+    }
+
+    fn take_beat(&mut self, beat: proto::Beat) -> Result<(), Leave> {
+        self.inner.note_acked(&self.link, beat.common_rev);
+        let ready = match self.inner.index().node(&self.node) {
+            Some(facts) => facts.ready,
+            None => return Err(leave("the Node object was deleted: register again")),
+        };
+        let changed = serde_json::from_slice(&beat.conditions_json).ok();
+        let is_changed = changed.is_some();
+        self.conditions = changed.unwrap_or_else(|| std::mem::take(&mut self.conditions));
+        let says_ready = self
+            .conditions
+            .as_array()
+            .into_iter()
+            .flatten()
+            .any(|condition| condition["type"] == "Ready" && condition["status"] == "True");
+        // Given up while it was silent, and it is back.
+        let conditions = (is_changed || (says_ready && !ready)).then(|| self.conditions.clone());
+        let (inner, node) = (self.inner.clone(), self.node.clone());
+        self.writes.spawn(async move {
+            if let Err(status) = inner.renew_lease(&node, None).await {
+                tracing::warn!(node, %status, "the node's lease was not renewed");
+            }
+            if let Some(conditions) = conditions {
+                let status = json!({"conditions": conditions});
+                if let Err(status) = inner.write_node_status(&node, &status).await {
+                    tracing::warn!(node, %status, "the node's conditions were not written");
+                }
+            }
+            Written::Nothing
+        });
+        Ok(())
+    }
+
+    fn take_status(&mut self, report: proto::StatusReport) -> Result<(), Leave> {
+        if !self.writing.insert(report.uid.clone()) {
+            return Err(leave(format!("two statuses of pod {} at once", report.uid)));
+        }
+        let (inner, link, node) = (self.inner.clone(), self.link.clone(), self.node.clone());
+        self.writes.spawn(async move {
+            match inner.take_status(&node, &link, report).await {
+                Ok(ack) => Written::Ack(ack),
+                Err(status) => Written::Failed(status.to_string()),
+            }
+        });
+        Ok(())
+    }
+
+    fn take_event(&mut self, report: &proto::EventReport) {
+        let event = serde_json::from_slice::<Event>(&report.event_json);
+        let Ok(event) = event else {
+            tracing::warn!(node = self.node, "an event of the agent cannot be read");
+            return;
+        };
+        if self.event_writes >= EVENT_WRITES_MAX {
+            tracing::warn!(node = self.node, "events come too fast, one is dropped");
+            return;
+        }
+        self.event_writes += 1;
+        let inner = self.inner.clone();
+        self.writes.spawn(async move {
+            inner.registry.event(event).await;
+            Written::Event
+        });
+    }
+
+    async fn written(
+        &mut self,
+        written: Result<Written, tokio::task::JoinError>,
+    ) -> Result<(), Leave> {
+        match written {
+            Ok(Written::Ack(ack)) => {
+                self.writing.remove(&ack.uid);
+                self.send(down::Message::StatusAck(ack)).await
+            }
+            Ok(Written::Failed(reason)) => Err(Leave {
+                reason: format!("a status was not written: {reason}"),
+                retry_after: Duration::from_secs(1),
+            }),
+            Ok(Written::Event) => {
+                self.event_writes -= 1;
+                Ok(())
+            }
+            Ok(Written::Nothing) => Ok(()),
+            Err(error) => Err(leave(format!("a write failed: {error}"))),
+        }
+    }
+
+    async fn answer_floors(&mut self) -> Result<(), Leave> {
+        if self.floor_waits.is_empty() {
+            return Ok(());
+        }
+        let floors = self.inner.floors();
+        let mut waiting = Vec::new();
+        for rev in std::mem::take(&mut self.floor_waits) {
+            match floors.reached(rev) {
+                Some(floor) => self.send(down::Message::Floor(floor)).await?,
+                None => waiting.push(rev),
+            }
+        }
+        self.floor_waits = waiting;
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn pod_cidr(&self, node: &str) -> Option<String> {
+        let index = self.index();
+        index
+            .node(node)
+            .map(|facts| facts.pod_cidr.clone())
+            .filter(|cidr| !cidr.is_empty())
+    }
+
+    /// The node's pod prefix, "" when it is not allocated in time; the index is then at or above
+    /// the registration in any case.
+    async fn await_pod_cidr(&self, node: &str, registration: u64) -> Result<String, Leave> {
+        let mut head = self.head.subscribe();
+        let allocated = timeout(WELCOME_HOLD_MAX, async {
+            loop {
+                let rev = *head.borrow_and_update();
+                if let (true, Some(cidr)) = (rev >= registration, self.pod_cidr(node)) {
+                    return Some(cidr);
+                }
+                head.changed().await.ok()?;
+            }
+        });
+        if let Ok(Some(cidr)) = allocated.await {
+            return Ok(cidr);
+        }
+        if *head.borrow() < registration {
+            return Err(leave("the feed is behind the store"));
+        }
+        tracing::warn!(
+            node,
+            "no pod prefix after 10 s, starting without: is the node controller up?"
+        );
+        Ok(String::new())
+    }
+}
+
+/// Cuts items into batches of about [`BATCH_BYTES`].
+fn batches(items: Vec<Bytes>) -> Vec<Vec<Bytes>> {
+    let mut batches = Vec::new();
+    let (mut batch, mut size) = (Vec::new(), 0);
+    for item in items {
+        if size + item.len() > BATCH_BYTES && !batch.is_empty() {
+            batches.push(std::mem::take(&mut batch));
+            size = 0;
+        }
+        size += item.len();
+        batch.push(item);
+    }
+    if !batch.is_empty() {
+        batches.push(batch);
+    }
+    batches
+}
