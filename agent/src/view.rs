@@ -34,7 +34,7 @@ pub struct BlobKey {
     pub name: String,
 }
 
-/// The backends of one Service, by the feed's backend id (the pod UID, or slice/index without a pod).
+/// The backends of one Service, by the feed's backend id (the pod UID, or slice/address without a pod).
 pub type Backends = BTreeMap<String, Arc<proto::Backend>>;
 
 /// Cluster-wide settings, from the control plane's Welcome.

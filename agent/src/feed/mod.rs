@@ -1,0 +1,367 @@
+//! The one stream to the control plane: the view comes down, statuses and acks go up.
+//!
+//! ```text
+//!  Boot ─► Load (disk) ─► Dial ─► Hello ─► Sync (staging) ─► Live ──┐
+//!            │ view published    ▲                                  │ broken, GoAway, mismatch
+//!            ▼ at once           └──── jittered back-off ◄──────────┘
+//!        Link::Offline                Link::Syncing      Link::Live
+//! ```
+//! Entry point: [`run`]. It publishes `watch::Receiver<Arc<View>>`, one whole [`View`] per commit,
+//! takes statuses, events and acks through [`Reporter`], and serves logs and exec through
+//! [`TunnelTarget`]. With the control plane gone the view from the disk stays in force.
+//!
+//! Invariants (numbers: rules of the feed, `control/src/feed/mod.rs`):
+//! * what readers see is V(R) of one R (1): a batch is staged, checked against the Commit's digests,
+//!   written to disk, then applied; a mismatch discards it and asks for everything;
+//! * an ack says what was programmed, after it was (4, 5); it never falls;
+//! * statuses have effect exactly once ([`reports`]); final ones survive a power cut ([`finals`]);
+//! * no wall clock decides anything; no port is opened: tunnels are streams of our own connection.
+
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use gantry_api::k8s_openapi::api::core::v1::{Event, Node, PodStatus};
+use gantry_api::proto;
+use tokio::sync::{Notify, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::dataplane::StuckService;
+use crate::ids::PodUid;
+use crate::runtime::ExecSession;
+use crate::view::{Settings, View};
+
+mod content;
+mod driver;
+mod finals;
+mod log;
+pub mod node_info;
+mod reports;
+mod session;
+mod tunnel;
+
+use finals::Finals;
+use reports::{Reports, Status};
+
+/// Events that wait for the stream; more push out the oldest, and their number is logged.
+const EVENTS_MAX: usize = 1_000;
+/// Services named in one ack.
+const STUCK_MAX: usize = 64;
+
+/// Where the control plane is and who this node is.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `https://control.example:6443`
+    pub server: String,
+    /// Directory with `client.crt`, `client.key` and `ca.crt`; read again at every dial.
+    pub credentials: PathBuf,
+    /// This node's name: the certificate's CN is `system:node:<name>`.
+    pub node: String,
+    /// `/var/lib/gantry`: the feed keeps its files in `feed/` below it.
+    pub lib: PathBuf,
+    /// Time between beats; the control plane gives a node up after 40 s without one.
+    pub beat: Duration,
+    /// The longest wait between two dials.
+    pub backoff_max: Duration,
+}
+
+impl Config {
+    /// The standard intervals: a beat every 5 s, at most 10 s between dials.
+    pub fn new(server: String, credentials: PathBuf, node: String, lib: PathBuf) -> Self {
+        let (beat, backoff_max) = (Duration::from_secs(5), Duration::from_secs(10));
+        Self {
+            server,
+            credentials,
+            node,
+            lib,
+            beat,
+            backoff_max,
+        }
+    }
+}
+
+/// Tells the machine's side of the Node object: at every Hello, and its conditions at every beat.
+pub type NodeInfoSource = Arc<dyn Fn() -> Node + Send + Sync>;
+
+/// How the stream stands.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Link {
+    /// No stream; the view is the last one known, perhaps from disk.
+    Offline,
+    /// A stream, and no commit on it yet.
+    Syncing,
+    /// The view is the control plane's.
+    Live {
+        /// The session's number.
+        session: u64,
+    },
+    /// The control plane has an older history than this node: the reason. The node goes on with
+    /// its view and tries again slowly.
+    Refused(String),
+}
+
+/// Why a tunnel's target cannot be reached, for the person who asked.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct TunnelError(pub String);
+
+/// What tunnels end in: the pods of this node.
+#[async_trait]
+pub trait TunnelTarget: Send + Sync + 'static {
+    /// A container's log; with `follow` the stream ends with the container. Dropping it ends it.
+    async fn logs(
+        &self,
+        request: proto::LogsRequest,
+        pod: PodUid,
+    ) -> Result<BoxStream<'static, Result<Bytes, TunnelError>>, TunnelError>;
+
+    /// A command in a running container. Dropping the session kills it.
+    async fn exec(&self, start: proto::ExecStart, pod: PodUid) -> Result<ExecSession, TunnelError>;
+}
+
+/// Why the feed cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A file below `<lib>/feed`.
+    #[error("{0}")]
+    Disk(String),
+}
+
+/// Counts of what went wrong and was healed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counters {
+    /// Commits refused because the content did not have the commit's digest.
+    pub digest_mismatches: u64,
+    /// Streams that ended.
+    pub streams_broken: u64,
+    /// Events dropped because the ring was full.
+    pub events_dropped: u64,
+    /// Commits applied.
+    pub commits: u64,
+}
+
+/// What [`run`] gives.
+pub struct Handle {
+    /// The newest view; the first one is what the disk held.
+    pub view: watch::Receiver<Arc<View>>,
+    /// How the stream stands.
+    pub link: watch::Receiver<Link>,
+    /// The way up.
+    pub reporter: Reporter,
+    /// Ends after the shutdown signal, when the files are on the disk.
+    pub task: tokio::task::JoinHandle<()>,
+}
+
+/// What the parts of the feed share.
+struct Shared {
+    reports: Mutex<Reports>,
+    outbox: Mutex<Outbox>,
+    /// Something to send.
+    wake: Notify,
+    /// A final status to be written to disk.
+    persist: Notify,
+    /// A final status was written to disk.
+    persisted: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct Outbox {
+    events: VecDeque<Bytes>,
+    programmed: u64,
+    stuck: Vec<proto::Stuck>,
+    ack_due: bool,
+    counters: Counters,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The way up, for pod workers and the data plane. Cheap to clone; never blocks on the network.
+#[derive(Clone)]
+pub struct Reporter {
+    shared: Arc<Shared>,
+}
+
+impl Reporter {
+    /// Gives a pod's newest status; repeated until the control plane holds it.
+    ///
+    /// * `final_` – every container has ended for good: no later status can take that back.
+    /// * `released` – nothing of the pod is left on this node: the object of a deleted pod may go.
+    pub fn status(
+        &self,
+        uid: &PodUid,
+        namespace: &str,
+        name: &str,
+        status: PodStatus,
+        final_: bool,
+        released: bool,
+    ) {
+        let json = match serde_json::to_vec(&status) {
+            Ok(json) => Bytes::from(json),
+            Err(error) => return tracing::error!(pod = %uid, %error, "status cannot be encoded"),
+        };
+        let status = Status {
+            namespace: namespace.into(),
+            name: name.into(),
+            json,
+            is_final: final_,
+            released,
+        };
+        if lock(&self.shared.reports).status(uid, status) {
+            if final_ {
+                self.shared.persist.notify_one()
+            } else {
+                self.shared.wake.notify_one()
+            }
+        }
+    }
+
+    /// Returns when the newest status of `uid` is final and on disk. A worker waits for this
+    /// before it removes the last trace of a pod, so that a power cut cannot start it again.
+    pub async fn final_persisted(&self, uid: &PodUid) {
+        let mut persisted = self.shared.persisted.subscribe();
+        loop {
+            persisted.borrow_and_update();
+            if lock(&self.shared.reports).is_persisted_final(uid) {
+                return;
+            }
+            if persisted.changed().await.is_err() {
+                return; // the feed has ended
+            }
+        }
+    }
+
+    /// The final status that was given for this pod, also by an earlier start of the agent: a pod
+    /// that has one must never be started here again.
+    pub fn final_status(&self, uid: &PodUid) -> Option<PodStatus> {
+        let reports = lock(&self.shared.reports);
+        serde_json::from_slice(&reports.final_status(uid)?.json).ok()
+    }
+
+    /// Sends an event, best effort. The worker coalesces repetitions.
+    pub fn event(&self, event: Event) {
+        let json = match serde_json::to_vec(&event) {
+            Ok(json) => Bytes::from(json),
+            Err(error) => return tracing::error!(%error, "event cannot be encoded"),
+        };
+        let mut outbox = lock(&self.shared.outbox);
+        if outbox.events.len() == EVENTS_MAX {
+            outbox.events.pop_front();
+            outbox.counters.events_dropped += 1;
+        }
+        outbox.events.push_back(json);
+        drop(outbox);
+        self.shared.wake.notify_one();
+    }
+
+    /// Everything common up to `rev` is programmed, but for additions of the `stuck` Services. With
+    /// more than 64 of those the ack does not move: they could not all be named.
+    pub fn programmed(&self, rev: u64, stuck: Vec<StuckService>) {
+        if stuck.len() > STUCK_MAX {
+            tracing::warn!(
+                rev,
+                count = stuck.len(),
+                "too many Services cannot be programmed"
+            );
+            return;
+        }
+        let mut outbox = lock(&self.shared.outbox);
+        if rev >= outbox.programmed {
+            outbox.programmed = rev;
+            outbox.stuck = stuck
+                .into_iter()
+                .map(|stuck| proto::Stuck {
+                    service: stuck.service,
+                    reason: stuck.reason,
+                })
+                .collect();
+            outbox.ack_due = true;
+            drop(outbox);
+            self.shared.wake.notify_one();
+        }
+    }
+
+    /// What went wrong and was healed, since the start.
+    pub fn counters(&self) -> Counters {
+        lock(&self.shared.outbox).counters
+    }
+}
+
+/// Loads the last state from disk, publishes it, and keeps one stream to the control plane until
+/// `shutdown`.
+///
+/// * `target` – what logs and exec end in.
+/// * returns at once; nothing needs the control plane to be there.
+///
+/// # Errors
+/// The files below `<lib>/feed` cannot be read or written: without them statuses could be lost.
+pub fn run(
+    config: Config,
+    node_info: NodeInfoSource,
+    target: Arc<dyn TunnelTarget>,
+    shutdown: CancellationToken,
+) -> Result<Handle, StartError> {
+    let disk = |error: log::DiskError| StartError::Disk(error.to_string());
+    let dir = config.lib.join("feed");
+    let incarnation = finals::next_incarnation(&dir).map_err(disk)?;
+    let (files, records) = Finals::open(&dir).map_err(disk)?;
+    let (log, loaded) = log::Log::open(&dir).map_err(disk)?;
+    tracing::info!(
+        rev = loaded.content.rev(),
+        incarnation,
+        "feed state loaded from disk"
+    );
+
+    let shared = Arc::new(Shared {
+        reports: Mutex::new(Reports::new(incarnation, records)),
+        outbox: Mutex::default(),
+        wake: Notify::new(),
+        persist: Notify::new(),
+        persisted: watch::Sender::new(0),
+    });
+    let (view_tx, view) = watch::channel(loaded.content.view());
+    let (link_tx, link) = watch::channel(Link::Offline);
+    let driver = driver::Driver {
+        config,
+        node_info,
+        target,
+        shared: shared.clone(),
+        view: view_tx,
+        link: link_tx,
+        log: Arc::new(Mutex::new(log)),
+        content: loaded.content,
+        lineage: loaded.lineage,
+        incarnation,
+        // What the disk held has to be offered to readers as a whole once more.
+        resync: false,
+    };
+    let keeper = tokio::spawn(driver::keep_finals(files, shared.clone(), shutdown.clone()));
+    let task = tokio::spawn(async move {
+        driver.run(shutdown).await;
+        if let Err(error) = keeper.await {
+            tracing::error!(%error, "the keeper of final records failed");
+        }
+    });
+    Ok(Handle {
+        view,
+        link,
+        reporter: Reporter { shared },
+        task,
+    })
+}
+
+/// The cluster's settings as Welcome has them; what does not parse counts as not given.
+fn settings_of(welcome: &proto::Welcome) -> Settings {
+    Settings {
+        pod_cidr: welcome.pod_cidr.parse().ok(),
+        cluster_cidr: welcome.cluster_cidr.parse().ok(),
+        service_cidr: welcome.service_cidr.parse().ok(),
+        cluster_domain: welcome.cluster_domain.clone(),
+        dns_service_ip: welcome.dns_service_ip.parse().ok(),
+    }
+}

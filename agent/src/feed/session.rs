@@ -1,0 +1,450 @@
+//! One stream: Hello, Welcome, then batches down and everything else up.
+//!
+//! ```text
+//! Hello ─► Welcome(CURSOR | FULL) ─► Batch* Commit ─► check, write, apply, publish ─► Ack(applied)
+//! ```
+//! Up there is no queue: at each turn the loop asks what is due (ack, beat, status, event) and the
+//! newest of it is sent, as long as the connection takes it.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use bytes::Bytes;
+use gantry_api::k8s_openapi::api::core::v1::Node;
+use gantry_api::proto;
+use gantry_api::proto::feed_client::FeedClient;
+use gantry_api::proto::{down, up};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::task::JoinSet;
+use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use super::content::Mismatch;
+use super::driver::{Driver, Ended};
+use super::log::Record;
+use super::reports::Seen;
+use super::{Link, lock, settings_of, tunnel};
+use crate::ids::PodUid;
+
+/// Messages between the loop and the connection: more wait in their source, where the newest wins.
+const UP_QUEUE: usize = 16;
+/// Most bytes of items before a Commit.
+const STAGED_BYTES_MAX: usize = 512 << 20;
+/// The largest message taken: a Secret is at most 1.5 MiB.
+const MESSAGE_BYTES_MAX: usize = 8 << 20;
+/// Per stream; a stalled log reader holds at most this much.
+const STREAM_WINDOW_BYTES: u32 = 256 << 10;
+/// All tunnels' windows and 8 MiB for the feed, so that tunnels can never starve it.
+const CONNECTION_WINDOW_BYTES: u32 = tunnel::TUNNELS_MAX as u32 * STREAM_WINDOW_BYTES + (8 << 20);
+const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
+/// The control plane may hold Welcome until this node has a pod prefix.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
+/// A dead connection is noticed within two of these.
+const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// The disk lags memory by at most this (pods: not at all).
+const SYNC_INTERVAL: Duration = Duration::from_secs(1);
+
+/// The parts of one open stream.
+struct Stream {
+    up: mpsc::Sender<proto::Up>,
+    channel: Channel,
+    welcome: proto::Welcome,
+    same_lineage: bool,
+    /// The next commit replaces everything.
+    full: bool,
+    staged: Vec<Bytes>,
+    staged_bytes: usize,
+    /// The last commit of this stream; 0: none yet.
+    applied: u64,
+    applied_due: bool,
+    beat_due: bool,
+    beats: u64,
+    conditions: Vec<u8>,
+    tunnels: JoinSet<()>,
+}
+
+fn broken(what: &'static str) -> impl Fn(tonic::Status) -> Ended {
+    move |status| Ended::Broken(format!("{what}: {}: {}", status.code(), status.message()))
+}
+
+impl Driver {
+    /// Opens a stream and serves it until it ends.
+    pub(super) async fn stream(&mut self) -> Ended {
+        let (mut stream, mut inbound) = match self.open().await {
+            Ok(open) => open,
+            Err(ended) => return ended,
+        };
+        match self.serve(&mut stream, &mut inbound).await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    async fn dial(&self) -> Result<Channel, Ended> {
+        let server = self.config.server.clone();
+        let error = |e: &dyn std::fmt::Display| Ended::Broken(format!("{server}: {e}"));
+        let mut endpoint = Endpoint::from_shared(server.clone())
+            .map_err(|e| error(&e))?
+            .connect_timeout(DIAL_TIMEOUT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
+        if server.starts_with("https://") {
+            let read = |name: &str| {
+                let path = self.config.credentials.join(name);
+                std::fs::read(&path)
+                    .map_err(|e| Ended::Broken(format!("read {}: {e}", path.display())))
+            };
+            let tls = ClientTlsConfig::new()
+                .ca_certificate(Certificate::from_pem(read("ca.crt")?))
+                .identity(Identity::from_pem(read("client.crt")?, read("client.key")?));
+            endpoint = endpoint.tls_config(tls).map_err(|e| error(&e))?;
+        } else if !server.starts_with("http://127.0.0.1:") {
+            return Err(error(&"want an https:// address: the feed carries Secrets"));
+        }
+        endpoint
+            .connect()
+            .await
+            .map_err(|e| match std::error::Error::source(&e) {
+                Some(source) => error(&format!("{e}: {source}")),
+                None => error(&e),
+            })
+    }
+
+    fn hello(&self, node: &Node) -> proto::Hello {
+        let boot_id = node
+            .status
+            .as_ref()
+            .and_then(|status| status.node_info.as_ref());
+        let boot_id = boot_id.map(|info| info.boot_id.clone()).unwrap_or_default();
+        let held = !self.resync && self.content.rev() > 0;
+        proto::Hello {
+            node: self.config.node.clone(),
+            boot_id,
+            incarnation: self.incarnation,
+            lineage: self.lineage.clone().filter(|_| held),
+            common_rev: if held { self.content.rev() } else { 0 },
+            common_digest: if held {
+                self.content.common_digest()
+            } else {
+                0
+            },
+            private: if held {
+                self.content.private_keys()
+            } else {
+                Vec::new()
+            },
+            info: Some(proto::NodeInfo {
+                node_json: serde_json::to_vec(node).unwrap_or_default().into(),
+            }),
+        }
+    }
+
+    async fn open(&mut self) -> Result<(Stream, Streaming<proto::Down>), Ended> {
+        let channel = self.dial().await?;
+        let (up, queue) = mpsc::channel(UP_QUEUE);
+        let node = (self.node_info)();
+        let conditions = conditions_json(&node);
+        let hello = proto::Up {
+            message: Some(up::Message::Hello(self.hello(&node))),
+        };
+        up.send(hello)
+            .await
+            .map_err(|_| Ended::Broken("the stream closed".into()))?;
+        let mut client =
+            FeedClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX);
+        let welcome = async {
+            let session = client.session(ReceiverStream::new(queue)).await;
+            let mut inbound = session.map_err(broken("session"))?.into_inner();
+            let first = inbound.message().await.map_err(broken("welcome"))?;
+            match first.and_then(|down| down.message) {
+                Some(down::Message::Welcome(welcome)) => Ok((welcome, inbound)),
+                Some(down::Message::GoAway(go_away)) => Err(went_away(go_away)),
+                _ => Err(Ended::Broken("the control plane sent no welcome".into())),
+            }
+        };
+        let welcome = timeout(WELCOME_TIMEOUT, welcome).await;
+        let (welcome, inbound) =
+            welcome.map_err(|_| Ended::Broken("no welcome in 30 s".into()))??;
+        let same_lineage = self.check_lineage(&welcome)?;
+        let full = welcome.mode() == proto::welcome::Mode::Full;
+        self.content.set_settings(settings_of(&welcome));
+        self.link.send_replace(Link::Syncing);
+        tracing::info!(
+            node = self.config.node,
+            session = welcome.session,
+            full,
+            held = self.content.rev(),
+            "stream to the control plane is open"
+        );
+        let stream = Stream {
+            up,
+            channel,
+            welcome,
+            same_lineage,
+            full,
+            staged: Vec::new(),
+            staged_bytes: 0,
+            applied: 0,
+            applied_due: false,
+            beat_due: true,
+            beats: 0,
+            conditions,
+            tunnels: JoinSet::new(),
+        };
+        Ok((stream, inbound))
+    }
+
+    /// Whether the control plane's history is the one of our state; an older one is refused.
+    fn check_lineage(&mut self, welcome: &proto::Welcome) -> Result<bool, Ended> {
+        let Some(theirs) = &welcome.lineage else {
+            return Err(Ended::Broken("the welcome names no lineage".into()));
+        };
+        let Some(ours) = &self.lineage else {
+            return Ok(false);
+        };
+        if ours.id == theirs.id {
+            return Ok(!self.resync);
+        }
+        if theirs.counter <= ours.counter {
+            return Err(Ended::Refused(format!(
+                "the control plane's history {} ({}) is not newer than this node's {} ({})",
+                theirs.counter, theirs.id, ours.counter, ours.id
+            )));
+        }
+        Ok(false)
+    }
+
+    async fn serve(
+        &mut self,
+        stream: &mut Stream,
+        inbound: &mut Streaming<proto::Down>,
+    ) -> Result<std::convert::Infallible, Ended> {
+        let mut beat = interval(self.config.beat);
+        beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut sync = interval(SYNC_INTERVAL);
+        sync.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let shared = self.shared.clone();
+        loop {
+            let full = self.send_due(stream)?;
+            let up = stream.up.clone();
+            // Every arm is cancel safe: `message` and `tick` keep their place, `notified` keeps one
+            // permit, a reserved slot is given back.
+            tokio::select! {
+                down = inbound.message() => {
+                    let down = down.map_err(broken("stream"))?;
+                    let down = down.ok_or_else(|| Ended::Broken("stream ended".into()))?;
+                    self.take(stream, down).await?;
+                }
+                () = shared.wake.notified() => {}
+                _ = beat.tick() => stream.beat_due = true,
+                _ = sync.tick() => self.sync_log().await,
+                _ = up.reserve(), if full => {}
+                Some(_) = stream.tunnels.join_next() => {}
+            }
+        }
+    }
+
+    /// Sends what is due until nothing is or the connection takes no more; then true.
+    fn send_due(&self, stream: &mut Stream) -> Result<bool, Ended> {
+        loop {
+            let up = stream.up.clone();
+            let permit = match up.try_reserve() {
+                Ok(permit) => permit,
+                Err(TrySendError::Full(())) => return Ok(true),
+                Err(TrySendError::Closed(())) => {
+                    return Err(Ended::Broken("the stream closed".into()));
+                }
+            };
+            match self.next_up(stream) {
+                Some(message) => permit.send(proto::Up {
+                    message: Some(message),
+                }),
+                None => return Ok(false),
+            }
+        }
+    }
+
+    /// The most urgent message that is due.
+    fn next_up(&self, stream: &mut Stream) -> Option<up::Message> {
+        {
+            let mut outbox = lock(&self.shared.outbox);
+            if stream.applied_due || (stream.applied > 0 && outbox.ack_due) {
+                stream.applied_due = false;
+                outbox.ack_due = false;
+                let (rev, stuck) = (outbox.programmed, outbox.stuck.clone());
+                return Some(up::Message::Ack(proto::Ack {
+                    rev,
+                    stuck,
+                    applied: stream.applied,
+                }));
+            }
+        }
+        if std::mem::take(&mut stream.beat_due) {
+            return Some(up::Message::Beat(self.beat(stream)));
+        }
+        if let Some(report) = lock(&self.shared.reports).take_next() {
+            return Some(up::Message::Status(report));
+        }
+        let event_json = lock(&self.shared.outbox).events.pop_front()?;
+        Some(up::Message::Event(proto::EventReport { event_json }))
+    }
+
+    fn beat(&self, stream: &mut Stream) -> proto::Beat {
+        stream.beats += 1;
+        let conditions = conditions_json(&(self.node_info)());
+        let changed = conditions != stream.conditions;
+        if changed {
+            stream.conditions.clone_from(&conditions);
+        }
+        proto::Beat {
+            counter: stream.beats,
+            common_rev: lock(&self.shared.outbox).programmed,
+            conditions_json: if changed {
+                conditions.into()
+            } else {
+                Bytes::new()
+            },
+        }
+    }
+
+    async fn take(&mut self, stream: &mut Stream, down: proto::Down) -> Result<(), Ended> {
+        match down.message {
+            Some(down::Message::Batch(batch)) => {
+                for item in batch.items {
+                    stream.staged_bytes += item.len();
+                    if stream.staged_bytes > STAGED_BYTES_MAX {
+                        return Err(Ended::Broken("a batch of more than 512 MiB".into()));
+                    }
+                    stream.staged.push(item);
+                }
+                Ok(())
+            }
+            Some(down::Message::Commit(commit)) => self.commit(stream, commit).await,
+            Some(down::Message::StatusAck(ack)) => {
+                lock(&self.shared.reports).acked(&ack);
+                self.shared.persist.notify_one(); // a final record may be needed no more
+                Ok(())
+            }
+            Some(down::Message::OpenTunnel(open)) => {
+                let (channel, target) = (stream.channel.clone(), self.target.clone());
+                let busy = stream.tunnels.len() >= tunnel::TUNNELS_MAX;
+                stream
+                    .tunnels
+                    .spawn(tunnel::serve(channel, target, open, busy));
+                Ok(())
+            }
+            Some(down::Message::GoAway(go_away)) => Err(went_away(go_away)),
+            // Nothing asks for a floor yet; a second welcome and what a newer control plane may
+            // send are no reason to end the stream.
+            Some(down::Message::Floor(_) | down::Message::Welcome(_)) | None => Ok(()),
+        }
+    }
+
+    /// Checks what was staged, writes it down, applies and publishes it.
+    async fn commit(&mut self, stream: &mut Stream, commit: proto::Commit) -> Result<(), Ended> {
+        if commit.rev < stream.welcome.min_rev {
+            let (got, held) = (commit.rev, stream.welcome.min_rev);
+            return Err(Ended::Mismatch(Mismatch::StepBack { got, held }));
+        }
+        let items = std::mem::take(&mut stream.staged);
+        stream.staged_bytes = 0;
+        let prepared = self
+            .content
+            .prepare(stream.full, stream.same_lineage, &items, &commit)
+            .map_err(Ended::Mismatch)?;
+        let changed = prepared.pods();
+        let record = Record {
+            lineage: stream.welcome.lineage.clone(),
+            full: stream.full,
+            items,
+            commit: Some(commit),
+            welcome: Some(stream.welcome.clone()),
+        };
+        // Memory goes on without the disk, and the next stream asks for everything, which makes
+        // the file whole again.
+        self.resync = !self.write(record, !changed.is_empty()).await;
+
+        for key in self.content.apply(prepared) {
+            tracing::error!(key, "an item of the feed is not understood and left out");
+        }
+        if !stream.same_lineage && self.lineage.is_some() {
+            lock(&self.shared.reports).new_lineage();
+            lock(&self.shared.outbox).programmed = 0; // a number of the old history
+        }
+        self.lineage.clone_from(&stream.welcome.lineage);
+        (stream.full, stream.same_lineage) = (false, true);
+        self.publish(stream, &changed);
+        Ok(())
+    }
+
+    /// False: the record is not on disk.
+    async fn write(&self, record: Record, sync: bool) -> bool {
+        let log = self.log.clone();
+        let written = tokio::task::spawn_blocking(move || lock(&log).append(&record, sync)).await;
+        match written {
+            Ok(Ok(())) => return true,
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the feed's state is not on disk: free space or repair it");
+            }
+            Err(error) => tracing::error!(%error, "the feed's state is not on disk"),
+        }
+        false
+    }
+
+    fn publish(&self, stream: &mut Stream, changed: &BTreeSet<PodUid>) {
+        let view = self.content.view();
+        lock(&self.shared.reports).committed(|uid| {
+            let Some(pod) = view.pods.get(uid) else {
+                return Seen::default();
+            };
+            let phase = pod
+                .status
+                .as_ref()
+                .and_then(|status| status.phase.as_deref());
+            Seen {
+                in_view: true,
+                changed: changed.contains(uid),
+                ended: matches!(phase, Some("Succeeded" | "Failed")),
+                deleting: pod.metadata.deletion_timestamp.is_some(),
+            }
+        });
+        lock(&self.shared.outbox).counters.commits += 1;
+        stream.applied = view.rev;
+        stream.applied_due = true;
+        self.view.send_replace(view);
+        let link = Link::Live {
+            session: stream.welcome.session,
+        };
+        self.link.send_if_modified(|old| {
+            let changed = *old != link;
+            *old = link;
+            changed
+        });
+        self.shared.persist.notify_one(); // final records of pods that left the view may go
+    }
+}
+
+fn conditions_json(node: &Node) -> Vec<u8> {
+    let conditions = node
+        .status
+        .as_ref()
+        .and_then(|status| status.conditions.as_ref());
+    conditions
+        .and_then(|all| serde_json::to_vec(all).ok())
+        .unwrap_or_default()
+}
+
+fn went_away(go_away: proto::GoAway) -> Ended {
+    let retry_after = Duration::from_millis(u64::from(go_away.retry_after_ms).min(60_000));
+    Ended::GoAway {
+        reason: go_away.reason,
+        retry_after,
+    }
+}

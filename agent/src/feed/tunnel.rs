@@ -1,0 +1,245 @@
+//! Logs and exec: each is one more stream of this node's own outgoing connection.
+//!
+//! ```text
+//! OpenTunnel(id, target) ─► Feed.Tunnel: TunnelOpened(id), then LogsChunk… or ExecOutput… ExecExit
+//!                                        ◄── ExecInput…; its end means that the client has left
+//! ```
+//! Flow control is per stream: a stalled reader stops its own producer and nothing else. Ending
+//! either side drops the session, which kills the command.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::StreamExt as _;
+use gantry_api::proto;
+use gantry_api::proto::feed_client::FeedClient;
+use gantry_api::proto::{exec_input, exec_output, open_tunnel, tunnel_down, tunnel_up};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+use tonic::transport::Channel;
+
+use super::TunnelTarget;
+use crate::ids::PodUid;
+use crate::runtime::ExecSession;
+
+/// Tunnels of one node at a time.
+pub(super) const TUNNELS_MAX: usize = 64;
+/// Chunks between a producer and the connection.
+const QUEUE: usize = 4;
+/// One HTTP/2 frame, so that tunnels and the feed take turns.
+const CHUNK_BYTES: usize = 16 << 10;
+
+type Up = mpsc::Sender<proto::TunnelUp>;
+
+/// Serves one tunnel to its end. `busy`: refuse it, this node has enough of them.
+pub(super) async fn serve(
+    channel: Channel,
+    target: Arc<dyn TunnelTarget>,
+    open: proto::OpenTunnel,
+    busy: bool,
+) {
+    let (up, queue) = mpsc::channel(QUEUE);
+    let mut client = FeedClient::new(channel);
+    let id = open.id.clone();
+    let produce = produce(target, open, up, busy);
+    let answered = client.tunnel(ReceiverStream::new(queue));
+    // The first message travels while the answer is awaited: both have to make progress.
+    let (handle, down) = tokio::join!(produce, answered);
+    let (Some(work), Ok(down)) = (handle, down) else {
+        return;
+    };
+    tracing::debug!(id, "tunnel open");
+    work.run(down.into_inner()).await;
+    tracing::debug!(id, "tunnel closed");
+}
+
+/// An accepted target and the way up.
+enum Work {
+    Logs(
+        futures_util::stream::BoxStream<'static, Result<Bytes, super::TunnelError>>,
+        Up,
+    ),
+    Exec(ExecSession, Up),
+}
+
+async fn send(up: &Up, message: tunnel_up::Message) -> bool {
+    up.send(proto::TunnelUp {
+        message: Some(message),
+    })
+    .await
+    .is_ok()
+}
+
+fn exec_message(output: exec_output::Output) -> tunnel_up::Message {
+    tunnel_up::Message::Exec(proto::ExecOutput {
+        output: Some(output),
+    })
+}
+
+/// Reaches the target and sends the first message. None: the tunnel is over already.
+async fn produce(
+    target: Arc<dyn TunnelTarget>,
+    open: proto::OpenTunnel,
+    up: Up,
+    busy: bool,
+) -> Option<Work> {
+    let uid = PodUid::new(&open.pod_uid).map_err(|error| error.to_string());
+    let reached = match (uid, open.target) {
+        _ if busy => Err(format!("this node serves {TUNNELS_MAX} streams already")),
+        (Err(error), _) => Err(error),
+        (Ok(uid), Some(open_tunnel::Target::Logs(request))) => {
+            let logs = target.logs(request, uid).await;
+            logs.map(|logs| Work::Logs(logs, up.clone()))
+                .map_err(|error| error.to_string())
+        }
+        (Ok(uid), Some(open_tunnel::Target::Exec(start))) => {
+            let session = target.exec(start, uid).await;
+            session
+                .map(|exec| Work::Exec(exec, up.clone()))
+                .map_err(|error| error.to_string())
+        }
+        (Ok(_), None) => Err("this agent does not know that kind of tunnel".into()),
+    };
+    let error = reached.as_ref().err().cloned().unwrap_or_default();
+    let opened = proto::TunnelOpened { id: open.id, error };
+    send(&up, tunnel_up::Message::Opened(opened))
+        .await
+        .then_some(())?;
+    reached.ok()
+}
+
+impl Work {
+    async fn run(self, down: Streaming<proto::TunnelDown>) {
+        match self {
+            Self::Logs(logs, up) => run_logs(logs, up, down).await,
+            Self::Exec(session, up) => run_exec(session, up, down).await,
+        }
+    }
+}
+
+async fn run_logs(
+    mut logs: futures_util::stream::BoxStream<'static, Result<Bytes, super::TunnelError>>,
+    up: Up,
+    mut down: Streaming<proto::TunnelDown>,
+) {
+    let copy = async {
+        while let Some(chunk) = logs.next().await {
+            let mut data = match chunk {
+                Ok(data) => data,
+                Err(error) => {
+                    tracing::debug!(%error, "log stream ended early");
+                    break;
+                }
+            };
+            while !data.is_empty() {
+                let data = data.split_to(data.len().min(CHUNK_BYTES));
+                if !send(&up, tunnel_up::Message::Logs(proto::LogsChunk { data })).await {
+                    return;
+                }
+            }
+        }
+    };
+    tokio::select! {
+        () = copy => {}
+        () = closed(&mut down) => {}
+    }
+}
+
+/// Returns when the other side has ended the tunnel.
+async fn closed(down: &mut Streaming<proto::TunnelDown>) {
+    while let Ok(Some(_)) = down.message().await {}
+}
+
+async fn run_exec(session: ExecSession, up: Up, mut down: Streaming<proto::TunnelDown>) {
+    let ExecSession {
+        stdin,
+        stdout,
+        stderr,
+        exit,
+        resize,
+    } = session;
+    let output = async {
+        let stdout = copy_output(stdout, &up, exec_output::Output::Stdout);
+        let stderr = async {
+            if let Some(stderr) = stderr {
+                copy_output(stderr, &up, exec_output::Output::Stderr).await;
+            }
+        };
+        // All output first, then the code: the client stops at the code.
+        tokio::join!(stdout, stderr);
+        let exit = match exit.await {
+            Ok(Ok(code)) => proto::ExecExit {
+                code,
+                message: String::new(),
+            },
+            Ok(Err(error)) => proto::ExecExit {
+                code: 126,
+                message: error.to_string(),
+            },
+            Err(_) => proto::ExecExit {
+                code: 137,
+                message: "the runtime ended".into(),
+            },
+        };
+        send(&up, exec_message(exec_output::Output::Exit(exit))).await;
+    };
+    // Either end drops what is left of the session, which kills the command.
+    tokio::select! {
+        () = output => {}
+        () = copy_input(&mut down, stdin, resize) => {}
+    }
+}
+
+async fn copy_output(
+    mut from: Box<dyn AsyncRead + Send + Unpin>,
+    up: &Up,
+    wrap: fn(Bytes) -> exec_output::Output,
+) {
+    let mut buffer = BytesMut::new();
+    loop {
+        buffer.reserve(CHUNK_BYTES);
+        let mut limited = (&mut from).take(CHUNK_BYTES as u64);
+        match limited.read_buf(&mut buffer).await {
+            Ok(0) | Err(_) => return, // a terminal ends with EIO
+            Ok(_) => {
+                if !send(up, exec_message(wrap(buffer.split().freeze()))).await {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Returns when the other side has ended the tunnel.
+async fn copy_input(
+    down: &mut Streaming<proto::TunnelDown>,
+    mut stdin: Option<Box<dyn AsyncWrite + Send + Unpin>>,
+    resize: mpsc::Sender<(u16, u16)>,
+) {
+    while let Ok(Some(message)) = down.message().await {
+        let Some(tunnel_down::Message::Exec(input)) = message.message else {
+            continue;
+        };
+        match input.input {
+            Some(exec_input::Input::Stdin(data)) => {
+                let Some(open) = &mut stdin else { continue };
+                let written = async {
+                    open.write_all(&data).await?;
+                    open.flush().await
+                };
+                if written.await.is_err() {
+                    stdin = None; // the command reads no more; its output goes on
+                }
+            }
+            Some(exec_input::Input::StdinClosed(true)) => stdin = None,
+            Some(exec_input::Input::Resize(size)) => {
+                let clamp = |cells: u32| u16::try_from(cells).unwrap_or(u16::MAX);
+                // A full queue means that newer sizes are on their way.
+                let _ = resize.try_send((clamp(size.columns), clamp(size.rows)));
+            }
+            Some(exec_input::Input::StdinClosed(false) | exec_input::Input::Start(_)) | None => {}
+        }
+    }
+}
