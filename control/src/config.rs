@@ -1,1 +1,240 @@
 //! The command line of `gantry-control`, parsed and checked before anything is opened.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
+
+use clap::Parser;
+use ipnet::Ipv4Net;
+
+/// What makes a configuration unusable: exit code 64.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{flag} {value}: {reason}")]
+pub struct ConfigError {
+    flag: &'static str,
+    value: String,
+    reason: String,
+}
+
+/// Gantry's control plane: API server, store, scheduler, controllers and the agents' feed in one
+/// process on one port.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "gantry-control", version, about, max_term_width = 100)]
+pub struct Arguments {
+    /// Where the store and the certificates are kept
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/gantry-control")]
+    pub data_dir: PathBuf,
+
+    /// The one address and port of the API (gRPC over TLS)
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:6443")]
+    pub listen: SocketAddr,
+
+    /// Where the administrator's credentials are written
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "/etc/gantry/admin.kubeconfig"
+    )]
+    pub kubeconfig: PathBuf,
+
+    /// Also write the credentials of the agent on NODE into DIR (may be repeated)
+    #[arg(long, value_name = "DIR:NODE", value_parser = parse_agent_credentials)]
+    pub agent_credentials: Vec<AgentCredentials>,
+
+    /// A further name or address in the server's certificate (may be repeated)
+    #[arg(long = "san", value_name = "NAME")]
+    pub sans: Vec<String>,
+
+    /// Pods get their addresses from here
+    #[arg(long, value_name = "CIDR", default_value = "10.244.0.0/16")]
+    pub cluster_cidr: Ipv4Net,
+
+    /// Length of each node's part of the cluster CIDR
+    #[arg(long, value_name = "BITS", default_value_t = 24)]
+    pub node_cidr_prefix: u8,
+
+    /// Services get their cluster IPs from here
+    #[arg(long, value_name = "CIDR", default_value = "10.96.0.0/16")]
+    pub service_cidr: Ipv4Net,
+
+    /// The domain of Service names
+    #[arg(long, value_name = "DOMAIN", default_value = "cluster.local")]
+    pub cluster_domain: String,
+
+    /// What is logged, as in RUST_LOG: a level, or target=level pairs
+    #[arg(
+        long,
+        value_name = "FILTER",
+        env = "GANTRY_LOG",
+        default_value = "info"
+    )]
+    pub log: String,
+}
+
+/// A directory and the node whose agent's credentials go there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentCredentials {
+    /// The directory.
+    pub directory: PathBuf,
+    /// The node's name.
+    pub node: String,
+}
+
+fn parse_agent_credentials(text: &str) -> Result<AgentCredentials, String> {
+    let (directory, node) = text
+        .rsplit_once(':')
+        .filter(|(directory, _)| !directory.is_empty())
+        .ok_or("expected DIR:NODE, for example /etc/gantry/agent:worker-1")?;
+    check_node_name(node)?;
+    Ok(AgentCredentials {
+        directory: directory.into(),
+        node: node.to_owned(),
+    })
+}
+
+/// Node names are DNS subdomains; it also becomes part of a user name.
+fn check_node_name(name: &str) -> Result<(), String> {
+    let label_is_fine = |label: &str| {
+        !label.is_empty()
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    if name.len() <= 253 && name.split('.').all(label_is_fine) {
+        return Ok(());
+    }
+    Err(format!(
+        "{name:?} is no node name: lower case letters, digits, '-' and '.', at most 253 characters"
+    ))
+}
+
+impl Arguments {
+    /// Refuses what cannot work together.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let error = |flag, value: &dyn ToString, reason: String| {
+            Err(ConfigError {
+                flag,
+                value: value.to_string(),
+                reason,
+            })
+        };
+        let (cluster, services) = (self.cluster_cidr, self.service_cidr);
+        for (flag, range) in [("--cluster-cidr", cluster), ("--service-cidr", services)] {
+            if range.addr() != range.network() {
+                let reason = format!("bits are set beyond the prefix: use {}", range.trunc());
+                return error(flag, &range, reason);
+            }
+        }
+        if cluster.contains(&services) || services.contains(&cluster) {
+            let reason = format!("overlaps with --cluster-cidr {cluster}");
+            return error("--service-cidr", &services, reason);
+        }
+        if !(8..=28).contains(&services.prefix_len()) {
+            let reason = "the prefix must be between /8 and /28".to_owned();
+            return error("--service-cidr", &services, reason);
+        }
+        let prefix = self.node_cidr_prefix;
+        if prefix < cluster.prefix_len() || prefix > 30 {
+            let reason = format!(
+                "must be between {} (the cluster CIDR's own) and 30",
+                cluster.prefix_len()
+            );
+            return error("--node-cidr-prefix", &prefix, reason);
+        }
+        if prefix - cluster.prefix_len() > 16 {
+            let reason = "would cut the cluster CIDR into more than 65,536 parts".to_owned();
+            return error("--node-cidr-prefix", &prefix, reason);
+        }
+        let is_name = |text: &str| check_node_name(text).is_ok();
+        if !is_name(&self.cluster_domain) {
+            let reason = "must be a DNS name without a trailing dot".to_owned();
+            return error("--cluster-domain", &self.cluster_domain, reason);
+        }
+        let bad_san = self
+            .sans
+            .iter()
+            .find(|san| san.parse::<IpAddr>().is_err() && !is_name(san));
+        if let Some(san) = bad_san {
+            return error("--san", san, "must be a DNS name or an address".to_owned());
+        }
+        Ok(())
+    }
+
+    /// The resolver's cluster IP: the tenth address of the service range, as Kubernetes has it.
+    pub fn dns_service_ip(&self) -> Ipv4Addr {
+        nth_address(self.service_cidr, 10)
+    }
+
+    /// Cluster IPs that no Service may take: the API's own and the resolver's.
+    pub fn reserved_service_ips(&self) -> Vec<Ipv4Addr> {
+        vec![nth_address(self.service_cidr, 1), self.dns_service_ip()]
+    }
+
+    /// Where clients on this machine reach the API listening on `address`.
+    pub fn server_url(address: SocketAddr) -> String {
+        let host = match address.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+            IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+            ip => ip,
+        };
+        format!("https://{}", SocketAddr::new(host, address.port()))
+    }
+}
+
+fn nth_address(range: Ipv4Net, n: u32) -> Ipv4Addr {
+    Ipv4Addr::from(u32::from(range.network()).saturating_add(n))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<Arguments, String> {
+        let arguments = [&["gantry-control"], arguments].concat();
+        let parsed = Arguments::try_parse_from(arguments).map_err(|e| e.to_string())?;
+        parsed.check().map_err(|e| e.to_string())?;
+        Ok(parsed)
+    }
+
+    #[test]
+    fn defaults_are_valid() {
+        let arguments = parse(&[]).unwrap();
+        assert_eq!(arguments.dns_service_ip().to_string(), "10.96.0.10");
+        assert_eq!(
+            Arguments::server_url(arguments.listen),
+            "https://127.0.0.1:6443"
+        );
+    }
+
+    #[test]
+    fn agents_are_directory_and_node() {
+        let arguments = parse(&["--agent-credentials", "/etc/a:b:worker-1.rack"]).unwrap();
+        let expected = AgentCredentials {
+            directory: "/etc/a:b".into(),
+            node: "worker-1.rack".to_owned(),
+        };
+        assert_eq!(arguments.agent_credentials, [expected]);
+        for bad in ["worker", ":worker", "/etc:Worker", "/etc:"] {
+            assert!(parse(&["--agent-credentials", bad]).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_by_flag_and_value() {
+        for (arguments, text) in [
+            (&["--cluster-cidr", "10.96.0.0/12"][..], "overlaps"),
+            (&["--service-cidr", "10.96.0.1/16"], "use 10.96.0.0/16"),
+            (&["--service-cidr", "10.96.0.0/30"], "/28"),
+            (&["--node-cidr-prefix", "8"], "between 16"),
+            (&["--cluster-domain", "Cluster.Local"], "DNS name"),
+            (&["--san", "a b"], "DNS name"),
+        ] {
+            let error = parse(arguments).unwrap_err();
+            assert!(
+                error.contains(text) && error.contains(arguments[0]),
+                "{error}"
+            );
+        }
+    }
+}

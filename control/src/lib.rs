@@ -17,6 +17,7 @@ pub mod config;
 pub mod controllers;
 pub mod feed;
 pub mod pki;
+pub mod run;
 pub mod scheduler;
 pub mod server;
 pub mod store;

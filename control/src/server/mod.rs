@@ -1,16 +1,142 @@
 //! The API: one TLS port, the gRPC services, and the registry that every write passes.
+//!
+//! ```text
+//!  connection ─► TLS: a client certificate of our CA ─► Authorize (identity.rs) ─► Objects  (objects.rs)
+//!                                                                               ├► Pods, Feed (crate::feed)
+//! ```
+//! Invariants: no request is served without an identity; a slow or dead client holds memory only for
+//! one stream window; a stop ends every stream within [`STREAM_END_DEADLINE`].
 
 mod allocation;
 mod event;
 pub mod identity;
+mod merge;
 mod object;
+mod objects;
 pub mod registry;
 mod rules;
-mod schema;
+mod scale;
 mod service;
+mod table;
+mod view;
+mod watch;
 mod write;
+
+use std::time::Duration;
+
+use gantry_api::proto::objects_server::ObjectsServer;
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
+use tonic::transport::server::TcpIncoming;
+use tonic::transport::{Certificate, Identity as TlsIdentity, ServerTlsConfig};
+
+use crate::pki::Credentials;
+use identity::{Authorize, Service};
+use objects::ObjectsService;
 
 pub use object::{decode, present, to_value};
 pub use registry::Registry;
 pub use rules::Part;
 pub use write::{WriteOptions, Written};
+
+/// Largest request: one object of the largest size, and its envelope.
+const REQUEST_BYTES_MAX: usize = 4 << 20;
+/// Largest answer to one call: a list of everything.
+const ANSWER_BYTES_MAX: usize = 256 << 20;
+/// Streams that one connection may have open: an agent's tunnels and a user's watches.
+const STREAM_COUNT_MAX: u32 = 512;
+/// What a client may send on one stream before it is read.
+const STREAM_WINDOW_BYTES: u32 = 256 << 10;
+/// What a client may send on all its streams: tunnels must not block the feed.
+const CONNECTION_WINDOW_BYTES: u32 = 24 << 20;
+/// A connection that says nothing for this long is asked whether it is alive.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// What the answer may take.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+/// What a TLS handshake may take.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// What open streams may take to end after a stop.
+const STREAM_END_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Why the API cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The certificates do not fit.
+    #[error("cannot set up TLS: {0}")]
+    Tls(#[source] tonic::transport::Error),
+    /// The server ended by itself.
+    #[error("the API server failed: {0}")]
+    Serve(#[source] tonic::transport::Error),
+}
+
+/// The API over one registry, before it listens.
+pub struct Server {
+    router: tonic::transport::server::Router,
+    stop: CancellationToken,
+}
+
+impl Server {
+    /// A server with these credentials that trusts clients of this CA (PEM).
+    pub fn new(
+        registry: &Registry,
+        ca_certificate: &str,
+        credentials: &Credentials,
+    ) -> Result<Server, ServeError> {
+        let tls = ServerTlsConfig::new()
+            .identity(TlsIdentity::from_pem(
+                &credentials.certificate,
+                &credentials.key,
+            ))
+            .client_ca_root(Certificate::from_pem(ca_certificate))
+            .timeout(HANDSHAKE_TIMEOUT);
+        let stop = CancellationToken::new();
+        let objects = ObjectsServer::new(ObjectsService::new(registry.clone(), stop.clone()))
+            .max_decoding_message_size(REQUEST_BYTES_MAX)
+            .max_encoding_message_size(ANSWER_BYTES_MAX);
+        let router = tonic::transport::Server::builder()
+            .tls_config(tls)
+            .map_err(ServeError::Tls)?
+            .max_concurrent_streams(STREAM_COUNT_MAX)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .add_service(InterceptedService::new(
+                objects,
+                Authorize(Service::Objects),
+            ));
+        Ok(Server { router, stop })
+    }
+
+    /// Serves until `stop`, then lets open streams end.
+    pub async fn serve(
+        self,
+        listener: TcpListener,
+        stop: CancellationToken,
+    ) -> Result<(), ServeError> {
+        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let streams = self.stop;
+        let stopped = stop.clone();
+        let serving = self
+            .router
+            .serve_with_incoming_shutdown(incoming, async move {
+                stopped.cancelled().await;
+                streams.cancel();
+            });
+        let deadline = async {
+            stop.cancelled().await;
+            tokio::time::sleep(STREAM_END_DEADLINE).await;
+        };
+        tokio::select! {
+            result = serving => result.map_err(ServeError::Serve),
+            () = deadline => {
+                tracing::warn!("open connections were cut at the deadline");
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,9 @@
-//! The registry: one door for every write of anyone, with the kinds, defaults, validation and
-//! admission behind it, and the store at the end.
+//! The registry: one door for every write of anyone, with gantry-api's defaults and
+//! validation, admission and allocation behind it, and the store at the end.
 //!
 //! ```text
 //!  gRPC ── JSON ──► write.rs ──┐
-//!                              ├─► schema.rs ─► rules.rs ─► allocation.rs ─► store.commit
+//!                              ├─► admission ─► rules.rs ─► allocation.rs ─► store.commit
 //!  scheduler, controllers,     │   fields,      metadata,    cluster IPs,     compare-and-set
 //!  feed ── types ──► this file ┘   defaults,    deletion     node ports       durable
 //!                                  validation

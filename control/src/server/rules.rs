@@ -113,17 +113,7 @@ fn has_generation(kind: &Kind) -> bool {
 }
 
 /// Gives a new object what only the server sets. The name is already there.
-pub(crate) fn prepare_create(
-    kind: &Kind,
-    object: &mut Value,
-    uid: &str,
-    now: Timestamp,
-) -> Result<(), Status> {
-    if !metadata_text(object, "resourceVersion").is_empty() {
-        return Err(Status::bad_request(
-            "resourceVersion should not be set on objects to be created",
-        ));
-    }
+pub(crate) fn prepare_create(kind: &Kind, object: &mut Value, uid: &str, now: Timestamp) {
     let name = metadata_text(object, "name").to_owned();
     let metadata = metadata_mut(object);
     for field in [
@@ -152,7 +142,6 @@ pub(crate) fn prepare_create(
         _ if kind.has_status => object["status"] = json!({}),
         _ => {}
     }
-    Ok(())
 }
 
 /// The revision that a write expects; `None` when it does not say.
@@ -203,6 +192,9 @@ pub(crate) fn carry_over(kind: &Kind, old: &Value, new: Value, part: Part) -> Va
         carry_metadata(&mut result, old, field);
     }
     carry_metadata(&mut result, old, "resourceVersion");
+    for field in ["selfLink", "managedFields"] {
+        metadata_mut(&mut result).remove(field);
+    }
     if part == Part::Object {
         if kind.has_status {
             carry_field(&mut result, old, "status");
@@ -411,7 +403,7 @@ pub(crate) fn prepare_bind(
         .collect();
     conditions.push(condition);
     new["status"]["conditions"] = Value::Array(conditions);
-    finish_update(kind, pod, new)
+    Ok(Outcome::Put(new))
 }
 
 #[cfg(test)]

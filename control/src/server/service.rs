@@ -18,7 +18,7 @@ fn has_cluster_ip(service: &Value) -> bool {
     service_type(service) != "ExternalName"
 }
 
-fn has_node_ports(service: &Value) -> bool {
+pub(crate) fn has_node_ports(service: &Value) -> bool {
     match service_type(service) {
         "NodePort" => true,
         "LoadBalancer" => service["spec"]["allocateLoadBalancerNodePorts"] != json!(false),
@@ -37,6 +37,10 @@ fn ports(service: &Value) -> &[Value] {
     service["spec"]["ports"]
         .as_array()
         .map_or(&[], Vec::as_slice)
+}
+
+fn protocol(port: &Value) -> &str {
+    port["protocol"].as_str().unwrap_or("TCP")
 }
 
 fn node_port(port: &Value) -> u16 {
@@ -65,7 +69,7 @@ pub(crate) fn carry_allocated(old: &Value, new: &mut Value) {
     for port in new_ports {
         let same = old_ports
             .iter()
-            .find(|o| o["port"] == port["port"] && o["protocol"] == port["protocol"]);
+            .find(|o| o["port"] == port["port"] && protocol(o) == protocol(port));
         let number = node_port(port);
         let old_number = same.map_or(0, node_port);
         if keeps && number == 0 && old_number != 0 {
@@ -76,6 +80,16 @@ pub(crate) fn carry_allocated(old: &Value, new: &mut Value) {
             if let Value::Object(fields) = port {
                 fields.remove("nodePort");
             }
+        }
+    }
+}
+
+/// Takes all node ports out.
+pub(crate) fn remove_node_ports(service: &mut Value) {
+    let ports = service["spec"]["ports"].as_array_mut();
+    for port in ports.into_iter().flatten() {
+        if let Value::Object(fields) = port {
+            fields.remove("nodePort");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The verbs on untyped objects: read, decide (`schema`, `rules`), compare-and-set, again if needed.
+//! The verbs on untyped objects: read, decide (`admission`, `rules`), compare-and-set, again if needed.
 //!
 //! Every loop here ends: a write that names a revision fails at the first conflict, any other one
 //! after [`ATTEMPT_COUNT_MAX`] rounds. Commits run in tasks of their own, so that a client that hangs
@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use gantry_api::admission::{self, Prepared};
 use gantry_api::field::{FieldError, Path};
 use gantry_api::kinds::Kind;
 use gantry_api::status::{Reason, Status};
@@ -16,7 +17,7 @@ use super::allocation::Claim;
 use super::object::{self, metadata_mut, metadata_text};
 use super::registry::{Registry, kind_named};
 use super::rules::{self, DeleteOptions, Outcome, Part};
-use super::{schema, service};
+use super::service;
 use crate::store::{Entry, Revision, StoreError, Txn};
 
 /// Rounds of read, decide, write before a busy object is reported.
@@ -47,12 +48,13 @@ pub struct Written {
 }
 
 /// What a round decided, and what must come with it.
-struct Decision {
+pub(super) struct Decision {
     outcome: Outcome,
     /// The Service to allocate for, filled in place.
     allocate: bool,
     /// Further keys that must exist.
     required: Vec<String>,
+    warnings: Vec<String>,
 }
 
 impl From<Outcome> for Decision {
@@ -61,6 +63,7 @@ impl From<Outcome> for Decision {
             outcome,
             allocate: false,
             required: Vec::new(),
+            warnings: Vec::new(),
         }
     }
 }
@@ -74,8 +77,24 @@ impl Registry {
         object: Value,
         options: &WriteOptions,
     ) -> Result<Written, Status> {
-        let (mut object, warnings) = schema::read(kind, object, options.strict)?;
+        let mut object = object;
         set_namespace(kind, namespace, &mut object)?;
+        refuse_version(&object)?;
+        let prepared = admission::prepare_create_value(kind, object, options.strict)?;
+        self.create_prepared(kind, prepared, options.dry_run).await
+    }
+
+    /// Creates an object that admission has passed.
+    pub(super) async fn create_prepared(
+        &self,
+        kind: &'static Kind,
+        prepared: Prepared,
+        dry_run: bool,
+    ) -> Result<Written, Status> {
+        let Prepared {
+            mut object,
+            warnings,
+        } = prepared;
         let generate = metadata_text(&object, "generateName").to_owned();
         let drawn = metadata_text(&object, "name").is_empty() && !generate.is_empty();
         let uid = uuid::Uuid::new_v4().to_string();
@@ -84,10 +103,8 @@ impl Registry {
                 let name = rules::generated_name(&generate);
                 metadata_mut(&mut object).insert("name".to_owned(), json!(name));
             }
-            rules::prepare_create(kind, &mut object, &uid, Timestamp::now())?;
-            schema::default(kind, &mut object)?;
-            schema::validate(kind, &object)?;
-            match self.insert(kind, &object, options.dry_run).await {
+            rules::prepare_create(kind, &mut object, &uid, Timestamp::now());
+            match self.insert(kind, &object, dry_run).await {
                 Err(status)
                     if drawn
                         && status.reason == Reason::AlreadyExists
@@ -156,19 +173,9 @@ impl Registry {
         part: Part,
         options: &WriteOptions,
     ) -> Result<Written, Status> {
-        let (mut object, warnings) = schema::read(kind, object, options.strict)?;
-        set_namespace(kind, namespace, &mut object)?;
-        set_name(name, &mut object)?;
-        let written = self
-            .mutate(kind, namespace, name, options.dry_run, |old| {
-                rules::check_identity(kind, old, &object)?;
-                replace(kind, old, object.clone(), part)
-            })
-            .await?;
-        Ok(Written {
-            warnings,
-            ..written
-        })
+        let change = |_: &Value| Ok(object.clone());
+        self.change_value(kind, namespace, name, part, options, change)
+            .await
     }
 
     /// Changes the object by a function of its present state, as patch and apply do.
@@ -183,23 +190,14 @@ impl Registry {
         options: &WriteOptions,
         change: impl Fn(&Value) -> Result<Value, Status> + Send + Sync,
     ) -> Result<Written, Status> {
-        let warnings = std::sync::Mutex::new(Vec::new());
-        let written = self
-            .mutate(kind, namespace, name, options.dry_run, |old| {
-                let (mut new, found) = schema::read(kind, change(old)?, options.strict)?;
-                if let Ok(mut warnings) = warnings.lock() {
-                    *warnings = found;
-                }
-                set_namespace(kind, namespace, &mut new)?;
-                set_name(name, &mut new)?;
-                rules::check_identity(kind, old, &new)?;
-                replace(kind, old, new, part)
-            })
-            .await?;
-        Ok(Written {
-            warnings: warnings.into_inner().unwrap_or_default(),
-            ..written
+        self.mutate(kind, namespace, name, options.dry_run, |old| {
+            let mut new = change(old)?;
+            set_namespace(kind, namespace, &mut new)?;
+            set_name(name, &mut new)?;
+            rules::check_identity(kind, old, &new)?;
+            replace(kind, old, new, part, options.strict)
         })
+        .await
     }
 
     /// Deletes the object, or starts its deletion.
@@ -301,9 +299,10 @@ impl Registry {
         decision: Decision,
         dry_run: bool,
     ) -> Result<Result<Written, Status>, StoreError> {
+        let warnings = decision.warnings;
         let written = |object: Value, unchanged: bool| Written {
             object,
-            warnings: Vec::new(),
+            warnings,
             created: false,
             unchanged,
         };
@@ -455,30 +454,52 @@ impl Registry {
 /// Store keys whose objects hold addresses and ports.
 const SERVICE_KEYS: &str = "/registry/services/";
 
-/// The decision of an update: `new` is what the client sent.
-fn replace(kind: &Kind, old: &Value, mut new: Value, part: Part) -> Result<Decision, Status> {
+/// The decision of an update: `new` is what the client wants.
+pub(super) fn replace(
+    kind: &Kind,
+    old: &Value,
+    mut new: Value,
+    part: Part,
+    strict: bool,
+) -> Result<Decision, Status> {
     let is_service = kind.kind == "Service" && part == Part::Object;
-    if is_service {
-        service::carry_allocated(old, &mut new);
-    }
-    let mut new = rules::carry_over(kind, old, new, part);
-    if part == Part::Object {
-        schema::default(kind, &mut new)?;
-    }
+    let prepared = match part {
+        Part::Object => {
+            if is_service {
+                service::carry_allocated(old, &mut new);
+            }
+            admission::prepare_update(kind, old, new, strict)?
+        }
+        Part::Status => admission::prepare_status(kind, new)?,
+    };
+    let new = rules::carry_over(kind, old, prepared.object, part);
     if is_service {
         service::check_address_change(old, &new)
             .map_err(|error| Status::invalid(kind, metadata_text(old, "name"), &[error]))?;
     }
-    schema::validate_update(kind, old, &new)?;
     Ok(Decision {
         outcome: rules::finish_update(kind, old, new)?,
         allocate: is_service,
         required: Vec::new(),
+        warnings: prepared.warnings,
     })
 }
 
+fn refuse_version(object: &Value) -> Result<(), Status> {
+    if metadata_text(object, "resourceVersion").is_empty() {
+        return Ok(());
+    }
+    Err(Status::bad_request(
+        "resourceVersion should not be set on objects to be created",
+    ))
+}
+
 /// Makes the object's namespace the request's.
-fn set_namespace(kind: &Kind, namespace: &str, object: &mut Value) -> Result<(), Status> {
+pub(super) fn set_namespace(
+    kind: &Kind,
+    namespace: &str,
+    object: &mut Value,
+) -> Result<(), Status> {
     let own = metadata_text(object, "namespace").to_owned();
     if !kind.namespaced {
         metadata_mut(object).remove("namespace");

@@ -250,3 +250,13 @@ fn decode_row(row: &[u8]) -> Option<(u8, Revision, &[u8])> {
     let create_revision = u64::from_le_bytes(create_revision.try_into().ok()?);
     Some((*tag, create_revision, value))
 }
+
+/// Rows in the log of a closed store.
+#[cfg(test)]
+pub(super) fn row_count(path: &Path) -> usize {
+    use redb::ReadableTableMetadata as _;
+    let database = Database::open(path).unwrap();
+    let txn = database.begin_read().unwrap();
+    let rows = txn.open_table(LOG).unwrap().len().unwrap();
+    usize::try_from(rows).unwrap()
+}

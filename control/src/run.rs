@@ -1,0 +1,206 @@
+//! Builds the control plane in one visible order, and takes it down again.
+//!
+//! ```text
+//!  data dir ─► store (lock) ─► certificates ─► port ─► registry ─► feed ─► scheduler, controllers ─► serve
+//! ```
+//! Everything that can fail for a reason on this machine comes before the port answers. Down: the port
+//! stops taking requests, streams end, tasks end, the store closes, all within [`DRAIN_DEADLINE`].
+
+use std::io::ErrorKind;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::config::Arguments;
+use crate::pki::{self, Authority, PkiError};
+use crate::server::registry::{Registry, Settings};
+use crate::server::{ServeError, Server};
+use crate::store::{OpenError, Store};
+
+/// What a drain may take: open streams get a little time to end by themselves.
+const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why the control plane could not start or serve.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The data directory is not to be had.
+    #[error(
+        "cannot use the data directory {path}: {source}; give another one with --data-dir, or start as root"
+    )]
+    DataDir {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] OpenError),
+    /// The certificates.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    /// The port is somebody else's.
+    #[error(
+        "port {port} on {ip} is taken by another program (find it with `ss -ltnp 'sport = :{port}'`): stop it, or choose another port with --listen",
+        port = .0.port(), ip = .0.ip()
+    )]
+    PortTaken(SocketAddr),
+    /// The address cannot be used.
+    #[error("cannot listen on {address}: {source}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The first objects could not be written.
+    #[error("cannot write the first objects: {0}")]
+    Defaults(gantry_api::status::Status),
+    /// The server.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// Signal handlers.
+    #[error("cannot install signal handlers: {0}")]
+    Signals(std::io::Error),
+}
+
+/// A running control plane.
+pub struct Control {
+    registry: Registry,
+    address: SocketAddr,
+    tasks: JoinSet<Result<(), ServeError>>,
+    ended: watch::Receiver<bool>,
+}
+
+impl Control {
+    /// Opens everything and serves until `stop`.
+    pub async fn start(
+        arguments: &Arguments,
+        stop: &CancellationToken,
+    ) -> Result<Control, StartError> {
+        let store = open_store(&arguments.data_dir)?;
+        let authority = Authority::open(&arguments.data_dir)?;
+        let credentials = authority.server(&pki::local_names(&arguments.sans))?;
+        let listener = listen(arguments.listen).await?;
+        let address = listener.local_addr().map_err(|source| StartError::Listen {
+            address: arguments.listen,
+            source,
+        })?;
+        let registry = Registry::new(
+            store,
+            &Settings {
+                service_cidr: arguments.service_cidr,
+                reserved_addresses: arguments.reserved_service_ips(),
+            },
+        );
+        registry
+            .ensure_defaults()
+            .await
+            .map_err(StartError::Defaults)?;
+        // After the store's lock: the credentials of the instance that serves, not of one that fails.
+        for agent in &arguments.agent_credentials {
+            authority.ensure_agent(&agent.directory, &agent.node)?;
+        }
+        authority.ensure_kubeconfig(&arguments.kubeconfig, &Arguments::server_url(address))?;
+
+        let server = Server::new(&registry, authority.certificate(), &credentials)?;
+        let mut tasks = JoinSet::new();
+        let (end, ended) = watch::channel(false);
+        let token = stop.clone();
+        tasks.spawn(async move {
+            let result = server.serve(listener, token).await;
+            end.send_replace(true);
+            result
+        });
+        spawn_loops(&mut tasks, &registry, stop);
+        Ok(Control {
+            registry,
+            address,
+            tasks,
+            ended,
+        })
+    }
+
+    /// Where the API listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The registry behind the API.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Returns when the server has ended, asked or not.
+    pub async fn ended(&self) {
+        let mut ended = self.ended.clone();
+        // The sender is dropped only with the server's task.
+        let _ = ended.wait_for(|ended| *ended).await;
+    }
+
+    /// After the stop: waits for every task, closes the store; gives up at the deadline.
+    pub async fn drain(mut self) -> Result<(), StartError> {
+        let mut failure = None;
+        let tasks = async {
+            while let Some(result) = self.tasks.join_next().await {
+                match result {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => failure = Some(error),
+                    Err(error) => tracing::error!(%error, "a task has failed"),
+                }
+            }
+        };
+        if tokio::time::timeout(DRAIN_DEADLINE, tasks).await.is_err() {
+            tracing::warn!(?DRAIN_DEADLINE, "not everything ended in time");
+            self.tasks.abort_all();
+        }
+        self.registry.store().close().await;
+        failure.map_or(Ok(()), |error| Err(error.into()))
+    }
+}
+
+/// The loops that act on what the API takes.
+fn spawn_loops(
+    tasks: &mut JoinSet<Result<(), ServeError>>,
+    registry: &Registry,
+    stop: &CancellationToken,
+) {
+    let (own, token) = (registry.clone(), stop.clone());
+    tasks.spawn(async move {
+        own.run_maintenance(token).await;
+        Ok(())
+    });
+}
+
+fn open_store(data_dir: &Path) -> Result<Store, StartError> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let failed = |source| StartError::DataDir {
+        path: data_dir.to_owned(),
+        source,
+    };
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(data_dir)
+        .map_err(failed)?;
+    let store = Store::open(&data_dir.join("store.redb"))?;
+    // The file's name must survive a power cut as well as its content.
+    std::fs::File::open(data_dir)
+        .and_then(|directory| directory.sync_all())
+        .map_err(failed)?;
+    Ok(store)
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener, StartError> {
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| match source.kind() {
+            ErrorKind::AddrInUse => StartError::PortTaken(address),
+            _ => StartError::Listen { address, source },
+        })
+}

@@ -1,0 +1,334 @@
+//! The Objects service: seven verbs over JSON, generic over kinds. Thin: every rule is elsewhere.
+
+use std::pin::Pin;
+use std::time::Duration;
+
+use futures_util::Stream;
+use gantry_api::decode;
+use gantry_api::kinds::{KINDS, Kind};
+use gantry_api::proto::objects_server::Objects;
+use gantry_api::proto::{
+    DeleteRequest, GetRequest, KindsReply, KindsRequest, ListRequest, Object, ObjectKey,
+    ObjectList, PatchRequest, TableReply, WatchEvent, WatchRequest, WriteReply, WriteRequest,
+    kinds_reply,
+};
+use gantry_api::status::Status;
+use serde_json::Value;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response};
+
+use super::merge::Patch;
+use super::object::{metadata_text, present};
+use super::registry::{DeleteOptions, Propagation, Registry};
+use super::rules::Part;
+use super::table::Renderer;
+use super::view::{View, kind_of_key};
+use super::write::{WriteOptions, Written};
+use super::{scale, watch};
+
+/// What one write may take: a store that does not answer within it has failed.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The service over one registry.
+pub(super) struct ObjectsService {
+    registry: Registry,
+    stop: CancellationToken,
+}
+
+/// What a write request is about.
+struct Target {
+    kind: &'static Kind,
+    namespace: String,
+    name: String,
+}
+
+impl Target {
+    /// From the request's key, completed by the object's metadata.
+    fn new(key: Option<ObjectKey>, object: &Value) -> Result<Target, Status> {
+        let (kind, key) = kind_of_key(key)?;
+        let or = |text: String, field: &str| match text.is_empty() {
+            true => metadata_text(object, field).to_owned(),
+            false => text,
+        };
+        Ok(Target {
+            kind,
+            namespace: or(key.namespace, "namespace"),
+            name: or(key.name, "name"),
+        })
+    }
+
+    fn required_name(&self) -> Result<&str, Status> {
+        if self.name.is_empty() {
+            return Err(Status::bad_request("the request names no object"));
+        }
+        Ok(&self.name)
+    }
+}
+
+impl ObjectsService {
+    pub(super) fn new(registry: Registry, stop: CancellationToken) -> ObjectsService {
+        ObjectsService { registry, stop }
+    }
+
+    async fn create_object(&self, request: WriteRequest) -> Result<Written, Status> {
+        refuse_subresource(&request.subresource, &[])?;
+        let object = decode::parse(&request.json)?;
+        let target = Target::new(request.key, &object)?;
+        let options = WriteOptions {
+            dry_run: request.dry_run,
+            strict: request.strict,
+        };
+        self.registry
+            .create_value(target.kind, &target.namespace, object, &options)
+            .await
+    }
+
+    async fn update_object(&self, request: WriteRequest) -> Result<Written, Status> {
+        refuse_subresource(&request.subresource, &["status", "scale"])?;
+        let object = decode::parse(&request.json)?;
+        let target = Target::new(request.key, &object)?;
+        let name = target.required_name()?;
+        let options = WriteOptions {
+            dry_run: request.dry_run,
+            strict: request.strict,
+        };
+        let (kind, namespace) = (target.kind, target.namespace.as_str());
+        if request.subresource == "scale" {
+            let change = |old: &Value| scale::applied(kind, old, &object);
+            let written = self
+                .registry
+                .change_value(kind, namespace, name, Part::Object, &options, change)
+                .await?;
+            return scale::written(kind, written);
+        }
+        let part = part_of(&request.subresource);
+        self.registry
+            .update_value(kind, namespace, name, object, part, &options)
+            .await
+    }
+
+    async fn apply_object(&self, request: WriteRequest) -> Result<Written, Status> {
+        refuse_subresource(&request.subresource, &[])?;
+        let object = decode::parse(&request.json)?;
+        let target = Target::new(request.key, &object)?;
+        let options = WriteOptions {
+            dry_run: request.dry_run,
+            strict: request.strict,
+        };
+        let (kind, namespace) = (target.kind, target.namespace.as_str());
+        let name = target.required_name()?;
+        self.registry
+            .apply_value(kind, namespace, name, object, &options)
+            .await
+    }
+
+    async fn patch_object(&self, request: PatchRequest) -> Result<Written, Status> {
+        refuse_subresource(&request.subresource, &["status", "scale"])?;
+        let patch = Patch::parse(request.r#type(), &request.patch)?;
+        let target = Target::new(request.key, &Value::Null)?;
+        let name = target.required_name()?;
+        let options = WriteOptions {
+            dry_run: request.dry_run,
+            strict: true,
+        };
+        let (kind, namespace) = (target.kind, target.namespace.as_str());
+        if request.subresource == "scale" {
+            let change = |old: &Value| {
+                let wanted = patch.applied(&scale::view(kind, old)?)?;
+                scale::applied(kind, old, &wanted)
+            };
+            let written = self
+                .registry
+                .change_value(kind, namespace, name, Part::Object, &options, change)
+                .await?;
+            return scale::written(kind, written);
+        }
+        let change = |old: &Value| patch.applied(old);
+        let part = part_of(&request.subresource);
+        self.registry
+            .change_value(kind, namespace, name, part, &options, change)
+            .await
+    }
+
+    async fn delete_object(&self, request: DeleteRequest) -> Result<Written, Status> {
+        let target = Target::new(request.key, &Value::Null)?;
+        let name = target.required_name()?;
+        let propagation = match request.propagation.as_str() {
+            "" | "Background" => Propagation::Background,
+            "Foreground" => Propagation::Foreground,
+            "Orphan" => Propagation::Orphan,
+            other => {
+                return Err(Status::bad_request(format!(
+                    "propagation {other:?} is none of Background, Foreground, Orphan"
+                )));
+            }
+        };
+        let options = DeleteOptions {
+            grace_period_s: request.grace_period_s,
+            uid: Some(request.uid).filter(|uid| !uid.is_empty()),
+            propagation,
+        };
+        let (kind, namespace) = (target.kind, target.namespace.as_str());
+        self.registry
+            .delete_value(kind, namespace, name, &options, request.dry_run)
+            .await
+    }
+}
+
+fn part_of(subresource: &str) -> Part {
+    match subresource {
+        "status" => Part::Status,
+        _ => Part::Object,
+    }
+}
+
+fn refuse_subresource(subresource: &str, allowed: &[&str]) -> Result<(), Status> {
+    if subresource.is_empty() || allowed.contains(&subresource) {
+        return Ok(());
+    }
+    let text = format!("the server does not serve this verb on the subresource {subresource:?}");
+    Err(Status::not_served(text))
+}
+
+/// The answer to a write that ends in time.
+async fn answer(
+    write: impl Future<Output = Result<Written, Status>> + Send,
+) -> Result<Response<WriteReply>, tonic::Status> {
+    let written = tokio::time::timeout(WRITE_TIMEOUT, Box::pin(write))
+        .await
+        .map_err(|_| {
+            let text = format!("the write took longer than {WRITE_TIMEOUT:?}; it may still happen");
+            Status::timeout(text)
+        })??;
+    let json = serde_json::to_vec(&written.object)
+        .map_err(|error| Status::internal(format!("cannot encode the answer: {error}")))?;
+    Ok(Response::new(WriteReply {
+        json: json.into(),
+        warnings: written.warnings,
+        created: written.created,
+        unchanged: written.unchanged,
+    }))
+}
+
+#[tonic::async_trait]
+impl Objects for ObjectsService {
+    type WatchStream = Pin<Box<dyn Stream<Item = Result<WatchEvent, tonic::Status>> + Send>>;
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<Object>, tonic::Status> {
+        let (kind, key) = kind_of_key(request.into_inner().key)?;
+        let entry = self.registry.get_entry(kind, &key.namespace, &key.name);
+        let entry = entry.ok_or_else(|| Status::not_found(kind, &key.name))?;
+        let json = present(&entry, entry.mod_revision);
+        Ok(Response::new(Object { json }))
+    }
+
+    async fn list(
+        &self,
+        request: Request<ListRequest>,
+    ) -> Result<Response<ObjectList>, tonic::Status> {
+        let request = request.into_inner();
+        let view = View::new(
+            request.key,
+            &request.label_selector,
+            &request.field_selector,
+        )?;
+        let (revision, entries) = self.registry.store().list(&view.prefix);
+        let mut items = Vec::with_capacity(entries.len());
+        for entry in &entries {
+            if view.has(entry)? {
+                items.push(present(entry, entry.mod_revision));
+            }
+        }
+        Ok(Response::new(ObjectList {
+            items,
+            resource_version: revision.to_string(),
+        }))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, tonic::Status> {
+        let store = self.registry.store();
+        let stream = watch::open(store, request.into_inner(), self.stop.clone())?;
+        Ok(Response::new(Box::pin(stream)))
+    }
+
+    async fn create(
+        &self,
+        request: Request<WriteRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        answer(self.create_object(request.into_inner())).await
+    }
+
+    async fn update(
+        &self,
+        request: Request<WriteRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        answer(self.update_object(request.into_inner())).await
+    }
+
+    async fn apply(
+        &self,
+        request: Request<WriteRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        answer(self.apply_object(request.into_inner())).await
+    }
+
+    async fn patch(
+        &self,
+        request: Request<PatchRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        answer(self.patch_object(request.into_inner())).await
+    }
+
+    async fn delete(
+        &self,
+        request: Request<DeleteRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        answer(self.delete_object(request.into_inner())).await
+    }
+
+    async fn table(
+        &self,
+        request: Request<ListRequest>,
+    ) -> Result<Response<TableReply>, tonic::Status> {
+        let request = request.into_inner();
+        let view = View::new(
+            request.key,
+            &request.label_selector,
+            &request.field_selector,
+        )?;
+        let renderer = Renderer::new(view.kind, request.wide, request.with_namespace);
+        let (revision, entries) = self.registry.store().list(&view.prefix);
+        let mut rows = Vec::with_capacity(entries.len());
+        for entry in &entries {
+            if view.has(entry)? {
+                rows.push(renderer.row(entry)?);
+            }
+        }
+        Ok(Response::new(TableReply {
+            columns: renderer.columns(),
+            rows,
+            resource_version: revision.to_string(),
+        }))
+    }
+
+    async fn kinds(
+        &self,
+        _request: Request<KindsRequest>,
+    ) -> Result<Response<KindsReply>, tonic::Status> {
+        let kinds = KINDS.iter().map(|kind| kinds_reply::Kind {
+            group: kind.group.to_owned(),
+            version: kind.version.to_owned(),
+            kind: kind.kind.to_owned(),
+            plural: kind.plural.to_owned(),
+            singular: kind.singular.to_owned(),
+            short_names: kind.short_names.iter().map(|s| (*s).to_owned()).collect(),
+            namespaced: kind.namespaced,
+        });
+        Ok(Response::new(KindsReply {
+            kinds: kinds.collect(),
+        }))
+    }
+}
