@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Arguments;
+use crate::feed::{self, Feed};
 use crate::pki::{self, Authority, PkiError};
 use crate::server::registry::{Registry, Settings};
 use crate::server::{ServeError, Server};
@@ -108,7 +109,8 @@ impl Control {
         }
         authority.ensure_kubeconfig(&arguments.kubeconfig, &Arguments::server_url(address))?;
 
-        let server = Server::new(&registry, authority.certificate(), &credentials)?;
+        let feed = Feed::new(registry.clone(), feed_settings(arguments));
+        let server = Server::new(&registry, &feed, authority.certificate(), &credentials)?;
         let mut tasks = JoinSet::new();
         let (end, ended) = watch::channel(false);
         let token = stop.clone();
@@ -117,7 +119,7 @@ impl Control {
             end.send_replace(true);
             result
         });
-        spawn_loops(&mut tasks, &registry, stop);
+        spawn_loops(&mut tasks, &registry, feed, stop);
         Ok(Control {
             registry,
             address,
@@ -164,12 +166,27 @@ impl Control {
     }
 }
 
+fn feed_settings(arguments: &Arguments) -> feed::Settings {
+    feed::Settings {
+        cluster_domain: arguments.cluster_domain.clone(),
+        dns_service_ip: arguments.dns_service_ip(),
+        service_cidr: arguments.service_cidr,
+        cluster_cidr: arguments.cluster_cidr,
+    }
+}
+
 /// The loops that act on what the API takes.
 fn spawn_loops(
     tasks: &mut JoinSet<Result<(), ServeError>>,
     registry: &Registry,
+    feed: Feed,
     stop: &CancellationToken,
 ) {
+    let token = stop.clone();
+    tasks.spawn(async move {
+        feed.run(token).await;
+        Ok(())
+    });
     let (own, token) = (registry.clone(), stop.clone());
     tasks.spawn(async move {
         own.run_maintenance(token).await;

@@ -31,6 +31,7 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::server::TcpIncoming;
 use tonic::transport::{Certificate, Identity as TlsIdentity, ServerTlsConfig};
 
+use crate::feed::Feed;
 use crate::pki::Credentials;
 use identity::{Authorize, Service};
 use objects::ObjectsService;
@@ -80,6 +81,7 @@ impl Server {
     /// A server with these credentials that trusts clients of this CA (PEM).
     pub fn new(
         registry: &Registry,
+        feed: &Feed,
         ca_certificate: &str,
         credentials: &Credentials,
     ) -> Result<Server, ServeError> {
@@ -105,6 +107,14 @@ impl Server {
             .add_service(InterceptedService::new(
                 objects,
                 Authorize(Service::Objects),
+            ))
+            .add_service(InterceptedService::new(
+                feed.pods_server(),
+                Authorize(Service::Pods),
+            ))
+            .add_service(InterceptedService::new(
+                feed.feed_server(),
+                Authorize(Service::Feed),
             ));
         Ok(Server { router, stop })
     }
