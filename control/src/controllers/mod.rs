@@ -1,1 +1,325 @@
-//! One control loop per kind.
+//! The controllers: one loop per kind that moves what is towards what is wanted.
+//!
+//! ```text
+//!  store ─► informer ─► caches ─► handlers ─► work queue ─► worker: plan (pure) ─► act ─► registry ─► store
+//!                         ▲                                    │
+//!                         └──────── waits until the caches show its own writes
+//! ```
+//! Each file is one controller: a pure `plan` from what the caches show to the actions, and a thin
+//! acting part that carries them out through [`Registry`] with preconditions. Controllers keep no
+//! state of their own that a restart could lose; the exceptions (heartbeat observations, the time
+//! since when a pod's node is missing) restart their clocks, which only delays them.
+//!
+//! Invariants: a key is in the hands of one worker; a worker looks at a key again only after the
+//! caches show everything it wrote before; every action is idempotent; a failed key comes back with
+//! back-off and starves nobody.
+
+mod deployment;
+mod endpointslice;
+mod garbage;
+pub(crate) mod informer;
+mod namespace;
+mod node_health;
+mod pod_cidr;
+mod pod_garbage;
+pub(crate) mod pods;
+pub(crate) mod queue;
+mod replicaset;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::future::Future;
+use std::hash::Hash;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use gantry_api::k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use gantry_api::k8s_openapi::api::coordination::v1::Lease;
+use gantry_api::k8s_openapi::api::core::v1::{
+    Event, EventSource, Namespace, Node, ObjectReference, Pod, Service,
+};
+use gantry_api::k8s_openapi::api::discovery::v1::EndpointSlice;
+use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, OwnerReference, Time};
+use gantry_api::k8s_openapi::jiff::Timestamp;
+use gantry_api::selector::Selector;
+use gantry_api::status::{Reason, Status};
+use ipnet::Ipv4Net;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::server::registry::{Registry, Resource};
+pub(crate) use node_health::is_ready as node_is_ready;
+
+use informer::{Cache, Informer, ObjectKey, Sink};
+use queue::WorkQueue;
+
+/// Workers per controller: enough to keep the group commit of the store busy.
+const WORKER_COUNT: usize = 4;
+
+/// What the controllers must be told.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Addresses of all pods; every node gets a part of it.
+    pub cluster_cidr: Ipv4Net,
+    /// Prefix length of a node's part, in bits.
+    pub node_prefix_len: u8,
+    /// A node whose lease was not renewed for this long is not ready.
+    pub node_grace_period: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            cluster_cidr: Ipv4Net::new_assert(std::net::Ipv4Addr::new(10, 244, 0, 0), 16),
+            node_prefix_len: 24,
+            node_grace_period: Duration::from_secs(40),
+        }
+    }
+}
+
+/// The typed caches that controllers read.
+struct Caches {
+    pods: Arc<Cache<Pod>>,
+    replica_sets: Arc<Cache<ReplicaSet>>,
+    deployments: Arc<Cache<Deployment>>,
+    services: Arc<Cache<Service>>,
+    endpoint_slices: Arc<Cache<EndpointSlice>>,
+    namespaces: Arc<Cache<Namespace>>,
+    nodes: Arc<Cache<Node>>,
+    leases: Arc<Cache<Lease>>,
+    /// Owners and dependents of every kind.
+    graph: Arc<garbage::Graph>,
+}
+
+impl Caches {
+    fn new() -> Self {
+        Self {
+            pods: Cache::new(pods::node),
+            replica_sets: Cache::new(|_| None),
+            deployments: Cache::new(|_| None),
+            services: Cache::new(|_| None),
+            endpoint_slices: Cache::new(|_| None),
+            namespaces: Cache::new(|_| None),
+            nodes: Cache::new(|_| None),
+            leases: Cache::new(|_| None),
+            graph: garbage::Graph::new(),
+        }
+    }
+
+    fn sinks(&self) -> Vec<Arc<dyn Sink>> {
+        vec![
+            Arc::clone(&self.pods) as Arc<dyn Sink>,
+            Arc::clone(&self.replica_sets) as Arc<dyn Sink>,
+            Arc::clone(&self.deployments) as Arc<dyn Sink>,
+            Arc::clone(&self.services) as Arc<dyn Sink>,
+            Arc::clone(&self.endpoint_slices) as Arc<dyn Sink>,
+            Arc::clone(&self.namespaces) as Arc<dyn Sink>,
+            Arc::clone(&self.nodes) as Arc<dyn Sink>,
+            Arc::clone(&self.leases) as Arc<dyn Sink>,
+            Arc::clone(&self.graph) as Arc<dyn Sink>,
+        ]
+    }
+}
+
+impl Context {
+    /// Whether the namespace is going: it takes no new objects, and that is no failure.
+    fn is_leaving(&self, namespace: &str) -> bool {
+        let namespace = self.caches.namespaces.get(&ObjectKey::new("", namespace));
+        namespace.is_none_or(|namespace| namespace.metadata.deletion_timestamp.is_some())
+    }
+}
+
+/// What every controller works with.
+struct Context {
+    registry: Registry,
+    caches: Caches,
+    informer: Informer,
+    settings: Settings,
+}
+
+/// One controller: looks at one key at a time.
+trait Controller: Send + Sync + 'static {
+    /// For logs and events, e.g. `replicaset-controller`.
+    const NAME: &'static str;
+    /// What its queue holds.
+    type Key: Clone + Eq + Hash + Display + Send + Sync + 'static;
+
+    /// Moves one object towards what is wanted; returns when to look again without a change.
+    fn reconcile(
+        &self,
+        key: &Self::Key,
+    ) -> impl Future<Output = Result<Option<Duration>, Status>> + Send;
+}
+
+/// Runs every controller until shutdown.
+pub async fn run(registry: Registry, settings: Settings, shutdown: CancellationToken) {
+    let caches = Caches::new();
+    let informer = Informer::new(registry.store().clone(), caches.sinks());
+    let context = Arc::new(Context { registry, caches, informer, settings });
+    let mut tasks = JoinSet::new();
+    // Handlers first: the informer's first list then fills every queue.
+    replicaset::start(&context, &mut tasks, &shutdown);
+    deployment::start(&context, &mut tasks, &shutdown);
+    endpointslice::start(&context, &mut tasks, &shutdown);
+    namespace::start(&context, &mut tasks, &shutdown);
+    garbage::start(&context, &mut tasks, &shutdown);
+    node_health::start(&context, &mut tasks, &shutdown);
+    pod_cidr::start(&context, &mut tasks, &shutdown);
+    pod_garbage::start(&context, &mut tasks, &shutdown);
+    let feeding = Arc::clone(&context);
+    let stop = shutdown.clone();
+    tasks.spawn(async move { feeding.informer.run(&stop).await });
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended {
+            // Workers catch panics themselves: this is the informer or the harness. Without them the
+            // controllers would stand still unnoticed, so all stop and the caller sees it.
+            tracing::error!(%error, "a controller task ended: stopping all controllers");
+            tasks.shutdown().await;
+        }
+    }
+}
+
+/// Spawns the workers of one controller.
+fn spawn_workers<C: Controller>(
+    controller: C,
+    queue: &WorkQueue<C::Key>,
+    worker_count: usize,
+    context: &Arc<Context>,
+    tasks: &mut JoinSet<()>,
+    shutdown: &CancellationToken,
+) {
+    let controller = Arc::new(controller);
+    for _ in 0..worker_count {
+        let (controller, queue) = (Arc::clone(&controller), queue.clone());
+        let (context, shutdown) = (Arc::clone(context), shutdown.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                // Cancelled between or inside reconciles: every action is a transaction of its own.
+                () = work(&*controller, &queue, &context) => {}
+                () = shutdown.cancelled() => {}
+            }
+        });
+    }
+}
+
+async fn work<C: Controller>(controller: &C, queue: &WorkQueue<C::Key>, context: &Context) {
+    context.informer.caught_up(0).await;
+    loop {
+        let key = queue.get().await;
+        let outcome = AssertUnwindSafe(controller.reconcile(&key)).catch_unwind().await;
+        match outcome {
+            Ok(Ok(again)) => {
+                queue.forget(&key);
+                if let Some(delay) = again {
+                    queue.add_after(key.clone(), delay);
+                }
+            }
+            Ok(Err(status)) => {
+                if matches!(status.reason, Reason::Conflict | Reason::NotFound) {
+                    tracing::debug!(controller = C::NAME, %key, %status, "outdated, trying again");
+                } else {
+                    tracing::warn!(controller = C::NAME, %key, %status, "failed, trying again");
+                }
+                queue.add_rate_limited(key.clone());
+            }
+            Err(_) => {
+                tracing::error!(controller = C::NAME, %key, "panicked, trying again");
+                queue.add_rate_limited(key.clone());
+            }
+        }
+        // Only then may the key be looked at again: the caches show what was just written.
+        context.informer.caught_up(context.registry.store().revision()).await;
+        queue.done(&key);
+    }
+}
+
+/// Type of an event.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum EventType {
+    /// Something happened as it should.
+    Normal,
+    /// Something needs attention.
+    Warning,
+}
+
+/// An event about an object, without a name: the registry names and counts it.
+pub(crate) fn event_about<K: Resource>(
+    object: &K,
+    component: &str,
+    type_: EventType,
+    reason: &str,
+    message: String,
+) -> Event {
+    let metadata = object.metadata();
+    let now = Time(Timestamp::now());
+    let mut event = Event {
+        involved_object: ObjectReference {
+            api_version: Some(K::API_VERSION.to_owned()),
+            kind: Some(K::KIND.to_owned()),
+            name: metadata.name.clone(),
+            namespace: metadata.namespace.clone(),
+            resource_version: metadata.resource_version.clone(),
+            uid: metadata.uid.clone(),
+            ..ObjectReference::default()
+        },
+        type_: Some(match type_ {
+            EventType::Normal => "Normal".to_owned(),
+            EventType::Warning => "Warning".to_owned(),
+        }),
+        reason: Some(reason.to_owned()),
+        message: Some(message),
+        source: Some(EventSource { component: Some(component.to_owned()), host: None }),
+        reporting_component: Some(component.to_owned()),
+        first_timestamp: Some(now.clone()),
+        last_timestamp: Some(now),
+        count: Some(1),
+        ..Event::default()
+    };
+    // Events about cluster-scoped objects live in namespace default, as in Kubernetes.
+    let namespace = metadata.namespace.clone().unwrap_or_else(|| "default".to_owned());
+    event.metadata.namespace = Some(namespace);
+    event
+}
+
+/// The owner reference of a controller to `owner`.
+fn controller_reference<K: Resource>(owner: &K) -> OwnerReference {
+    let metadata = owner.metadata();
+    OwnerReference {
+        api_version: K::API_VERSION.to_owned(),
+        kind: K::KIND.to_owned(),
+        name: metadata.name.clone().unwrap_or_default(),
+        uid: metadata.uid.clone().unwrap_or_default(),
+        controller: Some(true),
+        block_owner_deletion: Some(true),
+    }
+}
+
+/// The key of the controller of an object, when it is of kind `K`: what to look at when it changes.
+fn controller_key<K: Resource, O: Resource>(object: &O) -> Option<ObjectKey> {
+    let metadata = object.metadata();
+    let owner = pods::controller_of(metadata)?;
+    (owner.kind == K::KIND && owner.api_version == K::API_VERSION)
+        .then(|| ObjectKey::new(metadata.namespace.clone().unwrap_or_default(), &owner.name))
+}
+
+/// Whether a workload's selector means an object with these labels. An empty or broken selector means
+/// none: validation refuses both, and a workload that takes every pod would be worse than none.
+fn selects(selector: &LabelSelector, labels: Option<&BTreeMap<String, String>>) -> bool {
+    let Ok(selector) = Selector::from_api(selector) else { return false };
+    let empty = BTreeMap::new();
+    !selector.is_empty() && selector.matches(labels.unwrap_or(&empty))
+}
+
+/// NotFound is what a deletion wants.
+fn ignore_not_found<T>(result: Result<T, Status>) -> Result<(), Status> {
+    match result {
+        Ok(_) => Ok(()),
+        Err(status) if status.reason == Reason::NotFound => Ok(()),
+        Err(status) => Err(status),
+    }
+}

@@ -1,0 +1,183 @@
+//! Which nodes could take a pod, and the reasons of those that could not.
+//!
+//! The checks and the wording of their reasons are those of Kubernetes' scheduler plugins
+//! NodeUnschedulable, TaintToleration, NodeAffinity, NodePorts and NodeResourcesFit, in its order:
+//! the first that fails gives the node's reason. One difference: a node that is not ready is
+//! refused by its condition, not by a taint.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use gantry_api::k8s_openapi::api::core::v1::{
+    NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Taint, Toleration,
+};
+
+use super::nodes::NodeState;
+use super::request::PodRequest;
+
+/// Why a node cannot take a pod, as it is printed after the count.
+pub(super) type Reason = Cow<'static, str>;
+
+/// What a pod that fits nowhere is waiting for.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Blocked {
+    /// Some node lacks only room: another pod that goes can help.
+    pub(super) by_room: bool,
+}
+
+/// Whether the pod fits; else why not.
+pub(super) fn check(node: &NodeState, pod: &PodRequest) -> Result<(), (Vec<Reason>, Blocked)> {
+    let refused = |reason: Reason| Err((vec![reason], Blocked::default()));
+    if node.is_cordoned {
+        return refused("node(s) were unschedulable".into());
+    }
+    if !node.is_ready {
+        return refused("node(s) were not ready".into());
+    }
+    if let Some(taint) = untolerated(&node.taints, &pod.tolerations) {
+        let value = taint.value.as_deref().unwrap_or_default();
+        let text = format!("node(s) had untolerated taint {{{}: {value}}}", taint.key);
+        return refused(text.into());
+    }
+    if !matches_affinity(node, pod) {
+        return refused("node(s) didn't match Pod's node affinity/selector".into());
+    }
+    let taken = |port| node.host_ports.iter().any(|held| held.conflicts_with(port));
+    if pod.host_ports.iter().any(taken) {
+        let reason = "node(s) didn't have free ports for the requested pod ports";
+        return Err((vec![reason.into()], Blocked { by_room: true }));
+    }
+    let lacking = lacking(node, pod);
+    if lacking.is_empty() {
+        Ok(())
+    } else {
+        Err((lacking, Blocked { by_room: true }))
+    }
+}
+
+/// The resources of which too little is left.
+fn lacking(node: &NodeState, pod: &PodRequest) -> Vec<Reason> {
+    let mut reasons: Vec<Reason> = Vec::new();
+    if node.pod_count + 1 > node.pod_count_max {
+        reasons.push("Too many pods".into());
+    }
+    let (has, used, wants) = (&node.allocatable, &node.used, &pod.resources);
+    let lacks = |wants: i64, has: i64, used: i64| wants > 0 && wants > has.saturating_sub(used);
+    if lacks(
+        wants.cpu_millicores,
+        has.cpu_millicores,
+        used.cpu_millicores,
+    ) {
+        reasons.push("Insufficient cpu".into());
+    }
+    if lacks(wants.memory_bytes, has.memory_bytes, used.memory_bytes) {
+        reasons.push("Insufficient memory".into());
+    }
+    if lacks(wants.storage_bytes, has.storage_bytes, used.storage_bytes) {
+        reasons.push("Insufficient ephemeral-storage".into());
+    }
+    for (name, wanted) in &wants.other {
+        let amount = |list: &BTreeMap<String, i64>| list.get(name).copied().unwrap_or(0);
+        if lacks(*wanted, amount(&has.other), amount(&used.other)) {
+            reasons.push(format!("Insufficient {name}").into());
+        }
+    }
+    reasons
+}
+
+/// The first taint that keeps the pod away.
+fn untolerated<'a>(taints: &'a [Taint], tolerations: &[Toleration]) -> Option<&'a Taint> {
+    let mut strict = taints
+        .iter()
+        .filter(|taint| matches!(&*taint.effect, "NoSchedule" | "NoExecute"));
+    strict.find(|taint| {
+        !tolerations
+            .iter()
+            .any(|toleration| tolerates(toleration, taint))
+    })
+}
+
+fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    let effect = text(&toleration.effect);
+    let key = text(&toleration.key);
+    if (!effect.is_empty() && effect != taint.effect) || (!key.is_empty() && key != taint.key) {
+        return false;
+    }
+    match toleration.operator.as_deref() {
+        Some("Exists") => true,
+        None | Some("" | "Equal") => text(&toleration.value) == text(&taint.value),
+        Some(_) => false,
+    }
+}
+
+fn matches_affinity(node: &NodeState, pod: &PodRequest) -> bool {
+    let selected = pod
+        .node_selector
+        .iter()
+        .all(|(key, value)| node.labels.get(key) == Some(value));
+    selected
+        && pod
+            .required_affinity
+            .as_ref()
+            .is_none_or(|required| matches_any(node, required))
+}
+
+/// The terms are alternatives; the requirements of a term hold together. An empty term matches
+/// nothing.
+fn matches_any(node: &NodeState, selector: &NodeSelector) -> bool {
+    selector
+        .node_selector_terms
+        .iter()
+        .any(|term| matches_term(node, term))
+}
+
+fn matches_term(node: &NodeState, term: &NodeSelectorTerm) -> bool {
+    let labels = term.match_expressions.as_deref().unwrap_or_default();
+    let fields = term.match_fields.as_deref().unwrap_or_default();
+    let field = |requirement: &NodeSelectorRequirement| {
+        requirement.key == "metadata.name" && matches(requirement, Some(&node.name))
+    };
+    let label = |requirement: &NodeSelectorRequirement| {
+        matches(
+            requirement,
+            node.labels.get(&requirement.key).map(String::as_str),
+        )
+    };
+    !(labels.is_empty() && fields.is_empty())
+        && labels.iter().all(label)
+        && fields.iter().all(field)
+}
+
+fn matches(requirement: &NodeSelectorRequirement, value: Option<&str>) -> bool {
+    let values = requirement.values.as_deref().unwrap_or_default();
+    let is_listed = value.is_some_and(|value| values.iter().any(|listed| listed == value));
+    let number = |text: Option<&str>| text.and_then(|text| text.parse::<i64>().ok());
+    let bound = || number(values.first().map(String::as_str));
+    match requirement.operator.as_str() {
+        "In" => is_listed,
+        "NotIn" => !is_listed,
+        "Exists" => value.is_some(),
+        "DoesNotExist" => value.is_none(),
+        "Gt" => number(value)
+            .zip(bound())
+            .is_some_and(|(value, bound)| value > bound),
+        "Lt" => number(value)
+            .zip(bound())
+            .is_some_and(|(value, bound)| value < bound),
+        _ => false,
+    }
+}
+
+/// Kubernetes' sentence about a pod that fits nowhere.
+pub(super) fn explain(node_count: usize, reasons: &BTreeMap<Reason, usize>) -> String {
+    if node_count == 0 {
+        return "no nodes available to schedule pods".to_owned();
+    }
+    let mut parts: Vec<String> = reasons
+        .iter()
+        .map(|(reason, count)| format!("{count} {reason}"))
+        .collect();
+    parts.sort_unstable();
+    format!("0/{node_count} nodes are available: {}.", parts.join(", "))
+}
