@@ -44,7 +44,9 @@ use gantry_api::k8s_openapi::api::core::v1::{
     Event, EventSource, Namespace, Node, ObjectReference, Pod, Service,
 };
 use gantry_api::k8s_openapi::api::discovery::v1::EndpointSlice;
-use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, OwnerReference, Time};
+use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{
+    LabelSelector, OwnerReference, Time,
+};
 use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::selector::Selector;
 use gantry_api::status::{Reason, Status};
@@ -160,7 +162,12 @@ trait Controller: Send + Sync + 'static {
 pub async fn run(registry: Registry, settings: Settings, shutdown: CancellationToken) {
     let caches = Caches::new();
     let informer = Informer::new(registry.store().clone(), caches.sinks());
-    let context = Arc::new(Context { registry, caches, informer, settings });
+    let context = Arc::new(Context {
+        registry,
+        caches,
+        informer,
+        settings,
+    });
     let mut tasks = JoinSet::new();
     // Handlers first: the informer's first list then fills every queue.
     replicaset::start(&context, &mut tasks, &shutdown);
@@ -211,7 +218,9 @@ async fn work<C: Controller>(controller: &C, queue: &WorkQueue<C::Key>, context:
     context.informer.caught_up(0).await;
     loop {
         let key = queue.get().await;
-        let outcome = AssertUnwindSafe(controller.reconcile(&key)).catch_unwind().await;
+        let outcome = AssertUnwindSafe(controller.reconcile(&key))
+            .catch_unwind()
+            .await;
         match outcome {
             Ok(Ok(again)) => {
                 queue.forget(&key);
@@ -233,7 +242,10 @@ async fn work<C: Controller>(controller: &C, queue: &WorkQueue<C::Key>, context:
             }
         }
         // Only then may the key be looked at again: the caches show what was just written.
-        context.informer.caught_up(context.registry.store().revision()).await;
+        context
+            .informer
+            .caught_up(context.registry.store().revision())
+            .await;
         queue.done(&key);
     }
 }
@@ -273,7 +285,10 @@ pub(crate) fn event_about<K: Resource>(
         }),
         reason: Some(reason.to_owned()),
         message: Some(message),
-        source: Some(EventSource { component: Some(component.to_owned()), host: None }),
+        source: Some(EventSource {
+            component: Some(component.to_owned()),
+            host: None,
+        }),
         reporting_component: Some(component.to_owned()),
         first_timestamp: Some(now.clone()),
         last_timestamp: Some(now),
@@ -281,7 +296,10 @@ pub(crate) fn event_about<K: Resource>(
         ..Event::default()
     };
     // Events about cluster-scoped objects live in namespace default, as in Kubernetes.
-    let namespace = metadata.namespace.clone().unwrap_or_else(|| "default".to_owned());
+    let namespace = metadata
+        .namespace
+        .clone()
+        .unwrap_or_else(|| "default".to_owned());
     event.metadata.namespace = Some(namespace);
     event
 }
@@ -310,7 +328,9 @@ fn controller_key<K: Resource, O: Resource>(object: &O) -> Option<ObjectKey> {
 /// Whether a workload's selector means an object with these labels. An empty or broken selector means
 /// none: validation refuses both, and a workload that takes every pod would be worse than none.
 fn selects(selector: &LabelSelector, labels: Option<&BTreeMap<String, String>>) -> bool {
-    let Ok(selector) = Selector::from_api(selector) else { return false };
+    let Ok(selector) = Selector::from_api(selector) else {
+        return false;
+    };
     let empty = BTreeMap::new();
     !selector.is_empty() && selector.matches(labels.unwrap_or(&empty))
 }

@@ -39,7 +39,9 @@ impl Deployments {
     async fn claim(&self, deployment: &Deployment) -> Result<Vec<Arc<ReplicaSet>>, Status> {
         let key = ObjectKey::of(&deployment.metadata);
         let uid = deployment.metadata.uid.as_deref().unwrap_or_default();
-        let Some(spec) = &deployment.spec else { return Ok(Vec::new()) };
+        let Some(spec) = &deployment.spec else {
+            return Ok(Vec::new());
+        };
         let matches = |set: &ReplicaSet| selects(&spec.selector, set.metadata.labels.as_ref());
         let sets = &self.context.caches.replica_sets;
         let registry = &self.context.registry;
@@ -118,9 +120,13 @@ impl Deployments {
         }
         for set in &plan.delete {
             let key = ObjectKey::of(&set.metadata);
-            let options =
-                DeleteOptions { uid: set.metadata.uid.clone(), ..DeleteOptions::default() };
-            let result = registry.delete::<ReplicaSet>(&key.namespace, &key.name, &options).await;
+            let options = DeleteOptions {
+                uid: set.metadata.uid.clone(),
+                ..DeleteOptions::default()
+            };
+            let result = registry
+                .delete::<ReplicaSet>(&key.namespace, &key.name, &options)
+                .await;
             super::ignore_not_found(result)?;
         }
         let deployment = self.write_revision(deployment, plan.revision).await?;
@@ -155,15 +161,17 @@ impl Deployments {
             return Ok(());
         }
         let name = set.metadata.name.as_deref().unwrap_or_default();
-        let message = format!("Failed to create new replica set {name:?}: {}", failure.message);
+        let message = format!(
+            "Failed to create new replica set {name:?}: {}",
+            failure.message
+        );
         let reason = "ReplicaSetCreateError";
         if status::deadline(deployment).is_some() {
             let now = Timestamp::now();
             let new = status::condition("Progressing", "False", reason, message.clone(), now);
             status::set(new_status.conditions.get_or_insert_default(), new);
         }
-        let event =
-            super::event_about(deployment, Self::NAME, EventType::Warning, reason, message);
+        let event = super::event_about(deployment, Self::NAME, EventType::Warning, reason, message);
         self.context.registry.event(event).await;
         Err(failure)
     }
@@ -210,14 +218,20 @@ impl Controller for Deployments {
     type Key = ObjectKey;
 
     async fn reconcile(&self, key: &ObjectKey) -> Result<Option<Duration>, Status> {
-        let Some(deployment) = self.context.caches.deployments.get(key) else { return Ok(None) };
+        let Some(deployment) = self.context.caches.deployments.get(key) else {
+            return Ok(None);
+        };
         let now = Timestamp::now();
         let spec = deployment.spec.as_ref();
         let min_ready_s = spec.and_then(|spec| spec.min_ready_seconds).unwrap_or(0);
         let sets = self.claim(&deployment).await?;
-        let observed: Vec<Observed> =
-            sets.into_iter().map(|set| self.observe(set, min_ready_s, now)).collect();
-        let Some(plan) = plan::plan(&deployment, &observed, now) else { return Ok(None) };
+        let observed: Vec<Observed> = sets
+            .into_iter()
+            .map(|set| self.observe(set, min_ready_s, now))
+            .collect();
+        let Some(plan) = plan::plan(&deployment, &observed, now) else {
+            return Ok(None);
+        };
         let again = plan.again;
         self.act(&deployment, plan).await?;
         Ok(again)
@@ -225,48 +239,58 @@ impl Controller for Deployments {
 }
 
 /// Starts the workers.
-pub(super) fn start(
-    context: &Arc<Context>,
-    tasks: &mut JoinSet<()>,
-    shutdown: &CancellationToken,
-) {
+pub(super) fn start(context: &Arc<Context>, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) {
     let queue: WorkQueue<ObjectKey> = WorkQueue::new();
     let caches = &context.caches;
     let own = queue.clone();
-    caches.deployments.on_change(move |delta| own.add(ObjectKey::of(&delta.object().metadata)));
+    caches
+        .deployments
+        .on_change(move |delta| own.add(ObjectKey::of(&delta.object().metadata)));
     let (owners, weak) = (queue.clone(), Arc::downgrade(context));
-    caches.replica_sets.on_change(move |delta: &Delta<ReplicaSet>| {
-        for set in delta.states() {
-            if let Some(key) = super::controller_key::<Deployment, ReplicaSet>(&**set) {
-                owners.add(key);
+    caches
+        .replica_sets
+        .on_change(move |delta: &Delta<ReplicaSet>| {
+            for set in delta.states() {
+                if let Some(key) = super::controller_key::<Deployment, ReplicaSet>(&**set) {
+                    owners.add(key);
+                }
             }
-        }
-        let set = delta.object();
-        if pods::controller_of(&set.metadata).is_some() {
-            return;
-        }
-        let Some(context) = weak.upgrade() else { return };
-        let namespace = set.metadata.namespace.as_deref().unwrap_or_default();
-        for deployment in context.caches.deployments.in_namespace(namespace) {
-            let selector = deployment.spec.as_ref().map(|spec| &spec.selector);
-            if selector.is_some_and(|s| selects(s, set.metadata.labels.as_ref())) {
-                owners.add(ObjectKey::of(&deployment.metadata));
+            let set = delta.object();
+            if pods::controller_of(&set.metadata).is_some() {
+                return;
             }
-        }
-    });
+            let Some(context) = weak.upgrade() else {
+                return;
+            };
+            let namespace = set.metadata.namespace.as_deref().unwrap_or_default();
+            for deployment in context.caches.deployments.in_namespace(namespace) {
+                let selector = deployment.spec.as_ref().map(|spec| &spec.selector);
+                if selector.is_some_and(|s| selects(s, set.metadata.labels.as_ref())) {
+                    owners.add(ObjectKey::of(&deployment.metadata));
+                }
+            }
+        });
     // Recreate waits for the last old pod to be gone; every other change of a pod arrives as a
     // change of its ReplicaSet's status.
     let (owners, weak) = (queue.clone(), Arc::downgrade(context));
     caches.pods.on_change(move |delta: &Delta<Pod>| {
         let Delta::Deleted(pod) = delta else { return };
-        let Some(context) = weak.upgrade() else { return };
-        let Some(set_key) = super::controller_key::<ReplicaSet, Pod>(&**pod) else { return };
-        let Some(set) = context.caches.replica_sets.get(&set_key) else { return };
+        let Some(context) = weak.upgrade() else {
+            return;
+        };
+        let Some(set_key) = super::controller_key::<ReplicaSet, Pod>(&**pod) else {
+            return;
+        };
+        let Some(set) = context.caches.replica_sets.get(&set_key) else {
+            return;
+        };
         if let Some(key) = super::controller_key::<Deployment, ReplicaSet>(&*set) {
             owners.add(key);
         }
     });
-    let controller = Deployments { context: Arc::clone(context) };
+    let controller = Deployments {
+        context: Arc::clone(context),
+    };
     super::spawn_workers(controller, &queue, WORKER_COUNT, context, tasks, shutdown);
 }
 
