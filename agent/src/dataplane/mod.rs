@@ -1,7 +1,30 @@
 //! The eBPF side: loads, attaches and pins the programs, writes the maps, reads the counters.
+//!
+//! ```text
+//!  View ─► bpf (what changed?) ─► services::{index, plan} ─► tables (maps, mapped arenas)
+//!           │ start: bpffs ─► load (object, pinned maps) ─► hooks (pinned links on cgroups)
+//!           └ cleanup: remove_all
+//! ```
+//! Invariants: only this module knows aya, and only `sys` makes raw system calls; maps and links
+//! are pinned, so Services go on while the agent is dead; a restart replaces programs behind the
+//! same links and writes only what has changed.
+
+mod bpffs;
+mod hooks;
+mod load;
+mod sys;
+mod tables;
+
+pub mod bpf;
+pub mod cleanup;
+
+#[cfg(test)]
+mod tests;
 
 use async_trait::async_trait;
 
+pub use self::bpf::{BpfDataplane, Options};
+pub use self::cleanup::remove_all;
 use crate::view::View;
 
 /// A Service that could not be programmed; the others are.
@@ -24,6 +47,24 @@ pub enum DataplaneError {
         /// The kernel's answer and what to do about it.
         reason: String,
     },
+}
+
+impl DataplaneError {
+    /// An error of the kernel about `what`, with advice where the code alone does not say it.
+    fn kernel(what: impl Into<String>, error: &std::io::Error) -> Self {
+        let advice = match error.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES) => {
+                "; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN"
+            }
+            Some(libc::ENOSYS) => "; this kernel has no BPF (CONFIG_BPF_SYSCALL)",
+            Some(libc::ENOMEM) => "; the agent's cgroup or the machine is out of memory",
+            _ => "",
+        };
+        Self::Kernel {
+            what: what.into(),
+            reason: format!("{error}{advice}"),
+        }
+    }
 }
 
 /// The service data plane of a node. One implementation, one fake in tests.

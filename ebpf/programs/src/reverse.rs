@@ -60,28 +60,28 @@ pub fn restore(ctx: &SockAddrContext, peer: Peer, set: fn(&SockAddrContext, &Add
 #[inline(always)]
 pub fn forget(ctx: &SockContext) {
     let sock = ctx.sock;
+    // All fields are read before any branch: the compiler would merge equal reads of two branches
+    // into one at a computed offset, which the verifier refuses.
     // SAFETY: the kernel passes a valid context; these fields may be read at release.
-    let (family, port_be) = unsafe {
+    let (family, port_be, v4, v6) = unsafe {
         (
             read_volatile(addr_of!((*sock).family)),
             read_volatile(addr_of!((*sock).dst_port)),
+            read_volatile(addr_of!((*sock).dst_ip4)),
+            [
+                read_volatile(addr_of!((*sock).dst_ip6[0])),
+                read_volatile(addr_of!((*sock).dst_ip6[1])),
+                read_volatile(addr_of!((*sock).dst_ip6[2])),
+                read_volatile(addr_of!((*sock).dst_ip6[3])),
+            ],
         )
     };
     if port_be == 0 {
         return;
     }
     let addr = match family {
-        // SAFETY: as above.
-        AF_INET => v4_mapped(unsafe { read_volatile(addr_of!((*sock).dst_ip4)) }),
-        // SAFETY: as above.
-        AF_INET6 => unsafe {
-            [
-                read_volatile(addr_of!((*sock).dst_ip6[0])),
-                read_volatile(addr_of!((*sock).dst_ip6[1])),
-                read_volatile(addr_of!((*sock).dst_ip6[2])),
-                read_volatile(addr_of!((*sock).dst_ip6[3])),
-            ]
-        },
+        AF_INET => v4_mapped(v4),
+        AF_INET6 => v6,
         _ => return,
     };
     // SAFETY: the helper takes this hook's context.

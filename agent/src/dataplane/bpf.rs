@@ -1,0 +1,449 @@
+//! The data plane of this node: what changed in the view since the last time becomes a plan, and
+//! the plan becomes writes to the maps.
+//!
+//! ```text
+//!  start: maps found pinned ─► Table::adopt ─► attach at once          (restart: nothing changes)
+//!         no maps, no links ─► empty Table  ─► attach at once          (first start)
+//!         maps of another layout, links pinned ─► empty Table          (upgrade: the old programs
+//!                              and maps serve until the first apply has filled the new ones)
+//! ```
+//! Invariants: one `apply` at a time; a failed write makes the picture void, and the next `apply`
+//! adopts the maps again before it plans; a view of revision 0 knows nothing and changes nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use aya::Ebpf;
+use aya::maps::{HashMap, MapData, MapError, PerCpuArray};
+use aya::programs::ProgramFd;
+use ebpf_maps::counter::COUNTER_NAMES;
+use ebpf_maps::services::Addr;
+use gantry_api::proto;
+use tokio::sync::Mutex;
+
+use super::hooks::{self, DEVICE_HOOK, SERVICE_HOOKS};
+use super::load::{self, Loaded, program_fd, take_map, unexpected};
+use super::tables::Tables;
+use super::{Dataplane, DataplaneError, StuckService, bpffs, sys};
+use crate::paths::Paths;
+use crate::services::arena::QUARANTINE;
+use crate::services::index::{Surroundings, index, parse_address, resolver_service, resolver_sets};
+use crate::services::plan::{Limits, Plan, Table};
+use crate::view::{Backends, ServiceName, Settings, View};
+
+pub use super::hooks::cgroup_id;
+
+/// Times that one `apply` waits for a quarantine before it reports a Service as stuck.
+const QUARANTINE_WAITS: u32 = 3;
+
+/// What the data plane needs to know of its node.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// This node's name: which backends are local.
+    pub node: String,
+    /// Where the node's own resolver listens; it then answers the cluster's DNS address.
+    pub resolver: Option<SocketAddr>,
+}
+
+/// The programs and maps of this node. Dropping it leaves all of them in the kernel.
+pub struct BpfDataplane {
+    paths: Paths,
+    options: Options,
+    started: Instant,
+    state: Mutex<State>,
+    counters: PerCpuArray<MapData, u64>,
+    device_guard: Result<ProgramFd, String>,
+    device_exempt: std::sync::Mutex<HashMap<MapData, u64, u32>>,
+}
+
+struct State {
+    tables: Tables,
+    table: Table,
+    /// The Services of the last view: unchanged ones are told by pointer.
+    seen: BTreeMap<ServiceName, Seen>,
+    last: Option<Last>,
+    surroundings: Surroundings,
+    node_addresses: BTreeSet<Addr>,
+    /// Whole or partial failures, by Service; planned again at each apply.
+    stuck: BTreeMap<ServiceName, String>,
+    /// Parts of Services that make no sense; planned again when the Service changes.
+    faults: BTreeMap<ServiceName, String>,
+    /// A write failed: `table` may not be what the maps hold.
+    void: bool,
+    /// Programs that wait for the first apply before they take over from those of another layout.
+    upgrade: Option<Upgrade>,
+}
+
+struct Seen {
+    service: Arc<proto::Service>,
+    backends: Option<Arc<Backends>>,
+}
+
+struct Last {
+    services: Arc<BTreeMap<ServiceName, Arc<proto::Service>>>,
+    backends: Arc<BTreeMap<ServiceName, Arc<Backends>>>,
+    nodes: Arc<BTreeMap<String, Arc<proto::NodeRoute>>>,
+    settings: Arc<Settings>,
+}
+
+struct Upgrade {
+    ebpf: Ebpf,
+    cgroup_root: PathBuf,
+}
+
+/// What a Service wants, and what of it could not be understood.
+type Wanted = BTreeMap<ServiceName, Vec<crate::services::index::BackendSet>>;
+
+impl BpfDataplane {
+    /// Loads the programs, adopts what is pinned, attaches to `cgroup_root`: the root of cgroup v2
+    /// (`/sys/fs/cgroup`, on hybrid hosts `/sys/fs/cgroup/unified`), so that pods and the node's
+    /// own processes are seen alike.
+    ///
+    /// # Errors
+    /// The kernel's refusal, with what to do about it. Nothing is half-attached in the sense that
+    /// matters: programs on empty maps change nothing.
+    pub fn start(
+        paths: &Paths,
+        cgroup_root: &Path,
+        options: Options,
+    ) -> Result<Self, DataplaneError> {
+        bpffs::ensure(paths)?;
+        let links = hooks::directory(paths);
+        fs::create_dir_all(&links).map_err(|error| {
+            DataplaneError::kernel(format!("create {}", links.display()), &error)
+        })?;
+        let attached = fs::read_dir(&links).is_ok_and(|mut pins| pins.next().is_some());
+        let Loaded {
+            mut ebpf,
+            fresh,
+            device_guard,
+        } = load::load(paths)?;
+        log_programs(&mut ebpf);
+        let tables = Tables::take(&mut ebpf)?;
+        let release_at = if fresh { Duration::ZERO } else { QUARANTINE };
+        let table = Table::adopt(tables.found()?, Limits::default(), release_at);
+        let node_addresses = tables.node_addresses()?;
+        let counters = take_map(&mut ebpf, "COUNTERS")?.try_into();
+        let counters = counters.map_err(|error: MapError| unexpected("COUNTERS", error))?;
+        let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
+        let exempt = exempt.map_err(|error: MapError| unexpected("DEVICE_EXEMPT", error))?;
+        let adopted = table.frontend_count();
+        let mut upgrade = Some(Upgrade {
+            ebpf,
+            cgroup_root: cgroup_root.into(),
+        });
+        if !(fresh && attached && !load::other_map_directories(paths).is_empty()) {
+            take_over(paths, &mut upgrade)?;
+        }
+        tracing::info!(frontends = adopted, fresh, cgroup = %cgroup_root.display(), "data plane started");
+        let state = State {
+            tables,
+            table,
+            seen: BTreeMap::new(),
+            last: None,
+            surroundings: Surroundings {
+                node: options.node.clone(),
+                ..Surroundings::default()
+            },
+            node_addresses,
+            stuck: BTreeMap::new(),
+            faults: BTreeMap::new(),
+            void: false,
+            upgrade,
+        };
+        Ok(Self {
+            paths: paths.clone(),
+            options,
+            started: Instant::now(),
+            state: Mutex::new(state),
+            counters,
+            device_guard,
+            device_exempt: std::sync::Mutex::new(exempt),
+        })
+    }
+
+    /// Compares the maps themselves, not the last view, with `view`, and repairs every difference.
+    /// A safety net: costs milliseconds per 10,000 Services.
+    pub async fn resync(&self, view: &View) -> Result<Vec<StuckService>, DataplaneError> {
+        self.state.lock().await.void = true;
+        self.apply(view).await
+    }
+
+    /// What the programs counted since the maps were made: name and sum over all CPUs.
+    pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, DataplaneError> {
+        let sums = (0..).zip(COUNTER_NAMES).map(|(index, name)| {
+            let values = self
+                .counters
+                .get(&index, 0)
+                .map_err(|error| unexpected("COUNTERS", error))?;
+            Ok((name, values.iter().sum()))
+        });
+        sums.collect()
+    }
+
+    /// Holds every process below `cgroup` (a cgroup v2 directory, `/gantry`) to the standard
+    /// devices. Idempotent; survives the agent. For hosts without cgroup v1's device controller.
+    pub fn attach_device_guard(&self, cgroup: &Path) -> Result<(), DataplaneError> {
+        let program = self
+            .device_guard
+            .as_ref()
+            .map_err(|reason| DataplaneError::Kernel {
+                what: "device guard".into(),
+                reason: reason.clone(),
+            })?;
+        hooks::attach(&self.paths, &DEVICE_HOOK, program.as_fd(), cgroup)
+    }
+
+    /// Lets a cgroup and all below it open any device: privileged pods. See [`cgroup_id`].
+    pub fn exempt(&self, cgroup_id: u64) -> Result<(), DataplaneError> {
+        let inserted = self.exempt_map().insert(cgroup_id, 1, 0);
+        inserted.map_err(|error| unexpected("DEVICE_EXEMPT", error))
+    }
+
+    /// Takes an exemption back. Idempotent.
+    pub fn remove_exemption(&self, cgroup_id: u64) -> Result<(), DataplaneError> {
+        let mut exempt = self.exempt_map();
+        if exempt.get(&cgroup_id, 0).is_err() {
+            return Ok(());
+        }
+        exempt
+            .remove(&cgroup_id)
+            .map_err(|error| unexpected("DEVICE_EXEMPT", error))
+    }
+
+    fn exempt_map(&self) -> std::sync::MutexGuard<'_, HashMap<MapData, u64, u32>> {
+        // A panic while holding it cannot leave a kernel map half-written.
+        self.device_exempt
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Plans and performs, and waits out a quarantine if only that is in the way.
+    async fn program(
+        &self,
+        state: &mut State,
+        mut wanted: Wanted,
+        rev: u64,
+    ) -> Result<(), DataplaneError> {
+        for attempt in 0..=QUARANTINE_WAITS {
+            let plan = state.table.plan(&wanted, rev, self.now());
+            let Plan {
+                steps,
+                stuck,
+                retry_at,
+            } = plan;
+            if let Err(error) = state.tables.perform(&steps) {
+                state.void = true;
+                return Err(error);
+            }
+            state.table.performed(self.now());
+            for name in wanted.keys() {
+                state.stuck.remove(name);
+            }
+            wanted.retain(|name, _| stuck.contains_key(name));
+            state.stuck.extend(stuck);
+            match retry_at {
+                Some(at) if attempt < QUARANTINE_WAITS => {
+                    tokio::time::sleep(at.saturating_sub(self.now())).await;
+                }
+                _ => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[async_trait]
+impl Dataplane for BpfDataplane {
+    async fn apply(&self, view: &View) -> Result<Vec<StuckService>, DataplaneError> {
+        if view.rev == 0 {
+            return Ok(Vec::new());
+        }
+        let mut guard = self.state.lock().await;
+        let state = &mut *guard;
+        if state.void {
+            state.adopt_again(self.now())?;
+        }
+        state.apply_settings(&view.settings, &self.options);
+        let wanted = state.changes(view, &self.options);
+        self.program(state, wanted, view.rev).await?;
+        state.apply_nodes(view)?;
+        state.last = Some(Last {
+            services: view.services.clone(),
+            backends: view.backends.clone(),
+            nodes: view.nodes.clone(),
+            settings: view.settings.clone(),
+        });
+        take_over(&self.paths, &mut state.upgrade)?;
+        Ok(state.report())
+    }
+}
+
+impl State {
+    /// Makes the picture of the maps anew, from the maps.
+    fn adopt_again(&mut self, now: Duration) -> Result<(), DataplaneError> {
+        self.table = Table::adopt(self.tables.found()?, Limits::default(), now + QUARANTINE);
+        self.node_addresses = self.tables.node_addresses()?;
+        self.last = None;
+        self.void = false;
+        Ok(())
+    }
+
+    /// The frontends that the node's resolver takes from every Service.
+    fn apply_settings(&mut self, settings: &Settings, options: &Options) {
+        let reserved = resolver(settings, options);
+        let reserved: BTreeSet<_> = reserved
+            .iter()
+            .flat_map(|set| set.frontends.iter().copied())
+            .collect();
+        if reserved != self.surroundings.reserved {
+            self.surroundings.reserved = reserved;
+            self.last = None;
+        }
+    }
+
+    /// The Services that differ from the last view, by pointer, and those that were stuck.
+    fn changes(&mut self, view: &View, options: &Options) -> Wanted {
+        let mut wanted = Wanted::new();
+        let (whole, settings, services) = match &self.last {
+            None => (true, true, true),
+            Some(last) => (
+                false,
+                !Arc::ptr_eq(&last.settings, &view.settings),
+                !Arc::ptr_eq(&last.services, &view.services)
+                    || !Arc::ptr_eq(&last.backends, &view.backends),
+            ),
+        };
+        if settings || self.stuck.contains_key(&resolver_service()) {
+            wanted.insert(resolver_service(), resolver(&view.settings, options));
+        }
+        if !services && self.stuck.is_empty() {
+            return wanted;
+        }
+        let gone: Vec<ServiceName> = self
+            .seen
+            .keys()
+            .filter(|name| !view.services.contains_key(*name))
+            .cloned()
+            .collect();
+        for name in gone {
+            self.seen.remove(&name);
+            self.faults.remove(&name);
+            wanted.insert(name, Vec::new());
+        }
+        for (name, service) in view.services.iter() {
+            let backends = view.backends.get(name);
+            let same = self.seen.get(name).is_some_and(|seen| {
+                Arc::ptr_eq(&seen.service, service)
+                    && match (&seen.backends, backends) {
+                        (Some(seen), Some(now)) => Arc::ptr_eq(seen, now),
+                        (None, None) => true,
+                        _ => false,
+                    }
+            });
+            if same && !whole && !self.stuck.contains_key(name) {
+                continue;
+            }
+            let indexed = index(service, backends.map(Arc::as_ref), &self.surroundings);
+            match indexed.faults.is_empty() {
+                true => self.faults.remove(name),
+                false => self.faults.insert(name.clone(), indexed.faults.join("; ")),
+            };
+            let seen = Seen {
+                service: service.clone(),
+                backends: backends.cloned(),
+            };
+            self.seen.insert(name.clone(), seen);
+            wanted.insert(name.clone(), indexed.sets);
+        }
+        wanted
+    }
+
+    fn apply_nodes(&mut self, view: &View) -> Result<(), DataplaneError> {
+        if self
+            .last
+            .as_ref()
+            .is_some_and(|last| Arc::ptr_eq(&last.nodes, &view.nodes))
+        {
+            return Ok(());
+        }
+        let addresses = view.nodes.values().flat_map(|node| &node.addresses);
+        let wanted: BTreeSet<Addr> = addresses.filter_map(|bytes| parse_address(bytes)).collect();
+        for addr in self.node_addresses.difference(&wanted) {
+            self.tables.set_node_address(addr, false)?;
+        }
+        for addr in wanted.difference(&self.node_addresses) {
+            self.tables.set_node_address(addr, true)?;
+        }
+        self.node_addresses = wanted;
+        Ok(())
+    }
+
+    fn report(&self) -> Vec<StuckService> {
+        let stuck = self.stuck.iter().chain(&self.faults);
+        stuck
+            .map(|(name, reason)| StuckService {
+                service: format!("{}/{}", name.namespace, name.name),
+                reason: reason.clone(),
+            })
+            .collect()
+    }
+}
+
+/// What the cluster's DNS address means on this node.
+fn resolver(settings: &Settings, options: &Options) -> Vec<crate::services::index::BackendSet> {
+    match (settings.dns_service_ip, options.resolver) {
+        (Some(cluster), Some(own)) => resolver_sets(cluster, own, &options.node),
+        _ => Vec::new(),
+    }
+}
+
+/// Attaches the loaded programs, or puts them behind the pinned links, and drops what other
+/// versions of the agent pinned. Does nothing the second time.
+fn take_over(paths: &Paths, upgrade: &mut Option<Upgrade>) -> Result<(), DataplaneError> {
+    let Some(Upgrade { ebpf, cgroup_root }) = upgrade else {
+        return Ok(());
+    };
+    for hook in &SERVICE_HOOKS {
+        let program = program_fd(ebpf, hook.program)?;
+        hooks::attach(paths, hook, program.as_fd(), cgroup_root)?;
+    }
+    // The links hold the programs, the programs their maps: the object is needed no longer.
+    *upgrade = None;
+    for directory in load::other_map_directories(paths) {
+        if let Err(error) = fs::remove_dir_all(&directory) {
+            tracing::warn!(path = %directory.display(), %error, "cannot remove old maps");
+        }
+    }
+    Ok(())
+}
+
+/// Forwards the programs' logs, if the object was built with any and a runtime is there to read.
+fn log_programs(ebpf: &mut Ebpf) {
+    if ebpf.map("AYA_LOGS").is_none() || tokio::runtime::Handle::try_current().is_err() {
+        return;
+    }
+    let logger = match aya_log::EbpfLogger::init(ebpf) {
+        Ok(logger) => logger,
+        Err(error) => return tracing::warn!(%error, "no logs from the eBPF programs"),
+    };
+    match sys::watch_readable(logger) {
+        Ok(mut logger) => drop(tokio::spawn(async move {
+            while let Ok(mut ready) = logger.readable_mut().await {
+                ready.get_inner_mut().flush();
+                ready.clear_ready();
+            }
+        })),
+        Err(error) => tracing::warn!(%error, "no logs from the eBPF programs"),
+    }
+}

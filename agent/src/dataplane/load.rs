@@ -1,0 +1,197 @@
+//! From the embedded object to loaded programs on pinned maps.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use aya::maps::Map;
+use aya::programs::{Program, ProgramError, ProgramFd};
+use aya::{Ebpf, EbpfError, EbpfLoader};
+use ebpf_maps::LAYOUT_VERSION;
+
+use super::DataplaneError;
+use super::hooks::{DEVICE_HOOK, SERVICE_HOOKS};
+use crate::paths::Paths;
+
+/// Built by `build.rs`; licence "Dual MIT/GPL".
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
+
+/// The maps that outlive the agent.
+pub(super) const PINNED_MAPS: [&str; 8] = [
+    "FRONTENDS",
+    "SLOTS",
+    "BACKENDS",
+    "NODE_ADDRESSES",
+    "REVERSE_NAT",
+    "AFFINITY",
+    "COUNTERS",
+    "DEVICE_EXEMPT",
+];
+
+/// Lines of the verifier's log that an error shows: the last ones say what it did not like.
+const VERIFIER_LINES: usize = 12;
+
+/// What was loaded.
+pub(super) struct Loaded {
+    pub ebpf: Ebpf,
+    /// The maps are new: there was none of this layout.
+    pub fresh: bool,
+    /// The device guard's program, or why the kernel does not take it.
+    pub device_guard: Result<ProgramFd, String>,
+}
+
+/// Where maps of this layout are pinned.
+pub(super) fn map_directory(paths: &Paths) -> PathBuf {
+    paths.bpf.join(format!("maps-v{LAYOUT_VERSION}"))
+}
+
+/// Directories of maps of other layouts, left by another version of the agent.
+pub(super) fn other_map_directories(paths: &Paths) -> Vec<PathBuf> {
+    let own = map_directory(paths);
+    let entries = fs::read_dir(&paths.bpf).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.path())
+        .filter(|path| *path != own)
+        .filter(|path| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.starts_with("maps-v"))
+        })
+        .collect()
+}
+
+/// Opens or creates the maps and loads all programs.
+pub(super) fn load(paths: &Paths) -> Result<Loaded, DataplaneError> {
+    let directory = map_directory(paths);
+    fs::create_dir_all(&directory).map_err(|error| {
+        DataplaneError::kernel(format!("create {}", directory.display()), &error)
+    })?;
+    let fresh = !directory.join("FRONTENDS").exists();
+    // Refusing with ECONNREFUSED needs a helper that these hooks have since Linux 6.1.
+    let mut ebpf = open(&directory, true)?;
+    if let Err(first) = load_services(&mut ebpf) {
+        ebpf = open(&directory, false)?;
+        load_services(&mut ebpf).map_err(|_| first)?;
+        tracing::info!("connects to a service without backends fail with EPERM on this kernel");
+    }
+    let device_guard = match load_program(&mut ebpf, DEVICE_HOOK.program) {
+        Ok(program) => program.try_clone().map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    Ok(Loaded {
+        ebpf,
+        fresh,
+        device_guard,
+    })
+}
+
+/// A loaded program's descriptor.
+pub(super) fn program_fd<'a>(ebpf: &'a Ebpf, name: &str) -> Result<&'a ProgramFd, DataplaneError> {
+    let program = ebpf.program(name).ok_or_else(|| missing("program", name))?;
+    program.fd().map_err(|error| refused(name, &error))
+}
+
+/// Takes a map out of the object.
+pub(super) fn take_map(ebpf: &mut Ebpf, name: &str) -> Result<Map, DataplaneError> {
+    ebpf.take_map(name).ok_or_else(|| missing("map", name))
+}
+
+/// A map of the object was not of the type or size that this agent expects.
+pub(super) fn unexpected(name: &str, error: impl std::fmt::Display) -> DataplaneError {
+    DataplaneError::Kernel {
+        what: format!("map {name}"),
+        reason: format!("{error}; if it is pinned by something else, run `gantry-agent cleanup`"),
+    }
+}
+
+fn open(directory: &Path, has_set_retval: bool) -> Result<Ebpf, DataplaneError> {
+    let has_set_retval = u32::from(has_set_retval);
+    let mut loader = EbpfLoader::new();
+    // No program relocates against the kernel's types: reading 5 MiB of them would be in vain.
+    loader.btf(None);
+    loader.override_global("HAS_SET_RETVAL", &has_set_retval, true);
+    for name in PINNED_MAPS {
+        loader.map_pin_path(name, directory.join(name));
+    }
+    loader.load(OBJECT).map_err(|error| match io_cause(&error) {
+        Some(io) => DataplaneError::kernel(format!("create maps ({error})"), io),
+        None => DataplaneError::Kernel {
+            what: "eBPF object".into(),
+            reason: chain(&error),
+        },
+    })
+}
+
+fn load_services(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
+    SERVICE_HOOKS
+        .iter()
+        .try_for_each(|hook| load_program(ebpf, hook.program).map(drop))
+}
+
+fn load_program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a ProgramFd, DataplaneError> {
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| missing("program", name))?;
+    let loaded = match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::CgroupDevice(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    };
+    loaded.map_err(|error| refused(name, &error))?;
+    program.fd().map_err(|error| refused(name, &error))
+}
+
+fn missing(kind: &str, name: &str) -> DataplaneError {
+    DataplaneError::Kernel {
+        what: format!("{kind} {name}"),
+        reason: "not in the embedded eBPF object; rebuild the agent".into(),
+    }
+}
+
+fn refused(name: &str, error: &ProgramError) -> DataplaneError {
+    let what = format!("program {name}");
+    let ProgramError::LoadError {
+        io_error,
+        verifier_log,
+    } = error
+    else {
+        return DataplaneError::Kernel {
+            what,
+            reason: chain(error),
+        };
+    };
+    let log = verifier_log.to_string();
+    let lines: Vec<&str> = log.lines().filter(|line| !line.is_empty()).collect();
+    if lines.is_empty() {
+        return DataplaneError::kernel(what, io_error);
+    }
+    let tail = lines[lines.len().saturating_sub(VERIFIER_LINES)..].join("\n  ");
+    DataplaneError::Kernel {
+        what,
+        reason: format!(
+            "the kernel's verifier refused it ({io_error}); Gantry needs Linux 6.1 or newer. \
+             Its last words:\n  {tail}"
+        ),
+    }
+}
+
+/// An error with all its causes: aya's texts do not repeat them.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn io_cause(error: &EbpfError) -> Option<&std::io::Error> {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref() {
+            return Some(io);
+        }
+        cause = error.source();
+    }
+    None
+}

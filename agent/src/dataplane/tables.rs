@@ -1,0 +1,164 @@
+//! The service maps as the agent writes them: performs a plan's steps, and reads back what an
+//! earlier agent wrote.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsFd;
+use std::sync::atomic::{Ordering, fence};
+
+use aya::Ebpf;
+use aya::maps::{HashMap, Map, MapData, MapError};
+use ebpf_maps::services::{
+    Addr, BACKEND_COUNT, BACKEND_RETIRED, BackendValue, FrontendKey, FrontendValue, SLOT_COUNT,
+};
+
+use super::DataplaneError;
+use super::load::{take_map, unexpected};
+use super::sys::MappedArray;
+use crate::services::plan::{BackendId, Found, Step};
+
+/// FRONTENDS, SLOTS, BACKENDS and NODE_ADDRESSES.
+pub(super) struct Tables {
+    frontends: HashMap<MapData, FrontendKey, FrontendValue>,
+    slots: MappedArray<u32>,
+    backends: MappedArray<BackendValue>,
+    node_addresses: HashMap<MapData, Addr, u32>,
+}
+
+impl Tables {
+    /// Takes the maps out of a loaded object.
+    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
+        let hash = |ebpf: &mut Ebpf, name: &str| take_map(ebpf, name);
+        let frontends = hash(ebpf, "FRONTENDS")?.try_into();
+        let node_addresses = hash(ebpf, "NODE_ADDRESSES")?.try_into();
+        Ok(Self {
+            frontends: frontends.map_err(|error: MapError| unexpected("FRONTENDS", error))?,
+            slots: mapped(ebpf, "SLOTS", SLOT_COUNT)?,
+            backends: mapped(ebpf, "BACKENDS", BACKEND_COUNT)?,
+            node_addresses: node_addresses
+                .map_err(|error: MapError| unexpected("NODE_ADDRESSES", error))?,
+        })
+    }
+
+    /// Performs steps in order.
+    ///
+    /// # Errors
+    /// The steps before the failed one have been performed, the ones after it have not.
+    pub(super) fn perform(&mut self, steps: &[Step]) -> Result<(), DataplaneError> {
+        steps.iter().try_for_each(|step| self.perform_one(step))
+    }
+
+    /// Everything in the maps, for [`crate::services::plan::Table::adopt`].
+    pub(super) fn found(&self) -> Result<Found, DataplaneError> {
+        let mut found = Found::default();
+        for entry in self.frontends.iter() {
+            let (key, value) = entry.map_err(|error| failed("read FRONTENDS", &error))?;
+            found.frontends.push((key, value));
+            found.backends.push(self.slots_of(&value));
+        }
+        Ok(found)
+    }
+
+    /// The addresses at which node ports answer now.
+    pub(super) fn node_addresses(&self) -> Result<BTreeSet<Addr>, DataplaneError> {
+        let keys = self.node_addresses.keys();
+        keys.map(|key| key.map_err(|error| failed("read NODE_ADDRESSES", &error)))
+            .collect()
+    }
+
+    /// Adds or removes one of them.
+    pub(super) fn set_node_address(
+        &mut self,
+        addr: &Addr,
+        present: bool,
+    ) -> Result<(), DataplaneError> {
+        if present {
+            let inserted = self.node_addresses.insert(addr, 1, 0);
+            return inserted.map_err(|error| failed("write NODE_ADDRESSES", &error));
+        }
+        absent_is_fine(self.node_addresses.remove(addr))
+            .map_err(|error| failed("remove from NODE_ADDRESSES", &error))
+    }
+
+    fn perform_one(&mut self, step: &Step) -> Result<(), DataplaneError> {
+        let inside = match step {
+            Step::WriteBackend { id, value } => self.backends.write(id.0, *value),
+            Step::WriteSlots { base, ids } => (*base..)
+                .zip(ids)
+                .all(|(slot, id)| self.slots.write(slot, id.0)),
+            Step::RetireBackend { id } => match self.backends.read(id.0) {
+                Some(value) => self.backends.write(
+                    id.0,
+                    BackendValue {
+                        state: BACKEND_RETIRED,
+                        ..value
+                    },
+                ),
+                None => false,
+            },
+            Step::SetFrontend { key, value } => {
+                // Whoever sees the frontend's new value also sees its slots and backends.
+                fence(Ordering::SeqCst);
+                let inserted = self.frontends.insert(key, value, 0);
+                return inserted.map_err(|error| failed("write FRONTENDS", &error));
+            }
+            Step::RemoveFrontend { key } => {
+                return absent_is_fine(self.frontends.remove(key))
+                    .map_err(|error| failed("remove from FRONTENDS", &error));
+            }
+        };
+        if inside {
+            return Ok(());
+        }
+        Err(DataplaneError::Kernel {
+            what: format!("{step:?}"),
+            reason: "out of the arena's range, a fault of the planner".into(),
+        })
+    }
+
+    fn slots_of(&self, value: &FrontendValue) -> Option<Vec<(BackendId, BackendValue)>> {
+        let end = value
+            .base
+            .checked_add(value.count)
+            .filter(|end| *end <= SLOT_COUNT)?;
+        (value.base..end)
+            .map(|slot| {
+                let id = self.slots.read(slot)?;
+                Some((BackendId(id), self.backends.read(id)?))
+            })
+            .collect()
+    }
+}
+
+fn mapped<T: aya::Pod>(
+    ebpf: &mut Ebpf,
+    name: &str,
+    count: u32,
+) -> Result<MappedArray<T>, DataplaneError> {
+    match take_map(ebpf, name)? {
+        Map::Array(data) => MappedArray::map(data.fd().as_fd(), count)
+            .map_err(|error| DataplaneError::kernel(format!("map {name} into memory"), &error)),
+        _ => Err(unexpected(name, "not an array")),
+    }
+}
+
+fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+fn failed(what: &str, error: &MapError) -> DataplaneError {
+    match error {
+        MapError::SyscallError(error) => DataplaneError::kernel(what, &error.io_error),
+        other => DataplaneError::Kernel {
+            what: what.into(),
+            reason: other.to_string(),
+        },
+    }
+}

@@ -1,0 +1,534 @@
+//! The data plane on the running kernel. Each test has its own cgroup below its own process'
+//! cgroup, its own bpffs and network namespaces, so nothing else on the machine is affected.
+//!
+//! A test's client is a thread: in a *threaded* cgroup a single thread can be a member, and a
+//! thread can have a network namespace of its own.
+
+mod bed;
+
+use std::io;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use self::bed::{Bed, backend, block_on, device_node, service, udp_destination, view};
+use super::hooks::SERVICE_HOOKS;
+use super::*;
+use crate::services::index::addr_of;
+
+fn addr(text: &str) -> SocketAddr {
+    text.parse().unwrap()
+}
+
+fn refused(error: &io::Error) -> bool {
+    // EPERM before Linux 6.1.
+    matches!(error.raw_os_error(), Some(libc::ECONNREFUSED | libc::EPERM))
+}
+
+fn udp(local: &str) -> UdpSocket {
+    let socket = UdpSocket::bind(local).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    socket
+}
+
+#[test]
+fn tcp_goes_to_a_backend_and_shows_the_service_as_its_peer() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let web = service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]);
+    block_on(dataplane.apply(&view(1, vec![("web", web)]))).unwrap();
+    bed.inside(|| {
+        let server = TcpListener::bind("127.0.0.2:8080").unwrap();
+        let client = TcpStream::connect("10.96.0.1:80").unwrap();
+        assert_eq!(client.peer_addr().unwrap(), addr("10.96.0.1:80"));
+        let (accepted, from) = server.accept().unwrap();
+        assert_eq!(from, client.local_addr().unwrap());
+        assert_eq!(accepted.local_addr().unwrap(), addr("127.0.0.2:8080"));
+        // A v4-mapped client of the same service.
+        let mapped = TcpStream::connect("[::ffff:10.96.0.1]:80").unwrap();
+        assert_eq!(mapped.peer_addr().unwrap(), addr("[::ffff:10.96.0.1]:80"));
+        server.accept().unwrap();
+        // What is no frontend is left alone.
+        TcpStream::connect("127.0.0.2:8080").unwrap();
+    });
+    let counters = dataplane.counters().unwrap();
+    assert!(counters.contains(&("translated", 2)), "{counters:?}");
+    assert_eq!(
+        bed.map_len("REVERSE_NAT"),
+        0,
+        "closed sockets leave nothing"
+    );
+}
+
+#[test]
+fn a_backend_reaches_itself_through_its_service() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let own = service("10.96.0.1", 6, 80, &[backend("127.0.0.1", 8080)]);
+    block_on(dataplane.apply(&view(1, vec![("own", own)]))).unwrap();
+    bed.inside(|| {
+        let server = TcpListener::bind("127.0.0.1:8080").unwrap();
+        let client = TcpStream::connect("10.96.0.1:80").unwrap();
+        let (accepted, _) = server.accept().unwrap();
+        assert_eq!(accepted.peer_addr().unwrap(), client.local_addr().unwrap());
+    });
+}
+
+#[test]
+fn udp_answers_come_from_the_service() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let dns = service("10.96.0.10", 17, 53, &[backend("127.0.0.2", 5353)]);
+    block_on(dataplane.apply(&view(1, vec![("dns", dns)]))).unwrap();
+    bed.inside(|| {
+        let server = udp("127.0.0.2:5353");
+        let mut buffer = [0; 16];
+        let mut answer = || {
+            let (len, from) = server.recv_from(&mut buffer).unwrap();
+            server.send_to(&buffer[..len], from).unwrap();
+        };
+        let mut reply = [0; 16];
+        let unconnected = udp("0.0.0.0:0");
+        unconnected.send_to(b"a", "10.96.0.10:53").unwrap();
+        answer();
+        assert_eq!(
+            unconnected.recv_from(&mut reply).unwrap(),
+            (1, addr("10.96.0.10:53"))
+        );
+        let connected = udp("0.0.0.0:0");
+        connected.connect("10.96.0.10:53").unwrap();
+        assert_eq!(connected.peer_addr().unwrap(), addr("10.96.0.10:53"));
+        connected.send(b"b").unwrap();
+        answer();
+        assert_eq!(connected.recv(&mut reply).unwrap(), 1);
+        let mapped = udp("[::]:0");
+        mapped.send_to(b"c", "[::ffff:10.96.0.10]:53").unwrap();
+        answer();
+        let (_, from) = mapped.recv_from(&mut reply).unwrap();
+        assert_eq!(from, addr("[::ffff:10.96.0.10]:53"));
+    });
+}
+
+#[test]
+fn ipv6_services_work_like_ipv4_ones() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let web = service("fd00:96::1", 6, 80, &[backend("::1", 8080)]);
+    let dns = service("fd00:96::a", 17, 53, &[backend("::1", 5353)]);
+    block_on(dataplane.apply(&view(1, vec![("web", web), ("dns", dns)]))).unwrap();
+    bed.inside(|| {
+        if UdpSocket::bind("[::1]:0").is_err() {
+            return eprintln!("skipped: no IPv6 on this machine");
+        }
+        let _server = TcpListener::bind("[::1]:8080").unwrap();
+        let client = TcpStream::connect("[fd00:96::1]:80").unwrap();
+        assert_eq!(client.peer_addr().unwrap(), addr("[fd00:96::1]:80"));
+        let server = udp("[::1]:5353");
+        let (client, mut buffer) = (udp("[::]:0"), [0; 4]);
+        client.send_to(b"a", "[fd00:96::a]:53").unwrap();
+        let (_, from) = server.recv_from(&mut buffer).unwrap();
+        server.send_to(b"b", from).unwrap();
+        assert_eq!(
+            client.recv_from(&mut buffer).unwrap(),
+            (1, addr("[fd00:96::a]:53"))
+        );
+    });
+}
+
+#[test]
+fn a_service_without_backends_refuses_at_once() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let tcp = service("10.96.0.1", 6, 80, &[]);
+    let datagrams = service("10.96.0.2", 17, 53, &[]);
+    block_on(dataplane.apply(&view(1, vec![("tcp", tcp), ("udp", datagrams)]))).unwrap();
+    bed.inside(|| {
+        assert!(refused(&TcpStream::connect("10.96.0.1:80").unwrap_err()));
+        assert!(refused(
+            &udp("0.0.0.0:0").send_to(b"a", "10.96.0.2:53").unwrap_err()
+        ));
+    });
+    assert!(dataplane.counters().unwrap().contains(&("no_backend", 2)));
+}
+
+#[test]
+fn node_ports_answer_at_every_nodes_address() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let mut web = service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]);
+    web.0.ports[0].node_port = 30_080;
+    let mut view = view(1, vec![("web", web)]);
+    bed::set_node(&mut view, "192.0.2.1");
+    block_on(dataplane.apply(&view)).unwrap();
+    bed.inside(|| {
+        let _server = TcpListener::bind("127.0.0.2:8080").unwrap();
+        let client = TcpStream::connect("192.0.2.1:30080").unwrap();
+        assert_eq!(client.peer_addr().unwrap(), addr("192.0.2.1:30080"));
+        assert!(
+            TcpStream::connect("192.0.2.2:30080").is_err(),
+            "no node's address"
+        );
+    });
+}
+
+#[test]
+fn the_cluster_dns_address_is_the_nodes_own_resolver() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let mut view = view(1, vec![]);
+    Arc::make_mut(&mut view.settings).dns_service_ip = Some("10.96.0.10".parse().unwrap());
+    block_on(dataplane.apply(&view)).unwrap();
+    bed.inside(|| {
+        let server = udp(bed::RESOLVER);
+        let client = udp("0.0.0.0:0");
+        client.send_to(b"a", "10.96.0.10:53").unwrap();
+        assert_eq!(server.recv_from(&mut [0; 4]).unwrap().0, 1);
+    });
+}
+
+/// Sends one datagram through `send` and says which of the servers got it.
+fn receiver(servers: &[UdpSocket], send: impl FnOnce()) -> usize {
+    send();
+    let got = servers.iter().position(|server| {
+        server.set_nonblocking(true).unwrap();
+        server.recv(&mut [0; 4]).is_ok()
+    });
+    got.expect("loopback delivers before send returns")
+}
+
+#[test]
+fn affinity_keeps_a_client_on_its_backend_until_that_leaves() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let ports = [9001, 9002, 9003, 9004];
+    let apply = |rev: u64, left: Option<usize>| {
+        let backends: Vec<_> = (0..4)
+            .filter(|i| left != Some(*i))
+            .map(|i| backend("127.0.0.1", ports[i]))
+            .collect();
+        let mut sticky = service("10.96.0.1", 17, 53, &backends);
+        sticky.0.client_ip_affinity = true;
+        block_on(dataplane.apply(&view(rev, vec![("sticky", sticky)]))).unwrap();
+    };
+    apply(1, None);
+    let chosen = bed.inside(|| {
+        let servers: Vec<_> = ports.map(|port| udp(&format!("127.0.0.1:{port}"))).into();
+        let connect = || {
+            receiver(&servers, || {
+                let client = udp("0.0.0.0:0");
+                client.connect("10.96.0.1:53").unwrap();
+                client.send(b"a").unwrap();
+            })
+        };
+        let first = connect();
+        for _ in 0..20 {
+            assert_eq!(connect(), first);
+        }
+        apply(2, Some(first));
+        let second = connect();
+        assert_ne!(second, first);
+        for _ in 0..20 {
+            assert_eq!(connect(), second);
+        }
+        first
+    });
+    // Another network namespace is another client; it draws its own lot, and never the one gone.
+    bed.inside(|| {
+        let servers: Vec<_> = ports.map(|port| udp(&format!("127.0.0.1:{port}"))).into();
+        let client = udp("0.0.0.0:0");
+        let got = receiver(&servers, || {
+            assert_eq!(client.send_to(b"a", "10.96.0.1:53").unwrap(), 1)
+        });
+        assert_ne!(got, chosen);
+    });
+}
+
+#[test]
+fn connections_are_spread_and_an_unconnected_socket_stays() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let ports = [9001, 9002, 9003];
+    let backends = ports.map(|port| backend("127.0.0.1", port));
+    let spread = service("10.96.0.1", 17, 53, &backends);
+    block_on(dataplane.apply(&view(1, vec![("spread", spread)]))).unwrap();
+    bed.inside(|| {
+        let servers: Vec<_> = ports.map(|port| udp(&format!("127.0.0.1:{port}"))).into();
+        let mut hits = [0; 3];
+        for _ in 0..300 {
+            hits[receiver(&servers, || {
+                let client = udp("0.0.0.0:0");
+                client.connect("10.96.0.1:53").unwrap();
+                client.send(b"a").unwrap();
+            })] += 1;
+        }
+        assert!(hits.iter().all(|hits| *hits > 50), "{hits:?}");
+        let client = udp("0.0.0.0:0");
+        let send = || assert_eq!(client.send_to(b"a", "10.96.0.1:53").unwrap(), 1);
+        let first = receiver(&servers, send);
+        for _ in 0..20 {
+            assert_eq!(receiver(&servers, send), first);
+        }
+    });
+}
+
+/// (link id, program id) of every hook.
+fn links(bed: &Bed) -> Vec<(u32, u32)> {
+    let info = |hook: &hooks::Hook| {
+        let pin = hooks::directory(&bed.paths).join(hook.program);
+        let info = sys::link_info(sys::open_pinned(&pin).unwrap().as_fd()).unwrap();
+        (info.id, info.program_id)
+    };
+    SERVICE_HOOKS.iter().map(info).collect()
+}
+
+#[test]
+fn services_go_on_while_the_agent_is_dead_and_through_its_restart() {
+    let Some(bed) = Bed::new() else { return };
+    let state = view(
+        7,
+        vec![(
+            "web",
+            service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]),
+        )],
+    );
+    let first = bed.start();
+    block_on(first.apply(&state)).unwrap();
+    let before = links(&bed);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let client = scope.spawn(|| {
+            bed.inside(|| {
+                let _server = TcpListener::bind("127.0.0.2:8080").unwrap();
+                let mut connects = 0;
+                while !done.load(Ordering::Relaxed) && connects < 1_000 {
+                    TcpStream::connect("10.96.0.1:80").unwrap();
+                    connects += 1;
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                connects
+            })
+        });
+        drop(first);
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!(links(&bed), before, "still attached");
+        let second = bed.start();
+        let after = links(&bed);
+        for ((link, program), (link_now, program_now)) in before.iter().zip(&after) {
+            assert_eq!(link, link_now, "the same link");
+            assert_ne!(program, program_now, "a new program behind it");
+        }
+        let generation = bed.frontends()[0].1.generation;
+        block_on(second.apply(&View {
+            rev: 8,
+            ..state.clone()
+        }))
+        .unwrap();
+        assert_eq!(
+            bed.frontends()[0].1.generation,
+            generation,
+            "nothing was rewritten"
+        );
+        // What the agent missed while it was dead.
+        block_on(second.apply(&View {
+            rev: 9,
+            ..view(9, vec![])
+        }))
+        .unwrap();
+        done.store(true, Ordering::Relaxed);
+        assert!(bed.frontends().is_empty());
+        // The removal may have met the client's last connect: only its last may fail.
+        let _ = client.join();
+    });
+}
+
+#[test]
+fn another_layout_serves_until_the_new_maps_are_filled() {
+    let Some(bed) = Bed::new() else { return };
+    let state = view(
+        1,
+        vec![(
+            "web",
+            service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]),
+        )],
+    );
+    let old = bed.start();
+    block_on(old.apply(&state)).unwrap();
+    drop(old);
+    let maps = load::map_directory(&bed.paths);
+    let other = bed.paths.bpf.join("maps-v0");
+    std::fs::rename(&maps, &other).unwrap();
+    let before = links(&bed);
+    let connect = || {
+        bed.inside(|| {
+            let _server = TcpListener::bind("127.0.0.2:8080").unwrap();
+            TcpStream::connect("10.96.0.1:80").unwrap();
+        });
+    };
+    let new = bed.start();
+    assert_eq!(links(&bed), before, "the old programs serve");
+    connect();
+    block_on(new.apply(&state)).unwrap();
+    assert_ne!(links(&bed), before);
+    connect();
+    assert!(!other.exists());
+}
+
+#[test]
+fn resync_repairs_what_somebody_else_broke() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let state = view(
+        1,
+        vec![(
+            "web",
+            service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]),
+        )],
+    );
+    block_on(dataplane.apply(&state)).unwrap();
+    bed.clear_frontends();
+    block_on(dataplane.apply(&state)).unwrap();
+    assert!(
+        bed.frontends().is_empty(),
+        "apply goes by the view's changes"
+    );
+    block_on(dataplane.resync(&state)).unwrap();
+    assert_eq!(
+        bed.frontends()[0].0.addr,
+        addr_of("10.96.0.1".parse::<IpAddr>().unwrap())
+    );
+}
+
+#[test]
+fn stuck_services_are_named_and_cost_no_other() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let one = service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]);
+    let same = service("10.96.0.1", 6, 80, &[backend("127.0.0.3", 8080)]);
+    let sctp = service("10.96.0.2", 132, 80, &[]);
+    let services = vec![("a", one), ("b", same), ("c", sctp)];
+    let stuck = block_on(dataplane.apply(&view(1, services))).unwrap();
+    let names: Vec<&str> = stuck.iter().map(|stuck| stuck.service.as_str()).collect();
+    assert_eq!(names, ["default/b", "default/c"], "{stuck:?}");
+    assert_eq!(bed.frontends().len(), 1);
+}
+
+#[test]
+fn removal_leaves_nothing_and_can_be_repeated() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let web = service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]);
+    block_on(dataplane.apply(&view(1, vec![("web", web)]))).unwrap();
+    dataplane.attach_device_guard(&bed.cgroup).unwrap();
+    remove_all(&bed.paths).unwrap();
+    remove_all(&bed.paths).unwrap();
+    assert!(!bed.paths.bpf.exists());
+    bed.inside(|| {
+        let _server = TcpListener::bind("127.0.0.2:8080").unwrap();
+        assert!(TcpStream::connect("10.96.0.1:80").is_err());
+        std::fs::File::open(device_node(&bed, 11)).unwrap();
+    });
+}
+
+/// A writer replaces a Service's backends as fast as it can; every connect must get one of a
+/// generation that was current at some moment of the connect.
+#[test]
+fn a_switch_under_load_never_misses_and_never_mixes() {
+    const CONNECTS: u32 = 20_000;
+    let count_of = |generation: u64| 3 + (generation % 5) as u8;
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let apply = |generation: u64| {
+        // The address tells generation and index: 127.x.y.index, port 9000.
+        let [.., high, low] = generation.to_be_bytes();
+        let backends: Vec<_> = (1..=count_of(generation))
+            .map(|index| backend(&format!("127.{high}.{low}.{index}"), 9000))
+            .collect();
+        let web = service("10.96.0.1", 17, 53, &backends);
+        block_on(dataplane.apply(&view(generation, vec![("web", web)]))).unwrap();
+    };
+    apply(1);
+    let (begun, ended) = (AtomicU64::new(1), AtomicU64::new(1));
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for generation in 2..=65_000 {
+                if done.load(Ordering::Relaxed) {
+                    break;
+                }
+                begun.store(generation, Ordering::SeqCst);
+                apply(generation);
+                ended.store(generation, Ordering::SeqCst);
+            }
+        });
+        let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            bed.inside(|| {
+                let server = udp("0.0.0.0:9000");
+                for _ in 0..CONNECTS {
+                    let oldest = ended.load(Ordering::SeqCst);
+                    let client = UdpSocket::bind("0.0.0.0:0").unwrap();
+                    client.connect("10.96.0.1:53").unwrap();
+                    let newest = begun.load(Ordering::SeqCst);
+                    client.send(b"a").unwrap();
+                    let [_, high, low, index] = udp_destination(&server).octets();
+                    let generation = u64::from(u16::from_be_bytes([high, low]));
+                    assert!(
+                        (oldest..=newest).contains(&generation),
+                        "generation {generation} is none of {oldest}..={newest}"
+                    );
+                    assert!(index <= count_of(generation), "slot beyond its generation");
+                }
+            });
+        }));
+        done.store(true, Ordering::Relaxed);
+        checked.unwrap();
+    });
+    let switches = ended.load(Ordering::SeqCst);
+    eprintln!("{CONNECTS} connects against {switches} switches: 0 misses, 0 mixed");
+    let broken = dataplane
+        .counters()
+        .unwrap()
+        .into_iter()
+        .find(|(name, _)| *name == "broken_slot");
+    assert_eq!(broken, Some(("broken_slot", 0)));
+}
+
+#[test]
+fn the_device_guard_holds_below_its_cgroup_and_exempts_by_id() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    dataplane.attach_device_guard(&bed.cgroup).unwrap();
+    dataplane.attach_device_guard(&bed.cgroup).unwrap();
+    let kmsg = bed.inside(|| {
+        std::fs::File::open("/dev/null").unwrap();
+        std::fs::File::options()
+            .write(true)
+            .open("/dev/zero")
+            .unwrap();
+        let kmsg = device_node(&bed, 11); // making it is allowed
+        let error = std::fs::File::open(&kmsg).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+        kmsg
+    });
+    std::fs::File::open(&kmsg).expect("outside of the cgroup nothing is guarded");
+    assert!(
+        dataplane
+            .counters()
+            .unwrap()
+            .contains(&("device_denied", 1))
+    );
+
+    let id = bpf::cgroup_id(&bed.cgroup).unwrap();
+    dataplane.exempt(id).unwrap();
+    bed.inside(|| std::fs::File::open(&kmsg).map(drop)).unwrap();
+    dataplane.remove_exemption(id).unwrap();
+    dataplane.remove_exemption(id).unwrap();
+    bed.inside(|| std::fs::File::open(&kmsg).map(drop))
+        .unwrap_err();
+    drop(dataplane);
+    bed.inside(|| std::fs::File::open(&kmsg).map(drop))
+        .unwrap_err();
+}

@@ -1,0 +1,379 @@
+//! What one Service means: which frontends, and for each the backends of this moment.
+//!
+//! An endpoint of the API becomes a backend here and nowhere else. The rules are Kubernetes':
+//! * headless and ExternalName Services have no frontend;
+//! * only serving backends get connections; when none is serving, draining ones still do;
+//! * a target is found by the port's name and protocol, so a named target port may differ per pod;
+//! * `internalTrafficPolicy: Local` limits the cluster IPs to this node's backends. Addresses meant
+//!   for the outside (node ports, external and load balancer IPs) are, for clients on a node, an
+//!   abbreviation of the whole Service, whatever `externalTrafficPolicy` says;
+//! * the cluster's DNS address is served by each node's own resolver, if it has one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+
+use ebpf_maps::services::{
+    Addr, FrontendKey, SCOPE_ADDRESS, SCOPE_NODE_PORT, is_v4_mapped, v4_mapped,
+};
+use gantry_api::proto;
+
+use crate::view::{Backends, ServiceName};
+
+/// IANA's number of TCP.
+pub const TCP: u8 = 6;
+/// IANA's number of UDP.
+pub const UDP: u8 = 17;
+/// The port of DNS.
+const DNS_PORT: u16 = 53;
+/// Kubernetes' default of `sessionAffinityConfig.clientIP.timeoutSeconds`.
+const AFFINITY_TIMEOUT_DEFAULT_S: u32 = 10_800;
+
+/// Where connections go. Ordered by address and port, so equal sets are equal lists.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct Backend {
+    /// 16 bytes, network order.
+    pub addr: Addr,
+    /// Network order.
+    pub port_be: u16,
+    /// IANA protocol number.
+    pub proto: u8,
+    /// [`label32`] of the node's name.
+    pub node_id: u32,
+    /// [`label64`] of the pod's UID; 0: not a pod.
+    pub pod_id: u64,
+}
+
+/// Names a set within its Service.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct SetName {
+    /// The ServicePort's name, "" when it has none.
+    pub port: String,
+    /// IANA protocol number.
+    pub proto: u8,
+    /// The family of all addresses in the set.
+    pub v6: bool,
+    /// Limited to backends of this node.
+    pub local: bool,
+}
+
+/// Frontends that share their backends.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BackendSet {
+    /// Which of the Service's sets.
+    pub name: SetName,
+    /// Sorted, unique, never empty.
+    pub frontends: Vec<FrontendKey>,
+    /// Sorted, unique by address and port. Empty: connects are refused.
+    pub backends: Vec<Backend>,
+    /// Session affinity for so many seconds; 0: none.
+    pub affinity_s: u32,
+}
+
+/// What is the same for all Services of a node.
+#[derive(Clone, Debug, Default)]
+pub struct Surroundings {
+    /// This node's name: which backends are local.
+    pub node: String,
+    /// Frontends that the node answers itself, whatever Service claims them.
+    pub reserved: BTreeSet<FrontendKey>,
+}
+
+/// One Service, indexed.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Indexed {
+    /// One per port, family and traffic policy.
+    pub sets: Vec<BackendSet>,
+    /// What could not be understood, in words; the rest is in `sets`.
+    pub faults: Vec<String>,
+}
+
+/// Indexes one Service. Pure; the order of its backends does not matter.
+pub fn index(
+    service: &proto::Service,
+    backends: Option<&Backends>,
+    surroundings: &Surroundings,
+) -> Indexed {
+    let mut indexed = Indexed::default();
+    if service.r#type == "ExternalName" || service.cluster_ips.is_empty() {
+        return indexed;
+    }
+    let cluster = addresses(&service.cluster_ips, "cluster IP", &mut indexed.faults);
+    let mut outside = addresses(&service.external_ips, "external IP", &mut indexed.faults);
+    let balancers = &service.load_balancer_ips;
+    outside.extend(addresses(
+        balancers,
+        "load balancer IP",
+        &mut indexed.faults,
+    ));
+
+    for port in &service.ports {
+        let Some((proto, number)) = port_number(port, &mut indexed.faults) else {
+            continue;
+        };
+        let key = |addr: Addr| FrontendKey {
+            addr,
+            port_be: number.to_be(),
+            proto,
+            scope: SCOPE_ADDRESS,
+        };
+        for v6 in [false, true] {
+            let inside = cluster.iter().filter(|addr| is_v4_mapped(addr) != v6);
+            let inside: BTreeSet<_> = inside.map(|addr| key(*addr)).collect();
+            let external = outside.iter().filter(|addr| is_v4_mapped(addr) != v6);
+            let mut external: BTreeSet<_> = external.map(|addr| key(*addr)).collect();
+            if !inside.is_empty() {
+                external.extend(node_port(port, proto, v6, &mut indexed.faults));
+            }
+            let by_policy = if service.internal_local {
+                vec![(true, inside), (false, external)]
+            } else {
+                vec![(false, inside.into_iter().chain(external).collect())]
+            };
+            for (local, frontends) in by_policy {
+                let frontends: Vec<_> = frontends
+                    .difference(&surroundings.reserved)
+                    .copied()
+                    .collect();
+                if frontends.is_empty() {
+                    continue;
+                }
+                let name = SetName {
+                    port: port.name.clone(),
+                    proto,
+                    v6,
+                    local,
+                };
+                indexed.sets.push(BackendSet {
+                    backends: choose_backends(service, backends, &name, &surroundings.node),
+                    name,
+                    frontends,
+                    affinity_s: affinity_s(service),
+                });
+            }
+        }
+    }
+    indexed
+}
+
+/// The name under which the node's own resolver is programmed: no Service has an empty namespace.
+pub fn resolver_service() -> ServiceName {
+    ServiceName {
+        namespace: String::new(),
+        name: "node-resolver".into(),
+    }
+}
+
+/// The frontends of the cluster's DNS address, answered by the node's own resolver.
+///
+/// Nothing if the two addresses are of different families.
+pub fn resolver_sets(cluster_dns: IpAddr, resolver: SocketAddr, node: &str) -> Vec<BackendSet> {
+    if cluster_dns.is_ipv6() != resolver.is_ipv6() {
+        return Vec::new();
+    }
+    let set = |proto| BackendSet {
+        name: SetName {
+            port: "dns".into(),
+            proto,
+            v6: resolver.is_ipv6(),
+            local: true,
+        },
+        frontends: vec![FrontendKey {
+            addr: addr_of(cluster_dns),
+            port_be: DNS_PORT.to_be(),
+            proto,
+            scope: SCOPE_ADDRESS,
+        }],
+        backends: vec![Backend {
+            addr: addr_of(resolver.ip()),
+            port_be: resolver.port().to_be(),
+            proto,
+            node_id: label32(node),
+            pod_id: 0,
+        }],
+        affinity_s: 0,
+    };
+    vec![set(TCP), set(UDP)]
+}
+
+/// The maps' form of an address.
+pub fn addr_of(address: IpAddr) -> Addr {
+    match address {
+        IpAddr::V4(v4) => v4_mapped(u32::from_ne_bytes(v4.octets())),
+        IpAddr::V6(v6) => {
+            let mut addr = [0; 4];
+            for (word, bytes) in addr.iter_mut().zip(v6.octets().chunks_exact(4)) {
+                *word = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+            }
+            addr
+        }
+    }
+}
+
+/// The other way: a v4-mapped address is an IPv4 address.
+pub fn ip_of(addr: &Addr) -> IpAddr {
+    let mut octets = [0; 16];
+    for (bytes, word) in octets.chunks_exact_mut(4).zip(addr) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    IpAddr::from(octets).to_canonical()
+}
+
+/// An address of the feed: 4 or 16 bytes.
+pub fn parse_address(bytes: &[u8]) -> Option<Addr> {
+    if let Ok(v4) = <[u8; 4]>::try_from(bytes) {
+        return Some(addr_of(IpAddr::from(v4)));
+    }
+    <[u8; 16]>::try_from(bytes)
+        .ok()
+        .map(|v6| addr_of(IpAddr::from(v6)))
+}
+
+/// FNV-1a of a pod's UID: a label that needs no table and is the same after a restart. 0 for "".
+pub fn label64(text: &str) -> u64 {
+    if text.is_empty() {
+        return 0;
+    }
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}
+
+/// FNV-1a of a node's name. 0 for "".
+pub fn label32(text: &str) -> u32 {
+    if text.is_empty() {
+        return 0;
+    }
+    text.bytes().fold(0x811c_9dc5, |hash, byte| {
+        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
+    })
+}
+
+fn affinity_s(service: &proto::Service) -> u32 {
+    match (service.client_ip_affinity, service.affinity_timeout_s) {
+        (false, _) => 0,
+        (true, 0) => AFFINITY_TIMEOUT_DEFAULT_S,
+        (true, timeout_s) => timeout_s,
+    }
+}
+
+fn addresses(list: &[impl AsRef<[u8]>], what: &str, faults: &mut Vec<String>) -> Vec<Addr> {
+    let mut parsed = Vec::with_capacity(list.len());
+    for bytes in list.iter().map(AsRef::as_ref) {
+        match parse_address(bytes) {
+            Some(addr) => parsed.push(addr),
+            None => faults.push(format!("{what}: {} bytes are no address", bytes.len())),
+        }
+    }
+    parsed
+}
+
+fn port_number(port: &proto::ServicePort, faults: &mut Vec<String>) -> Option<(u8, u16)> {
+    let proto = match u8::try_from(port.protocol) {
+        Ok(proto @ (TCP | UDP)) => proto,
+        _ => {
+            let (protocol, name) = (port.protocol, &port.name);
+            faults.push(format!(
+                "port {name:?}: protocol {protocol} is not balanced, want 6 or 17"
+            ));
+            return None;
+        }
+    };
+    match u16::try_from(port.port) {
+        Ok(number @ 1..) => Some((proto, number)),
+        _ => {
+            faults.push(format!(
+                "port {:?}: {} is no port number",
+                port.name, port.port
+            ));
+            None
+        }
+    }
+}
+
+fn node_port(
+    port: &proto::ServicePort,
+    proto: u8,
+    v6: bool,
+    faults: &mut Vec<String>,
+) -> Option<FrontendKey> {
+    match u16::try_from(port.node_port) {
+        Ok(0) => None,
+        Ok(number) => Some(FrontendKey {
+            addr: if v6 { [0; 4] } else { v4_mapped(0) },
+            port_be: number.to_be(),
+            proto,
+            scope: SCOPE_NODE_PORT,
+        }),
+        Err(_) => {
+            faults.push(format!(
+                "port {:?}: {} is no node port",
+                port.name, port.node_port
+            ));
+            None
+        }
+    }
+}
+
+/// The backends of one set: serving ones, else draining ones.
+fn choose_backends(
+    service: &proto::Service,
+    backends: Option<&Backends>,
+    name: &SetName,
+    node: &str,
+) -> Vec<Backend> {
+    use proto::backend::State;
+
+    // By address and port: a backend that is listed twice must not get twice its share.
+    let mut serving = BTreeMap::new();
+    let mut draining = BTreeMap::new();
+    for backend in backends.into_iter().flat_map(BTreeMap::values) {
+        if name.local && backend.node != node {
+            continue;
+        }
+        let into = match backend.state() {
+            State::Serving => &mut serving,
+            State::NotReady if service.publish_not_ready => &mut serving,
+            State::Draining => &mut draining,
+            State::NotReady => continue,
+        };
+        for target in targets(backend, name) {
+            into.insert((target.addr, target.port_be), target);
+        }
+    }
+    let chosen = if serving.is_empty() {
+        draining
+    } else {
+        serving
+    };
+    chosen.into_values().collect()
+}
+
+/// Where one endpoint answers for a set: usually one address.
+fn targets(backend: &proto::Backend, name: &SetName) -> Vec<Backend> {
+    let port = backend
+        .ports
+        .iter()
+        .find(|port| port.name == name.port && port.protocol == u32::from(name.proto));
+    let Some(number) = port
+        .and_then(|port| u16::try_from(port.port).ok())
+        .filter(|n| *n != 0)
+    else {
+        return Vec::new(); // this pod has no port of that name
+    };
+    backend
+        .addresses
+        .iter()
+        .filter_map(|bytes| parse_address(bytes))
+        .filter(|addr| is_v4_mapped(addr) != name.v6)
+        .map(|addr| Backend {
+            addr,
+            port_be: number.to_be(),
+            proto: name.proto,
+            node_id: label32(&backend.node),
+            pod_id: label64(&backend.pod_uid),
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,261 @@
+use std::sync::Arc;
+
+use gantry_api::proto::backend::State;
+use gantry_api::proto::{BackendPort, ServicePort};
+
+use super::*;
+
+fn ip(text: &str) -> bytes::Bytes {
+    match text.parse().unwrap() {
+        IpAddr::V4(v4) => v4.octets().to_vec().into(),
+        IpAddr::V6(v6) => v6.octets().to_vec().into(),
+    }
+}
+
+fn service(cluster_ips: &[&str]) -> proto::Service {
+    proto::Service {
+        cluster_ips: cluster_ips.iter().map(|text| ip(text)).collect(),
+        ports: vec![ServicePort {
+            name: "http".into(),
+            protocol: 6,
+            port: 80,
+            node_port: 0,
+        }],
+        r#type: "ClusterIP".into(),
+        ..Default::default()
+    }
+}
+
+fn endpoint(address: &str, port: u32, state: State, node: &str) -> Arc<proto::Backend> {
+    Arc::new(proto::Backend {
+        addresses: vec![ip(address)],
+        ports: vec![BackendPort {
+            name: "http".into(),
+            protocol: 6,
+            port,
+        }],
+        state: state as i32,
+        node: node.into(),
+        pod_uid: format!("pod-{address}"),
+        ..Default::default()
+    })
+}
+
+fn backends(list: &[Arc<proto::Backend>]) -> Backends {
+    list.iter()
+        .enumerate()
+        .map(|(i, backend)| (i.to_string(), backend.clone()))
+        .collect()
+}
+
+fn here() -> Surroundings {
+    Surroundings {
+        node: "here".into(),
+        reserved: BTreeSet::new(),
+    }
+}
+
+fn text(backend: &Backend) -> String {
+    SocketAddr::new(ip_of(&backend.addr), u16::from_be(backend.port_be)).to_string()
+}
+
+fn texts(set: &BackendSet) -> Vec<String> {
+    set.backends.iter().map(text).collect()
+}
+
+#[test]
+fn serving_backends_answer_and_draining_ones_only_when_none_serves() {
+    let serving = endpoint("10.244.0.1", 8080, State::Serving, "here");
+    let draining = endpoint("10.244.0.2", 8080, State::Draining, "here");
+    let unready = endpoint("10.244.0.3", 8080, State::NotReady, "here");
+    let all = backends(&[serving, draining.clone(), unready.clone()]);
+    let web = service(&["10.96.0.1"]);
+    assert_eq!(
+        texts(&index(&web, Some(&all), &here()).sets[0]),
+        ["10.244.0.1:8080"]
+    );
+    let rest = backends(&[draining, unready.clone()]);
+    assert_eq!(
+        texts(&index(&web, Some(&rest), &here()).sets[0]),
+        ["10.244.0.2:8080"]
+    );
+    let none = backends(std::slice::from_ref(&unready));
+    assert!(
+        index(&web, Some(&none), &here()).sets[0]
+            .backends
+            .is_empty()
+    );
+    let published = proto::Service {
+        publish_not_ready: true,
+        ..web
+    };
+    let indexed = index(&published, Some(&backends(&[unready])), &here());
+    assert_eq!(texts(&indexed.sets[0]), ["10.244.0.3:8080"]);
+}
+
+#[test]
+fn a_service_without_backends_has_frontends_that_refuse() {
+    let indexed = index(&service(&["10.96.0.1"]), None, &here());
+    assert_eq!(indexed.sets.len(), 1);
+    assert_eq!(indexed.sets[0].frontends.len(), 1);
+    assert!(indexed.sets[0].backends.is_empty());
+}
+
+#[test]
+fn headless_and_external_name_services_have_no_frontend() {
+    assert_eq!(index(&service(&[]), None, &here()), Indexed::default());
+    let external = proto::Service {
+        r#type: "ExternalName".into(),
+        ..service(&["10.96.0.1"])
+    };
+    assert_eq!(index(&external, None, &here()), Indexed::default());
+}
+
+#[test]
+fn families_are_sets_of_their_own() {
+    let both = service(&["10.96.0.1", "fd00:96::1"]);
+    let pod = Arc::new(proto::Backend {
+        addresses: vec![ip("10.244.0.1"), ip("fd00:244::1")],
+        ..(*endpoint("10.244.0.1", 8080, State::Serving, "here")).clone()
+    });
+    let indexed = index(&both, Some(&backends(&[pod])), &here());
+    assert_eq!(indexed.sets.len(), 2);
+    assert_eq!(texts(&indexed.sets[0]), ["10.244.0.1:8080"]);
+    assert_eq!(texts(&indexed.sets[1]), ["[fd00:244::1]:8080"]);
+    assert!(indexed.sets[1].name.v6 && !indexed.sets[0].name.v6);
+}
+
+#[test]
+fn a_named_target_port_may_differ_per_pod_and_a_missing_one_is_no_backend() {
+    let mut other = (*endpoint("10.244.0.3", 1, State::Serving, "here")).clone();
+    other.ports[0].name = "admin".into();
+    let all = backends(&[
+        endpoint("10.244.0.1", 8080, State::Serving, "here"),
+        endpoint("10.244.0.2", 9090, State::Serving, "here"),
+        Arc::new(other),
+    ]);
+    let indexed = index(&service(&["10.96.0.1"]), Some(&all), &here());
+    assert_eq!(
+        texts(&indexed.sets[0]),
+        ["10.244.0.1:8080", "10.244.0.2:9090"]
+    );
+}
+
+#[test]
+fn internal_policy_local_limits_the_cluster_ip_only() {
+    let all = backends(&[
+        endpoint("10.244.0.1", 8080, State::Serving, "here"),
+        endpoint("10.244.1.1", 8080, State::Serving, "there"),
+    ]);
+    let mut local = service(&["10.96.0.1"]);
+    local.internal_local = true;
+    local.external_ips = vec![ip("192.0.2.1")];
+    local.ports[0].node_port = 30_080;
+    let indexed = index(&local, Some(&all), &here());
+    assert_eq!(indexed.sets.len(), 2);
+    assert_eq!(texts(&indexed.sets[0]), ["10.244.0.1:8080"]);
+    assert_eq!(indexed.sets[1].frontends.len(), 2);
+    assert_eq!(
+        texts(&indexed.sets[1]),
+        ["10.244.0.1:8080", "10.244.1.1:8080"]
+    );
+    let node_port = indexed.sets[1]
+        .frontends
+        .iter()
+        .find(|key| key.scope == SCOPE_NODE_PORT);
+    assert_eq!(node_port.unwrap().port_be, 30_080u16.to_be());
+}
+
+#[test]
+fn one_set_serves_every_address_of_the_same_policy() {
+    let mut web = service(&["10.96.0.1"]);
+    web.load_balancer_ips = vec![ip("192.0.2.7")];
+    web.ports[0].node_port = 30_080;
+    let indexed = index(&web, None, &here());
+    assert_eq!(indexed.sets.len(), 1);
+    assert_eq!(indexed.sets[0].frontends.len(), 3);
+}
+
+#[test]
+fn affinity_has_kubernetes_default_timeout() {
+    let mut web = service(&["10.96.0.1"]);
+    web.client_ip_affinity = true;
+    assert_eq!(index(&web, None, &here()).sets[0].affinity_s, 10_800);
+    web.affinity_timeout_s = 5;
+    assert_eq!(index(&web, None, &here()).sets[0].affinity_s, 5);
+}
+
+#[test]
+fn the_same_address_twice_is_one_backend() {
+    let one = endpoint("10.244.0.1", 8080, State::Serving, "here");
+    let indexed = index(
+        &service(&["10.96.0.1"]),
+        Some(&backends(&[one.clone(), one])),
+        &here(),
+    );
+    assert_eq!(indexed.sets[0].backends.len(), 1);
+}
+
+#[test]
+fn bad_input_is_named_and_costs_only_itself() {
+    let mut web = service(&["10.96.0.1"]);
+    web.external_ips = vec![bytes::Bytes::from_static(&[1, 2, 3])];
+    web.ports.push(ServicePort {
+        name: "sctp".into(),
+        protocol: 132,
+        port: 9,
+        node_port: 0,
+    });
+    web.ports.push(ServicePort {
+        name: "zero".into(),
+        protocol: 6,
+        port: 0,
+        node_port: 0,
+    });
+    web.ports.push(ServicePort {
+        name: "big".into(),
+        protocol: 6,
+        port: 81,
+        node_port: 70_000,
+    });
+    let indexed = index(&web, None, &here());
+    assert_eq!(indexed.sets.len(), 2);
+    assert_eq!(indexed.faults.len(), 4, "{:?}", indexed.faults);
+}
+
+#[test]
+fn the_nodes_resolver_takes_the_dns_address_from_any_service() {
+    let dns: IpAddr = "10.96.0.10".parse().unwrap();
+    let sets = resolver_sets(dns, "169.254.20.10:53".parse().unwrap(), "here");
+    assert_eq!(sets.len(), 2);
+    assert_eq!(texts(&sets[0]), ["169.254.20.10:53"]);
+    let mut kube_dns = service(&["10.96.0.10"]);
+    kube_dns.ports[0] = ServicePort {
+        name: "dns".into(),
+        protocol: 17,
+        port: 53,
+        node_port: 0,
+    };
+    let reserved = sets.iter().flat_map(|set| set.frontends.clone()).collect();
+    let around = Surroundings {
+        node: "here".into(),
+        reserved,
+    };
+    assert!(index(&kube_dns, None, &around).sets.is_empty());
+    assert!(
+        resolver_sets(
+            "fd00::a".parse().unwrap(),
+            "169.254.20.10:53".parse().unwrap(),
+            ""
+        )
+        .is_empty()
+    );
+}
+
+#[test]
+fn addresses_survive_the_maps_form() {
+    for text in ["10.96.0.1", "fd00:96::1:2", "::1", "255.255.255.255"] {
+        let address: IpAddr = text.parse().unwrap();
+        assert_eq!(ip_of(&addr_of(address)), address);
+    }
+}

@@ -1,0 +1,700 @@
+//! From what is programmed to what is wanted: the writes, in an order in which no connection ever
+//! meets a half-programmed Service.
+//!
+//! ```text
+//!  1 remove frontends that nobody wants          (first: it makes room)
+//!  per set of backends:
+//!  2   write new backends under fresh ids        nothing refers to them yet
+//!  3   write their ids into a fresh range        nothing refers to it yet
+//!  4   one update per frontend: {base, count}    the switch; old connections go on
+//!  5   retire backends that left every range     an affinity must not bring them back
+//!  later (1 s) ranges and ids are free again     see `arena`
+//! ```
+//! Invariants, checked step by step by the property test:
+//! * each frontend resolves at every moment entirely to its old or entirely to its new backends;
+//! * what a program read of a frontend stays true for 1 s after the frontend was switched;
+//! * a frontend belongs to one Service: the first that claims it, until that one lets go;
+//! * planning the same state again, also after adopting it from the maps, is no step at all.
+//!
+//! One exception, where the arena is full (or all that is free is in quarantine, as in the first
+//! second after a restart): removals must not fail, so the slots of backends that left are
+//! overwritten with ids of those that stay. A reader then gets one of those, which are old and new
+//! alike; only the shares are uneven until there is room.
+//!
+//! [`Table`] is this agent's picture of the maps. The caller performs the steps in order; if one
+//! fails the picture is void and must be made again with [`Table::adopt`].
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::time::Duration;
+
+use ebpf_maps::services::{
+    BACKEND_COUNT, BACKEND_IN_USE, BackendValue, FRONTEND_COUNT_MAX, FrontendKey, FrontendValue,
+    SLOT_COUNT,
+};
+
+use super::arena::{Arena, ArenaFull};
+use super::index::{Backend, BackendSet, SetName, ip_of};
+use crate::view::ServiceName;
+
+/// An index into BACKENDS; 0 is none.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct BackendId(pub u32);
+
+/// One write.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Step {
+    /// BACKENDS[id] = value.
+    WriteBackend {
+        /// Referred to by no slot yet.
+        id: BackendId,
+        /// State: in use.
+        value: BackendValue,
+    },
+    /// SLOTS[base ..] = ids.
+    WriteSlots {
+        /// The first slot.
+        base: u32,
+        /// At least one.
+        ids: Vec<BackendId>,
+    },
+    /// FRONTENDS[key] = value, replacing what is there.
+    SetFrontend {
+        /// Address, port, protocol, scope.
+        key: FrontendKey,
+        /// Where its backends are.
+        value: FrontendValue,
+    },
+    /// Removes FRONTENDS[key].
+    RemoveFrontend {
+        /// Address, port, protocol, scope.
+        key: FrontendKey,
+    },
+    /// BACKENDS[id].state = retired.
+    RetireBackend {
+        /// In no slot that a frontend refers to.
+        id: BackendId,
+    },
+}
+
+/// The difference between programmed and wanted.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Plan {
+    /// To be performed in this order.
+    pub steps: Vec<Step>,
+    /// Services of which a part could not be added, and why.
+    pub stuck: BTreeMap<ServiceName, String>,
+    /// When planning the stuck ones again may succeed, because a quarantine ends.
+    pub retry_at: Option<Duration>,
+}
+
+/// How much fits.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Entries of FRONTENDS.
+    pub frontend_count: u32,
+    /// Slots in the arena.
+    pub slot_count: u32,
+    /// Backends, id 0 included.
+    pub backend_count: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            frontend_count: FRONTEND_COUNT_MAX,
+            slot_count: SLOT_COUNT,
+            backend_count: BACKEND_COUNT,
+        }
+    }
+}
+
+/// What the maps hold, as found when the agent starts.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// All of FRONTENDS, any order.
+    pub frontends: Vec<(FrontendKey, FrontendValue)>,
+    /// For each frontend in the same order: the ids in its slots and the backends behind them;
+    /// none if an index was out of range.
+    pub backends: Vec<Option<Vec<(BackendId, BackendValue)>>>,
+}
+
+/// A range of slots that frontends refer to.
+#[derive(Debug)]
+struct Range {
+    ids: Vec<BackendId>,
+    service_id: u32,
+    frontend_count: u32,
+}
+
+#[derive(Debug)]
+struct Known {
+    backend: Backend,
+    /// Slots in referenced ranges that hold this id.
+    slot_count: u32,
+}
+
+/// What is programmed, and what of the arenas is free.
+#[derive(Debug)]
+pub struct Table {
+    limits: Limits,
+    frontends: HashMap<FrontendKey, FrontendValue>,
+    /// By first slot.
+    ranges: HashMap<u32, Range>,
+    backends: HashMap<BackendId, Known>,
+    slots: Arena,
+    ids: Arena,
+    /// Unreferenced since the last plan, not yet in quarantine: the clock starts when the steps
+    /// have been performed.
+    left_ranges: Vec<(u32, u32)>,
+    left_ids: Vec<BackendId>,
+    claims: HashMap<FrontendKey, ServiceName>,
+    keys: HashMap<ServiceName, BTreeSet<FrontendKey>>,
+    /// Programmed, but claimed by nobody: removed by the next plan.
+    unclaimed: BTreeSet<FrontendKey>,
+    service_ids: HashMap<(ServiceName, SetName), u32>,
+    service_ids_in_use: HashSet<u32>,
+    next_service_id: u32,
+}
+
+impl Table {
+    /// Adopts what an earlier agent left in the maps; an empty `found` is a fresh start.
+    ///
+    /// * `release_at` – when places that no frontend refers to may be used: that agent may have
+    ///   let go of them a moment ago. Zero with new maps.
+    pub fn adopt(found: Found, limits: Limits, release_at: Duration) -> Self {
+        let mut frontends = HashMap::new();
+        let mut ranges: HashMap<u32, Range> = HashMap::new();
+        let mut backends: HashMap<BackendId, Known> = HashMap::new();
+        let mut used_slots = BTreeMap::new();
+        let mut used_ids = BTreeMap::new();
+        let mut next_service_id = 1;
+        for ((key, value), slots) in found.frontends.into_iter().zip(found.backends) {
+            next_service_id = next_service_id.max(value.service_id.saturating_add(1));
+            if let Some(range) = ranges.get_mut(&value.base)
+                && value.count as usize == range.ids.len()
+                && value.service_id == range.service_id
+            {
+                range.frontend_count += 1;
+                frontends.insert(key, value);
+                continue;
+            }
+            let sound = value.check == key.check() && !overlaps(&used_slots, &value);
+            let slots = slots.filter(|slots| {
+                let whole = slots.len() == value.count as usize;
+                sound
+                    && whole
+                    && slots
+                        .iter()
+                        .all(|(id, backend)| belongs(*id, backend, &value))
+            });
+            let Some(slots) = slots else {
+                // Not ours or torn by a crash of the machine: any write over it is an improvement.
+                frontends.insert(
+                    key,
+                    FrontendValue {
+                        check: !key.check(),
+                        base: 0,
+                        count: 0,
+                        ..value
+                    },
+                );
+                continue;
+            };
+            frontends.insert(key, value);
+            if slots.is_empty() {
+                continue;
+            }
+            used_slots.insert(value.base, value.count);
+            for (id, found) in &slots {
+                used_ids.insert(id.0, 1);
+                backends
+                    .entry(*id)
+                    .or_insert(Known {
+                        backend: backend_of(found),
+                        slot_count: 0,
+                    })
+                    .slot_count += 1;
+            }
+            let ids = slots.into_iter().map(|(id, _)| id).collect();
+            let range = Range {
+                ids,
+                service_id: value.service_id,
+                frontend_count: 1,
+            };
+            ranges.insert(value.base, range);
+        }
+        Self {
+            limits,
+            unclaimed: frontends.keys().copied().collect(),
+            frontends,
+            ranges,
+            backends,
+            slots: Arena::new(0, limits.slot_count, &used_slots, release_at),
+            ids: Arena::new(1, limits.backend_count, &used_ids, release_at),
+            left_ranges: Vec::new(),
+            left_ids: Vec::new(),
+            claims: HashMap::new(),
+            keys: HashMap::new(),
+            service_ids: HashMap::new(),
+            service_ids_in_use: HashSet::new(),
+            next_service_id,
+        }
+    }
+
+    /// Plans the change of some Services; all others stay as they are, except that the first plan
+    /// after [`Table::adopt`] removes every frontend that `wanted` does not contain.
+    ///
+    /// * `wanted` – the changed Services, whole; no set: the Service is gone.
+    /// * `generation` – the store revision, for the values.
+    /// * `now` – since any fixed moment, never decreasing.
+    pub fn plan(
+        &mut self,
+        wanted: &BTreeMap<ServiceName, Vec<BackendSet>>,
+        generation: u64,
+        now: Duration,
+    ) -> Plan {
+        let mut plan = Plan::default();
+        for (name, sets) in wanted {
+            self.let_go(name, sets);
+        }
+        for (name, sets) in wanted {
+            self.claim(name, sets, &mut plan);
+        }
+        for key in std::mem::take(&mut self.unclaimed) {
+            if let Some(value) = self.frontends.remove(&key) {
+                plan.steps.push(Step::RemoveFrontend { key });
+                self.unrefer(&value, &mut plan);
+            }
+        }
+        for (name, sets) in wanted {
+            for set in sets {
+                let frontends = set.frontends.iter();
+                let own = frontends.filter(|key| self.claims.get(key) == Some(name));
+                let own: Vec<FrontendKey> = own.copied().collect();
+                if !own.is_empty() {
+                    self.plan_set(name, set, &own, &Moment { generation, now }, &mut plan);
+                }
+            }
+        }
+        plan
+    }
+
+    /// The steps of the last plan have been performed: the quarantine of what they left begins.
+    pub fn performed(&mut self, now: Duration) {
+        for (base, len) in std::mem::take(&mut self.left_ranges) {
+            self.slots.free(base, len, now);
+        }
+        for id in std::mem::take(&mut self.left_ids) {
+            self.ids.free(id.0, 1, now);
+        }
+    }
+
+    /// Frontends programmed now.
+    pub fn frontend_count(&self) -> usize {
+        self.frontends.len()
+    }
+
+    /// Backends that some frontend refers to now.
+    pub fn backend_count(&self) -> usize {
+        self.backends.len()
+    }
+
+    /// Gives up the frontends and names that a Service does not want any more.
+    fn let_go(&mut self, name: &ServiceName, sets: &[BackendSet]) {
+        let wanted: BTreeSet<_> = sets.iter().flat_map(|set| set.frontends.iter()).collect();
+        if let Some(keys) = self.keys.get_mut(name) {
+            keys.retain(|key| {
+                let keep = wanted.contains(key);
+                if !keep {
+                    self.claims.remove(key);
+                    self.unclaimed.insert(*key);
+                }
+                keep
+            });
+            if keys.is_empty() {
+                self.keys.remove(name);
+            }
+        }
+        if sets.is_empty() {
+            self.service_ids.retain(|(service, _), id| {
+                let keep = service != name;
+                if !keep {
+                    self.service_ids_in_use.remove(id);
+                }
+                keep
+            });
+        }
+    }
+
+    fn claim(&mut self, name: &ServiceName, sets: &[BackendSet], plan: &mut Plan) {
+        for key in sets.iter().flat_map(|set| &set.frontends) {
+            match self.claims.get(key) {
+                Some(owner) if owner == name => {}
+                Some(owner) => {
+                    let (namespace, other) = (&owner.namespace, &owner.name);
+                    let reason = format!("{} belongs to {namespace}/{other}", describe(key));
+                    plan.stuck.insert(name.clone(), reason);
+                }
+                None => {
+                    self.claims.insert(*key, name.clone());
+                    self.keys.entry(name.clone()).or_default().insert(*key);
+                    self.unclaimed.remove(key);
+                }
+            }
+        }
+    }
+
+    fn plan_set(
+        &mut self,
+        name: &ServiceName,
+        set: &BackendSet,
+        frontends: &[FrontendKey],
+        moment: &Moment,
+        plan: &mut Plan,
+    ) {
+        let service_id = self.service_id(name, set, frontends);
+        let (base, count) = match self.place(set, frontends, service_id, moment, plan) {
+            Ok(range) => range,
+            Err(full) => {
+                plan.stuck.insert(name.clone(), full.reason);
+                plan.retry_at = earlier(plan.retry_at, full.retry_at);
+                match self.shrink_in_place(set, frontends, service_id, plan) {
+                    Some(range) => range,
+                    None => return,
+                }
+            }
+        };
+        for key in frontends {
+            let old = self.frontends.get(key).copied();
+            let value = FrontendValue {
+                generation: moment.generation,
+                check: key.check(),
+                service_id,
+                base,
+                count,
+                affinity_s: set.affinity_s,
+                flags: 0,
+            };
+            if old.is_some_and(|old| {
+                FrontendValue {
+                    generation: value.generation,
+                    ..old
+                } == value
+            }) {
+                continue;
+            }
+            if old.is_none() && self.frontends.len() >= self.limits.frontend_count as usize {
+                let limit = self.limits.frontend_count;
+                plan.stuck
+                    .insert(name.clone(), format!("FRONTENDS is full ({limit} entries)"));
+                continue;
+            }
+            if let Some(range) = self.ranges.get_mut(&base).filter(|_| count > 0) {
+                range.frontend_count += 1;
+            }
+            self.frontends.insert(*key, value);
+            plan.steps.push(Step::SetFrontend { key: *key, value });
+            if let Some(old) = old {
+                self.unrefer(&old, plan);
+            }
+        }
+        self.drop_if_unused(base, plan);
+    }
+
+    /// The id of a set: the one it has, else the one its frontends were found with, else a new one.
+    fn service_id(&mut self, name: &ServiceName, set: &BackendSet, keys: &[FrontendKey]) -> u32 {
+        let full_name = (name.clone(), set.name.clone());
+        if let Some(id) = self.service_ids.get(&full_name) {
+            return *id;
+        }
+        let found = keys
+            .iter()
+            .filter_map(|key| self.frontends.get(key))
+            .map(|value| value.service_id)
+            .find(|id| *id != 0 && !self.service_ids_in_use.contains(id));
+        let id = found.unwrap_or_else(|| {
+            let id = self.next_service_id;
+            self.next_service_id = id.wrapping_add(1).max(1);
+            id
+        });
+        self.service_ids.insert(full_name, id);
+        self.service_ids_in_use.insert(id);
+        id
+    }
+
+    /// A range that holds exactly the wanted backends: the present one, or a new one with the
+    /// steps that fill it. `(0, 0)` when no backend is wanted.
+    fn place(
+        &mut self,
+        set: &BackendSet,
+        frontends: &[FrontendKey],
+        service_id: u32,
+        moment: &Moment,
+        plan: &mut Plan,
+    ) -> Result<(u32, u32), Full> {
+        let Ok(count) = u32::try_from(set.backends.len()) else {
+            return Err(Full {
+                reason: "too many backends".into(),
+                retry_at: None,
+            });
+        };
+        if count == 0 {
+            return Ok((0, 0));
+        }
+        let present = self.present_ranges(frontends, service_id);
+        for base in &present {
+            if let Some(range) = self.ranges.get(base)
+                && range.ids.len() == set.backends.len()
+                && range
+                    .ids
+                    .iter()
+                    .zip(&set.backends)
+                    .all(|(id, wanted)| self.is(*id, wanted))
+            {
+                return Ok((*base, count));
+            }
+        }
+        let known: HashMap<Backend, BackendId> = present
+            .iter()
+            .filter_map(|base| self.ranges.get(base))
+            .flat_map(|range| &range.ids)
+            .filter_map(|id| Some((self.backends.get(id)?.backend, *id)))
+            .collect();
+        let base = self
+            .slots
+            .allocate(count, moment.now)
+            .map_err(|full| Full::of("SLOTS", self.limits.slot_count, full))?;
+        let mut ids = Vec::with_capacity(set.backends.len());
+        let mut fresh = Vec::new();
+        for backend in &set.backends {
+            if let Some(id) = known.get(backend) {
+                ids.push(*id);
+                continue;
+            }
+            match self.ids.allocate(1, moment.now) {
+                Ok(id) => {
+                    ids.push(BackendId(id));
+                    fresh.push((BackendId(id), *backend));
+                }
+                Err(full) => {
+                    self.slots.free_unpublished(base, count);
+                    for (id, _) in fresh {
+                        self.ids.free_unpublished(id.0, 1);
+                    }
+                    return Err(Full::of("BACKENDS", self.limits.backend_count, full));
+                }
+            }
+        }
+        for (id, backend) in fresh {
+            self.backends.insert(
+                id,
+                Known {
+                    backend,
+                    slot_count: 0,
+                },
+            );
+            let value = value_of(&backend, service_id, moment.generation);
+            plan.steps.push(Step::WriteBackend { id, value });
+        }
+        for id in &ids {
+            if let Some(known) = self.backends.get_mut(id) {
+                known.slot_count += 1;
+            }
+        }
+        plan.steps.push(Step::WriteSlots {
+            base,
+            ids: ids.clone(),
+        });
+        self.ranges.insert(
+            base,
+            Range {
+                ids,
+                service_id,
+                frontend_count: 0,
+            },
+        );
+        Ok((base, count))
+    }
+
+    /// Where no new range fits: the present range, with the ids of backends that left overwritten
+    /// by those that stay. None if nothing is programmed yet; `(0, 0)` if none stays.
+    fn shrink_in_place(
+        &mut self,
+        set: &BackendSet,
+        frontends: &[FrontendKey],
+        service_id: u32,
+        plan: &mut Plan,
+    ) -> Option<(u32, u32)> {
+        let base = *self.present_ranges(frontends, service_id).first()?;
+        let range = self.ranges.get(&base)?;
+        let wanted: HashSet<&Backend> = set.backends.iter().collect();
+        let stays = |id: &BackendId| {
+            self.backends
+                .get(id)
+                .is_some_and(|known| wanted.contains(&known.backend))
+        };
+        let kept: Vec<BackendId> = range.ids.iter().copied().filter(|id| stays(id)).collect();
+        let count = range.ids.len() as u32;
+        if kept.is_empty() {
+            return Some((0, 0));
+        }
+        if kept.len() == range.ids.len() {
+            return Some((base, count));
+        }
+        let mut substitutes = kept.iter().copied().cycle();
+        let old = range.ids.clone();
+        let ids: Vec<BackendId> = old
+            .iter()
+            .map(|id| {
+                if stays(id) {
+                    Some(*id)
+                } else {
+                    substitutes.next()
+                }
+            })
+            .collect::<Option<_>>()?;
+        plan.steps.push(Step::WriteSlots {
+            base,
+            ids: ids.clone(),
+        });
+        for (left, taken) in old.iter().zip(&ids).filter(|(left, taken)| left != taken) {
+            if let Some(known) = self.backends.get_mut(taken) {
+                known.slot_count += 1;
+            }
+            self.leave_slot(*left, plan);
+        }
+        self.ranges.get_mut(&base)?.ids = ids;
+        Some((base, count))
+    }
+
+    /// The ranges of this set that its frontends refer to now.
+    fn present_ranges(&self, frontends: &[FrontendKey], service_id: u32) -> BTreeSet<u32> {
+        frontends
+            .iter()
+            .filter_map(|key| self.frontends.get(key))
+            .filter(|value| value.count > 0 && value.service_id == service_id)
+            .map(|value| value.base)
+            .collect()
+    }
+
+    fn is(&self, id: BackendId, wanted: &Backend) -> bool {
+        self.backends
+            .get(&id)
+            .is_some_and(|known| known.backend == *wanted)
+    }
+
+    /// One frontend has left this value's range.
+    fn unrefer(&mut self, value: &FrontendValue, plan: &mut Plan) {
+        if value.count == 0 {
+            return;
+        }
+        if let Some(range) = self.ranges.get_mut(&value.base) {
+            range.frontend_count = range.frontend_count.saturating_sub(1);
+        }
+        self.drop_if_unused(value.base, plan);
+    }
+
+    fn drop_if_unused(&mut self, base: u32, plan: &mut Plan) {
+        if self
+            .ranges
+            .get(&base)
+            .is_none_or(|range| range.frontend_count > 0)
+        {
+            return;
+        }
+        if let Some(range) = self.ranges.remove(&base) {
+            self.left_ranges.push((base, range.ids.len() as u32));
+            for id in range.ids {
+                self.leave_slot(id, plan);
+            }
+        }
+    }
+
+    /// A slot does not hold this id any more; with the last one the backend is retired.
+    fn leave_slot(&mut self, id: BackendId, plan: &mut Plan) {
+        let Some(known) = self.backends.get_mut(&id) else {
+            return;
+        };
+        known.slot_count = known.slot_count.saturating_sub(1);
+        if known.slot_count == 0 {
+            self.backends.remove(&id);
+            self.left_ids.push(id);
+            plan.steps.push(Step::RetireBackend { id });
+        }
+    }
+}
+
+struct Moment {
+    generation: u64,
+    now: Duration,
+}
+
+struct Full {
+    reason: String,
+    retry_at: Option<Duration>,
+}
+
+impl Full {
+    fn of(map: &str, limit: u32, full: ArenaFull) -> Self {
+        Self {
+            reason: format!("{map} is full ({limit} entries)"),
+            retry_at: full.retry_at,
+        }
+    }
+}
+
+fn earlier(a: Option<Duration>, b: Option<Duration>) -> Option<Duration> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, b) => a.or(b),
+    }
+}
+
+/// Whether a value's range meets one that is taken.
+fn overlaps(used: &BTreeMap<u32, u32>, value: &FrontendValue) -> bool {
+    let end = value.base.saturating_add(value.count);
+    value.count > 0
+        && used
+            .range(..end)
+            .next_back()
+            .is_some_and(|(base, len)| base.saturating_add(*len) > value.base)
+}
+
+fn belongs(id: BackendId, backend: &BackendValue, value: &FrontendValue) -> bool {
+    id.0 != 0 && backend.service_id == value.service_id && backend.state == BACKEND_IN_USE
+}
+
+fn backend_of(value: &BackendValue) -> Backend {
+    Backend {
+        addr: value.addr,
+        port_be: value.port_be,
+        proto: value.proto,
+        node_id: value.node_id,
+        pod_id: value.pod_id,
+    }
+}
+
+fn value_of(backend: &Backend, service_id: u32, generation: u64) -> BackendValue {
+    BackendValue {
+        addr: backend.addr,
+        port_be: backend.port_be,
+        proto: backend.proto,
+        state: BACKEND_IN_USE,
+        node_id: backend.node_id,
+        pod_id: backend.pod_id,
+        generation,
+        service_id,
+        _pad: 0,
+    }
+}
+
+fn describe(key: &FrontendKey) -> String {
+    let (address, port) = (ip_of(&key.addr), u16::from_be(key.port_be));
+    match key.scope {
+        ebpf_maps::services::SCOPE_NODE_PORT => format!("node port {port}"),
+        _ => std::net::SocketAddr::new(address, port).to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
