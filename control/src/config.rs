@@ -56,6 +56,10 @@ pub struct Arguments {
     #[arg(long, value_name = "CIDR", default_value = "10.96.0.0/16")]
     pub service_cidr: Ipv4Net,
 
+    /// A node that has said nothing for this many seconds is not ready
+    #[arg(long, value_name = "SECONDS", default_value_t = 40, value_parser = clap::value_parser!(u64).range(10..=3600))]
+    pub node_grace_period_s: u64,
+
     /// The domain of Service names
     #[arg(long, value_name = "DOMAIN", default_value = "cluster.local")]
     pub cluster_domain: String,

@@ -17,8 +17,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::Arguments;
+use crate::controllers;
 use crate::feed::{self, Feed};
 use crate::pki::{self, Authority, PkiError};
+use crate::scheduler;
 use crate::server::registry::{Registry, Settings};
 use crate::server::{ServeError, Server};
 use crate::store::{OpenError, Store};
@@ -79,8 +81,18 @@ pub struct Control {
 }
 
 impl Control {
-    /// Opens everything and serves until `stop`.
+    /// Opens everything, serves and controls until `stop`.
     pub async fn start(
+        arguments: &Arguments,
+        stop: &CancellationToken,
+    ) -> Result<Control, StartError> {
+        let mut control = Control::open(arguments, stop).await?;
+        spawn_loops(&mut control.tasks, &control.registry, arguments, stop);
+        Ok(control)
+    }
+
+    /// Opens everything and serves; nothing acts on what is written.
+    pub(crate) async fn open(
         arguments: &Arguments,
         stop: &CancellationToken,
     ) -> Result<Control, StartError> {
@@ -119,7 +131,11 @@ impl Control {
             end.send_replace(true);
             result
         });
-        spawn_loops(&mut tasks, &registry, feed, stop);
+        let token = stop.clone();
+        tasks.spawn(async move {
+            feed.run(token).await;
+            Ok(())
+        });
         Ok(Control {
             registry,
             address,
@@ -179,17 +195,27 @@ fn feed_settings(arguments: &Arguments) -> feed::Settings {
 fn spawn_loops(
     tasks: &mut JoinSet<Result<(), ServeError>>,
     registry: &Registry,
-    feed: Feed,
+    arguments: &Arguments,
     stop: &CancellationToken,
 ) {
-    let token = stop.clone();
+    let (own, token) = (registry.clone(), stop.clone());
     tasks.spawn(async move {
-        feed.run(token).await;
+        own.run_maintenance(token).await;
         Ok(())
     });
     let (own, token) = (registry.clone(), stop.clone());
     tasks.spawn(async move {
-        own.run_maintenance(token).await;
+        scheduler::run(own, token).await;
+        Ok(())
+    });
+    let settings = controllers::Settings {
+        cluster_cidr: arguments.cluster_cidr,
+        node_prefix_len: arguments.node_cidr_prefix,
+        node_grace_period: Duration::from_secs(arguments.node_grace_period_s),
+    };
+    let (own, token) = (registry.clone(), stop.clone());
+    tasks.spawn(async move {
+        controllers::run(own, settings, token).await;
         Ok(())
     });
 }

@@ -13,6 +13,7 @@ pub mod identity;
 mod merge;
 mod object;
 mod objects;
+mod qos;
 pub mod registry;
 mod rules;
 mod scale;

@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use super::object::{
     carry_field, carry_metadata, finalizers, is_being_deleted, metadata_mut, metadata_text,
 };
+use super::qos::qos_class;
 use crate::store::Revision;
 
 /// Finalizer that keeps an owner until its dependents are gone.
@@ -131,7 +132,10 @@ pub(crate) fn prepare_create(kind: &Kind, object: &mut Value, uid: &str, now: Ti
     match kind.kind {
         // A node registers together with what it has.
         "Node" => {}
-        "Pod" => object["status"] = json!({"phase": "Pending"}),
+        "Pod" => {
+            let class = qos_class(object);
+            object["status"] = json!({"phase": "Pending", "qosClass": class});
+        }
         "Namespace" => {
             metadata_mut(object)
                 .entry("labels")

@@ -52,6 +52,15 @@ impl Cluster {
     async fn start_in(dir: tempfile::TempDir) -> Cluster {
         let stop = CancellationToken::new();
         let arguments = arguments(dir.path(), "127.0.0.1:0");
+        let control = Control::open(&arguments, &stop).await.unwrap();
+        Cluster { dir, control, stop }
+    }
+
+    /// With scheduler and controllers.
+    async fn start_whole() -> Cluster {
+        let dir = tempfile::tempdir().unwrap();
+        let stop = CancellationToken::new();
+        let arguments = arguments(dir.path(), "127.0.0.1:0");
         let control = Control::start(&arguments, &stop).await.unwrap();
         Cluster { dir, control, stop }
     }
@@ -653,5 +662,55 @@ async fn a_start_that_cannot_work_says_why() {
     std::fs::write(blocked.path().join("data"), "").unwrap();
     let blocked = text(blocked.path(), "127.0.0.1:0").await;
     assert!(blocked.contains("--data-dir"), "{blocked}");
+    cluster.stop().await;
+}
+
+/// Waits until the condition holds.
+async fn eventually(what: &str, holds: impl Fn() -> bool) {
+    for _ in 0..300 {
+        if holds() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{what} did not happen within 15 s");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deployment_becomes_pods_and_its_namespace_goes_with_all_in_it() {
+    use gantry_api::k8s_openapi::api::core::v1::Namespace;
+    let cluster = Cluster::start_whole().await;
+    let mut client = cluster.admin().await;
+    let registry = cluster.registry();
+    let space = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "demo"}});
+    created(&mut client, "namespaces", &space).await;
+    let deployment = json!({
+        "apiVersion": "apps/v1", "kind": "Deployment",
+        "metadata": {"name": "web", "namespace": "demo"},
+        "spec": {
+            "replicas": 3, "selector": {"matchLabels": {"app": "web"}},
+            "template": {
+                "metadata": {"labels": {"app": "web"}},
+                "spec": {"containers": [{"name": "c", "image": "nginx"}]},
+            },
+        },
+    });
+    let reply = client.apply(write("deployments", &deployment)).await;
+    assert!(reply.unwrap().into_inner().created);
+    let pods = || registry.list::<Pod>(Some("demo")).unwrap().1;
+    eventually("three pods", || pods().len() == 3).await;
+    // A copy of what the server returns, applied again, changes nothing.
+    let again = client.apply(write("deployments", &deployment)).await;
+    assert!(again.unwrap().into_inner().unchanged);
+    let delete = DeleteRequest {
+        key: key("namespaces", "", "demo"),
+        ..DeleteRequest::default()
+    };
+    client.delete(delete).await.unwrap();
+    eventually("the end of the namespace", || {
+        registry.get::<Namespace>("", "demo").unwrap().is_none()
+    })
+    .await;
+    assert!(pods().is_empty());
     cluster.stop().await;
 }

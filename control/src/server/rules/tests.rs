@@ -66,7 +66,10 @@ fn the_servers_fields_are_the_servers() {
             "creationTimestamp": time_text(at(0)),
         })
     );
-    assert_eq!(created["status"], json!({"phase": "Pending"}));
+    assert_eq!(
+        created["status"],
+        json!({"phase": "Pending", "qosClass": "BestEffort"})
+    );
     let mut changed = created.clone();
     for field in [
         "uid",
