@@ -1,1 +1,4 @@
 //! (skeleton)
+
+#[cfg(test)]
+mod feed;

@@ -120,31 +120,37 @@ impl Work {
 }
 
 async fn run_logs(
-    mut logs: futures_util::stream::BoxStream<'static, Result<Bytes, super::TunnelError>>,
+    logs: futures_util::stream::BoxStream<'static, Result<Bytes, super::TunnelError>>,
     up: Up,
     mut down: Streaming<proto::TunnelDown>,
 ) {
-    let copy = async {
-        while let Some(chunk) = logs.next().await {
-            let mut data = match chunk {
-                Ok(data) => data,
-                Err(error) => {
-                    tracing::debug!(%error, "log stream ended early");
-                    break;
-                }
-            };
-            while !data.is_empty() {
-                let data = data.split_to(data.len().min(CHUNK_BYTES));
-                if !send(&up, tunnel_up::Message::Logs(proto::LogsChunk { data })).await {
-                    return;
-                }
+    tokio::select! {
+        () = copy_logs(logs, &up) => {}
+        () = closed(&mut down) => return,
+    }
+    // Leaving now would reset the stream and lose what is under way: the other side ends it.
+    drop(up);
+    closed(&mut down).await;
+}
+
+/// An empty chunk is the end of the log; without it the other side knows that something is missing.
+async fn copy_logs(
+    mut logs: futures_util::stream::BoxStream<'static, Result<Bytes, super::TunnelError>>,
+    up: &Up,
+) {
+    while let Some(chunk) = logs.next().await {
+        let mut data = match chunk {
+            Ok(data) => data,
+            Err(error) => return tracing::warn!(%error, "a log stream ends early"),
+        };
+        while !data.is_empty() {
+            let data = data.split_to(data.len().min(CHUNK_BYTES));
+            if !send(up, tunnel_up::Message::Logs(proto::LogsChunk { data })).await {
+                return;
             }
         }
-    };
-    tokio::select! {
-        () = copy => {}
-        () = closed(&mut down) => {}
     }
+    send(up, tunnel_up::Message::Logs(proto::LogsChunk::default())).await;
 }
 
 /// Returns when the other side has ended the tunnel.
@@ -188,8 +194,10 @@ async fn run_exec(session: ExecSession, up: Up, mut down: Streaming<proto::Tunne
     // Either end drops what is left of the session, which kills the command.
     tokio::select! {
         () = output => {}
-        () = copy_input(&mut down, stdin, resize) => {}
+        () = copy_input(&mut down, stdin, resize) => return,
     }
+    drop(up);
+    closed(&mut down).await;
 }
 
 async fn copy_output(

@@ -140,11 +140,12 @@ impl pods_server::Pods for PodStreams {
                     Ok(Some(proto::TunnelUp {
                         message: Some(tunnel_up::Message::Logs(chunk)),
                     })) => {
-                        return Some((Ok(chunk), tunnel));
+                        // An empty chunk is the end of the log, and not merely of the connection.
+                        return (!chunk.data.is_empty()).then_some((Ok(chunk), tunnel));
                     }
                     Ok(Some(_)) => {}
-                    Ok(None) => return None,
-                    Err(status) => return Some((Err(lost(&status)), tunnel)),
+                    Ok(None) => return Some((Err(lost("the stream ended")), tunnel)),
+                    Err(status) => return Some((Err(lost(status.message())), tunnel)),
                 }
             }
         });
@@ -177,8 +178,10 @@ impl pods_server::Pods for PodStreams {
                         return Some((Ok(output), (tunnel, forward)));
                     }
                     Ok(Some(_)) => {}
-                    Ok(None) => return None,
-                    Err(status) => return Some((Err(lost(&status)), (tunnel, forward))),
+                    Ok(None) => return Some((Err(lost("the stream ended")), (tunnel, forward))),
+                    Err(status) => {
+                        return Some((Err(lost(status.message())), (tunnel, forward)));
+                    }
                 }
             }
         });
@@ -194,12 +197,8 @@ impl pods_server::Pods for PodStreams {
     }
 }
 
-fn lost(status: &tonic::Status) -> tonic::Status {
-    Status::unavailable(format!(
-        "the connection to the node was lost: {}",
-        status.message()
-    ))
-    .into()
+fn lost(how: &str) -> tonic::Status {
+    Status::unavailable(format!("the connection to the node was lost: {how}")).into()
 }
 
 fn end_after_error<T: Send + 'static>(

@@ -1,0 +1,911 @@
+//! The feed end to end: a real store, registry and feed on a loopback port, and the agent's feed.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
+use gantry_agent::feed::{self, Link, TunnelError, TunnelTarget, node_info};
+use gantry_agent::ids::PodUid;
+use gantry_agent::runtime::ExecSession;
+use gantry_agent::view::View;
+use gantry_api::k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, PodStatus, Secret, Service};
+use gantry_api::k8s_openapi::api::discovery::v1::EndpointSlice;
+use gantry_api::proto;
+use gantry_api::proto::feed_client::FeedClient;
+use gantry_api::proto::pods_client::PodsClient;
+use gantry_api::proto::{down, exec_input, exec_output, up};
+use gantry_control::feed::{Feed, Settings};
+use gantry_control::server::Registry;
+use gantry_control::server::identity::{Identity, MASTERS_GROUP, NODES_GROUP};
+use gantry_control::server::registry::{self, DeleteOptions};
+use gantry_control::store::Store;
+use serde_json::json;
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_util::sync::CancellationToken;
+use tonic::service::interceptor::InterceptedService;
+
+const WAIT: Duration = Duration::from_secs(20);
+
+/// Polls until `probe` gives a value.
+async fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
+    let polled = tokio::time::timeout(WAIT, async {
+        loop {
+            if let Some(value) = probe() {
+                return value;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    });
+    polled
+        .await
+        .unwrap_or_else(|_| panic!("did not happen in {WAIT:?}: {what}"))
+}
+
+/// One run of a control plane. Dropping it without `stop` is a crash of its connections.
+struct Control {
+    registry: Registry,
+    feed: Feed,
+    address: SocketAddr,
+    token: CancellationToken,
+    tasks: Vec<tokio::task::JoinHandle<()>>,
+}
+
+impl Control {
+    async fn start(dir: &Path, address: &str, user: &str, group: &str) -> Self {
+        let store = Store::open(&dir.join("store.redb")).unwrap();
+        let settings = registry::Settings {
+            service_cidr: "10.96.0.0/16".parse().unwrap(),
+            reserved_addresses: vec!["10.96.0.10".parse().unwrap()],
+        };
+        let registry = Registry::new(store, &settings);
+        registry.ensure_defaults().await.unwrap();
+        let settings = Settings {
+            cluster_domain: "cluster.local".into(),
+            dns_service_ip: "10.96.0.10".parse().unwrap(),
+            service_cidr: "10.96.0.0/16".parse().unwrap(),
+            cluster_cidr: "10.244.0.0/16".parse().unwrap(),
+        };
+        let feed = Feed::new(registry.clone(), settings);
+        let token = CancellationToken::new();
+        let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let identity = Identity {
+            user: user.into(),
+            groups: vec![group.into()],
+        };
+        let identify = move |mut request: tonic::Request<()>| {
+            request.extensions_mut().insert(identity.clone());
+            Ok::<_, tonic::Status>(request)
+        };
+        let server = tonic::transport::Server::builder()
+            .add_service(InterceptedService::new(feed.feed_server(), identify))
+            .add_service(feed.pods_server())
+            .serve_with_incoming_shutdown(
+                TcpListenerStream::new(listener),
+                token.clone().cancelled_owned(),
+            );
+        let (follower, follow_token) = (feed.clone(), token.clone());
+        let tasks = vec![
+            tokio::spawn(async move { server.await.unwrap() }),
+            tokio::spawn(async move { follower.run(follow_token).await }),
+            tokio::spawn(allocate_prefixes(registry.clone())),
+        ];
+        Self {
+            registry,
+            feed,
+            address,
+            token,
+            tasks,
+        }
+    }
+
+    async fn admin(dir: &Path, address: &str) -> Self {
+        Self::start(dir, address, "admin", MASTERS_GROUP).await
+    }
+
+    /// Ends as a process does: nothing is served any more, the store is closed.
+    async fn stop(mut self) {
+        self.token.cancel();
+        self.tasks.pop().unwrap().abort();
+        for task in self.tasks.drain(..) {
+            tokio::time::timeout(WAIT, task).await.unwrap().unwrap();
+        }
+        self.registry.store().close().await;
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    fn pod(&self, name: &str) -> Option<Pod> {
+        self.registry.get::<Pod>("default", name).unwrap()
+    }
+
+    async fn create_pod(&self, name: &str, node: &str) -> PodUid {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": name, "namespace": "default", "labels": {"app": "web"}},
+            "spec": {"containers": [{"name": "c", "image": "x",
+                "envFrom": [{"configMapRef": {"name": "settings", "optional": true}}]}]},
+        }))
+        .unwrap();
+        let pod = self.registry.create(&pod).await.unwrap();
+        let uid = pod.metadata.uid.unwrap();
+        self.registry
+            .bind("default", name, &uid, node)
+            .await
+            .unwrap();
+        PodUid::new(&uid).unwrap()
+    }
+}
+
+/// What the node controller does: every node gets a prefix.
+async fn allocate_prefixes(registry: Registry) {
+    loop {
+        for mut node in registry
+            .list::<Node>(None)
+            .map(|(_, nodes)| nodes)
+            .unwrap_or_default()
+        {
+            let spec = node.spec.get_or_insert_default();
+            if spec.pod_cidr.is_none() {
+                spec.pod_cidr = Some("10.244.7.0/24".into());
+                let _ = registry.update(&node).await; // a conflict is met again
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Pods that exist on paper: logs are three lines, exec is `cat`.
+#[derive(Default)]
+struct FakePods {
+    /// One entry per exec that was dropped.
+    killed: Arc<Mutex<u32>>,
+}
+
+#[tonic::async_trait]
+impl TunnelTarget for FakePods {
+    async fn logs(
+        &self,
+        request: proto::LogsRequest,
+        _pod: PodUid,
+    ) -> Result<BoxStream<'static, Result<Bytes, TunnelError>>, TunnelError> {
+        if request.previous {
+            return Err(TunnelError(
+                "previous terminated container \"c\" not found".into(),
+            ));
+        }
+        let lines = futures_util::stream::iter(["one\n", "two\n", "three\n"]);
+        let lines = lines.map(|line| Ok(Bytes::from_static(line.as_bytes())));
+        if request.follow {
+            return Ok(lines.chain(futures_util::stream::pending()).boxed());
+        }
+        Ok(lines.boxed())
+    }
+
+    async fn exec(
+        &self,
+        start: proto::ExecStart,
+        _pod: PodUid,
+    ) -> Result<ExecSession, TunnelError> {
+        let (stdin, mut input) = tokio::io::duplex(1024);
+        let (mut output, stdout) = tokio::io::duplex(1024);
+        let (exit_tx, exit) = oneshot::channel();
+        let (resize, mut sizes) = mpsc::channel(4);
+        let killed = self.killed.clone();
+        tokio::spawn(async move {
+            let work = async {
+                let mut text = String::new();
+                let _ = input.read_to_string(&mut text).await;
+                let text = format!("{}:{text}", start.command.join(" "));
+                let _ = tokio::io::AsyncWriteExt::write_all(&mut output, text.as_bytes()).await;
+                drop(output);
+                exit_tx.send(Ok(7)).is_err()
+            };
+            // The parts of a dropped session go one after the other: any of them tells.
+            let dropped = async { while sizes.recv().await.is_some() {} };
+            let is_killed = tokio::select! {
+                nobody_listens = work => nobody_listens,
+                () = dropped => true,
+            };
+            if is_killed {
+                *killed.lock().unwrap() += 1;
+            }
+        });
+        Ok(ExecSession {
+            stdin: Some(Box::new(stdin)),
+            stdout: Box::new(stdout),
+            stderr: None,
+            exit,
+            resize,
+        })
+    }
+}
+
+struct Agent {
+    handle: feed::Handle,
+    token: CancellationToken,
+    killed: Arc<Mutex<u32>>,
+}
+
+impl Agent {
+    fn start(server: &str, node: &str, lib: &Path) -> Self {
+        let mut config = feed::Config::new(server.into(), PathBuf::new(), node.into(), lib.into());
+        config.beat = Duration::from_millis(200);
+        config.backoff_max = Duration::from_millis(300);
+        let identity = node_info::NodeIdentity::new(node.into());
+        let info = Arc::new(move || node_info::read(&identity, Path::new("/")));
+        let (token, pods) = (CancellationToken::new(), FakePods::default());
+        let killed = pods.killed.clone();
+        let handle = feed::run(config, info, Arc::new(pods), token.clone()).unwrap();
+        Self {
+            handle,
+            token,
+            killed,
+        }
+    }
+
+    async fn stop(self) {
+        self.token.cancel();
+        tokio::time::timeout(WAIT, self.handle.task)
+            .await
+            .unwrap()
+            .unwrap();
+    }
+
+    /// Ends as SIGKILL does.
+    async fn kill(self) {
+        self.handle.task.abort();
+        let _ = self.handle.task.await;
+        self.token.cancel();
+    }
+
+    fn view(&self) -> Arc<View> {
+        self.handle.view.borrow().clone()
+    }
+
+    async fn until<T>(&self, what: &str, probe: impl Fn(&View) -> Option<T>) -> T {
+        eventually(what, || probe(&self.view())).await
+    }
+
+    async fn live(&self) {
+        let live = || matches!(&*self.handle.link.borrow(), Link::Live { .. }).then_some(());
+        eventually("the agent is live", live).await;
+    }
+
+    fn report(&self, uid: &PodUid, name: &str, phase: &str, is_final: bool) {
+        let status = PodStatus {
+            phase: Some(phase.into()),
+            ..Default::default()
+        };
+        self.handle
+            .reporter
+            .status(uid, "default", name, status, is_final, is_final);
+    }
+}
+
+fn phase(pod: &Pod) -> Option<&str> {
+    pod.status.as_ref()?.phase.as_deref()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_arrives_runs_and_goes() {
+    let (store, lib) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let agent = Agent::start(&control.url(), "n1", lib.path());
+    agent.live().await;
+    let settings = agent.view().settings.clone();
+    assert_eq!(settings.pod_cidr, Some("10.244.7.0/24".parse().unwrap()));
+    assert_eq!(settings.cluster_domain, "cluster.local");
+
+    let node = control.registry.get::<Node>("", "n1").unwrap().unwrap();
+    assert_eq!(node.metadata.labels.unwrap()["kubernetes.io/os"], "linux");
+    let conditions = node.status.unwrap().conditions.unwrap();
+    assert!(
+        conditions
+            .iter()
+            .any(|c| c.type_ == "Ready" && c.status == "True")
+    );
+
+    let uid = control.create_pod("web", "n1").await;
+    agent
+        .until("the pod arrives", |view| view.pods.get(&uid).cloned())
+        .await;
+    let settings: ConfigMap = serde_json::from_value(json!({
+        "metadata": {"name": "settings", "namespace": "default"}, "data": {"a": "1"}}))
+    .unwrap();
+    control.registry.create(&settings).await.unwrap();
+    agent
+        .until("what it names follows", |view| {
+            (view.blobs.len() == 1).then_some(())
+        })
+        .await;
+
+    agent.report(&uid, "web", "Running", false);
+    eventually("the status is stored", || {
+        control
+            .pod("web")
+            .filter(|pod| phase(pod) == Some("Running"))
+    })
+    .await;
+    control
+        .registry
+        .delete::<Pod>("default", "web", &DeleteOptions::default())
+        .await
+        .unwrap();
+    agent
+        .until("the deletion arrives", |view| {
+            view.pods.get(&uid)?.metadata.deletion_timestamp.clone()
+        })
+        .await;
+    agent.report(&uid, "web", "Succeeded", true);
+    agent.handle.reporter.final_persisted(&uid).await;
+    eventually("the object goes", || {
+        control.pod("web").is_none().then_some(())
+    })
+    .await;
+    agent
+        .until("the view empties", |view| {
+            view.pods.is_empty().then_some(())
+        })
+        .await;
+    let finals = lib.path().join("feed/final");
+    eventually("the record goes", || {
+        std::fs::read_dir(&finals)
+            .unwrap()
+            .next()
+            .is_none()
+            .then_some(())
+    })
+    .await;
+    assert_eq!(agent.handle.reporter.counters().digest_mismatches, 0);
+    agent.stop().await;
+    control.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_sides_may_die_at_any_time() {
+    let (store, lib) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let (address, url) = (control.address.to_string(), control.url());
+    let agent = Agent::start(&url, "n1", lib.path());
+    agent.live().await;
+    let (a, b) = (
+        control.create_pod("a", "n1").await,
+        control.create_pod("b", "n1").await,
+    );
+    agent
+        .until("both arrive", |view| (view.pods.len() == 2).then_some(()))
+        .await;
+
+    // The control plane dies; what ends meanwhile is kept.
+    control.stop().await;
+    agent.report(&a, "a", "Running", false);
+    agent.report(&b, "b", "Failed", true);
+    agent.handle.reporter.final_persisted(&b).await;
+    assert_eq!(agent.view().pods.len(), 2, "the view stays in force");
+
+    // So does the agent; it starts alone, from disk, and knows who has ended.
+    agent.kill().await;
+    let agent = Agent::start(&url, "n1", lib.path());
+    assert_eq!(agent.view().pods.len(), 2, "the view is there at once");
+    assert_eq!(agent.view().settings.cluster_domain, "cluster.local");
+    assert_eq!(*agent.handle.link.borrow(), Link::Offline);
+    let status = agent.handle.reporter.final_status(&b).unwrap();
+    assert_eq!(status.phase.as_deref(), Some("Failed"));
+
+    let control = Control::admin(store.path(), &address).await;
+    agent.live().await;
+    eventually("the kept final status is stored", || {
+        control.pod("b").filter(|pod| phase(pod) == Some("Failed"))
+    })
+    .await;
+    agent.report(&a, "a", "Running", false);
+    eventually("and so is the new one", || {
+        control.pod("a").filter(|pod| phase(pod) == Some("Running"))
+    })
+    .await;
+    // Deleted after it had ended: the held record lets the object go, nobody else has to act.
+    control
+        .registry
+        .delete::<Pod>("default", "b", &DeleteOptions::default())
+        .await
+        .unwrap();
+    eventually("the object goes", || {
+        control.pod("b").is_none().then_some(())
+    })
+    .await;
+    assert_eq!(agent.handle.reporter.counters().digest_mismatches, 0);
+    agent.stop().await;
+    control.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unchanged_cluster_costs_one_commit_after_a_restart_of_either_side() {
+    let (store, lib) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let (address, url) = (control.address.to_string(), control.url());
+    let agent = Agent::start(&url, "n1", lib.path());
+    agent.live().await;
+    let uid = control.create_pod("a", "n1").await;
+    agent
+        .until("the pod arrives", |view| view.pods.get(&uid).cloned())
+        .await;
+    let before = agent.view();
+    control.stop().await;
+    let control = Control::admin(store.path(), &address).await;
+    let rev = control.registry.store().revision();
+    agent
+        .until("a commit of the new process", |view| {
+            (view.rev > rev).then_some(())
+        })
+        .await;
+    let after = agent.view();
+    assert!(
+        Arc::ptr_eq(&before.pods, &after.pods),
+        "the pod was not sent again"
+    );
+    agent.stop().await;
+    control.stop().await;
+}
+
+/// Sends a Hello and returns the stream down.
+async fn hello(
+    url: &str,
+    node: &str,
+    incarnation: u64,
+) -> Result<(mpsc::Sender<proto::Up>, tonic::Streaming<proto::Down>), tonic::Status> {
+    let mut client = FeedClient::connect(url.to_owned()).await.unwrap();
+    let (up, queue) = mpsc::channel(4);
+    let hello = proto::Hello {
+        node: node.into(),
+        incarnation,
+        ..Default::default()
+    };
+    up.send(proto::Up {
+        message: Some(up::Message::Hello(hello)),
+    })
+    .await
+    .unwrap();
+    Ok((
+        up,
+        client
+            .session(ReceiverStream::new(queue))
+            .await?
+            .into_inner(),
+    ))
+}
+
+/// The next message that is neither a batch nor a commit.
+async fn next_word(stream: &mut tonic::Streaming<proto::Down>) -> Option<down::Message> {
+    loop {
+        let message = tokio::time::timeout(WAIT, stream.message()).await.unwrap();
+        match message.ok()??.message {
+            Some(down::Message::Batch(_) | down::Message::Commit(_)) => {}
+            other => return other,
+        }
+    }
+}
+
+async fn leaves_with(stream: &mut tonic::Streaming<proto::Down>, text: &str) {
+    match next_word(stream).await {
+        Some(down::Message::GoAway(go_away)) => {
+            assert!(go_away.reason.contains(text), "{}", go_away.reason);
+        }
+        other => panic!("want a GoAway with {text:?}, got {other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newer_session_ends_the_older_and_an_older_agent_start_is_refused() {
+    let store = tempfile::tempdir().unwrap();
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let (_first_up, mut first) = hello(&control.url(), "n1", 5).await.unwrap();
+    let Some(down::Message::Welcome(welcome)) = next_word(&mut first).await else {
+        panic!()
+    };
+    assert_eq!(welcome.mode(), proto::welcome::Mode::Full);
+    let (_second_up, mut second) = hello(&control.url(), "n1", 6).await.unwrap();
+    leaves_with(&mut first, "newer session").await;
+    let Some(down::Message::Welcome(newer)) = next_word(&mut second).await else {
+        panic!()
+    };
+    assert!(newer.session > welcome.session);
+    // The older start comes back, also to a control plane that has forgotten everything.
+    let address = control.address.to_string();
+    drop(second);
+    control.stop().await;
+    let control = Control::admin(store.path(), &address).await;
+    let (_stale_up, mut stale) = hello(&control.url(), "n1", 5).await.unwrap();
+    leaves_with(&mut stale, "newer start of the agent").await;
+    control.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_speaks_for_itself_only() {
+    let store = tempfile::tempdir().unwrap();
+    let control = Control::start(store.path(), "127.0.0.1:0", "system:node:n1", NODES_GROUP).await;
+    let status = hello(&control.url(), "n2", 1).await.err().unwrap();
+    assert_eq!(status.code(), tonic::Code::PermissionDenied, "{status}");
+    let (_up, mut stream) = hello(&control.url(), "n1", 1).await.unwrap();
+    assert!(matches!(
+        next_word(&mut stream).await,
+        Some(down::Message::Welcome(_))
+    ));
+    control.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_status_for_a_pod_of_another_node_is_not_taken() {
+    let (store, lib) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let other: Node = serde_json::from_value(json!({"metadata": {"name": "n2"}})).unwrap();
+    control.registry.create(&other).await.unwrap();
+    let agent = Agent::start(&control.url(), "n1", lib.path());
+    agent.live().await;
+    let foreign = control.create_pod("foreign", "n2").await;
+    agent.report(&foreign, "foreign", "Running", false);
+    let own = control.create_pod("own", "n1").await;
+    agent.report(&own, "own", "Running", false);
+    eventually("its own is stored", || {
+        control
+            .pod("own")
+            .filter(|pod| phase(pod) == Some("Running"))
+    })
+    .await;
+    assert_eq!(phase(&control.pod("foreign").unwrap()), Some("Pending"));
+    assert!(!agent.view().pods.contains_key(&foreign));
+    agent.stop().await;
+    control.stop().await;
+}
+
+/// A slow reader: two commits are open, then nothing is sent until one is taken.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_agent_gets_the_latest_state_in_few_commits() {
+    let store = tempfile::tempdir().unwrap();
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let (up, mut stream) = hello(&control.url(), "n1", 1).await.unwrap();
+    assert!(matches!(
+        next_word(&mut stream).await,
+        Some(down::Message::Welcome(_))
+    ));
+    let service: Service = serde_json::from_value(json!({
+        "metadata": {"name": "web", "namespace": "default"}, "spec": {"ports": [{"port": 80}]}}))
+    .unwrap();
+    let mut service = control.registry.create(&service).await.unwrap();
+    for port in 1..=200 {
+        service.metadata.resource_version = None;
+        service.spec.as_mut().unwrap().ports.as_mut().unwrap()[0].port = port;
+        service = control.registry.update(&service).await.unwrap();
+    }
+    let rev = service
+        .metadata
+        .resource_version
+        .unwrap()
+        .parse::<u64>()
+        .unwrap();
+    let (mut commits, mut last_port) = (0, 0);
+    loop {
+        let message = tokio::time::timeout(WAIT, stream.message())
+            .await
+            .unwrap()
+            .unwrap();
+        match message.unwrap().message {
+            Some(down::Message::Batch(batch)) => {
+                for item in batch.items {
+                    let item = <proto::Item as prost::Message>::decode(item).unwrap();
+                    if let Some(proto::item::Value::Service(service)) = item.value {
+                        last_port = service.ports[0].port;
+                    }
+                }
+            }
+            Some(down::Message::Commit(commit)) => {
+                commits += 1;
+                let ack = proto::Ack {
+                    applied: commit.rev,
+                    ..Default::default()
+                };
+                up.send(proto::Up {
+                    message: Some(up::Message::Ack(ack)),
+                })
+                .await
+                .unwrap();
+                if commit.rev >= rev {
+                    break;
+                }
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(last_port, 200);
+    assert!(commits <= 4, "{commits} commits for 201 changes");
+    control.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_floor_is_answered_when_every_node_has_programmed_it() {
+    let (store, lib) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let agent = Agent::start(&control.url(), "n1", lib.path());
+    agent.live().await;
+    let (up, mut owner) = hello(&control.url(), "n2", 1).await.unwrap();
+    let Some(down::Message::Welcome(welcome)) = next_word(&mut owner).await else {
+        panic!()
+    };
+    let rev = welcome.session;
+    let wait = proto::Up {
+        message: Some(up::Message::FloorWait(proto::FloorWait { rev })),
+    };
+    up.send(wait).await.unwrap();
+    let view = agent
+        .until("n1 knows", |view| (view.nodes.len() == 2).then(|| view.rev))
+        .await;
+    agent.handle.reporter.programmed(view, Vec::new());
+    let early = tokio::time::timeout(Duration::from_millis(300), next_word(&mut owner)).await;
+    assert!(early.is_err(), "n2 itself has programmed nothing yet");
+    let rev_now = control.registry.store().revision();
+    let ack = proto::Ack {
+        rev: rev_now,
+        applied: rev_now,
+        ..Default::default()
+    };
+    up.send(proto::Up {
+        message: Some(up::Message::Ack(ack)),
+    })
+    .await
+    .unwrap();
+    let Some(down::Message::Floor(floor)) = next_word(&mut owner).await else {
+        panic!()
+    };
+    assert!(floor.rev >= rev);
+    assert_eq!((floor.nodes, floor.missing.len()), (2, 0));
+    agent.stop().await;
+    control.stop().await;
+}
+
+async fn exec_input(input: exec_input::Input) -> proto::ExecInput {
+    proto::ExecInput { input: Some(input) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn logs_and_exec_ride_the_agents_own_connection() {
+    let (store, lib) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let agent = Agent::start(&control.url(), "n1", lib.path());
+    agent.live().await;
+    control.create_pod("web", "n1").await;
+    let mut client = PodsClient::connect(control.url()).await.unwrap();
+
+    let request = |container: &str, previous| proto::LogsRequest {
+        namespace: "default".into(),
+        pod: "web".into(),
+        container: container.into(),
+        previous,
+        ..Default::default()
+    };
+    let mut logs = client.logs(request("", false)).await.unwrap().into_inner();
+    let mut text = Vec::new();
+    while let Some(chunk) = logs.message().await.unwrap() {
+        text.extend(chunk.data);
+    }
+    assert_eq!(text, b"one\ntwo\nthree\n");
+    let status = client.logs(request("x", false)).await.err().unwrap();
+    assert_eq!(status.message(), "container \"x\" is not valid for pod web");
+    let status = client.logs(request("", true)).await.err().unwrap();
+    assert_eq!(
+        status.message(),
+        "previous terminated container \"c\" not found"
+    );
+    let missing = proto::LogsRequest {
+        pod: "nope".into(),
+        ..request("", false)
+    };
+    assert_eq!(
+        client.logs(missing).await.err().unwrap().code(),
+        tonic::Code::NotFound
+    );
+
+    let start = proto::ExecStart {
+        namespace: "default".into(),
+        pod: "web".into(),
+        command: vec!["cat".into()],
+        stdin: true,
+        ..Default::default()
+    };
+    let (input, queue) = mpsc::channel(4);
+    input
+        .send(exec_input(exec_input::Input::Start(start.clone())).await)
+        .await
+        .unwrap();
+    let mut output = client
+        .exec(ReceiverStream::new(queue))
+        .await
+        .unwrap()
+        .into_inner();
+    input
+        .send(exec_input(exec_input::Input::Stdin("hi".into())).await)
+        .await
+        .unwrap();
+    input
+        .send(exec_input(exec_input::Input::StdinClosed(true)).await)
+        .await
+        .unwrap();
+    let (mut stdout, mut code) = (Vec::new(), None);
+    while let Some(message) = output.message().await.unwrap() {
+        match message.output {
+            Some(exec_output::Output::Stdout(data)) => stdout.extend(data),
+            Some(exec_output::Output::Exit(exit)) => code = Some(exit.code),
+            _ => {}
+        }
+    }
+    assert_eq!((stdout.as_slice(), code), (b"cat:hi".as_slice(), Some(7)));
+
+    // A client that leaves takes its command with it.
+    let (input, queue) = mpsc::channel(4);
+    input
+        .send(exec_input(exec_input::Input::Start(start)).await)
+        .await
+        .unwrap();
+    let output = client.exec(ReceiverStream::new(queue)).await.unwrap();
+    let before = *agent.killed.lock().unwrap();
+    drop((output, input));
+    eventually("the command is killed", || {
+        (*agent.killed.lock().unwrap() > before).then_some(())
+    })
+    .await;
+
+    agent.stop().await;
+    eventually("the session ends", || {
+        (!control.feed.is_connected("n1")).then_some(())
+    })
+    .await;
+    let status = client.logs(request("", false)).await.err().unwrap();
+    assert_eq!(status.message(), "node n1 is not connected");
+    control.stop().await;
+}
+
+/// The content of a view as text, without its revision.
+fn content(view: &View) -> String {
+    let pods: BTreeMap<_, _> = view.pods.iter().collect();
+    format!(
+        "{:?} {:?} {:?} {pods:?} {:?}",
+        view.services, view.backends, view.nodes, view.blobs
+    )
+}
+
+/// One random write; conflicts and absences are part of the game.
+async fn random_write(registry: &Registry, seed: u64) {
+    let (what, i, x) = (seed % 7, (seed / 7) % 4, (seed / 28) % 5);
+    let options = DeleteOptions {
+        grace_period_s: Some(x as i64 % 2 * 30),
+        ..Default::default()
+    };
+    let name = format!("o{i}");
+    let meta = json!({"name": name, "namespace": "default"});
+    match what {
+        0 => {
+            let service = json!({"metadata": meta, "spec": {"ports": [{"port": 80 + x}]}});
+            let service: Service = serde_json::from_value(service).unwrap();
+            if registry.create(&service).await.is_err() {
+                let _ = registry.update(&service).await;
+            }
+        }
+        1 => {
+            let pods = registry.list::<Pod>(Some("default")).unwrap().1;
+            let endpoints: Vec<_> = pods
+                .iter()
+                .take(x as usize)
+                .map(|pod| {
+                    json!({"addresses": [format!("10.244.7.{}", x + 2)], "targetRef": {
+                        "kind": "Pod", "namespace": "default",
+                        "name": pod.metadata.name, "uid": pod.metadata.uid}})
+                })
+                .collect();
+            let slice = json!({"metadata": {"name": name, "namespace": "default",
+                    "labels": {"kubernetes.io/service-name": format!("o{}", x % 4)}},
+                "addressType": "IPv4", "endpoints": endpoints, "ports": [{"port": 8080}]});
+            let slice: EndpointSlice = serde_json::from_value(slice).unwrap();
+            if registry.create(&slice).await.is_err() {
+                let _ = registry.update(&slice).await;
+            }
+        }
+        2 => {
+            let pod = json!({"metadata": meta, "spec": {
+                "nodeName": if x % 2 == 0 { "n1" } else { "" },
+                "containers": [{"name": "c", "image": "i",
+                    "envFrom": [{"secretRef": {"name": format!("o{}", x % 4)}}]}]}});
+            let pod: Pod = serde_json::from_value(pod).unwrap();
+            let _ = registry.create(&pod).await;
+        }
+        3 => {
+            let secret = json!({"metadata": meta, "stringData": {"v": x.to_string()},
+                "data": {"w": "eA=="}, "type": "Opaque"});
+            let secret: Secret = serde_json::from_value(secret).unwrap();
+            if registry.create(&secret).await.is_err() {
+                let _ = registry.update(&secret).await;
+            }
+        }
+        4 => drop(registry.delete::<Pod>("default", &name, &options).await),
+        5 => drop(registry.delete::<Service>("default", &name, &options).await),
+        _ => drop(registry.delete::<Secret>("default", &name, &options).await),
+    }
+}
+
+/// Random history, random ends of either side: no digest ever differs, and when the faults stop an
+/// agent that lived through it has exactly what one with an empty disk gets.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_any_history_an_old_agent_has_what_a_new_one_gets() {
+    let (store, lib, fresh) = (
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+        tempfile::tempdir().unwrap(),
+    );
+    let mut control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let address = control.address.to_string();
+    let mut agent = Agent::start(&control.url(), "n1", lib.path());
+    agent.live().await;
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut mismatches = 0;
+    for round in 0..300u32 {
+        // xorshift64: a fixed seed, so that a failure comes again.
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random_write(&control.registry, random >> 8).await;
+        if round % 40 == 13 {
+            mismatches += agent.handle.reporter.counters().digest_mismatches;
+            if round % 80 == 13 {
+                agent.kill().await
+            } else {
+                agent.stop().await
+            }
+            agent = Agent::start(&control.url(), "n1", lib.path());
+        }
+        if round % 90 == 50 {
+            control.stop().await;
+            control = Control::admin(store.path(), &address).await;
+        }
+    }
+    agent.live().await;
+    let rev = control.registry.store().revision();
+    mismatches += agent.handle.reporter.counters().digest_mismatches;
+    assert_eq!(mismatches, 0);
+    // A last change that both must have.
+    let marker: Service = serde_json::from_value(json!({
+        "metadata": {"name": "marker", "namespace": "default"}, "spec": {"ports": [{"port": 1}]}}))
+    .unwrap();
+    control.registry.create(&marker).await.unwrap();
+    agent
+        .until("the last change", |view| (view.rev > rev).then_some(()))
+        .await;
+    let has_marker = |view: &View| {
+        view.services
+            .keys()
+            .any(|s| s.name == "marker")
+            .then_some(())
+    };
+    agent.until("the marker", has_marker).await;
+    let old = content(&agent.view());
+    agent.stop().await;
+
+    std::fs::create_dir_all(fresh.path().join("feed")).unwrap();
+    std::fs::copy(
+        lib.path().join("feed/incarnation"),
+        fresh.path().join("feed/incarnation"),
+    )
+    .unwrap();
+    let agent = Agent::start(&control.url(), "n1", fresh.path());
+    agent.live().await;
+    agent.until("the marker", has_marker).await;
+    assert_eq!(content(&agent.view()), old);
+    assert!(old.contains("Backend"), "the history has made backends");
+    agent.stop().await;
+    control.stop().await;
+}
