@@ -6,7 +6,7 @@
 //!              Compacted ⇒ list again                          └─► … one per kind
 //! ```
 //! One task feeds every cache from one watch, so all caches together are the store's view at one
-//! revision ([`Informer::revision`]). A controller that waits for the revision of its own last write
+//! revision. A controller that waits for the revision of its own last write
 //! ([`Informer::caught_up`]) before it looks at the same key again therefore never acts on a state
 //! without that write: no expectations are needed, and no pod is created twice.
 //!
@@ -349,12 +349,6 @@ impl Informer {
             sinks,
             progress: watch::Sender::new(None),
         }
-    }
-
-    /// The revision that the caches show; `None` before the first list.
-    #[cfg(test)]
-    pub(crate) fn revision(&self) -> Option<Revision> {
-        *self.progress.borrow()
     }
 
     /// Returns once the caches show `revision` or a later one. Cancel safe.
