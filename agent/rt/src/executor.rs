@@ -153,16 +153,34 @@ fn parse_filters(bytes: &[u8]) -> anyhow::Result<Vec<Vec<libc::sock_filter>>> {
 
 /// Rust ignores SIGPIPE and the shim ignores or blocks more; a container starts as from a shell.
 fn reset_signals() {
-    // SAFETY: integers and a local, initialised sigset_t; this process has one thread.
+    // The kernel's own sigaction (handler, flags, restorer, mask): all zero is SIG_DFL. libc's
+    // wrapper refuses 32 and 33, which a container must not inherit as ignored either.
+    let default = [0u64; 4];
+    let none = 0u64;
+    let set_bytes = size_of::<u64>();
+    // SAFETY: the kernel reads 32 and 8 bytes of two locals and writes nothing through null;
+    // this process has one thread and ends in execve, so libc's view of them does not matter.
     unsafe {
         for signal in 1..=64 {
-            if signal != libc::SIGKILL && signal != libc::SIGSTOP {
-                libc::signal(signal, libc::SIG_DFL);
-            }
+            // SIGKILL and SIGSTOP are refused, which is what they should be.
+            let null = std::ptr::null_mut::<u64>();
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                default.as_ptr(),
+                null,
+                set_bytes,
+            );
         }
-        let mut none: libc::sigset_t = std::mem::zeroed();
-        libc::sigemptyset(&mut none);
-        libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut());
+        let null = std::ptr::null_mut::<u64>();
+        let none = std::ptr::from_ref(&none);
+        libc::syscall(
+            libc::SYS_rt_sigprocmask,
+            libc::SIG_SETMASK,
+            none,
+            null,
+            set_bytes,
+        );
     }
 }
 

@@ -8,6 +8,10 @@
 //! The agent never forks raw, never calls libcontainer and is no parent of any container, so its
 //! death changes nothing. After a start it adopts: [`Runtime::list`] reads what the shims wrote.
 
+pub mod seccomp;
+pub mod shim;
+pub mod spec;
+
 use std::path::PathBuf;
 use std::time::SystemTime;
 
