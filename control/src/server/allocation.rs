@@ -1,13 +1,21 @@
 //! Which cluster IPs and node ports are taken, and which one is next.
 //!
+//! ```text
+//!            claim                 settle: the write is durable and holds it
+//!  free ───────────────► claimed ────────────────────────────────────────────► held
+//!    ▲                      │ release: the write was refused, nobody else claims it │
+//!    └──────────────────────┴──────────── settle: the Service holds it no more ─────┘
+//! ```
 //! The truth is the store's Services; this is its summary, rebuilt at the start. A number is claimed
 //! before its Service is written and settled by the outcome, so two writes in flight never get the
-//! same one. An outcome that is unknown keeps the claim: a leak until the restart, never a double.
+//! same one, also when they are writes of the same Service: claims are counted. An outcome that is
+//! unknown keeps the claim: a leak until the restart, never a double.
 //!
 //! Cluster IPs are drawn at random from the upper part of the range; the lower part is left to people
 //! who choose addresses themselves, as in Kubernetes (KEP-3070: min(max(16, size/16), 256)).
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -62,13 +70,26 @@ pub(super) struct Allocator {
 
 #[derive(Default)]
 struct Taken {
-    /// Address to the store key of its Service.
-    addresses: HashMap<Ipv4Addr, Arc<str>>,
-    ports: HashMap<u16, Arc<str>>,
+    addresses: Ledger<Ipv4Addr>,
+    ports: Ledger<u16>,
+}
+
+/// Who has which number.
+struct Ledger<N> {
+    holders: HashMap<N, Holder>,
+}
+
+struct Holder {
+    /// Store key of the Service.
+    key: Arc<str>,
+    /// The stored Service has it.
+    is_held: bool,
+    /// Writes of the Service in flight that want it.
+    claim_count: u32,
 }
 
 /// Numbers taken for a Service that is about to be written.
-#[must_use = "settle it with the outcome of the write"]
+#[must_use = "settle or release it by the outcome of the write"]
 #[derive(Debug)]
 pub(super) struct Claim {
     /// The addresses drawn, at most one.
@@ -76,8 +97,69 @@ pub(super) struct Claim {
     /// The ports drawn, as many as asked for.
     pub(super) drawn_ports: Vec<u16>,
     key: Arc<str>,
-    new_addresses: Vec<Ipv4Addr>,
-    new_ports: Vec<u16>,
+    addresses: Vec<Ipv4Addr>,
+    ports: Vec<u16>,
+}
+
+impl<N> Default for Ledger<N> {
+    fn default() -> Ledger<N> {
+        Ledger {
+            holders: HashMap::new(),
+        }
+    }
+}
+
+impl<N: Copy + Eq + Hash> Ledger<N> {
+    fn is_free(&self, number: N) -> bool {
+        !self.holders.contains_key(&number)
+    }
+
+    /// Counts a claim; false when another Service has the number.
+    fn claim(&mut self, number: N, key: &Arc<str>) -> bool {
+        let holder = self.holders.entry(number).or_insert_with(|| Holder {
+            key: Arc::clone(key),
+            is_held: false,
+            claim_count: 0,
+        });
+        let is_ours = holder.key == *key;
+        holder.claim_count += u32::from(is_ours);
+        is_ours
+    }
+
+    /// Takes a claim back; the number is free when nothing else wants it.
+    fn release(&mut self, number: N) {
+        let Some(holder) = self.holders.get_mut(&number) else {
+            return;
+        };
+        holder.claim_count = holder.claim_count.saturating_sub(1);
+        if holder.claim_count == 0 && !holder.is_held {
+            self.holders.remove(&number);
+        }
+    }
+
+    /// The stored Service has exactly these; what else it had is free unless claimed again.
+    fn settle(&mut self, key: &Arc<str>, held: &[N]) {
+        self.holders.retain(|number, holder| {
+            if holder.key != *key {
+                return true;
+            }
+            holder.is_held = held.contains(number);
+            holder.is_held || holder.claim_count > 0
+        });
+        for number in held {
+            self.hold(*number, key);
+        }
+    }
+
+    /// Notes that the Service has the number; false when another one has it.
+    fn hold(&mut self, number: N, key: &Arc<str>) -> bool {
+        let holder = self.holders.entry(number).or_insert_with(|| Holder {
+            key: Arc::clone(key),
+            is_held: true,
+            claim_count: 0,
+        });
+        holder.key == *key
+    }
 }
 
 impl Allocator {
@@ -85,9 +167,7 @@ impl Allocator {
     pub(super) fn new(range: Ipv4Net, reserved: &[Ipv4Addr]) -> Allocator {
         let mut taken = Taken::default();
         for address in reserved {
-            taken
-                .addresses
-                .insert(*address, "the cluster itself".into());
+            taken.addresses.hold(*address, &"the cluster itself".into());
         }
         Allocator {
             range,
@@ -99,19 +179,19 @@ impl Allocator {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes what the Service at `key` wants in addition to what it holds; nothing on an error.
+    /// Takes what the Service at `key` wants; nothing on an error.
     pub(super) fn claim(&self, key: &Arc<str>, wanted: &Wanted) -> Result<Claim, AllocationError> {
         let mut taken = self.lock();
         let mut claim = Claim {
             drawn_address: None,
             drawn_ports: Vec::new(),
             key: Arc::clone(key),
-            new_addresses: Vec::new(),
-            new_ports: Vec::new(),
+            addresses: Vec::new(),
+            ports: Vec::new(),
         };
         let result = self.fill(&mut taken, &mut claim, wanted);
         if let Err(error) = result {
-            taken.give_back(&claim);
+            taken.release(&claim);
             return Err(error);
         }
         Ok(claim)
@@ -131,10 +211,8 @@ impl Allocator {
                     range: self.range.to_string(),
                 });
             }
-            match taken.addresses.get(address) {
-                Some(holder) if *holder == claim.key => {}
-                Some(_) => return Err(AllocationError::Taken("IP")),
-                None => taken.take_address(*address, claim),
+            if !taken.claim_address(*address, claim) {
+                return Err(AllocationError::Taken("IP"));
             }
         }
         for port in &wanted.ports {
@@ -145,20 +223,18 @@ impl Allocator {
                     range: format!("{}-{}", NODE_PORTS.start(), NODE_PORTS.end()),
                 });
             }
-            match taken.ports.get(port) {
-                Some(holder) if *holder == claim.key => {}
-                Some(_) => return Err(AllocationError::Taken("port")),
-                None => taken.take_port(*port, claim),
+            if !taken.claim_port(*port, claim) {
+                return Err(AllocationError::Taken("port"));
             }
         }
         if wanted.draw_address {
             let address = self.draw_address(taken).ok_or(AllocationError::Full)?;
-            taken.take_address(address, claim);
+            taken.claim_address(address, claim);
             claim.drawn_address = Some(address);
         }
         for _ in 0..wanted.draw_port_count {
             let port = draw_port(taken).ok_or(AllocationError::Full)?;
-            taken.take_port(port, claim);
+            taken.claim_port(port, claim);
             claim.drawn_ports.push(port);
         }
         Ok(())
@@ -177,7 +253,7 @@ impl Allocator {
         let size = u32::try_from(size).unwrap_or(u32::MAX);
         let reserved = (size / 16).clamp(16, 256).min(size / 2);
         let free =
-            |address: &Ipv4Addr| self.is_usable(*address) && !taken.addresses.contains_key(address);
+            |address: &Ipv4Addr| self.is_usable(*address) && taken.addresses.is_free(*address);
         let drawn = (0..DRAW_COUNT_MAX)
             .map(|_| Ipv4Addr::from(first + rand::random_range(reserved..size)))
             .find(free);
@@ -190,26 +266,29 @@ impl Allocator {
         })
     }
 
-    /// Ends a claim whose write was refused: its numbers are free again.
-    pub(super) fn release_claim(&self, claim: &Claim) {
-        self.lock().give_back(claim);
+    /// Ends a claim whose write was refused.
+    pub(super) fn release(&self, claim: &Claim) {
+        self.lock().release(claim);
     }
 
-    /// The Service at `key` now holds exactly these.
-    pub(super) fn set(&self, key: &Arc<str>, addresses: &[Ipv4Addr], ports: &[u16]) {
+    /// Ends a claim whose write is durable (`None`: the Service went). `held` reads what the stored
+    /// Service has now: under the lock, so that of two outcomes the later look counts.
+    pub(super) fn settle(
+        &self,
+        key: &Arc<str>,
+        claim: Option<&Claim>,
+        held: impl FnOnce() -> (Vec<Ipv4Addr>, Vec<u16>),
+    ) {
         let mut taken = self.lock();
-        taken.addresses.retain(|_, holder| holder != key);
-        taken.ports.retain(|_, holder| holder != key);
-        for address in addresses {
-            taken.addresses.insert(*address, Arc::clone(key));
-        }
-        for port in ports {
-            taken.ports.insert(*port, Arc::clone(key));
+        let (addresses, ports) = held();
+        taken.addresses.settle(key, &addresses);
+        taken.ports.settle(key, &ports);
+        if let Some(claim) = claim {
+            taken.release(claim);
         }
     }
 
-    /// Notes what a Service in the store holds, without a search for what it held before; returns
-    /// the numbers that another one holds already.
+    /// Notes what a Service in the store has; returns the numbers that another one has already.
     pub(super) fn restore(
         &self,
         key: &Arc<str>,
@@ -219,17 +298,12 @@ impl Allocator {
         let mut taken = self.lock();
         let mut doubles = Vec::new();
         for address in addresses {
-            let holder = taken
-                .addresses
-                .entry(*address)
-                .or_insert_with(|| Arc::clone(key));
-            if holder != key {
+            if !taken.addresses.hold(*address, key) {
                 doubles.push(address.to_string());
             }
         }
         for port in ports {
-            let holder = taken.ports.entry(*port).or_insert_with(|| Arc::clone(key));
-            if holder != key {
+            if !taken.ports.hold(*port, key) {
                 doubles.push(port.to_string());
             }
         }
@@ -238,28 +312,30 @@ impl Allocator {
 }
 
 impl Taken {
-    fn take_address(&mut self, address: Ipv4Addr, claim: &mut Claim) {
-        self.addresses.insert(address, Arc::clone(&claim.key));
-        claim.new_addresses.push(address);
+    fn claim_address(&mut self, address: Ipv4Addr, claim: &mut Claim) -> bool {
+        let is_ours = self.addresses.claim(address, &claim.key);
+        claim.addresses.extend(is_ours.then_some(address));
+        is_ours
     }
 
-    fn take_port(&mut self, port: u16, claim: &mut Claim) {
-        self.ports.insert(port, Arc::clone(&claim.key));
-        claim.new_ports.push(port);
+    fn claim_port(&mut self, port: u16, claim: &mut Claim) -> bool {
+        let is_ours = self.ports.claim(port, &claim.key);
+        claim.ports.extend(is_ours.then_some(port));
+        is_ours
     }
 
-    fn give_back(&mut self, claim: &Claim) {
-        for address in &claim.new_addresses {
-            self.addresses.remove(address);
+    fn release(&mut self, claim: &Claim) {
+        for address in &claim.addresses {
+            self.addresses.release(*address);
         }
-        for port in &claim.new_ports {
-            self.ports.remove(port);
+        for port in &claim.ports {
+            self.ports.release(*port);
         }
     }
 }
 
 fn draw_port(taken: &Taken) -> Option<u16> {
-    let free = |port: &u16| !taken.ports.contains_key(port);
+    let free = |port: &u16| taken.ports.is_free(*port);
     let drawn = (0..DRAW_COUNT_MAX)
         .map(|_| rand::random_range(NODE_PORTS))
         .find(free);
@@ -305,7 +381,7 @@ mod tests {
             error.to_string(),
             "provided IP is not in the valid range. The range of valid IPs is 10.96.0.0/16"
         );
-        allocator.release_claim(&claim);
+        allocator.release(&claim);
         let _ = allocator.claim(&key(2), &wanted("10.96.0.7")).unwrap();
     }
 
@@ -333,38 +409,79 @@ mod tests {
         };
         assert!(allocator.claim(&key(1), &wanted).is_err());
         let taken = allocator.lock();
-        assert!(taken.addresses.is_empty() && taken.ports.is_empty());
+        assert!(taken.addresses.holders.is_empty() && taken.ports.holders.is_empty());
+    }
+
+    /// Writes of three Services in flight, in any order, some refused: whatever a Service got is
+    /// nobody else's, and what nobody has or wants is free.
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Claim(usize),
+        Commit(usize),
+        Refuse(usize),
+        Remove(usize),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = (0..4_u8, 0..6_usize).prop_map(|(what, n)| match what {
+            0 => Step::Claim(n % 3),
+            1 => Step::Commit(n),
+            2 => Step::Refuse(n),
+            _ => Step::Remove(n % 3),
+        });
+        proptest::collection::vec(step, 1..120)
     }
 
     proptest! {
         #[test]
-        fn no_number_has_two_holders(steps in proptest::collection::vec((0..6_usize, 0..4_u8), 1..80)) {
-            let allocator = Allocator::new("10.0.0.0/27".parse().unwrap(), &[]);
-            let mut held: HashMap<usize, (Vec<Ipv4Addr>, Vec<u16>)> = HashMap::new();
-            for (service, step) in steps {
-                let wanted = Wanted { draw_address: true, draw_port_count: 2, ..Wanted::default() };
-                match (step, held.contains_key(&service)) {
-                    (0 | 1, false) => if let Ok(claim) = allocator.claim(&key(service), &wanted) {
-                        if step == 0 {
-                            let addresses = vec![claim.drawn_address.unwrap()];
-                            allocator.set(&key(service), &addresses, &claim.drawn_ports);
-                            held.insert(service, (addresses, claim.drawn_ports.clone()));
-                        } else {
-                            allocator.release_claim(&claim);
+        fn no_number_has_two_holders(steps in steps()) {
+            let allocator = Allocator::new("10.0.0.0/28".parse().unwrap(), &[]);
+            let mut stored: HashMap<usize, (Vec<Ipv4Addr>, Vec<u16>)> = HashMap::new();
+            let mut flying: Vec<(usize, Claim)> = Vec::new();
+            for step in steps {
+                match step {
+                    Step::Claim(service) => {
+                        let mut wanted = Wanted { draw_port_count: 1, ..one_address() };
+                        if let Some((addresses, ports)) = stored.get(&service) {
+                            // An update keeps what it has and wants one more port.
+                            wanted = Wanted {
+                                addresses: addresses.clone(),
+                                ports: ports.iter().copied().take(1).collect(),
+                                draw_address: false,
+                                draw_port_count: 1,
+                            };
                         }
-                    },
-                    (2, true) => {
-                        held.remove(&service);
-                        allocator.set(&key(service), &[], &[]);
+                        if let Ok(claim) = allocator.claim(&key(service), &wanted) {
+                            flying.push((service, claim));
+                        }
+                    }
+                    Step::Commit(n) if n < flying.len() => {
+                        let (service, claim) = flying.remove(n);
+                        let held = (claim.addresses.clone(), claim.ports.clone());
+                        stored.insert(service, held.clone());
+                        allocator.settle(&key(service), Some(&claim), || held);
+                    }
+                    Step::Refuse(n) if n < flying.len() => {
+                        allocator.release(&flying.remove(n).1);
+                    }
+                    Step::Remove(service) => {
+                        stored.remove(&service);
+                        allocator.settle(&key(service), None, Default::default);
                     }
                     _ => {}
                 }
+                let mut owners: HashMap<Ipv4Addr, usize> = HashMap::new();
+                let of_stored = stored.iter().map(|(s, held)| (*s, &held.0));
+                let of_flying = flying.iter().map(|(s, claim)| (*s, &claim.addresses));
+                for (service, addresses) in of_stored.chain(of_flying) {
+                    for address in addresses {
+                        prop_assert_eq!(*owners.entry(*address).or_insert(service), service);
+                    }
+                }
                 let taken = allocator.lock();
-                prop_assert_eq!(taken.addresses.len(), held.values().map(|h| h.0.len()).sum::<usize>());
-                prop_assert_eq!(taken.ports.len(), held.values().map(|h| h.1.len()).sum::<usize>());
-                for (service, (addresses, ports)) in &held {
-                    prop_assert!(addresses.iter().all(|a| taken.addresses[a] == key(*service)));
-                    prop_assert!(ports.iter().all(|p| taken.ports[p] == key(*service)));
+                prop_assert_eq!(taken.addresses.holders.len(), owners.len());
+                for (address, service) in owners {
+                    prop_assert_eq!(&taken.addresses.holders[&address].key, &key(service));
                 }
             }
         }

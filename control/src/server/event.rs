@@ -14,10 +14,10 @@ use gantry_api::status::Status;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
+use super::commit::store_status;
 use super::object;
 use super::registry::kind_named;
 use super::rules::generated_name;
-use super::write::store_status;
 use crate::store::{Store, StoreError, TXN_OPERATION_COUNT_MAX, Txn};
 
 /// How long an event is kept after it was seen last.

@@ -8,6 +8,7 @@
 //! one stream window; a stop ends every stream within [`STREAM_END_DEADLINE`].
 
 mod allocation;
+mod commit;
 mod event;
 pub mod identity;
 mod merge;

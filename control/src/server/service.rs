@@ -57,6 +57,10 @@ pub(crate) fn held(service: &Value) -> (Vec<Ipv4Addr>, Vec<u16>) {
 
 /// Takes over from `old` what a client left out, and drops what its new type cannot have.
 pub(crate) fn carry_allocated(old: &Value, new: &mut Value) {
+    // `new` is as the client sent it: what is no map is refused later, by its path.
+    if !new["spec"].is_object() {
+        return;
+    }
     if has_cluster_ip(old) && has_cluster_ip(new) && cluster_ip(new).is_empty() {
         let address = cluster_ip(old).to_owned();
         set_cluster_ip(new, &address);
@@ -72,14 +76,15 @@ pub(crate) fn carry_allocated(old: &Value, new: &mut Value) {
             .find(|o| o["port"] == port["port"] && protocol(o) == protocol(port));
         let number = node_port(port);
         let old_number = same.map_or(0, node_port);
+        let Value::Object(fields) = port else {
+            continue;
+        };
         if keeps && number == 0 && old_number != 0 {
-            port["nodePort"] = json!(old_number);
+            fields.insert("nodePort".to_owned(), json!(old_number));
         } else if !keeps && number != 0 && number == old_number {
             // A change of the type gives the port back; one that the client set stays, and is
             // refused by validation.
-            if let Value::Object(fields) = port {
-                fields.remove("nodePort");
-            }
+            fields.remove("nodePort");
         }
     }
 }

@@ -19,6 +19,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use crate::config::Arguments;
 use crate::pki::{Authority, Credentials};
 use crate::run::{Control, StartError};
+use crate::server::WriteOptions;
 use crate::server::registry::{DeleteOptions, Registry};
 
 type Client = ObjectsClient<Channel>;
@@ -712,5 +713,86 @@ async fn a_deployment_becomes_pods_and_its_namespace_goes_with_all_in_it() {
     })
     .await;
     assert!(pods().is_empty());
+    cluster.stop().await;
+}
+
+/// Any JSON, with names that mean something here.
+fn garbage() -> impl proptest::strategy::Strategy<Value = Value> {
+    use proptest::prelude::*;
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        "[a-z0-9.:-]{0,6}".prop_map(Value::from),
+        Just(json!("None")),
+        Just(json!("NodePort")),
+    ];
+    let name = proptest::sample::select(vec![
+        "metadata",
+        "spec",
+        "status",
+        "name",
+        "namespace",
+        "generateName",
+        "uid",
+        "ports",
+        "port",
+        "nodePort",
+        "protocol",
+        "clusterIP",
+        "clusterIPs",
+        "type",
+        "finalizers",
+        "labels",
+        "data",
+        "resourceVersion",
+        "deletionTimestamp",
+        "replicas",
+        "template",
+        "containers",
+        "x",
+    ]);
+    leaf.prop_recursive(5, 48, 6, move |inner| {
+        prop_oneof![
+            proptest::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+            proptest::collection::btree_map(name.clone().prop_map(str::to_owned), inner, 0..6)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn garbage_is_refused_without_a_panic_and_changes_nothing_else() {
+    use gantry_api::kinds::KINDS;
+    use proptest::strategy::{Strategy as _, ValueTree as _};
+    use proptest::test_runner::TestRunner;
+    let cluster = Cluster::start().await;
+    let registry = cluster.registry();
+    let options = WriteOptions::default();
+    let ports = json!({"type": "NodePort", "ports": [{"port": 80}], "selector": {"a": "b"}});
+    registry.create(&service("s", ports)).await.unwrap();
+    let mut runner = TestRunner::default();
+    for _ in 0..400 {
+        let value = garbage().new_tree(&mut runner).unwrap().current();
+        for kind in KINDS {
+            let space = if kind.namespaced { "default" } else { "" };
+            let dry = WriteOptions {
+                dry_run: true,
+                strict: false,
+            };
+            let _ = registry
+                .create_value(kind, space, value.clone(), &dry)
+                .await;
+            let apply = registry.apply_value(kind, space, "s", value.clone(), &dry);
+            let _ = apply.await;
+        }
+        let kind = gantry_api::kinds::by_plural("", "services").unwrap();
+        for part in [super::Part::Object, super::Part::Status] {
+            let update = registry.update_value(kind, "default", "s", value.clone(), part, &options);
+            let _ = update.await;
+        }
+        let live: ApiService = registry.get("default", "s").unwrap().unwrap();
+        assert!(live.metadata.uid.is_some() && live.spec.is_some());
+    }
     cluster.stop().await;
 }

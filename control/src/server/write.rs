@@ -1,8 +1,7 @@
 //! The verbs on untyped objects: read, decide (`admission`, `rules`), compare-and-set, again if needed.
 //!
 //! Every loop here ends: a write that names a revision fails at the first conflict, any other one
-//! after [`ATTEMPT_COUNT_MAX`] rounds. Commits run in tasks of their own, so that a client that hangs
-//! up never leaves an address claim behind whose write may still happen.
+//! after [`ATTEMPT_COUNT_MAX`] rounds.
 
 use std::sync::Arc;
 
@@ -13,7 +12,7 @@ use gantry_api::status::{Reason, Status};
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
-use super::allocation::Claim;
+use super::commit::store_status;
 use super::object::{self, metadata_mut, metadata_text};
 use super::registry::{Registry, kind_named};
 use super::rules::{self, DeleteOptions, Outcome, Part};
@@ -98,7 +97,9 @@ impl Registry {
         let generate = metadata_text(&object, "generateName").to_owned();
         let drawn = metadata_text(&object, "name").is_empty() && !generate.is_empty();
         let uid = uuid::Uuid::new_v4().to_string();
-        for round in 1.. {
+        let mut round = 0;
+        loop {
+            round += 1;
             if drawn {
                 let name = rules::generated_name(&generate);
                 metadata_mut(&mut object).insert("name".to_owned(), json!(name));
@@ -119,7 +120,6 @@ impl Registry {
                 }
             }
         }
-        unreachable!("the loop returns")
     }
 
     /// Writes a complete new object; returns it as stored.
@@ -147,11 +147,11 @@ impl Registry {
             }
             let claim = self.claim(kind, &key, &mut object)?;
             if dry_run {
-                self.drop_claim(claim);
+                self.release(claim);
                 return Ok(object);
             }
             let txn = txn.put(Arc::clone(&key), object::encode(&object)?);
-            match self.commit(txn, claim, &key, Some(&object)).await {
+            match self.commit(txn, claim, &key).await {
                 Ok(revision) => return Ok(with_revision(object, revision)),
                 Err(StoreError::Conflict { key, .. }) if Some(&key) == space_key.as_ref() => {}
                 Err(StoreError::Conflict { .. }) => {
@@ -318,8 +318,7 @@ impl Registry {
                     return Ok(Err(status));
                 }
                 if !dry_run {
-                    self.commit(txn.delete(Arc::clone(key)), None, key, None)
-                        .await?;
+                    self.commit(txn.delete(Arc::clone(key)), None, key).await?;
                 }
                 Ok(Ok(written(old, false)))
             }
@@ -333,126 +332,23 @@ impl Registry {
                     None
                 };
                 if dry_run {
-                    self.drop_claim(claim);
+                    self.release(claim);
                     return Ok(Ok(written(object, false)));
                 }
                 let bytes = match object::encode(&object) {
                     Ok(bytes) => bytes,
                     Err(status) => {
-                        self.drop_claim(claim);
+                        self.release(claim);
                         return Ok(Err(status));
                     }
                 };
                 let txn = txn.put(Arc::clone(key), bytes);
-                let revision = self.commit(txn, claim, key, Some(&object)).await?;
+                let revision = self.commit(txn, claim, key).await?;
                 Ok(Ok(written(with_revision(object, revision), false)))
             }
         }
     }
-
-    /// The namespace an object is to be created in, if it takes content.
-    fn open_namespace(
-        &self,
-        kind: &Kind,
-        namespace: &str,
-        name: &str,
-    ) -> Result<Arc<Entry>, Status> {
-        let space_kind = kind_named("namespaces")?;
-        let entry = self
-            .get_entry(space_kind, "", namespace)
-            .ok_or_else(|| Status::not_found(space_kind, namespace))?;
-        if object::is_being_deleted(&object::to_value(&entry)?) {
-            let detail = format!(
-                "unable to create new content in namespace {namespace} because it is being terminated"
-            );
-            return Err(Status::forbidden(kind, name, &detail));
-        }
-        Ok(entry)
-    }
-
-    /// A namespace goes last: nothing may be left in it. It is terminating, so nothing comes new.
-    fn check_namespace_empty(&self, kind: &Kind, object: &Value) -> Result<(), Status> {
-        if kind.kind != "Namespace" {
-            return Ok(());
-        }
-        let name = metadata_text(object, "name");
-        let namespaced = gantry_api::kinds::KINDS.iter().filter(|k| k.namespaced);
-        let left: Vec<String> = namespaced
-            .map(|k| {
-                (
-                    k.plural,
-                    self.inner.store.count(&k.store_prefix(Some(name))),
-                )
-            })
-            .filter(|(_, count)| *count > 0)
-            .map(|(plural, count)| format!("{count} {plural}"))
-            .collect();
-        if left.is_empty() {
-            return Ok(());
-        }
-        let detail = format!("it still has content: {}", left.join(", "));
-        Err(Status::conflict(kind, name, &detail))
-    }
-
-    /// Claims what a Service wants and writes it into the object.
-    fn claim(
-        &self,
-        kind: &Kind,
-        key: &Arc<str>,
-        object: &mut Value,
-    ) -> Result<Option<Claim>, Status> {
-        if kind.kind != "Service" {
-            return Ok(None);
-        }
-        let refuse = |object: &Value, error: FieldError| {
-            Status::invalid(kind, metadata_text(object, "name"), &[error])
-        };
-        let wanted = service::wanted(object).map_err(|error| refuse(object, error))?;
-        let claim = self
-            .inner
-            .allocator
-            .claim(key, &wanted)
-            .map_err(|error| refuse(object, service::refusal(object, &wanted, &error)))?;
-        service::fill(object, &claim);
-        Ok(Some(claim))
-    }
-
-    fn drop_claim(&self, claim: Option<Claim>) {
-        if let Some(claim) = claim {
-            self.inner.allocator.release_claim(&claim);
-        }
-    }
-
-    /// Commits in a task of its own and settles the claim by the outcome.
-    async fn commit(
-        &self,
-        txn: Txn,
-        claim: Option<Claim>,
-        key: &Arc<str>,
-        object: Option<&Value>,
-    ) -> Result<Revision, StoreError> {
-        if !key.starts_with(SERVICE_KEYS) {
-            return self.inner.store.commit(txn).await;
-        }
-        let held = object.map(service::held).unwrap_or_default();
-        let (allocator, store) = (self.inner.allocator.clone(), self.inner.store.clone());
-        let key = Arc::clone(key);
-        let task = tokio::spawn(async move {
-            let result = store.commit(txn).await;
-            match (&result, claim) {
-                (Ok(_), _) => allocator.set(&key, &held.0, &held.1),
-                // Unknown outcome: the numbers stay taken until the restart.
-                (Err(StoreError::Unavailable { .. }), _) | (Err(_), None) => {}
-                (Err(_), Some(claim)) => allocator.release_claim(&claim),
-            }
-            result
-        });
-        task.await.map_err(|_| StoreError::Closed)?
-    }
 }
-
-/// Store keys whose objects hold addresses and ports.
-const SERVICE_KEYS: &str = "/registry/services/";
 
 /// The decision of an update: `new` is what the client wants.
 pub(super) fn replace(
@@ -494,12 +390,21 @@ fn refuse_version(object: &Value) -> Result<(), Status> {
     ))
 }
 
-/// Makes the object's namespace the request's.
+/// Makes the object's namespace the request's; refuses what is no object at all, which writing into
+/// it would hide.
 pub(super) fn set_namespace(
     kind: &Kind,
     namespace: &str,
     object: &mut Value,
 ) -> Result<(), Status> {
+    let metadata = &object["metadata"];
+    if !object.is_object() || !(metadata.is_object() || metadata.is_null()) {
+        let text = format!(
+            "{}: the object and its metadata must be maps of fields",
+            kind.kind
+        );
+        return Err(Status::bad_request(text));
+    }
     let own = metadata_text(object, "namespace").to_owned();
     if !kind.namespaced {
         metadata_mut(object).remove("namespace");
@@ -548,18 +453,4 @@ fn with_revision(mut object: Value, revision: Revision) -> Value {
 fn busy(kind: &Kind, name: &str) -> Status {
     let detail = "it is being changed too often; please try again";
     Status::conflict(kind, name, detail)
-}
-
-/// A failed commit as a client sees it.
-pub(super) fn store_status(error: &StoreError) -> Status {
-    match error {
-        StoreError::Conflict { .. } => Status::new(Reason::Conflict, error.to_string()),
-        StoreError::TooLarge { .. } => {
-            Status::new(Reason::RequestEntityTooLarge, error.to_string())
-        }
-        StoreError::DuplicateKey { .. } => Status::internal(error.to_string()),
-        StoreError::Unavailable { .. } | StoreError::Closed => {
-            Status::unavailable(error.to_string())
-        }
-    }
 }
