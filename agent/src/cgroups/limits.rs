@@ -16,8 +16,7 @@
 
 use gantry_api::k8s_openapi::api::core::v1::{Container, Pod, PodSpec, ResourceRequirements};
 use gantry_api::k8s_openapi::apimachinery::pkg::api::resource::Quantity;
-
-use super::amount;
+use gantry_api::quantity;
 
 /// The length of a CPU bandwidth period, microseconds.
 pub const CPU_PERIOD_US: u64 = 100_000;
@@ -146,15 +145,13 @@ pub fn cpu_weight(shares: u64) -> u64 {
     ((10f64.powf(exponent) - 1e-9).ceil() as u64).clamp(1, 10_000)
 }
 
-fn positive(value: Option<u64>) -> Option<u64> {
-    value.filter(|v| *v > 0)
-}
-
 fn amounts<'a>(get: impl Fn(&str) -> Option<&'a Quantity>) -> Amounts {
     // Quantities were validated by the API; one that cannot be read counts as absent, as 0 does.
+    let parse = |name: &str| quantity::Quantity::parse(&get(name)?.0).ok();
+    let positive = |value: i64| u64::try_from(value).ok().filter(|v| *v > 0);
     Amounts {
-        cpu_millicores: positive(get("cpu").and_then(|q| amount::millis(&q.0))),
-        memory_bytes: positive(get("memory").and_then(|q| amount::value(&q.0))),
+        cpu_millicores: parse("cpu").and_then(|q| positive(q.milli())),
+        memory_bytes: parse("memory").and_then(|q| positive(q.units())),
     }
 }
 

@@ -17,7 +17,6 @@
 //! v2's rule that a cgroup with children has no processes of its own spares the real root, so the
 //! agent may run there (a small VM) as well as in a service's cgroup.
 
-pub mod amount;
 pub mod detect;
 pub mod limits;
 mod stats;

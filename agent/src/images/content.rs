@@ -25,6 +25,7 @@ use super::error::ImageError;
 use super::extract::{self, DevicePolicy, ExtractError, ExtractOptions, Summary};
 use super::reference::Digest;
 use super::stream::{Counted, decompressed};
+use crate::volumes::tree;
 
 /// Entries of one layer; a full desktop distribution has 300,000.
 const LAYER_ENTRIES_MAX: u64 = 1_000_000;
@@ -98,7 +99,7 @@ impl Content {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             if name.starts_with("unpack-") || name.starts_with("trash-") {
-                let _ = fs::remove_dir_all(entry.path());
+                let _ = tree::remove(&entry.path());
             } else if name.starts_with("blob-") {
                 let _ = fs::remove_file(entry.path());
             }
@@ -251,9 +252,7 @@ impl Content {
         fs::create_dir_all(&fs_dir)
             .map_err(ImageError::io(format!("create {}", fs_dir.display())))?;
         let result = self.unpack_into(source, want, &partial, &fs_dir);
-        if partial.exists() {
-            let _ = fs::remove_dir_all(&partial);
-        }
+        let _ = tree::remove(&partial);
         let summary = result?;
         if !summary.skipped.is_empty() {
             tracing::debug!(layer = %want.diff_id, devices = ?summary.skipped, "device nodes left out");
@@ -305,7 +304,7 @@ impl Content {
                 // Renamed first: a half-deleted layer must not keep its name.
                 let trash = self.fresh("trash");
                 fs::rename(&path, &trash)
-                    .and_then(|()| fs::remove_dir_all(&trash))
+                    .and_then(|()| tree::remove(&trash))
                     .map_err(ImageError::io(format!("remove {}", path.display())))?;
                 removed += 1;
             }

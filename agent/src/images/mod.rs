@@ -210,12 +210,9 @@ impl ImageStore {
         let dir = layers_dir.to_owned();
         self.blocking(move |_| {
             overlay::unmount_rootfs(&dir)?;
-            match std::fs::remove_dir_all(&dir) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    Err(ImageError::io(format!("remove {}", dir.display()))(e))
-                }
-                _ => Ok(()),
-            }
+            // The container shaped the upper directory: any depth, any name.
+            crate::volumes::tree::remove(&dir)
+                .map_err(ImageError::io(format!("remove {}", dir.display())))
         })
         .await
     }

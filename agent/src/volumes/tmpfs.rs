@@ -1,0 +1,91 @@
+//! tmpfs mounts of volumes, and getting every mount below a directory out of the way.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+use super::VolumeError;
+
+/// `statfs` type of tmpfs.
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// Mounts a tmpfs unless one is there. `size_bytes`: its ceiling; none: the kernel's (half the
+/// memory). Returns whether it is new.
+pub(super) fn ensure(directory: &Path, size_bytes: Option<u64>) -> Result<bool, VolumeError> {
+    let context = || format!("mount tmpfs on {}", directory.display());
+    fs::create_dir_all(directory).map_err(VolumeError::io(context()))?;
+    if is_mounted(directory) {
+        return Ok(false);
+    }
+    let size = size_bytes.map_or_else(String::new, |bytes| format!(",size={bytes}"));
+    let attempt = |options: String| {
+        let options = std::ffi::CString::new(options).map_err(|_| Errno::INVAL)?;
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        mount("tmpfs", directory, "tmpfs", flags, Some(options.as_c_str()))
+    };
+    // Swap is a disk: noswap keeps secrets off it from Linux 6.4 on.
+    attempt(format!("mode=0755,noswap{size}"))
+        .or_else(|e| {
+            if e == Errno::INVAL {
+                attempt(format!("mode=0755{size}"))
+            } else {
+                Err(e)
+            }
+        })
+        .map_err(|e| VolumeError::io(context())(e.into()))?;
+    Ok(true)
+}
+
+fn is_mounted(directory: &Path) -> bool {
+    let device = |p: &Path| fs::symlink_metadata(p).map(|m| m.dev()).ok();
+    let parent = directory.parent().and_then(device);
+    device(directory) != parent
+        && rustix::fs::statfs(directory).is_ok_and(|s| s.f_type == TMPFS_MAGIC)
+}
+
+/// Mount points at or below `directory`, deepest (latest) first.
+fn mounts_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let table = fs::read_to_string("/proc/self/mountinfo")?;
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+    let mut found: Vec<PathBuf> = points
+        .map(crate::cgroups::detect::unescape)
+        .map(PathBuf::from)
+        .filter(|p| p.starts_with(directory))
+        .collect();
+    found.reverse();
+    Ok(found)
+}
+
+/// Unmounts everything at or below `directory`; what is still in use is detached.
+pub(super) fn unmount_below(directory: &Path) -> Result<(), VolumeError> {
+    // The table has resolved paths.
+    let Ok(directory) = directory.canonicalize() else {
+        return Ok(()); // nothing there
+    };
+    let list = || mounts_below(&directory).map_err(VolumeError::io("read the mount table"));
+    for point in list()? {
+        let result = match unmount(&point, UnmountFlags::NOFOLLOW) {
+            Err(Errno::BUSY) => unmount(&point, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH),
+            other => other,
+        };
+        match result {
+            // Gone already, with a mount above it.
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(e) => {
+                return Err(VolumeError::io(format!("unmount {}", point.display()))(
+                    e.into(),
+                ));
+            }
+        }
+    }
+    match list()?.first() {
+        None => Ok(()),
+        Some(left) => Err(VolumeError::io(format!("unmount {}", left.display()))(
+            io::Error::other("still mounted"),
+        )),
+    }
+}
