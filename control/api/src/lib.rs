@@ -28,6 +28,8 @@ pub mod defaults;
 pub mod digest;
 pub mod field;
 pub mod kinds;
+#[cfg(feature = "yaml")]
+pub mod manifest;
 pub mod merge;
 pub mod quantity;
 pub mod selector;

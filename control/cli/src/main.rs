@@ -1,1 +1,207 @@
-fn main() {}
+//! `gantry`: kubectl's verbs against a Gantry control plane.
+//!
+//! ```text
+//! arguments ─► verb (one file each) ─► connection (kubeconfig, mTLS) ─► gRPC ─► output
+//! ```
+//! Messages, columns and exit codes are kubectl's: 0 done, 1 failed; `exec` exits with the
+//! command's own code. Output goes to stdout, everything about it to stderr; no colours.
+
+#![forbid(unsafe_code)]
+
+mod apply;
+mod connection;
+mod create;
+mod delete;
+mod describe;
+mod events;
+mod exec;
+mod failure;
+mod files;
+mod get;
+mod kubeconfig;
+mod logs;
+mod names;
+mod output;
+mod rollout;
+mod scale;
+mod version;
+mod wait;
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(
+    name = "gantry",
+    version,
+    about = "Controls a Gantry cluster with kubectl's verbs"
+)]
+struct Command {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// Flags that every verb takes.
+#[derive(Args, Debug, Default, Clone)]
+struct Global {
+    /// Namespace of the request
+    #[arg(short, long, global = true)]
+    namespace: Option<String>,
+    /// Path of the kubeconfig file
+    #[arg(long, global = true)]
+    kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig to use
+    #[arg(long, global = true)]
+    context: Option<String>,
+    /// Give up on a single request after this long (1s, 2m; 0: never)
+    #[arg(long, global = true, default_value = "0", value_parser = names::duration)]
+    request_timeout: std::time::Duration,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Create or change objects from files, as often as you like
+    Apply(apply::Apply),
+    /// Create objects from files
+    Create(create::Create),
+    /// Show objects
+    Get(get::Get),
+    /// Show one object in detail, with its events
+    Describe(describe::Describe),
+    /// Delete objects
+    Delete(delete::Delete),
+    /// Print the logs of a container
+    Logs(logs::Logs),
+    /// Run a command in a container
+    Exec(exec::Exec),
+    /// Set the number of replicas
+    Scale(scale::Scale),
+    /// Follow or restart a rollout
+    #[command(subcommand)]
+    Rollout(rollout::Rollout),
+    /// List events, oldest first
+    Events(events::Events),
+    /// Wait until objects have a condition
+    Wait(wait::Wait),
+    /// List the kinds that the server knows
+    #[command(name = "api-resources")]
+    ApiResources,
+    /// Print versions
+    Version(version::Version),
+}
+
+fn main() -> ExitCode {
+    // As other tools do: a closed pipe (`gantry get pods | head`) shows up as a write error, which
+    // `output` turns into a quiet exit.
+    let command = match Command::try_parse() {
+        Ok(command) => command,
+        Err(error) => {
+            let _ = error.print();
+            return ExitCode::from(u8::from(error.use_stderr()));
+        }
+    };
+    // Already installed is as good as installed now.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(run(command));
+    // A reader of stdin may still be blocked: do not wait for it.
+    runtime.shutdown_background();
+    match result {
+        Ok(code) => code,
+        Err(failure) => failure.report(),
+    }
+}
+
+async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
+    let global = command.global;
+    let done = |()| ExitCode::SUCCESS;
+    match command.verb {
+        Verb::Apply(verb) => verb.run(&global).await.map(done),
+        Verb::Create(verb) => verb.run(&global).await.map(done),
+        Verb::Get(verb) => verb.run(&global).await.map(done),
+        Verb::Describe(verb) => verb.run(&global).await.map(done),
+        Verb::Delete(verb) => verb.run(&global).await.map(done),
+        Verb::Logs(verb) => verb.run(&global).await.map(done),
+        Verb::Exec(verb) => verb.run(&global).await,
+        Verb::Scale(verb) => verb.run(&global).await.map(done),
+        Verb::Rollout(verb) => verb.run(&global).await.map(done),
+        Verb::Events(verb) => verb.run(&global).await.map(done),
+        Verb::Wait(verb) => verb.run(&global).await.map(done),
+        Verb::ApiResources => version::api_resources(&global).await.map(done),
+        Verb::Version(verb) => verb.run(&global).await.map(done),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_arguments_are_consistent() {
+        Command::command().debug_assert();
+    }
+
+    #[test]
+    fn kubectls_usual_lines_parse() {
+        for line in [
+            "get pods -A -o wide",
+            "get po,svc -l app=web -n shop --show-labels",
+            "get all",
+            "get pod/web -o yaml -w",
+            "get events --field-selector involvedObject.name=web --sort-by=.lastTimestamp",
+            "apply -f web.yaml -f - --dry-run=server --validate=warn",
+            "create -f web.yaml",
+            "delete pod web --grace-period=0 --force",
+            "delete pods --all --now --wait=false",
+            "delete -f web.yaml --ignore-not-found --timeout=30s",
+            "describe pod web",
+            "describe nodes",
+            "logs -f deploy/web -c nginx --tail=10 --since=5m --timestamps",
+            "logs web -p",
+            "exec -it web -- sh -c 'exit 3'",
+            "exec deploy/web -c nginx -- ls -l",
+            "scale deploy/web --replicas=3 --current-replicas=2",
+            "rollout status deploy/web --timeout=60s",
+            "rollout restart deployment web",
+            "rollout history deploy/web",
+            "events --for pod/web -A -w",
+            "wait --for=condition=Ready pod/web --timeout=60s",
+            "wait --for=delete pod -l app=web",
+            "api-resources",
+            "version --client",
+            "-n shop get pods --kubeconfig /tmp/x --context y",
+        ] {
+            let words = std::iter::once("gantry").chain(line.split(' '));
+            assert!(Command::try_parse_from(words).is_ok(), "{line}");
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for line in [
+            "get",
+            "scale deploy/web",
+            "exec web",
+            "apply",
+            "wait pod/web",
+            "frobnicate",
+        ] {
+            let words = std::iter::once("gantry").chain(line.split(' '));
+            assert!(Command::try_parse_from(words).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! The connection to the control plane: gRPC over mutual TLS, and the few calls that verbs share.
+
+use crate::Global;
+use crate::failure::{Failure, chain};
+use crate::kubeconfig::{self, Access};
+use gantry_api::kinds::Kind;
+use gantry_api::proto::objects_client::ObjectsClient;
+use gantry_api::proto::pods_client::PodsClient;
+use gantry_api::proto::{
+    DeleteRequest, GetRequest, ListRequest, ObjectKey, PatchRequest, TableReply, WriteReply,
+    patch_request,
+};
+use serde_json::Value;
+use std::time::Duration;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// A list of 10,000 pods with all their fields.
+const MESSAGE_BYTES_MAX: usize = 256 * 1024 * 1024;
+
+/// A connected client and where it works.
+pub(crate) struct Session {
+    pub(crate) objects: ObjectsClient<Channel>,
+    pub(crate) pods: PodsClient<Channel>,
+    /// `-n`, or the context's namespace.
+    pub(crate) namespace: String,
+    /// Whether `-n` was given.
+    pub(crate) namespace_given: bool,
+    pub(crate) server: String,
+    request_timeout: Option<Duration>,
+}
+
+impl Session {
+    pub(crate) async fn open(global: &Global) -> Result<Self, Failure> {
+        let environment = std::env::var("KUBECONFIG").ok();
+        let home = std::env::var("HOME").ok();
+        let paths = kubeconfig::locations(
+            global.kubeconfig.as_deref(),
+            environment.as_deref(),
+            home.as_deref(),
+        );
+        let access = kubeconfig::load(&paths, global.context.as_deref())?;
+        let channel = connect(&access).await?;
+        Ok(Self::over(channel, &access, global))
+    }
+
+    pub(crate) fn over(channel: Channel, access: &Access, global: &Global) -> Self {
+        let namespace = global.namespace.clone().filter(|n| !n.is_empty());
+        Self {
+            objects: ObjectsClient::new(channel.clone())
+                .max_decoding_message_size(MESSAGE_BYTES_MAX),
+            pods: PodsClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            namespace_given: namespace.is_some(),
+            namespace: namespace.unwrap_or_else(|| access.namespace.clone()),
+            server: access.server.clone(),
+            request_timeout: Some(global.request_timeout).filter(|t| !t.is_zero()),
+        }
+    }
+
+    /// A unary request with the deadline that `--request-timeout` asks for.
+    pub(crate) fn request<T>(&self, message: T) -> tonic::Request<T> {
+        let mut request = tonic::Request::new(message);
+        if let Some(timeout) = self.request_timeout {
+            request.set_timeout(timeout);
+        }
+        request
+    }
+
+    /// The key of an object in the session's namespace.
+    pub(crate) fn key(&self, kind: &Kind, name: &str) -> ObjectKey {
+        key(kind, &self.namespace, name)
+    }
+
+    pub(crate) async fn get(&self, key: ObjectKey) -> Result<Value, Failure> {
+        let request = self.request(GetRequest { key: Some(key) });
+        let reply = self.objects.clone().get(request).await?.into_inner();
+        parse(&reply.json)
+    }
+
+    /// As [`Session::get`], but a missing object is no failure.
+    pub(crate) async fn find(&self, key: ObjectKey) -> Result<Option<Value>, Failure> {
+        match self.get(key).await {
+            Ok(object) => Ok(Some(object)),
+            Err(failure) if failure.reason() == Some(gantry_api::status::Reason::NotFound) => {
+                Ok(None)
+            }
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// The objects and the revision at which they were read.
+    pub(crate) async fn list(&self, request: ListRequest) -> Result<(Vec<Value>, String), Failure> {
+        let reply = self
+            .objects
+            .clone()
+            .list(self.request(request))
+            .await?
+            .into_inner();
+        let items: Result<Vec<Value>, Failure> = reply.items.iter().map(|i| parse(i)).collect();
+        Ok((items?, reply.resource_version))
+    }
+
+    pub(crate) async fn table(&self, request: ListRequest) -> Result<TableReply, Failure> {
+        Ok(self
+            .objects
+            .clone()
+            .table(self.request(request))
+            .await?
+            .into_inner())
+    }
+
+    pub(crate) async fn patch(
+        &self,
+        key: ObjectKey,
+        patch_type: patch_request::Type,
+        patch: &Value,
+    ) -> Result<Value, Failure> {
+        let request = PatchRequest {
+            key: Some(key),
+            r#type: patch_type.into(),
+            patch: patch.to_string().into(),
+            dry_run: false,
+            field_manager: "gantry".to_owned(),
+            subresource: String::new(),
+        };
+        let reply = self
+            .objects
+            .clone()
+            .patch(self.request(request))
+            .await?
+            .into_inner();
+        warn(&reply);
+        parse(&reply.json)
+    }
+
+    pub(crate) async fn delete(&self, request: DeleteRequest) -> Result<WriteReply, Failure> {
+        Ok(self
+            .objects
+            .clone()
+            .delete(self.request(request))
+            .await?
+            .into_inner())
+    }
+}
+
+/// A key in a given namespace (ignored for cluster-scoped kinds).
+pub(crate) fn key(kind: &Kind, namespace: &str, name: &str) -> ObjectKey {
+    ObjectKey {
+        group: kind.group.to_owned(),
+        plural: kind.plural.to_owned(),
+        namespace: if kind.namespaced {
+            namespace.to_owned()
+        } else {
+            String::new()
+        },
+        name: name.to_owned(),
+    }
+}
+
+/// The server's warnings, as kubectl prints them.
+pub(crate) fn warn(reply: &WriteReply) {
+    for warning in &reply.warnings {
+        eprintln!("Warning: {warning}");
+    }
+}
+
+pub(crate) fn parse(json: &[u8]) -> Result<Value, Failure> {
+    serde_json::from_slice(json)
+        .map_err(|e| Failure::local(format!("the server sent an object that is no JSON: {e}")))
+}
+
+async fn connect(access: &Access) -> Result<Channel, Failure> {
+    let server = access.server.trim_end_matches('/');
+    let malformed = |detail: &dyn std::fmt::Display| {
+        Failure::local(format!(
+            "the kubeconfig's server {server:?} is no URL: {detail}"
+        ))
+    };
+    let uri: http::Uri = server.parse().map_err(|e| malformed(&e))?;
+    if uri.scheme_str() != Some("https") {
+        return Err(malformed(&"it must start with https://"));
+    }
+    let host = uri
+        .host()
+        .ok_or_else(|| malformed(&"it has no host"))?
+        .to_owned();
+    let address = format!("{host}:{}", uri.port_u16().unwrap_or(6443));
+    let mut tls = ClientTlsConfig::new();
+    if let Some(authority) = &access.authority {
+        tls = tls.ca_certificate(Certificate::from_pem(authority));
+    }
+    if let (Some(certificate), Some(key)) = (&access.certificate, &access.key) {
+        tls = tls.identity(Identity::from_pem(certificate, key));
+    }
+    if let Some(name) = &access.server_name {
+        tls = tls.domain_name(name.clone());
+    }
+    let endpoint = Endpoint::from_shared(format!("https://{address}"))
+        .map_err(|e| malformed(&e))?
+        .tls_config(tls)
+        .map_err(|e| Failure::local(format!("the kubeconfig's credentials: {}", chain(&e))))?
+        .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(Duration::from_secs(20))
+        .keep_alive_timeout(Duration::from_secs(20));
+    endpoint
+        .connect()
+        .await
+        .map_err(|error| refused(&address, &error))
+}
+
+fn refused(address: &str, error: &tonic::transport::Error) -> Failure {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = source {
+        let kind = error
+            .downcast_ref::<std::io::Error>()
+            .map(std::io::Error::kind);
+        if kind == Some(std::io::ErrorKind::ConnectionRefused) {
+            return Failure::Connection(format!(
+                "The connection to the server {address} was refused - is gantry-control running?"
+            ));
+        }
+        source = error.source();
+    }
+    Failure::Connection(format!(
+        "Unable to connect to the server {address}: {}",
+        chain(error)
+    ))
+}

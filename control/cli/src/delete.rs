@@ -1,0 +1,308 @@
+//! `gantry delete`: by file, by name, by selector; waits until the objects are gone.
+
+use crate::Global;
+use crate::connection::{Session, key};
+use crate::failure::Failure;
+use crate::files::Files;
+use crate::names::{self, targets};
+use crate::output::{self, Format};
+use clap::{ArgAction, Args};
+use gantry_api::kinds::Kind;
+use gantry_api::proto::{DeleteRequest, ListRequest};
+use gantry_api::status::Reason;
+use serde_json::Value;
+use std::time::{Duration, Instant};
+
+/// How often `--wait` looks.
+const POLL: Duration = Duration::from_millis(150);
+/// What kubectl gives a deletion with `--force` or `--now`.
+const NOW_GRACE_PERIOD_S: i64 = 1;
+
+#[derive(Args, Debug)]
+pub(crate) struct Delete {
+    /// Types and names: pod web, pod/web, po,svc
+    words: Vec<String>,
+    #[command(flatten)]
+    files: Files,
+    /// Label selector
+    #[arg(short = 'l', long, default_value = "", hide_default_value = true)]
+    selector: String,
+    /// Field selector
+    #[arg(long, default_value = "", hide_default_value = true)]
+    field_selector: String,
+    /// Everything of the types in the namespace
+    #[arg(long)]
+    all: bool,
+    /// All namespaces
+    #[arg(short = 'A', long)]
+    all_namespaces: bool,
+    /// Seconds between SIGTERM and SIGKILL; -1: the pod's own; 0 only with --force
+    #[arg(long, default_value_t = -1, allow_negative_numbers = true)]
+    grace_period: i64,
+    /// Remove the objects at once, without waiting for the node
+    #[arg(long)]
+    force: bool,
+    /// The same as --grace-period=1
+    #[arg(long)]
+    now: bool,
+    /// Wait until the objects are gone
+    #[arg(long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true")]
+    wait: bool,
+    /// Give up waiting after this long (0: never)
+    #[arg(long, default_value = "0", value_parser = names::duration)]
+    timeout: Duration,
+    /// A missing object is no failure
+    #[arg(long)]
+    ignore_not_found: bool,
+    /// background, foreground or orphan: what happens to dependents
+    #[arg(long, default_value = "background", value_parser = ["background", "foreground", "orphan"])]
+    cascade: String,
+    /// Say what would be deleted: none, client or server
+    #[arg(long, default_value = "none", value_parser = ["none", "client", "server"])]
+    dry_run: String,
+    /// name: print type/name only
+    #[arg(short, long, default_value = "", hide_default_value = true, value_parser = output::format)]
+    output: Format,
+}
+
+/// One object to delete.
+struct Doomed {
+    kind: &'static Kind,
+    namespace: String,
+    name: String,
+}
+
+impl Delete {
+    pub(crate) async fn run(&self, global: &Global) -> Result<(), Failure> {
+        let grace_period_s = self.grace_period_s()?;
+        let selecting = self.all || !self.selector.is_empty() || !self.field_selector.is_empty();
+        if self.files.is_empty() && self.words.is_empty() {
+            return Err(Failure::local(
+                "you must provide one or more resources by argument or filename",
+            ));
+        }
+        if self.all && !self.selector.is_empty() {
+            return Err(Failure::local(
+                "setting 'all' parameter but found a non empty selector",
+            ));
+        }
+        let manifests = if self.files.is_empty() {
+            Vec::new()
+        } else {
+            self.files.read()?
+        };
+        let targets = if self.words.is_empty() {
+            Vec::new()
+        } else {
+            targets(&self.words)?
+        };
+        if targets.iter().any(|t| t.names.is_empty()) && !selecting {
+            let text = "resource(s) were provided, but no name was specified";
+            return Err(Failure::local(text));
+        }
+        let session = Session::open(global).await?;
+        if self.force {
+            eprintln!(
+                "Warning: Immediate deletion does not wait for confirmation that the running \
+                 resource has been terminated. The resource may continue to run on the cluster \
+                 indefinitely."
+            );
+        }
+        let mut doomed = Vec::new();
+        for manifest in &manifests {
+            let namespace = manifest.namespace(&session.namespace, session.namespace_given)?;
+            doomed.push(Doomed {
+                kind: manifest.kind,
+                namespace,
+                name: manifest.name().to_owned(),
+            });
+        }
+        for target in &targets {
+            if target.names.is_empty() {
+                doomed.extend(self.selected(&session, target.kind).await?);
+            }
+            let named = |name: &String| Doomed {
+                kind: target.kind,
+                namespace: session.namespace.clone(),
+                name: name.clone(),
+            };
+            doomed.extend(target.names.iter().map(named));
+        }
+        if doomed.is_empty() {
+            output::print("No resources found\n")?;
+            return Ok(());
+        }
+        self.delete(&session, &doomed, grace_period_s).await
+    }
+
+    fn grace_period_s(&self) -> Result<Option<i64>, Failure> {
+        if self.now && self.grace_period != -1 {
+            return Err(Failure::local(
+                "--now and --grace-period cannot be specified together",
+            ));
+        }
+        match self.grace_period {
+            0 if !self.force => Ok(Some(NOW_GRACE_PERIOD_S)), // as kubectl: 0 needs --force
+            seconds if seconds >= 0 => {
+                if self.force && seconds > 0 {
+                    let text = "--force and --grace-period greater than 0 cannot be specified \
+                                together";
+                    return Err(Failure::local(text));
+                }
+                Ok(Some(seconds))
+            }
+            _ if self.force => Ok(Some(0)),
+            _ if self.now => Ok(Some(NOW_GRACE_PERIOD_S)),
+            _ => Ok(None),
+        }
+    }
+
+    async fn selected(
+        &self,
+        session: &Session,
+        kind: &'static Kind,
+    ) -> Result<Vec<Doomed>, Failure> {
+        let namespace = if self.all_namespaces {
+            ""
+        } else {
+            session.namespace.as_str()
+        };
+        let request = ListRequest {
+            key: Some(key(kind, namespace, "")),
+            label_selector: self.selector.clone(),
+            field_selector: self.field_selector.clone(),
+            ..ListRequest::default()
+        };
+        let (objects, _) = session.list(request).await?;
+        let field = |object: &Value, field: &str| {
+            let value = object
+                .pointer(&format!("/metadata/{field}"))
+                .and_then(Value::as_str);
+            value.unwrap_or_default().to_owned()
+        };
+        let doomed = |object: &Value| Doomed {
+            kind,
+            namespace: field(object, "namespace"),
+            name: field(object, "name"),
+        };
+        Ok(objects.iter().map(doomed).collect())
+    }
+
+    async fn delete(
+        &self,
+        session: &Session,
+        doomed: &[Doomed],
+        grace_period_s: Option<i64>,
+    ) -> Result<(), Failure> {
+        let mut failed = false;
+        let mut going = Vec::new();
+        for one in doomed {
+            match self.delete_one(session, one, grace_period_s).await {
+                Ok(uid) => going.extend(uid.map(|uid| (one, uid))),
+                Err(failure) => match failure.reason() {
+                    Some(Reason::NotFound) if self.ignore_not_found => {}
+                    Some(_) => {
+                        eprintln!("{failure}");
+                        failed = true;
+                    }
+                    None => return Err(failure),
+                },
+            }
+        }
+        if self.wait && self.dry_run == "none" {
+            let deadline = (!self.timeout.is_zero()).then(|| Instant::now() + self.timeout);
+            for (one, uid) in going {
+                wait_gone(
+                    session,
+                    one.kind,
+                    &one.namespace,
+                    &one.name,
+                    Some(&uid),
+                    deadline,
+                )
+                .await?;
+            }
+        }
+        if failed {
+            Err(Failure::Reported)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Asks for the deletion; the object's uid, so that waiting is about this one.
+    async fn delete_one(
+        &self,
+        session: &Session,
+        one: &Doomed,
+        grace_period_s: Option<i64>,
+    ) -> Result<Option<String>, Failure> {
+        let at = key(one.kind, &one.namespace, &one.name);
+        let propagation = match self.cascade.as_str() {
+            "foreground" => "Foreground",
+            "orphan" => "Orphan",
+            _ => "Background",
+        };
+        let object = session.get(at.clone()).await?;
+        let uid = object
+            .pointer("/metadata/uid")
+            .and_then(Value::as_str)
+            .map(str::to_owned);
+        if self.dry_run != "client" {
+            let request = DeleteRequest {
+                key: Some(at),
+                grace_period_s,
+                propagation: propagation.to_owned(),
+                uid: String::new(),
+                dry_run: self.dry_run == "server",
+            };
+            crate::connection::warn(&session.delete(request).await?);
+        }
+        let suffix = match self.dry_run.as_str() {
+            "client" => " (dry run)",
+            "server" => " (server dry run)",
+            _ => "",
+        };
+        let deleted = if self.force {
+            "force deleted"
+        } else {
+            "deleted"
+        };
+        if self.output == Format::Name {
+            output::print(&format!("{}\n", output::object_name(one.kind, &one.name)))?;
+        } else {
+            let kind = one.kind.qualified_singular();
+            output::print(&format!("{kind} {:?} {deleted}{suffix}\n", one.name))?;
+        }
+        Ok(uid)
+    }
+}
+
+/// Waits until an object (of this uid) does not exist any more.
+pub(crate) async fn wait_gone(
+    session: &Session,
+    kind: &Kind,
+    namespace: &str,
+    name: &str,
+    uid: Option<&str>,
+    deadline: Option<Instant>,
+) -> Result<(), Failure> {
+    loop {
+        let object = session.find(key(kind, namespace, name)).await?;
+        let there = object.is_some_and(|object| {
+            let own = object.pointer("/metadata/uid").and_then(Value::as_str);
+            uid.is_none() || own == uid
+        });
+        if !there {
+            return Ok(());
+        }
+        if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(Failure::local(format!(
+                "timed out waiting for the condition on {}/{name}",
+                kind.plural
+            )));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}

@@ -1,0 +1,295 @@
+//! `gantry rollout`: follow, restart, pause, resume a Deployment's rollout, and its history.
+
+use crate::Global;
+use crate::connection::{Session, key};
+use crate::failure::Failure;
+use crate::names;
+use crate::output;
+use clap::{ArgAction, Args, Subcommand};
+use gantry_api::kinds::{Kind, resolve};
+use gantry_api::proto::ListRequest;
+use gantry_api::proto::patch_request::Type;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+const POLL: Duration = Duration::from_millis(200);
+const REVISION: &str = "deployment.kubernetes.io/revision";
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Rollout {
+    /// Say how far the rollout is, until it is done
+    Status(Status),
+    /// Start new pods in place of all old ones, by the rollout strategy
+    Restart(Names),
+    /// List the revisions
+    History(Names),
+    /// Stop rolling out changes
+    Pause(Names),
+    /// Go on rolling out changes
+    Resume(Names),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Names {
+    /// A Deployment: deploy/web
+    #[arg(required = true)]
+    words: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Status {
+    #[command(flatten)]
+    names: Names,
+    /// Wait until it is done
+    #[arg(short, long, default_value_t = true, action = ArgAction::Set, num_args = 0..=1,
+        require_equals = true, default_missing_value = "true")]
+    watch: bool,
+    /// Give up after this long (0: never)
+    #[arg(long, default_value = "0", value_parser = names::duration)]
+    timeout: Duration,
+}
+
+impl Names {
+    fn deployment(&self) -> Result<(&'static Kind, String), Failure> {
+        let (kind, name) = names::one(&self.words, None)?;
+        if kind.kind == "Deployment" {
+            return Ok((kind, name));
+        }
+        Err(Failure::local(format!(
+            "{} has no rollout: name a Deployment",
+            kind.qualified_resource()
+        )))
+    }
+}
+
+impl Rollout {
+    pub(crate) async fn run(&self, global: &Global) -> Result<(), Failure> {
+        match self {
+            Self::Status(status) => status.run(global).await,
+            Self::Restart(names) => {
+                let now = Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string();
+                let annotations = json!({"kubectl.kubernetes.io/restartedAt": now});
+                let template = json!({"metadata": {"annotations": annotations}});
+                let patch = json!({"spec": {"template": template}});
+                change(names, global, &patch, "restarted").await
+            }
+            Self::Pause(names) => {
+                change(names, global, &json!({"spec": {"paused": true}}), "paused").await
+            }
+            Self::Resume(names) => {
+                change(names, global, &json!({"spec": {"paused": null}}), "resumed").await
+            }
+            Self::History(names) => history(names, global).await,
+        }
+    }
+}
+
+async fn change(names: &Names, global: &Global, patch: &Value, done: &str) -> Result<(), Failure> {
+    let (kind, name) = names.deployment()?;
+    let session = Session::open(global).await?;
+    session
+        .patch(session.key(kind, &name), Type::Strategic, patch)
+        .await?;
+    output::print(&format!("{} {done}\n", output::object_name(kind, &name)))
+}
+
+async fn history(names: &Names, global: &Global) -> Result<(), Failure> {
+    let (kind, name) = names.deployment()?;
+    let session = Session::open(global).await?;
+    let deployment = session.get(session.key(kind, &name)).await?;
+    let uid = deployment
+        .pointer("/metadata/uid")
+        .cloned()
+        .unwrap_or_default();
+    let sets =
+        resolve("rs").ok_or_else(|| Failure::local("this build does not know ReplicaSets"))?;
+    let request = ListRequest {
+        key: Some(key(sets, &session.namespace, "")),
+        ..ListRequest::default()
+    };
+    let (sets, _) = session.list(request).await?;
+    let annotation = |set: &Value, name: &str| {
+        let value = set
+            .pointer("/metadata/annotations")
+            .and_then(|a| a.get(name));
+        value.and_then(Value::as_str).map(str::to_owned)
+    };
+    let owned = |set: &&Value| {
+        let owners = set
+            .pointer("/metadata/ownerReferences")
+            .and_then(Value::as_array);
+        owners.is_some_and(|owners| owners.iter().any(|o| o.get("uid") == Some(&uid)))
+    };
+    let mut revisions: Vec<(u64, String)> = sets
+        .iter()
+        .filter(owned)
+        .filter_map(|set| {
+            let cause = annotation(set, "kubernetes.io/change-cause");
+            let revision = annotation(set, REVISION)?.parse().ok()?;
+            Some((revision, cause.unwrap_or_else(|| "<none>".to_owned())))
+        })
+        .collect();
+    revisions.sort();
+    let mut rows = vec![vec!["REVISION".to_owned(), "CHANGE-CAUSE".to_owned()]];
+    rows.extend(
+        revisions
+            .into_iter()
+            .map(|(revision, cause)| vec![revision.to_string(), cause]),
+    );
+    output::print(&format!("{} \n", output::object_name(kind, &name)))?;
+    output::print(&output::table_text(&rows, &[]))
+}
+
+/// How far a rollout is, in kubectl's sentences.
+#[derive(Debug, PartialEq, Eq)]
+enum Progress {
+    Going(String),
+    Done(String),
+    Failed(String),
+}
+
+/// Source: kubectl's `pkg/polymorphichelpers/rollout_status.go`.
+fn progress(deployment: &Value) -> Progress {
+    let name = deployment
+        .pointer("/metadata/name")
+        .and_then(Value::as_str)
+        .unwrap_or_default();
+    let number = |pointer: &str| {
+        deployment
+            .pointer(pointer)
+            .and_then(Value::as_i64)
+            .unwrap_or(0)
+    };
+    if number("/metadata/generation") > number("/status/observedGeneration") {
+        return Progress::Going("Waiting for deployment spec update to be observed...".to_owned());
+    }
+    let conditions = deployment
+        .pointer("/status/conditions")
+        .and_then(Value::as_array);
+    let deadline_exceeded = conditions.into_iter().flatten().any(|condition| {
+        condition.get("type") == Some(&"Progressing".into())
+            && condition.get("reason") == Some(&"ProgressDeadlineExceeded".into())
+    });
+    if deadline_exceeded {
+        return Progress::Failed(format!(
+            "deployment {name:?} exceeded its progress deadline"
+        ));
+    }
+    let wanted = deployment
+        .pointer("/spec/replicas")
+        .and_then(Value::as_i64)
+        .unwrap_or(1);
+    let updated = number("/status/updatedReplicas");
+    let old = number("/status/replicas") - updated;
+    let available = number("/status/availableReplicas");
+    let waiting = format!("Waiting for deployment {name:?} rollout to finish:");
+    if updated < wanted {
+        let text = format!("{waiting} {updated} out of {wanted} new replicas have been updated...");
+        return Progress::Going(text);
+    }
+    if old > 0 {
+        return Progress::Going(format!(
+            "{waiting} {old} old replicas are pending termination..."
+        ));
+    }
+    if available < updated {
+        let text = format!("{waiting} {available} of {updated} updated replicas are available...");
+        return Progress::Going(text);
+    }
+    Progress::Done(format!("deployment {name:?} successfully rolled out"))
+}
+
+impl Status {
+    async fn run(&self, global: &Global) -> Result<(), Failure> {
+        let (kind, name) = self.names.deployment()?;
+        let session = Session::open(global).await?;
+        let deadline = (!self.timeout.is_zero()).then(|| Instant::now() + self.timeout);
+        let mut said = String::new();
+        loop {
+            let deployment = session.get(session.key(kind, &name)).await?;
+            match progress(&deployment) {
+                Progress::Done(text) => return output::print(&format!("{text}\n")),
+                Progress::Failed(text) => return Err(Failure::Local(text)),
+                Progress::Going(text) if text != said => {
+                    output::print(&format!("{text}\n"))?;
+                    said = text;
+                }
+                Progress::Going(_) => {}
+            }
+            if !self.watch {
+                return Ok(());
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Err(Failure::local("timed out waiting for the condition"));
+            }
+            tokio::time::sleep(POLL).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_is_told_in_kubectls_sentences() {
+        let deployment = |generation: i64, status: Value| {
+            json!({"metadata": {"name": "web", "generation": generation},
+                "spec": {"replicas": 3}, "status": status})
+        };
+        let going = |text: &str| Progress::Going(text.to_owned());
+        assert_eq!(
+            progress(&deployment(2, json!({"observedGeneration": 1}))),
+            going("Waiting for deployment spec update to be observed...")
+        );
+        assert_eq!(
+            progress(&deployment(
+                1,
+                json!({"observedGeneration": 1, "updatedReplicas": 1})
+            )),
+            going(
+                "Waiting for deployment \"web\" rollout to finish: 1 out of 3 new replicas have \
+                   been updated..."
+            )
+        );
+        assert_eq!(
+            progress(&deployment(
+                1,
+                json!({"observedGeneration": 1, "updatedReplicas": 3,
+                "replicas": 4})
+            )),
+            going(
+                "Waiting for deployment \"web\" rollout to finish: 1 old replicas are pending \
+                   termination..."
+            )
+        );
+        assert_eq!(
+            progress(&deployment(
+                1,
+                json!({"observedGeneration": 1, "updatedReplicas": 3,
+                "replicas": 3, "availableReplicas": 2})
+            )),
+            going(
+                "Waiting for deployment \"web\" rollout to finish: 2 of 3 updated replicas are \
+                   available..."
+            )
+        );
+        assert_eq!(
+            progress(&deployment(
+                1,
+                json!({"observedGeneration": 1, "updatedReplicas": 3,
+                "replicas": 3, "availableReplicas": 3})
+            )),
+            Progress::Done("deployment \"web\" successfully rolled out".to_owned())
+        );
+        let condition = json!({"type": "Progressing", "reason": "ProgressDeadlineExceeded"});
+        assert!(matches!(
+            progress(&deployment(
+                1,
+                json!({"observedGeneration": 1, "conditions": [condition]})
+            )),
+            Progress::Failed(_)
+        ));
+    }
+}
