@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -13,16 +13,19 @@ use gantry_agent::feed::{self, Link, TunnelError, TunnelTarget, node_info};
 use gantry_agent::ids::PodUid;
 use gantry_agent::runtime::ExecSession;
 use gantry_agent::view::View;
+use gantry_api::digest::{Digest, item_hash};
 use gantry_api::k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, PodStatus, Secret, Service};
 use gantry_api::k8s_openapi::api::discovery::v1::EndpointSlice;
 use gantry_api::proto;
 use gantry_api::proto::feed_client::FeedClient;
+use gantry_api::proto::feed_server;
 use gantry_api::proto::pods_client::PodsClient;
 use gantry_api::proto::{down, exec_input, exec_output, up};
 use gantry_control::feed::{Feed, Settings};
-use gantry_control::server::Registry;
+use gantry_control::pki::{Authority, ServerName};
 use gantry_control::server::identity::{Identity, MASTERS_GROUP, NODES_GROUP};
 use gantry_control::server::registry::{self, DeleteOptions};
+use gantry_control::server::{Registry, Server};
 use gantry_control::store::Store;
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
@@ -237,7 +240,12 @@ struct Agent {
 
 impl Agent {
     fn start(server: &str, node: &str, lib: &Path) -> Self {
-        let mut config = feed::Config::new(server.into(), PathBuf::new(), node.into(), lib.into());
+        Self::with_credentials(server, node, lib, Path::new(""))
+    }
+
+    fn with_credentials(server: &str, node: &str, lib: &Path, credentials: &Path) -> Self {
+        let mut config =
+            feed::Config::new(server.into(), credentials.into(), node.into(), lib.into());
         config.beat = Duration::from_millis(200);
         config.backoff_max = Duration::from_millis(300);
         let identity = node_info::NodeIdentity::new(node.into());
@@ -645,7 +653,9 @@ async fn a_floor_is_answered_when_every_node_has_programmed_it() {
     };
     up.send(wait).await.unwrap();
     let view = agent
-        .until("n1 knows", |view| (view.nodes.len() == 2).then(|| view.rev))
+        .until("n1 knows", |view| {
+            (view.nodes.len() == 2).then_some(view.rev)
+        })
         .await;
     agent.handle.reporter.programmed(view, Vec::new());
     let early = tokio::time::timeout(Duration::from_millis(300), next_word(&mut owner)).await;
@@ -668,6 +678,42 @@ async fn a_floor_is_answered_when_every_node_has_programmed_it() {
     assert_eq!((floor.nodes, floor.missing.len()), (2, 0));
     agent.stop().await;
     control.stop().await;
+}
+
+/// The same with real certificates: what `gantry-control` makes is what the agent dials with.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_agent_dials_with_its_certificate_and_for_its_own_name_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let control = Control::admin(dir.path(), "127.0.0.1:0").await;
+    let authority = Authority::open(dir.path()).unwrap();
+    let names = [ServerName::Address("127.0.0.1".parse().unwrap())];
+    let credentials = authority.server(&names).unwrap();
+    let server = Server::new(
+        &control.registry,
+        &control.feed,
+        authority.certificate(),
+        &credentials,
+    )
+    .unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}", listener.local_addr().unwrap());
+    let serving = tokio::spawn(server.serve(listener, control.token.clone()));
+    let files = dir.path().join("agent");
+    authority.ensure_agent(&files, "n1").unwrap();
+
+    let agent = Agent::with_credentials(&url, "n1", &dir.path().join("lib"), &files);
+    agent.live().await;
+    agent.stop().await;
+    let other = Agent::with_credentials(&url, "n2", &dir.path().join("lib2"), &files);
+    eventually("n2 is refused", || {
+        (other.handle.reporter.counters().streams_broken > 1).then_some(())
+    })
+    .await;
+    assert_eq!(*other.handle.link.borrow(), Link::Offline);
+    assert!(control.registry.get::<Node>("", "n2").unwrap().is_none());
+    other.stop().await;
+    control.stop().await;
+    serving.await.unwrap().unwrap();
 }
 
 async fn exec_input(input: exec_input::Input) -> proto::ExecInput {
@@ -769,6 +815,221 @@ async fn logs_and_exec_ride_the_agents_own_connection() {
     let status = client.logs(request("", false)).await.err().unwrap();
     assert_eq!(status.message(), "node n1 is not connected");
     control.stop().await;
+}
+
+/// A control plane fed by hand: every session is given to the test.
+struct HandFed {
+    sessions: mpsc::Sender<HandFedSession>,
+}
+
+struct HandFedSession {
+    hello: proto::Hello,
+    up: tonic::Streaming<proto::Up>,
+    down: mpsc::Sender<Result<proto::Down, tonic::Status>>,
+}
+
+#[tonic::async_trait]
+impl feed_server::Feed for HandFed {
+    type SessionStream = ReceiverStream<Result<proto::Down, tonic::Status>>;
+    type TunnelStream = ReceiverStream<Result<proto::TunnelDown, tonic::Status>>;
+
+    async fn session(
+        &self,
+        request: tonic::Request<tonic::Streaming<proto::Up>>,
+    ) -> Result<tonic::Response<Self::SessionStream>, tonic::Status> {
+        let mut up = request.into_inner();
+        let Some(up::Message::Hello(hello)) = up.message().await?.unwrap().message else {
+            panic!("the first message is Hello")
+        };
+        let (down, stream) = mpsc::channel(16);
+        self.sessions
+            .send(HandFedSession { hello, up, down })
+            .await
+            .unwrap();
+        Ok(tonic::Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn tunnel(
+        &self,
+        _: tonic::Request<tonic::Streaming<proto::TunnelUp>>,
+    ) -> Result<tonic::Response<Self::TunnelStream>, tonic::Status> {
+        Err(tonic::Status::unimplemented("no tunnels here"))
+    }
+}
+
+async fn hand_fed() -> (String, mpsc::Receiver<HandFedSession>) {
+    let (sessions, receiver) = mpsc::channel(1);
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let server = tonic::transport::Server::builder()
+        .add_service(feed_server::FeedServer::new(HandFed { sessions }));
+    tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    (url, receiver)
+}
+
+impl HandFedSession {
+    async fn next(sessions: &mut mpsc::Receiver<HandFedSession>) -> Self {
+        tokio::time::timeout(WAIT, sessions.recv())
+            .await
+            .unwrap()
+            .unwrap()
+    }
+
+    async fn send(&self, message: down::Message) {
+        self.down
+            .send(Ok(proto::Down {
+                message: Some(message),
+            }))
+            .await
+            .unwrap();
+    }
+
+    async fn welcome(&self, mode: proto::welcome::Mode, counter: u64, id: &str) {
+        let lineage = Some(proto::Lineage {
+            counter,
+            id: id.into(),
+        });
+        let mut welcome = proto::Welcome {
+            session: 1,
+            lineage,
+            ..Default::default()
+        };
+        welcome.set_mode(mode);
+        self.send(down::Message::Welcome(welcome)).await;
+    }
+
+    /// Sends these items and a commit for what they should have been.
+    async fn commit(&self, rev: u64, sent: &[Bytes], meant: &[Bytes]) {
+        let items = sent.to_vec();
+        self.send(down::Message::Batch(proto::Batch { items }))
+            .await;
+        let digest: Digest = meant.iter().map(|item| item_hash(item)).collect();
+        let commit = proto::Commit {
+            rev,
+            common_digest: digest.value(),
+            ..Default::default()
+        };
+        self.send(down::Message::Commit(commit)).await;
+    }
+
+    async fn applied(&mut self) -> u64 {
+        loop {
+            let message = tokio::time::timeout(WAIT, self.up.message())
+                .await
+                .unwrap()
+                .unwrap();
+            if let Some(up::Message::Ack(ack)) = message.unwrap().message {
+                return ack.applied;
+            }
+        }
+    }
+}
+
+fn service_item(uid: &str) -> Bytes {
+    let service = proto::Service {
+        uid: uid.into(),
+        ..Default::default()
+    };
+    let value = Some(proto::item::Value::Service(service));
+    let item = proto::Item {
+        key: "service/default/web".into(),
+        rev: 0,
+        value,
+    };
+    prost::Message::encode_to_vec(&item).into()
+}
+
+fn service_uid(view: &View) -> Option<String> {
+    view.services
+        .values()
+        .next()
+        .map(|service| service.uid.clone())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_flipped_bit_is_found_at_its_commit_and_healed() {
+    let lib = tempfile::tempdir().unwrap();
+    let (url, mut sessions) = hand_fed().await;
+    let agent = Agent::start(&url, "n1", lib.path());
+    let mut session = HandFedSession::next(&mut sessions).await;
+    session.welcome(proto::welcome::Mode::Full, 1, "a").await;
+    session
+        .commit(3, &[service_item("good")], &[service_item("good")])
+        .await;
+    assert_eq!(session.applied().await, 3);
+    session
+        .commit(4, &[service_item("goof")], &[service_item("better")])
+        .await;
+
+    let session = HandFedSession::next(&mut sessions).await;
+    assert_eq!(
+        (session.hello.common_rev, session.hello.private.len()),
+        (0, 0)
+    );
+    assert_eq!(
+        service_uid(&agent.view()).as_deref(),
+        Some("good"),
+        "the last good view holds"
+    );
+    session.welcome(proto::welcome::Mode::Full, 1, "a").await;
+    session
+        .commit(4, &[service_item("better")], &[service_item("better")])
+        .await;
+    agent
+        .until("healed", |view| {
+            (service_uid(view)? == "better").then_some(())
+        })
+        .await;
+    assert_eq!(agent.handle.reporter.counters().digest_mismatches, 1);
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_takes_effect_before_its_commit_and_an_older_history_is_refused() {
+    let lib = tempfile::tempdir().unwrap();
+    let (url, mut sessions) = hand_fed().await;
+    let agent = Agent::start(&url, "n1", lib.path());
+    let mut session = HandFedSession::next(&mut sessions).await;
+    session.welcome(proto::welcome::Mode::Full, 7, "new").await;
+    session
+        .commit(3, &[service_item("a")], &[service_item("a")])
+        .await;
+    assert_eq!(session.applied().await, 3);
+    // A batch whose commit never comes.
+    let items = vec![service_item("b")];
+    session
+        .send(down::Message::Batch(proto::Batch { items }))
+        .await;
+    drop(session);
+
+    let session = HandFedSession::next(&mut sessions).await;
+    assert_eq!(service_uid(&agent.view()).as_deref(), Some("a"));
+    assert_eq!(session.hello.common_rev, 3);
+    session
+        .welcome(
+            proto::welcome::Mode::Full,
+            7,
+            "another with the same number",
+        )
+        .await;
+    eventually("refused", || {
+        matches!(&*agent.handle.link.borrow(), Link::Refused(_)).then_some(())
+    })
+    .await;
+    let session = HandFedSession::next(&mut sessions).await;
+    session
+        .welcome(proto::welcome::Mode::Full, 8, "restored")
+        .await;
+    session
+        .commit(2, &[service_item("c")], &[service_item("c")])
+        .await;
+    agent
+        .until("a newer history", |view| {
+            (service_uid(view)? == "c").then_some(())
+        })
+        .await;
+    assert_eq!(agent.view().rev, 2, "a revision of the new history");
+    agent.stop().await;
 }
 
 /// The content of a view as text, without its revision.

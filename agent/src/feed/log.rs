@@ -5,7 +5,8 @@
 //! ```
 //! The first record holds everything, each later one the batch of one commit, so replaying the file
 //! gives the state at the last whole record. A record is written before its commit is applied; one
-//! with pods is also on the disk (fdatasync), since a pod must not run that a power cut un-assigns.
+//! with a new pod is also on the disk (fdatasync), since a pod must not run that a power cut
+//! un-assigns. The others follow within a second.
 //! When the file has grown to several times its content it is rewritten beside itself and renamed.
 //!
 //! Invariants: a torn or damaged tail costs the records after it and never the file; every replayed

@@ -17,7 +17,7 @@ use gantry_api::proto::{down, up};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, interval_at, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -226,7 +226,8 @@ impl Driver {
         stream: &mut Stream,
         inbound: &mut Streaming<proto::Down>,
     ) -> Result<std::convert::Infallible, Ended> {
-        let mut beat = interval(self.config.beat);
+        // The first beat is due at once, without the timer.
+        let mut beat = interval_at(Instant::now() + self.config.beat, self.config.beat);
         beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut sync = interval(SYNC_INTERVAL);
         sync.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -360,6 +361,9 @@ impl Driver {
             .prepare(stream.full, stream.same_lineage, &items, &commit)
             .map_err(Ended::Mismatch)?;
         let changed = prepared.pods();
+        // Only a new pod has to be on the disk before anyone acts on it; the echo of a status not.
+        let held = self.view.borrow().pods.clone();
+        let sync = changed.iter().any(|uid| !held.contains_key(uid));
         let record = Record {
             lineage: stream.welcome.lineage.clone(),
             full: stream.full,
@@ -369,7 +373,7 @@ impl Driver {
         };
         // Memory goes on without the disk, and the next stream asks for everything, which makes
         // the file whole again.
-        self.resync = !self.write(record, !changed.is_empty()).await;
+        self.resync = !self.write(record, sync).await;
 
         for key in self.content.apply(prepared) {
             tracing::error!(key, "an item of the feed is not understood and left out");

@@ -75,6 +75,8 @@ pub struct Settings {
 }
 
 /// The feed; clones share it.
+///
+/// Its locks are taken in this order and never across an `await`: index, nodes, a link's state.
 #[derive(Clone)]
 pub struct Feed {
     inner: Arc<Inner>,

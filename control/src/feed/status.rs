@@ -94,12 +94,15 @@ impl Inner {
     }
 
     fn is_higher(&self, node: &str, link: &NodeLink, report: &proto::StatusReport) -> bool {
-        let mut state = link.state();
-        if state.statuses.len() >= REMEMBERED_MAX {
+        if link.state().statuses.len() >= REMEMBERED_MAX {
+            // Locks are taken in one order everywhere: the index before a link's state.
             let index = self.index();
             let bound = index.pod_uids(node);
-            state.statuses.retain(|uid, _| bound.contains(uid.as_str()));
+            link.state()
+                .statuses
+                .retain(|uid, _| bound.contains(uid.as_str()));
         }
+        let state = link.state();
         let last = state.statuses.get(&report.uid);
         last.is_none_or(|last| (report.incarnation, report.seq) > *last)
     }
