@@ -102,7 +102,8 @@ pub(super) fn unexpected(name: &str, error: impl std::fmt::Display) -> Dataplane
     }
 }
 
-fn open(directory: &Path, has_set_retval: bool) -> Result<Ebpf, DataplaneError> {
+/// Parses the object and opens or creates its maps.
+pub(super) fn open(directory: &Path, has_set_retval: bool) -> Result<Ebpf, DataplaneError> {
     let has_set_retval = u32::from(has_set_retval);
     let mut loader = EbpfLoader::new();
     // No program relocates against the kernel's types: reading 5 MiB of them would be in vain.
@@ -120,7 +121,8 @@ fn open(directory: &Path, has_set_retval: bool) -> Result<Ebpf, DataplaneError> 
     })
 }
 
-fn load_services(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
+/// Loads the programs of all service hooks.
+pub(super) fn load_services(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
     SERVICE_HOOKS
         .iter()
         .try_for_each(|hook| load_program(ebpf, hook.program).map(drop))

@@ -24,6 +24,8 @@
 //! [`Table`] is this agent's picture of the maps. The caller performs the steps in order; if one
 //! fails the picture is void and must be made again with [`Table::adopt`].
 
+mod adopt;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
@@ -32,6 +34,7 @@ use ebpf_maps::services::{
     SLOT_COUNT,
 };
 
+pub use self::adopt::Found;
 use super::arena::{Arena, ArenaFull};
 use super::index::{Backend, BackendSet, SetName, ip_of};
 use crate::view::ServiceName;
@@ -108,16 +111,6 @@ impl Default for Limits {
     }
 }
 
-/// What the maps hold, as found when the agent starts.
-#[derive(Clone, Debug, Default)]
-pub struct Found {
-    /// All of FRONTENDS, any order.
-    pub frontends: Vec<(FrontendKey, FrontendValue)>,
-    /// For each frontend in the same order: the ids in its slots and the backends behind them;
-    /// none if an index was out of range.
-    pub backends: Vec<Option<Vec<(BackendId, BackendValue)>>>,
-}
-
 /// A range of slots that frontends refer to.
 #[derive(Debug)]
 struct Range {
@@ -157,90 +150,6 @@ pub struct Table {
 }
 
 impl Table {
-    /// Adopts what an earlier agent left in the maps; an empty `found` is a fresh start.
-    ///
-    /// * `release_at` – when places that no frontend refers to may be used: that agent may have
-    ///   let go of them a moment ago. Zero with new maps.
-    pub fn adopt(found: Found, limits: Limits, release_at: Duration) -> Self {
-        let mut frontends = HashMap::new();
-        let mut ranges: HashMap<u32, Range> = HashMap::new();
-        let mut backends: HashMap<BackendId, Known> = HashMap::new();
-        let mut used_slots = BTreeMap::new();
-        let mut used_ids = BTreeMap::new();
-        let mut next_service_id = 1;
-        for ((key, value), slots) in found.frontends.into_iter().zip(found.backends) {
-            next_service_id = next_service_id.max(value.service_id.saturating_add(1));
-            if let Some(range) = ranges.get_mut(&value.base)
-                && value.count as usize == range.ids.len()
-                && value.service_id == range.service_id
-            {
-                range.frontend_count += 1;
-                frontends.insert(key, value);
-                continue;
-            }
-            let sound = value.check == key.check() && !overlaps(&used_slots, &value);
-            let slots = slots.filter(|slots| {
-                let whole = slots.len() == value.count as usize;
-                sound
-                    && whole
-                    && slots
-                        .iter()
-                        .all(|(id, backend)| belongs(*id, backend, &value))
-            });
-            let Some(slots) = slots else {
-                // Not ours or torn by a crash of the machine: any write over it is an improvement.
-                frontends.insert(
-                    key,
-                    FrontendValue {
-                        check: !key.check(),
-                        base: 0,
-                        count: 0,
-                        ..value
-                    },
-                );
-                continue;
-            };
-            frontends.insert(key, value);
-            if slots.is_empty() {
-                continue;
-            }
-            used_slots.insert(value.base, value.count);
-            for (id, found) in &slots {
-                used_ids.insert(id.0, 1);
-                backends
-                    .entry(*id)
-                    .or_insert(Known {
-                        backend: backend_of(found),
-                        slot_count: 0,
-                    })
-                    .slot_count += 1;
-            }
-            let ids = slots.into_iter().map(|(id, _)| id).collect();
-            let range = Range {
-                ids,
-                service_id: value.service_id,
-                frontend_count: 1,
-            };
-            ranges.insert(value.base, range);
-        }
-        Self {
-            limits,
-            unclaimed: frontends.keys().copied().collect(),
-            frontends,
-            ranges,
-            backends,
-            slots: Arena::new(0, limits.slot_count, &used_slots, release_at),
-            ids: Arena::new(1, limits.backend_count, &used_ids, release_at),
-            left_ranges: Vec::new(),
-            left_ids: Vec::new(),
-            claims: HashMap::new(),
-            keys: HashMap::new(),
-            service_ids: HashMap::new(),
-            service_ids_in_use: HashSet::new(),
-            next_service_id,
-        }
-    }
-
     /// Plans the change of some Services; all others stay as they are, except that the first plan
     /// after [`Table::adopt`] removes every frontend that `wanted` does not contain.
     ///
@@ -648,20 +557,6 @@ fn earlier(a: Option<Duration>, b: Option<Duration>) -> Option<Duration> {
         (Some(a), Some(b)) => Some(a.min(b)),
         (a, b) => a.or(b),
     }
-}
-
-/// Whether a value's range meets one that is taken.
-fn overlaps(used: &BTreeMap<u32, u32>, value: &FrontendValue) -> bool {
-    let end = value.base.saturating_add(value.count);
-    value.count > 0
-        && used
-            .range(..end)
-            .next_back()
-            .is_some_and(|(base, len)| base.saturating_add(*len) > value.base)
-}
-
-fn belongs(id: BackendId, backend: &BackendValue, value: &FrontendValue) -> bool {
-    id.0 != 0 && backend.service_id == value.service_id && backend.state == BACKEND_IN_USE
 }
 
 fn backend_of(value: &BackendValue) -> Backend {

@@ -177,6 +177,24 @@ fn loopback_up() {
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
 
+/// Runs `ip` in the calling thread's network namespace.
+pub(super) fn try_ip(arguments: &str) -> Result<(), String> {
+    let output = std::process::Command::new("ip")
+        .args(arguments.split(' '))
+        .output();
+    let output = output.map_err(|error| format!("ip: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stderr);
+    output
+        .status
+        .success()
+        .then_some(())
+        .ok_or_else(|| format!("ip {arguments}: {text}"))
+}
+
+pub(super) fn ip(arguments: &str) {
+    try_ip(arguments).unwrap();
+}
+
 /// A character device node of major 1 in the test's directory.
 pub(super) fn device_node(bed: &Bed, minor: u64) -> PathBuf {
     let path = bed.directory.path().join(format!("device-{minor}"));
