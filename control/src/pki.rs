@@ -219,13 +219,27 @@ impl Authority {
         Ok(())
     }
 
-    /// Credentials of any user: kept nowhere.
-    pub fn client(&self, user: &str, group: &str) -> Result<Credentials, PkiError> {
-        self.make_leaf(user, &Purpose::Client { group })
+    /// Credentials of any user for some days: kept nowhere.
+    pub fn client(
+        &self,
+        user: &str,
+        group: &str,
+        validity_days: i64,
+    ) -> Result<Credentials, PkiError> {
+        self.make_leaf_for(user, &Purpose::Client { group }, validity_days)
     }
 
     fn make_leaf(&self, name: &str, purpose: &Purpose<'_>) -> Result<Credentials, PkiError> {
-        self.try_make_leaf(name, purpose)
+        self.make_leaf_for(name, purpose, LEAF_DAYS)
+    }
+
+    fn make_leaf_for(
+        &self,
+        name: &str,
+        purpose: &Purpose<'_>,
+        days: i64,
+    ) -> Result<Credentials, PkiError> {
+        self.try_make_leaf(name, purpose, days)
             .map_err(|source| PkiError::Make {
                 name: name.to_owned(),
                 source,
@@ -236,9 +250,10 @@ impl Authority {
         &self,
         name: &str,
         purpose: &Purpose<'_>,
+        days: i64,
     ) -> Result<Credentials, rcgen::Error> {
         let mut params = CertificateParams::default();
-        set_validity(&mut params, LEAF_DAYS);
+        set_validity(&mut params, days);
         let mut subject = DistinguishedName::new();
         subject.push(DnType::CommonName, name);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];

@@ -106,10 +106,23 @@ fn half_an_authority_is_not_replaced_in_silence() {
 fn clients_carry_user_and_group() {
     let dir = tempfile::tempdir().unwrap();
     let authority = Authority::open(dir.path()).unwrap();
-    let made = authority.client("system:node:a", NODES_GROUP).unwrap();
+    let made = authority.client("system:node:a", NODES_GROUP, 1).unwrap();
     let identity =
         crate::server::identity::Identity::from_certificate(&der_of(&made.certificate).unwrap());
     let identity = identity.unwrap();
     assert_eq!(identity.node_name(), Some("a"));
     assert!(!identity.is_master());
+}
+
+#[test]
+fn credentials_near_their_end_are_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let authority = Authority::open(dir.path()).unwrap();
+    let reason = |days| {
+        let made = authority.client("x", MASTERS_GROUP, days).unwrap();
+        authority.reason_to_renew(&made, &[])
+    };
+    assert_eq!(reason(LEAF_DAYS), None);
+    assert!(reason(RENEW_DAYS - 1).unwrap().starts_with("it ends at"));
+    assert!(reason(-1).is_some());
 }

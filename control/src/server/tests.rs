@@ -81,6 +81,10 @@ impl Cluster {
     }
 
     async fn connect(&self, credentials: Option<&Credentials>) -> Client {
+        ObjectsClient::new(self.channel(credentials))
+    }
+
+    fn channel(&self, credentials: Option<&Credentials>) -> Channel {
         let mut tls = ClientTlsConfig::new()
             .ca_certificate(Certificate::from_pem(self.authority().certificate()));
         if let Some(credentials) = credentials {
@@ -93,11 +97,14 @@ impl Cluster {
             .unwrap()
             .tls_config(tls)
             .unwrap();
-        ObjectsClient::new(endpoint.connect_lazy())
+        endpoint.connect_lazy()
     }
 
     async fn admin(&self) -> Client {
-        let credentials = self.authority().client("tester", "system:masters").unwrap();
+        let credentials = self
+            .authority()
+            .client("tester", "system:masters", 1)
+            .unwrap();
         self.connect(Some(&credentials)).await
     }
 }
@@ -345,7 +352,7 @@ async fn only_masters_use_objects() {
     assert!(refused.message.contains("system:node:node-a"), "{refused}");
     assert!(cluster.connect(None).await.get(request()).await.is_err());
     let stranger = Authority::open(tempfile::tempdir().unwrap().path()).unwrap();
-    let stranger = stranger.client("x", "system:masters").unwrap();
+    let stranger = stranger.client("x", "system:masters", 1).unwrap();
     assert!(
         cluster
             .connect(Some(&stranger))
@@ -353,6 +360,83 @@ async fn only_masters_use_objects() {
             .get(request())
             .await
             .is_err()
+    );
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn expired_credentials_are_named_as_such() {
+    let cluster = Cluster::start().await;
+    let expired = cluster
+        .authority()
+        .client("x", "system:masters", -1)
+        .unwrap();
+    let request = GetRequest {
+        key: key("namespaces", "", "default"),
+    };
+    let error = cluster
+        .connect(Some(&expired))
+        .await
+        .get(request)
+        .await
+        .unwrap_err();
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(&error);
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    assert!(text.to_lowercase().contains("certificateexpired"), "{text}");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_agent_speaks_for_its_own_node_only() {
+    use gantry_api::proto::feed_client::FeedClient;
+    use gantry_api::proto::{Hello, Lineage, NodeInfo, Up, down, up};
+    // With controllers: the welcome waits for the node's pod prefix.
+    let cluster = Cluster::start_whole().await;
+    let node = |name: &str| json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}});
+    let hello = |name: &str| Up {
+        message: Some(up::Message::Hello(Hello {
+            node: name.to_owned(),
+            boot_id: "boot".to_owned(),
+            incarnation: 1,
+            lineage: None::<Lineage>,
+            info: Some(NodeInfo {
+                node_json: serde_json::to_vec(&node(name)).unwrap().into(),
+            }),
+            ..Hello::default()
+        })),
+    };
+    let credentials = cluster
+        .authority()
+        .client("system:node:a", "system:nodes", 1)
+        .unwrap();
+    let channel = cluster.channel(Some(&credentials));
+    let session = async |name: &str| {
+        let ups = tokio_stream::StreamExt::chain(
+            tokio_stream::once(hello(name)),
+            tokio_stream::pending(),
+        );
+        let mut downs = FeedClient::new(channel.clone())
+            .session(ups)
+            .await?
+            .into_inner();
+        tokio::time::timeout(Duration::from_secs(10), downs.message())
+            .await
+            .unwrap()
+    };
+    let first = session("a").await.unwrap().unwrap();
+    assert!(
+        matches!(first.message, Some(down::Message::Welcome(_))),
+        "{first:?}"
+    );
+    let refused = Status::from(session("b").await.unwrap_err());
+    assert_eq!(refused.reason, Reason::Forbidden);
+    assert!(
+        refused.message.contains("speak for node \"b\""),
+        "{refused}"
     );
     cluster.stop().await;
 }
