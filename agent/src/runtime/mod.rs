@@ -8,6 +8,7 @@
 //! The agent never forks raw, never calls libcontainer and is no parent of any container, so its
 //! death changes nothing. After a start it adopts: [`Runtime::list`] reads what the shims wrote.
 
+pub mod logs;
 pub mod seccomp;
 pub mod shim;
 pub mod spec;
