@@ -51,10 +51,19 @@ fn limits() -> PodLimits {
     }
 }
 
+/// The container's cgroup, as the runtime makes it: on v2 a leaf enables nothing for children.
+fn make_leaf(cgroups: &Cgroups, leaf: &str) {
+    if cgroups.is_v2() {
+        tree::mkdir(&cgroups.dirs(leaf).unwrap()[0]).unwrap();
+    } else {
+        cgroups.ensure_dir(leaf).unwrap();
+    }
+}
+
 /// A process in every hierarchy's leaf below `pod`, with a child that ignores SIGTERM.
 fn occupy(cgroups: &Cgroups, pod: &str) -> Child {
     let leaf = format!("{pod}/c1");
-    cgroups.ensure_dir(&leaf).unwrap();
+    make_leaf(cgroups, &leaf);
     let child = Command::new("sh")
         .args(["-c", "trap '' TERM; sleep 600 & sleep 0.1; sleep 600"])
         .stdin(Stdio::null())
@@ -143,7 +152,7 @@ async fn oom_kills_are_counted_below_the_pod() {
         .await
         .unwrap();
     let leaf = format!("{path}/c1");
-    cgroups.ensure_dir(&leaf).unwrap();
+    make_leaf(cgroups, &leaf);
     let procs = join(cgroups.layout().root_of("memory").unwrap(), &leaf).join("cgroup.procs");
     // tail keeps the endless line in memory: 16 MiB are soon not enough. The ulimit guards the
     // machine should the cgroup's limit not hold.
@@ -182,4 +191,27 @@ fn only_paths_below_our_root_are_touched() {
             .unwrap()
             .is_empty()
     );
+}
+
+#[test]
+fn v2_kills_and_removes_by_the_kernels_own_means() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: cgroups need root");
+    }
+    let table = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let unified = detect::parse(&table).and_then(|l| l.unified().map(Path::to_owned));
+    let Some(unified) = unified else {
+        return eprintln!("skipped: no cgroup2 mounted");
+    };
+    let dir = unified.join(format!("gantry-test-kill-{}", std::process::id()));
+    tree::mkdir(&dir).unwrap();
+    tree::mkdir(&dir.join("deep")).unwrap();
+    let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+    tree::write(&dir.join("deep/cgroup.procs"), &child.id().to_string()).unwrap();
+    let reaper = std::thread::spawn(move || child.wait().unwrap());
+    let patience = Duration::from_secs(5);
+    tree::kill_all(std::slice::from_ref(&dir), patience).unwrap();
+    tree::remove(&dir, patience).unwrap();
+    assert!(!reaper.join().unwrap().success());
+    assert!(!dir.exists());
 }

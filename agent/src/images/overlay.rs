@@ -17,6 +17,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -70,12 +71,7 @@ pub(super) fn mount_rootfs(
     let lower = if lower.is_empty() { &empty[..] } else { lower };
     // The upper directory's mode and owner become the root's: those of the topmost layer.
     copy_mode(lower.last().map_or(upper, |l| l), upper).map_err(|e| failed(&rootfs, e))?;
-    let result = match mount_by_parts(lower, upper, work, &rootfs) {
-        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-            mount_by_string(lower, upper, work, &rootfs)
-        }
-        other => other,
-    };
+    let result = mount_layers(lower, upper, work, &rootfs);
     match result {
         Ok(()) => Ok(rootfs),
         Err(e) => {
@@ -123,6 +119,22 @@ fn copy_mode(from: &Path, to: &Path) -> io::Result<()> {
     let meta = fs::metadata(from)?;
     std::os::unix::fs::chown(to, Some(meta.uid()), Some(meta.gid()))?;
     fs::set_permissions(to, meta.permissions())
+}
+
+/// Set once this kernel has refused `lowerdir+`: it logs every refusal, so it is asked once.
+static NO_PARTS: AtomicBool = AtomicBool::new(false);
+
+fn mount_layers(lower: &[PathBuf], upper: &Path, work: &Path, rootfs: &Path) -> Result<(), Errno> {
+    if !NO_PARTS.load(Ordering::Relaxed) {
+        match mount_by_parts(lower, upper, work, rootfs) {
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+            other => return other,
+        }
+    }
+    mount_by_string(lower, upper, work, rootfs)?;
+    // What works as a string and not in parts is an older kernel.
+    NO_PARTS.store(true, Ordering::Relaxed);
+    Ok(())
 }
 
 /// One option per layer; needs Linux 6.8.

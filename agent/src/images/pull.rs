@@ -52,7 +52,7 @@ pub(super) async fn pull(
     }
     let mut denied = None;
     for auth in attempts {
-        let session = Session::new(store, name, auth);
+        let session = Session::new(store, name, auth)?;
         match session.manifest().await {
             Err(Failure::Denied(text)) => denied = Some(text),
             Err(Failure::Other(error)) => return Err(error),
@@ -86,21 +86,32 @@ struct Session<'a> {
 type Manifest = (Digest, Vec<u8>, Descriptor, Vec<Descriptor>);
 
 impl<'a> Session<'a> {
-    fn new(store: &'a ImageStore, name: &'a Reference, auth: ClientAuth) -> Self {
+    fn new(
+        store: &'a ImageStore,
+        name: &'a Reference,
+        auth: ClientAuth,
+    ) -> Result<Self, ImageError> {
         let plain = name.is_loopback().then(|| name.registry.clone());
-        let client = Client::new(ClientConfig {
+        // Not Client::new: where this fails (no CA certificates), that one panics.
+        let client = Client::try_from(ClientConfig {
             protocol: ClientProtocol::HttpsExcept(plain.into_iter().collect()),
             connect_timeout: Some(CONNECT_TIMEOUT),
             read_timeout: Some(READ_TIMEOUT),
             user_agent: concat!("gantry/", env!("CARGO_PKG_VERSION")),
             ..ClientConfig::default()
-        });
-        Self {
+        })
+        .map_err(|e| {
+            let reason = chain(&e);
+            ImageError::Registry(format!(
+                "no HTTPS client ({reason}): install ca-certificates"
+            ))
+        })?;
+        Ok(Self {
             store,
             name,
             client,
             auth,
-        }
+        })
     }
 
     fn corrupt(&self, what: impl Into<String>, reason: impl ToString) -> ImageError {

@@ -14,6 +14,7 @@ use gantry_api::proto;
 use serde_json::Value;
 
 use super::{Blobs, field, payload};
+use crate::runtime::spec::command::expand;
 use crate::view::{BlobKey, ServiceName};
 
 /// Everything variables are made from.
@@ -99,34 +100,6 @@ impl Variables {
         let (_, value) = self.list.get(*self.position.get(name)?)?;
         Some(value)
     }
-}
-
-/// Replaces `$(NAME)`; `$$` is a `$`; a name that is not set stays as written.
-///
-/// Source: Kubernetes `third_party/forked/golang/expansion`.
-fn expand<'a>(text: &str, value: impl Fn(&str) -> Option<&'a str>) -> String {
-    let mut out = String::with_capacity(text.len());
-    let mut rest = text;
-    while let Some(at) = rest.find('$') {
-        out.push_str(&rest[..at]);
-        let after = &rest[at + 1..];
-        let reference = after.strip_prefix('(').and_then(|r| r.split_once(')'));
-        if let Some(next) = after.strip_prefix('$') {
-            out.push('$');
-            rest = next;
-        } else if let Some((name, next)) = reference {
-            match value(name) {
-                Some(value) => out.push_str(value),
-                None => out.push_str(&rest[at..at + "$()".len() + name.len()]),
-            }
-            rest = next;
-        } else {
-            out.push('$');
-            rest = after;
-        }
-    }
-    out.push_str(rest);
-    out
 }
 
 /// `[-._a-zA-Z][-._a-zA-Z0-9]*`, the API's rule for variable names.

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
@@ -12,6 +13,9 @@ use super::VolumeError;
 
 /// `statfs` type of tmpfs.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// Set once this kernel has refused `noswap`: it logs every refusal, so it is asked once.
+static NO_NOSWAP: AtomicBool = AtomicBool::new(false);
 
 /// Mounts a tmpfs unless one is there. `size_bytes`: its ceiling; none: the kernel's (half the
 /// memory). Returns whether it is new.
@@ -28,15 +32,16 @@ pub(super) fn ensure(directory: &Path, size_bytes: Option<u64>) -> Result<bool, 
         mount("tmpfs", directory, "tmpfs", flags, Some(options.as_c_str()))
     };
     // Swap is a disk: noswap keeps secrets off it from Linux 6.4 on.
-    attempt(format!("mode=0755,noswap{size}"))
-        .or_else(|e| {
-            if e == Errno::INVAL {
-                attempt(format!("mode=0755{size}"))
-            } else {
-                Err(e)
-            }
-        })
-        .map_err(|e| VolumeError::io(context())(e.into()))?;
+    let refused = NO_NOSWAP.load(Ordering::Relaxed);
+    let mut result = Err(Errno::INVAL);
+    if !refused {
+        result = attempt(format!("mode=0755,noswap{size}"));
+    }
+    if result == Err(Errno::INVAL) {
+        result = attempt(format!("mode=0755{size}"));
+        NO_NOSWAP.store(result.is_ok(), Ordering::Relaxed);
+    }
+    result.map_err(|e| VolumeError::io(context())(e.into()))?;
     Ok(true)
 }
 
