@@ -1,1 +1,254 @@
-fn main() {}
+//! `gantry-agent`: one per machine. `run` is the agent; the other commands are for people.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use gantry_agent::cgroups::Cgroups;
+use gantry_agent::dataplane::{Dataplane, bpf::BpfDataplane, bpf::Options};
+use gantry_agent::feed::node_info::{self, NodeIdentity};
+use gantry_agent::feed::{self, Reporter};
+use gantry_agent::images::ImageStore;
+use gantry_agent::network::{NetworkConfig, PodNetworks};
+use gantry_agent::paths::Paths;
+use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
+use gantry_agent::runtime::{Runtime, shim::ShimRuntime, spec::security::Host};
+use gantry_agent::view::View;
+use gantry_agent::{cleanup, dns};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, info, warn};
+
+mod image_command;
+
+/// What a wrong command line or configuration exits with (sysexits.h, EX_USAGE).
+const EXIT_USAGE: u8 = 64;
+/// How long the parts may take to end.
+const DRAIN: Duration = Duration::from_secs(5);
+
+#[derive(Parser)]
+#[command(name = "gantry-agent", version, about = "Gantry's node agent")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run pods and Services on this machine
+    Run(Run),
+    /// The images on this machine
+    #[command(subcommand)]
+    Image(Image),
+    /// Remove every pod, network, cgroup and eBPF program of ours from this machine
+    Cleanup,
+}
+
+#[derive(clap::Args)]
+struct Run {
+    /// This node's name; the credentials must be made for it
+    #[arg(long, value_name = "NAME")]
+    node_name: Option<String>,
+    /// The control plane
+    #[arg(long, value_name = "URL", default_value = "https://127.0.0.1:6443")]
+    server: String,
+    /// Directory with client.crt, client.key and ca.crt
+    #[arg(long, value_name = "DIR", default_value = "/etc/gantry/agent")]
+    credentials: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Image {
+    /// Import an OCI layout, an OCI archive or a docker-save archive
+    Import {
+        /// Directory or tar file
+        path: PathBuf,
+    },
+    /// List what is here
+    List,
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() {
+                EXIT_USAGE.into()
+            } else {
+                ExitCode::SUCCESS
+            };
+        }
+    };
+    let filter =
+        tracing_subscriber::EnvFilter::try_from_env("GANTRY_LOG").unwrap_or_else(
+            |_| match arguments.command {
+                Command::Run(_) => "info".into(),
+                _ => "warn".into(),
+            },
+        );
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let done = tokio::runtime::Runtime::new()
+        .context("start the async runtime")
+        .and_then(|runtime| match arguments.command {
+            Command::Run(run) => runtime.block_on(agent(run)),
+            Command::Image(Image::Import { path }) => {
+                runtime.block_on(image_command::import(&paths()?, &path))
+            }
+            Command::Image(Image::List) => runtime.block_on(image_command::list(&paths()?)),
+            Command::Cleanup => runtime.block_on(cleanup::run(&paths()?)),
+        });
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn paths() -> Result<Paths> {
+    let own = std::env::current_exe().context("where is this binary?")?;
+    Ok(Paths::standard(
+        own.parent().context("this binary lies nowhere")?.to_owned(),
+    ))
+}
+
+/// Logging and flags are done: build everything, be ready, wait for a signal, drain.
+async fn agent(run: Run) -> Result<()> {
+    if !nix::unistd::geteuid().is_root() {
+        anyhow::bail!("pods need root: run gantry-agent as root");
+    }
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .map_err(|_| anyhow::anyhow!("a TLS provider is installed twice"))?;
+    let node_name = match run.node_name {
+        Some(name) => name,
+        None => nix::unistd::gethostname()?.to_string_lossy().to_lowercase(),
+    };
+    let paths = paths()?;
+    let shutdown = CancellationToken::new();
+
+    let cgroups = Arc::new(Cgroups::detect().context("cgroups")?);
+    cgroups.ensure_root().await.context("cgroups")?;
+    for sentence in cgroups.degraded() {
+        warn!("cgroups: {sentence}");
+    }
+    let runtime: Arc<dyn Runtime> = Arc::new(ShimRuntime::new(paths.clone()));
+    let found = runtime.list().await.context("what runs already")?;
+    info!(sandboxes = found.len(), "adopting");
+    let images = Arc::new(ImageStore::open(&paths.lib).context("image store")?);
+    let resolver = dns::ResolverConfig::standard();
+    let options = Options {
+        node: node_name.clone(),
+        resolver: Some(resolver.listen),
+    };
+    let dataplane = dataplane(&paths, &cgroups, options).context("eBPF data plane")?;
+
+    let identity = NodeIdentity::new(node_name.clone());
+    let lib = paths.lib.clone();
+    let node_info: feed::NodeInfoSource = Arc::new(move || node_info::read(&identity, &lib));
+    let host_addresses = pods::node_addresses(&node_info());
+    let config = feed::Config::new(
+        run.server,
+        run.credentials,
+        node_name.clone(),
+        paths.lib.clone(),
+    );
+    let target = Arc::new(PodTunnels::new(paths.clone(), runtime.clone()));
+    let link = feed::run(config, node_info, target, shutdown.clone()).context("feed")?;
+
+    let network = PodNetworks::new(
+        paths.clone(),
+        NetworkConfig::standard(host_addresses.clone()),
+        link.view.clone(),
+    );
+    let node = Arc::new(pods::Node {
+        name: node_name,
+        host_addresses,
+        host: Host::detect(),
+        paths,
+        runtime,
+        network: Arc::new(network),
+        images,
+        cgroups,
+        reporter: link.reporter.clone(),
+    });
+    let resolver = dns::Resolver::start(resolver, link.view.clone(), shutdown.clone()).await?;
+    let workers = PodWorkers::new(node, link.view.clone(), found);
+    let tasks = tokio_util::task::TaskTracker::new();
+    tasks.spawn(workers.run(shutdown.clone()));
+    tasks.spawn(follow(
+        Arc::new(dataplane),
+        link.view.clone(),
+        link.reporter,
+        shutdown.clone(),
+    ));
+    tasks.close();
+    info!("ready");
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        // Cancel-safe: both only wait for a signal.
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    info!("stopping; pods and Services go on without the agent");
+    shutdown.cancel();
+    let drained = async { tokio::join!(tasks.wait(), resolver.ended()) };
+    if tokio::time::timeout(DRAIN, drained).await.is_err() {
+        warn!("some parts did not end within {} s", DRAIN.as_secs());
+    }
+    Ok(())
+}
+
+/// Loads and attaches the programs; on a pure v2 machine also the device rules of all pods.
+fn dataplane(paths: &Paths, cgroups: &Cgroups, options: Options) -> Result<BpfDataplane> {
+    let unified = cgroups.layout().unified().context(
+        "cgroup v2 is not mounted, and Services need it. Run:\n  mkdir -p /sys/fs/cgroup/unified && \
+         mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified",
+    )?;
+    let dataplane = BpfDataplane::start(paths, unified, options)?;
+    if cgroups.is_v2() {
+        dataplane.attach_device_guard(&unified.join("gantry"))?;
+    }
+    Ok(dataplane)
+}
+
+/// Programs every new view, then acknowledges it.
+async fn follow(
+    dataplane: Arc<dyn Dataplane>,
+    mut view: watch::Receiver<Arc<View>>,
+    reporter: Reporter,
+    shutdown: CancellationToken,
+) {
+    let mut retry = Duration::from_millis(100);
+    view.mark_changed();
+    loop {
+        tokio::select! {
+            // Cancel-safe: both only wait.
+            () = shutdown.cancelled() => return,
+            changed = view.changed() => if changed.is_err() { return },
+        }
+        let newest = view.borrow_and_update().clone();
+        match dataplane.apply(&newest).await {
+            Ok(stuck) => {
+                reporter.programmed(newest.rev, stuck);
+                retry = Duration::from_millis(100);
+            }
+            Err(error) => {
+                error!(rev = newest.rev, %error, "the data plane does not follow; trying again");
+                tokio::time::sleep(retry).await;
+                retry = (retry * 2).min(Duration::from_secs(10));
+                view.mark_changed();
+            }
+        }
+    }
+}

@@ -1,10 +1,8 @@
 //! `gantry-bridge` as a container runtime drives it: environment, stdin, stdout, exit code.
 //!
 //! Each test has a network namespace of its own as the node; pods are threads in further ones.
-#![allow(
-    clippy::unwrap_used,
-    reason = "a panic with a line number is a test's error report"
-)]
+
+#![allow(clippy::unwrap_used, reason = "a test's panic is its error report")]
 
 use std::io::Write;
 use std::path::Path;

@@ -49,8 +49,6 @@ const DATAGRAM_COUNT_MAX: usize = 1024;
 const CONNECTION_COUNT_MAX: usize = 256;
 /// A TCP client that says nothing for this long is let go.
 const TCP_IDLE_TIMEOUT: Duration = Duration::from_secs(10);
-/// After a failed call on a listening socket: should it fail for ever, then not in a hot loop.
-const ERROR_PAUSE: Duration = Duration::from_millis(20);
 /// A datagram with a question is far smaller; longer ones are cut and then malformed.
 const REQUEST_SIZE_MAX: usize = 4096;
 
@@ -184,7 +182,6 @@ async fn serve_udp(socket: Arc<UdpSocket>, responder: Arc<Responder>, shutdown: 
         };
         // An error here is an earlier answer's (ICMP unreachable); the socket is as good as before.
         let Ok((size, client)) = received else {
-            tokio::time::sleep(ERROR_PAUSE).await;
             continue;
         };
         // Too much to do: the client asks again after its timeout.
@@ -216,7 +213,7 @@ async fn serve_tcp(listener: TcpListener, responder: Arc<Responder>, shutdown: C
         };
         let (Ok((stream, _)), Ok(slot)) = accepted else {
             // Out of descriptors: give others time to close theirs.
-            tokio::time::sleep(ERROR_PAUSE).await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
         let (responder, shutdown) = (responder.clone(), shutdown.clone());

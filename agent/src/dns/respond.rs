@@ -103,7 +103,7 @@ impl Responder {
                 Answer::NotReady => return reply(request, ResponseCode::ServFail),
                 Answer::Alias { record, target } => {
                     response.metadata.authoritative = true;
-                    response.answers.push(*record);
+                    response.answers.push(record);
                     query = Query::query(target, query.query_type());
                 }
                 Answer::Forward if depth == 0 => return self.forward(request, transport).await,

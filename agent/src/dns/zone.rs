@@ -55,7 +55,7 @@ pub enum Answer {
     /// An alias; the target's records of the same type follow, from wherever they are.
     Alias {
         /// The CNAME record.
-        record: Box<Record>,
+        record: Record,
         /// Where it leads.
         target: Name,
     },
@@ -429,10 +429,7 @@ fn alias(query: &Query, external_name: &str) -> Answer {
     );
     match query.query_type() {
         RecordType::CNAME => found(vec![record]),
-        _ => Answer::Alias {
-            record: Box::new(record),
-            target,
-        },
+        _ => Answer::Alias { record, target },
     }
 }
 

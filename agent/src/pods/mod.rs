@@ -1,6 +1,242 @@
-//! Pods: a worker per UID around a pure state machine.
+//! Pods: a worker per UID around a pure state machine, fed by the view and the runtime.
+//!
+//! ```text
+//!  view ──► PodWorkers ──► worker per UID ──► prepare (sandbox) · launch (container) · probes
+//!  exits ──────┘                └──► status, events ──► reporter
+//! ```
+//! `state.rs` decides (pure), `worker.rs` acts, `status.rs` renders. [`PodWorkers`] only starts
+//! workers, routes inputs to them and, once after an agent start, removes what no pod of the view
+//! owns. One task owns one pod: there is no lock on a pod's state.
+//!
+//! Invariants: a UID has at most one worker; a UID whose last word is on disk (`records.rs`) never
+//! starts again; nothing is removed from the machine before the first view is known.
+
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use gantry_api::k8s_openapi::api::core::v1::Node as ApiNode;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::cgroups::Cgroups;
+use crate::feed::Reporter;
+use crate::ids::PodUid;
+use crate::images::ImageStore;
+use crate::network::Network;
+use crate::paths::Paths;
+use crate::runtime::spec::security::Host;
+use crate::runtime::{ObservedSandbox, Runtime, RuntimeEvent};
+use crate::view::View;
 
 pub mod backoff;
-pub mod probes;
+mod launch;
+mod prepare;
+mod probes;
+mod records;
 pub mod state;
-pub mod timeline;
+pub mod status;
+mod timeline;
+pub mod tunnels;
+mod worker;
+
+pub use prepare::OWNER_MARK as LOG_OWNER_MARK;
+use worker::{Handle, Message, Worker};
+
+/// The addresses of a Node object, InternalIP first.
+pub fn node_addresses(node: &ApiNode) -> Vec<IpAddr> {
+    let addresses = node
+        .status
+        .iter()
+        .flat_map(|s| s.addresses.iter().flatten());
+    addresses
+        .filter(|a| a.type_ == "InternalIP")
+        .filter_map(|a| a.address.parse().ok())
+        .collect()
+}
+
+/// What all workers share.
+pub struct Node {
+    /// The node's name.
+    pub name: String,
+    /// Its addresses, the first is `status.hostIP`.
+    pub host_addresses: Vec<IpAddr>,
+    /// What this machine can give to containers.
+    pub host: Host,
+    /// Where everything lives.
+    pub paths: Paths,
+    /// Containers.
+    pub runtime: Arc<dyn Runtime>,
+    /// Pod networks.
+    pub network: Arc<dyn Network>,
+    /// Images.
+    pub images: Arc<ImageStore>,
+    /// Limits.
+    pub cgroups: Arc<Cgroups>,
+    /// Statuses and events to the control plane.
+    pub reporter: Reporter,
+}
+
+/// The owner of all workers.
+pub struct PodWorkers {
+    node: Arc<Node>,
+    view: watch::Receiver<Arc<View>>,
+    found: HashMap<PodUid, ObservedSandbox>,
+    handles: HashMap<PodUid, Handle>,
+    tasks: JoinSet<PodUid>,
+    released: HashSet<PodUid>,
+    blobs: Option<usize>,
+    swept: bool,
+}
+
+impl PodWorkers {
+    /// `found` is what the runtime lists at agent start: those pods are adopted.
+    pub fn new(
+        node: Arc<Node>,
+        view: watch::Receiver<Arc<View>>,
+        found: Vec<ObservedSandbox>,
+    ) -> Self {
+        Self {
+            node,
+            view,
+            found: found.into_iter().map(|s| (s.pod.clone(), s)).collect(),
+            handles: HashMap::new(),
+            tasks: JoinSet::new(),
+            released: HashSet::new(),
+            blobs: None,
+            swept: false,
+        }
+    }
+
+    /// Follows the view and the runtime until `shutdown`; pods are left running.
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let Some(mut exits) = self.node.runtime.take_events() else {
+            warn!("the runtime's events are taken already: no pod is run");
+            return;
+        };
+        self.view.mark_changed();
+        loop {
+            tokio::select! {
+                // Every arm is cancel-safe: each only waits for something to become ready.
+                () = shutdown.cancelled() => return,
+                changed = self.view.changed() => match changed {
+                    Ok(()) => self.follow().await,
+                    Err(_) => return,
+                },
+                Some(event) = exits.recv() => self.route(event).await,
+                Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
+                    match ended {
+                        Ok(uid) => self.ended(uid),
+                        // A worker's panic must not take the others down; its pod runs on
+                        // unwatched until the next agent start.
+                        Err(error) => warn!(%error, "a pod worker has panicked"),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Brings the set of workers to the newest view.
+    async fn follow(&mut self) {
+        let view = self.view.borrow_and_update().clone();
+        if view.rev == 0 {
+            return;
+        }
+        for (uid, pod) in view.pods.iter() {
+            if let Some(handle) = self.handles.get(uid) {
+                let same = |old: &Option<Arc<_>>| old.as_ref().is_some_and(|o| Arc::ptr_eq(o, pod));
+                handle.newest.send_if_modified(|slot| {
+                    let changed = !same(slot);
+                    if changed {
+                        *slot = Some(pod.clone());
+                    }
+                    changed
+                });
+            } else if !self.released.contains(uid) {
+                self.start(uid, pod.clone());
+            }
+        }
+        for (uid, handle) in &self.handles {
+            if !view.pods.contains_key(uid) {
+                handle.newest.send_if_modified(|slot| slot.take().is_some());
+            }
+        }
+        self.released.retain(|uid| view.pods.contains_key(uid));
+        self.pass_on_blobs(&view).await;
+        if !self.swept {
+            self.swept = true;
+            self.sweep(&view).await;
+        }
+    }
+
+    /// Its object may stay in the view until the control plane has heard of it.
+    fn ended(&mut self, uid: PodUid) {
+        self.handles.remove(&uid);
+        if self.view.borrow().pods.contains_key(&uid) {
+            self.released.insert(uid);
+        }
+    }
+
+    fn start(&mut self, uid: &PodUid, pod: Arc<gantry_api::k8s_openapi::api::core::v1::Pod>) {
+        let found = self
+            .found
+            .remove(uid)
+            .map(|s| s.containers)
+            .unwrap_or_default();
+        let view = self.view.clone();
+        let (worker, handle) = Worker::new(self.node.clone(), uid.clone(), pod, found, view);
+        self.handles.insert(uid.clone(), handle);
+        let uid = uid.clone();
+        self.tasks.spawn(async move {
+            worker.run().await;
+            uid
+        });
+    }
+
+    /// A ConfigMap or Secret has changed: mounted copies follow, waiting sandboxes are tried again.
+    async fn pass_on_blobs(&mut self, view: &View) {
+        let identity = Arc::as_ptr(&view.blobs).addr();
+        if self.blobs.replace(identity) == Some(identity) {
+            return;
+        }
+        for handle in self.handles.values() {
+            let _ = handle.inputs.send(Message::Blobs).await;
+        }
+    }
+
+    async fn route(&self, event: RuntimeEvent) {
+        let RuntimeEvent::Exited(run, exit) = event;
+        match self.handles.get(&run.pod) {
+            Some(handle) => {
+                let input = state::Input::Exited(run, exit);
+                let _ = handle.inputs.send(Message::Input(input)).await;
+            }
+            None => info!(%run, code = exit.code, "a container of no known pod has ended"),
+        }
+    }
+
+    /// Removes sandboxes, networks and cgroups of pods that are not in the view: what a crash, or a
+    /// deletion while the agent was away, has left.
+    async fn sweep(&mut self, view: &View) {
+        for (uid, sandbox) in std::mem::take(&mut self.found) {
+            info!(pod = %uid, containers = sandbox.containers.len(), "removing an unknown pod");
+            if let Err(words) = prepare::remove_unknown(&self.node, &uid, &sandbox).await {
+                warn!(pod = %uid, "remove an unknown pod: {words}");
+            }
+        }
+        let live: HashSet<PodUid> = view.pods.keys().cloned().collect();
+        if let Err(error) = self.node.network.retain(&live).await {
+            warn!(%error, "remove networks of unknown pods");
+        }
+        for (uid, _) in self.node.cgroups.pods() {
+            if !live.contains(&uid)
+                && let Err(error) = self.node.cgroups.remove_pod(&uid).await
+            {
+                warn!(pod = %uid, %error, "remove the cgroup of an unknown pod");
+            }
+        }
+        prepare::sweep_files(&self.node, &live).await;
+    }
+}

@@ -274,6 +274,8 @@ where
     let (mut sender, connection) = hyper::client::conn::http1::handshake(io)
         .await
         .map_err(|e| e.to_string())?;
+    // It ends as soon as the answer is read, perhaps before we have looked at it: a task of its own.
+    let driver = tokio::spawn(connection);
     let exchange = async {
         let response = sender
             .send_request(request)
@@ -286,14 +288,9 @@ where
             .await;
         Ok(status)
     };
-    tokio::select! {
-        // Either arm ends the probe; nothing of it is used afterwards, so both are cancel-safe.
-        status = exchange => status,
-        error = connection => Err(match error {
-            Ok(()) => "the connection was closed before an answer".into(),
-            Err(error) => error.to_string(),
-        }),
-    }
+    let status = exchange.await;
+    driver.abort();
+    status
 }
 
 /// TLS to the pod's own address: a probe asks whether something answers, not who it is.

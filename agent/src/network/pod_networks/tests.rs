@@ -166,54 +166,6 @@ fn pods_get_networks_and_leave_nothing() {
     });
 }
 
-/// Without the data plane: straight to the resolver's own address, routed by the bridge.
-#[test]
-fn a_pod_reaches_the_nodes_resolver() {
-    use crate::dns::{Resolver, ResolverConfig};
-    use hickory_proto::op::{Message, Query};
-    use hickory_proto::rr::RecordType;
-
-    on_a_node(|node| async move {
-        let pod = node.networks().ensure(&spec("a")).await.unwrap();
-        let shutdown = tokio_util::sync::CancellationToken::new();
-        let view = View {
-            rev: 1,
-            ..View::default()
-        };
-        let receiver = watch::channel(Arc::new(view)).1;
-        let config = ResolverConfig::standard();
-        let server = config.listen;
-        let resolver = Resolver::start(config, receiver, shutdown.clone())
-            .await
-            .unwrap();
-        let netns = Netns::open(pod.netns.as_ref().unwrap()).unwrap();
-        let answer = within(&netns, move || {
-            let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
-            socket
-                .set_read_timeout(Some(Duration::from_secs(3)))
-                .unwrap();
-            let mut question = Message::query();
-            let name = "10-78-1-2.default.pod.cluster.local.".parse().unwrap();
-            question.add_query(Query::query(name, RecordType::A));
-            socket.send_to(&question.to_vec().unwrap(), server).unwrap();
-            let mut buffer = [0; 512];
-            let (size, from) = socket.recv_from(&mut buffer).unwrap();
-            assert_eq!(from, server);
-            Ok(Message::from_vec(&buffer[..size]).unwrap())
-        });
-        assert_eq!(
-            answer.await.unwrap().answers[0].data.to_string(),
-            "10.78.1.2"
-        );
-        shutdown.cancel();
-        resolver.ended().await;
-        let left = census(&node.paths()).await.unwrap();
-        assert_eq!(left.addresses, ["169.254.20.10/32"]);
-        remove_all(&node.paths()).await.unwrap();
-        assert!(census(&node.paths()).await.unwrap().is_empty());
-    });
-}
-
 #[test]
 fn host_network_pods_have_the_nodes_addresses_and_an_ipc_namespace() {
     on_a_node(|node| async move {

@@ -1,0 +1,305 @@
+//! One container, from its image to a running process.
+//!
+//! image ─► root file system (overlay) ─► who it runs as ─► environment ─► OCI spec ─► runtime
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use gantry_api::k8s_openapi::api::core::v1::{Container, Pod, Secret};
+use tokio::sync::mpsc;
+
+use super::Node;
+use super::prepare::{Failure, etc, hostname, names};
+use super::timeline::timed;
+use super::worker::{Message, VolumePaths};
+use crate::cgroups::limits::qos_class;
+use crate::ids::ContainerRun;
+use crate::images::auth::{self, RegistryAuth};
+use crate::images::{Image, PullPolicy};
+use crate::network::PodNetwork;
+use crate::paths::Paths;
+use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, identity, mounts};
+use crate::runtime::{ContainerSpec, RuntimeError};
+use crate::view::{BlobKey, View};
+use crate::volumes::env;
+
+/// SIGTERM, unless the image says otherwise.
+const SIGTERM: i32 = 15;
+
+/// What a start is made of.
+pub struct Job {
+    /// The node's parts.
+    pub node: Arc<Node>,
+    /// Which run.
+    pub run: ContainerRun,
+    /// The pod.
+    pub pod: Arc<Pod>,
+    /// Its network.
+    pub network: PodNetwork,
+    /// Its volumes.
+    pub volumes: Arc<VolumePaths>,
+    /// For ConfigMaps, Secrets and Services.
+    pub view: Arc<View>,
+    /// Durations of phases go here.
+    pub inputs: mpsc::Sender<Message>,
+}
+
+/// Starts the container; returns when it was started, and the image's id.
+pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
+    let config = config(&job.pod, &job.run.name)
+        .ok_or_else(|| Failure::new("CreateContainerConfigError", "no such container"))?
+        .clone();
+    let (image, took) = timed(image(&job, &config)).await;
+    let image = image?;
+    let _ = job.inputs.send(Message::Took("image", took)).await;
+    clean_before(&job).await;
+    let layers = job.node.paths.container_layers(&job.run);
+    let (rootfs, took) = timed(job.node.images.mount_rootfs(&image, &layers)).await;
+    let rootfs = rootfs.map_err(|e| Failure::new("CreateContainerError", e))?;
+    let _ = job.inputs.send(Message::Took("rootfs", took)).await;
+    let spec = tokio::task::spawn_blocking({
+        let (image, rootfs) = (image.clone(), rootfs.clone());
+        let job_parts = SpecParts::of(&job);
+        move || job_parts.build(&config, &image, &rootfs)
+    })
+    .await
+    .map_err(|e| Failure::new("CreateContainerError", e))??;
+    let (started, took) = timed(job.node.runtime.start_container(&spec)).await;
+    let at = started.map_err(|error| match error {
+        RuntimeError::Container(words) => Failure::new("RunContainerError", words),
+        other => Failure::new("CreateContainerError", other),
+    })?;
+    let _ = job.inputs.send(Message::Took("create", took)).await;
+    Ok((at, image.image_id()))
+}
+
+fn config<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
+    let spec = pod.spec.as_ref()?;
+    spec.init_containers
+        .iter()
+        .flatten()
+        .chain(&spec.containers)
+        .find(|c| c.name == name)
+}
+
+async fn image(job: &Job, config: &Container) -> Result<Arc<Image>, Failure> {
+    let reference = config.image.as_deref().unwrap_or_default();
+    let policy = PullPolicy::of(config.image_pull_policy.as_deref(), reference);
+    let credentials = credentials(job);
+    job.node
+        .images
+        .ensure(reference, policy, &credentials)
+        .await
+        .map_err(|error| Failure {
+            reason: error.reason(),
+            message: error.to_string(),
+        })
+}
+
+/// The registries' credentials that the pod names; an unreadable Secret is none.
+fn credentials(job: &Job) -> Vec<RegistryAuth> {
+    let namespace = names(&job.pod).0;
+    let secrets = job
+        .pod
+        .spec
+        .iter()
+        .flat_map(|s| s.image_pull_secrets.iter().flatten());
+    let mut found = Vec::new();
+    for reference in secrets {
+        let key = BlobKey {
+            plural: "secrets".into(),
+            namespace: namespace.into(),
+            name: reference.name.clone(),
+        };
+        let Some(value) = job.view.blobs.get(&key) else {
+            continue;
+        };
+        let parsed = serde_json::from_value::<Secret>(value.as_ref().clone())
+            .map_err(|e| e.to_string())
+            .and_then(|secret| auth::from_secret(&secret));
+        match parsed {
+            Ok(credentials) => found.extend(credentials),
+            // The words name the Secret, never its content.
+            Err(words) => tracing::warn!(run = %job.run, "imagePullSecrets: {words}"),
+        }
+    }
+    found
+}
+
+/// Runs before this one are over: their layers go, and all records but the last one's.
+async fn clean_before(job: &Job) {
+    for attempt in job.run.attempt.saturating_sub(3)..job.run.attempt {
+        let run = ContainerRun {
+            attempt,
+            ..job.run.clone()
+        };
+        let layers = job.node.paths.container_layers(&run);
+        if layers.exists()
+            && let Err(error) = job.node.images.remove_rootfs(&layers).await
+        {
+            tracing::warn!(%run, %error, "remove the layers of an earlier run");
+        }
+        if attempt + 1 < job.run.attempt
+            && let Err(error) = job.node.runtime.remove_container(&run).await
+        {
+            tracing::warn!(%run, %error, "remove the records of an earlier run");
+        }
+    }
+}
+
+/// What building the spec needs, owned: it reads the image's files on a blocking thread.
+struct SpecParts {
+    node: Arc<Node>,
+    run: ContainerRun,
+    pod: Arc<Pod>,
+    network: PodNetwork,
+    volumes: Arc<VolumePaths>,
+    view: Arc<View>,
+}
+
+impl SpecParts {
+    fn of(job: &Job) -> Self {
+        Self {
+            node: job.node.clone(),
+            run: job.run.clone(),
+            pod: job.pod.clone(),
+            network: job.network.clone(),
+            volumes: job.volumes.clone(),
+            view: job.view.clone(),
+        }
+    }
+
+    fn build(
+        &self,
+        config: &Container,
+        image: &Image,
+        rootfs: &std::path::Path,
+    ) -> Result<ContainerSpec, Failure> {
+        let config_error = |e: &dyn std::fmt::Display| Failure {
+            reason: "CreateContainerConfigError",
+            message: e.to_string(),
+        };
+        let identity = identity::resolve(&self.pod, config, &image.config, rootfs)
+            .map_err(|e| config_error(&e))?;
+        let env = self.env(config).map_err(|e| config_error(&e))?;
+        let etc = etc(&self.node, &self.run.pod);
+        let (hosts, host_file, resolv) = (
+            etc.join("hosts"),
+            etc.join("hostname"),
+            etc.join("resolv.conf"),
+        );
+        let termination_log = self.termination_log(config).map_err(|e| config_error(&e))?;
+        let host_name = hostname(&self.node, &self.pod, &self.view.settings);
+        let spec = self.pod.spec.clone().unwrap_or_default();
+        let cgroup = self
+            .node
+            .cgroups
+            .pod_path(&self.run.pod, qos_class(&self.pod));
+        let input = SpecInput {
+            pod: &self.pod,
+            container: config,
+            image: &image.config,
+            rootfs,
+            identity: &identity,
+            env: &env,
+            hostname: &host_name,
+            volumes: &self.volumes,
+            resolve_sub_path: mounts::resolve_sub_path,
+            files: PodFiles {
+                hosts: Some(&hosts),
+                hostname: Some(&host_file),
+                resolv_conf: Some(&resolv),
+                termination_log: Some(&termination_log),
+                shm: None,
+            },
+            namespaces: Namespaces {
+                net: self.network.netns.as_deref(),
+                ipc: (spec.host_ipc != Some(true)).then_some(self.network.ipcns.as_path()),
+                uts: self.network.utsns.as_deref(),
+            },
+            pod_cgroup: &cgroup,
+            host: &self.node.host,
+        };
+        let oci = spec::build(&input).map_err(|e| config_error(&e))?;
+        let (namespace, name) = names(&self.pod);
+        let pod_log = self.node.paths.pod_log(namespace, name, &self.run.pod);
+        Ok(ContainerSpec {
+            run: self.run.clone(),
+            oci,
+            seccomp: spec::seccomp_of(&self.pod, config),
+            allow_privilege_escalation: spec::allows_privilege_escalation(config),
+            log_path: Paths::container_log(&pod_log, &self.run),
+            stdin: config.stdin.unwrap_or(false),
+            tty: config.tty.unwrap_or(false),
+        })
+    }
+
+    /// The container's own variables and those of the namespace's Services.
+    fn env(&self, config: &Container) -> Result<Vec<(String, String)>, env::EnvError> {
+        env::resolve(&env::EnvInput {
+            container: config,
+            pod: &self.pod,
+            blobs: &self.view.blobs,
+            services: &self.view.services,
+            pod_addresses: &self.network.addresses,
+            host_addresses: &self.node.host_addresses,
+            node_name: &self.node.name,
+        })
+    }
+
+    /// An empty file of this run that becomes `terminationMessagePath`.
+    fn termination_log(&self, config: &Container) -> std::io::Result<std::path::PathBuf> {
+        let directory = etc(&self.node, &self.run.pod).join("termination");
+        std::fs::create_dir_all(&directory)?;
+        let path = directory.join(format!("{}-{}", config.name, self.run.attempt));
+        std::fs::File::create(&path)?;
+        Ok(path)
+    }
+}
+
+/// The image's stop signal; it is here, since a container of it runs.
+pub async fn stop_signal(node: &Arc<Node>, image: Option<&str>) -> i32 {
+    let Some(reference) = image else {
+        return SIGTERM;
+    };
+    let Ok(image) = node.images.ensure(reference, PullPolicy::Never, &[]).await else {
+        return SIGTERM;
+    };
+    let named = image
+        .config
+        .config()
+        .as_ref()
+        .and_then(|c| c.stop_signal().clone());
+    named
+        .and_then(|name| signal_number(&name))
+        .unwrap_or(SIGTERM)
+}
+
+/// `SIGQUIT`, `QUIT` or `3`.
+fn signal_number(name: &str) -> Option<i32> {
+    if let Ok(number) = name.parse::<i32>() {
+        return (1..=64).contains(&number).then_some(number);
+    }
+    let full = if name.starts_with("SIG") {
+        name.to_owned()
+    } else {
+        format!("SIG{name}")
+    };
+    full.parse::<nix::sys::signal::Signal>()
+        .ok()
+        .map(|signal| signal as i32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stop_signals_have_three_spellings() {
+        assert_eq!(signal_number("SIGQUIT"), Some(3));
+        assert_eq!(signal_number("QUIT"), Some(3));
+        assert_eq!(signal_number("3"), Some(3));
+        assert_eq!(signal_number("SIGNOPE"), None);
+        assert_eq!(signal_number("0"), None);
+    }
+}

@@ -1,0 +1,297 @@
+//! A pod's sandbox, made and removed: cgroup, volumes, namespaces and network, shim, /etc files.
+//!
+//! Making runs side by side what does not depend on each other; every step is idempotent, so a try
+//! that was cut short is simply tried again. Removing goes on after an error and returns them all.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use gantry_api::k8s_openapi::api::core::v1::Pod;
+use tokio::sync::{mpsc, watch};
+
+use super::Node;
+use super::timeline::timed;
+use super::worker::{Message, VolumePaths};
+use crate::cgroups::limits::{pod_limits, qos_class};
+use crate::ids::{ContainerRun, PodUid};
+use crate::network::{self, PodNetwork, PodNetworkSpec};
+use crate::runtime::{ObservedSandbox, SandboxSpec};
+use crate::view::{Settings, View};
+use crate::volumes;
+
+/// Why something could not be made: Kubernetes' reason and the words for a person.
+#[derive(Debug)]
+pub struct Failure {
+    /// `FailedMount`, `ErrImagePull`, `CreateContainerConfigError`...
+    pub reason: &'static str,
+    /// What happened, to what, why.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure with the error's own words.
+    pub fn new(reason: &'static str, error: impl std::fmt::Display) -> Self {
+        Self {
+            reason,
+            message: error.to_string(),
+        }
+    }
+}
+
+/// metadata.namespace and metadata.name.
+pub fn names(pod: &Pod) -> (&str, &str) {
+    let metadata = &pod.metadata;
+    (
+        metadata.namespace.as_deref().unwrap_or_default(),
+        metadata.name.as_deref().unwrap_or_default(),
+    )
+}
+
+/// The host name inside; the node's with host network.
+pub fn hostname(node: &Node, pod: &Pod, settings: &Settings) -> String {
+    if pod
+        .spec
+        .as_ref()
+        .is_some_and(|s| s.host_network == Some(true))
+    {
+        return node.name.clone();
+    }
+    volumes::hosts::host_name(pod, settings)
+}
+
+/// Makes everything a container of this pod needs to exist in.
+pub async fn sandbox(
+    node: &Arc<Node>,
+    uid: &PodUid,
+    pod: &Pod,
+    view: &watch::Receiver<Arc<View>>,
+    inputs: &mpsc::Sender<Message>,
+) -> Result<(PodNetwork, VolumePaths), Failure> {
+    let view = view.borrow().clone();
+    let (namespace, name) = names(pod);
+    let host_network = pod
+        .spec
+        .as_ref()
+        .is_some_and(|s| s.host_network == Some(true));
+    let cgroup = node
+        .cgroups
+        .ensure_pod(uid, qos_class(pod), &pod_limits(pod, None))
+        .await
+        .map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
+    let network_spec = PodNetworkSpec {
+        pod: uid.clone(),
+        namespace: namespace.into(),
+        name: name.into(),
+        hostname: hostname(node, pod, &view.settings),
+        host_network,
+    };
+    let sandbox_spec = SandboxSpec {
+        pod: uid.clone(),
+        title: format!("{namespace}/{name}"),
+        cgroup,
+        log_dir: node.paths.pod_log(namespace, name, uid),
+    };
+    let ((network, network_took), (volumes, volumes_took), (shim, shim_took)) = tokio::join!(
+        timed(node.network.ensure(&network_spec)),
+        timed(volumes::ensure(pod, &view.blobs, &node.paths)),
+        timed(node.runtime.ensure_sandbox(&sandbox_spec)),
+    );
+    let volumes = volumes.map_err(|e| Failure::new("FailedMount", e))?;
+    let network = network.map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
+    shim.map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
+    write_etc(node, uid, pod, &network, &view)
+        .await
+        .map_err(|e| Failure::new("FailedCreatePodSandBox", format!("write /etc files: {e}")))?;
+    for (phase, took) in [
+        ("network", network_took),
+        ("volumes", volumes_took),
+        ("shim", shim_took),
+    ] {
+        let _ = inputs.send(Message::Took(phase, took)).await;
+    }
+    Ok((network, volumes))
+}
+
+/// The directory of the pod's own /etc/hosts, /etc/hostname and /etc/resolv.conf.
+pub fn etc(node: &Node, uid: &PodUid) -> PathBuf {
+    node.paths.pod_lib(uid).join("etc")
+}
+
+async fn write_etc(
+    node: &Node,
+    uid: &PodUid,
+    pod: &Pod,
+    network: &PodNetwork,
+    view: &View,
+) -> std::io::Result<()> {
+    let directory = etc(node, uid);
+    let host_name = hostname(node, pod, &view.settings);
+    let spec = pod.spec.clone().unwrap_or_default();
+    let resolv = network::resolv_conf(
+        &spec,
+        names(pod).0,
+        &view.settings,
+        &network::node_resolv_conf(),
+    );
+    let logs = node.paths.pod_log(names(pod).0, names(pod).1, uid);
+    let hosts = volumes::hosts::etc_hosts(pod, &network.addresses, &host_name, &view.settings);
+    tokio::task::spawn_blocking(move || {
+        std::fs::create_dir_all(&directory)?;
+        std::fs::create_dir_all(&logs)?;
+        write_if_changed(&logs.join(OWNER_MARK), "")?;
+        write_if_changed(&directory.join("resolv.conf"), &resolv)?;
+        write_if_changed(&directory.join("hosts"), &hosts)?;
+        write_if_changed(&directory.join("hostname"), &format!("{host_name}\n"))
+    })
+    .await
+    .map_err(std::io::Error::other)?
+}
+
+/// In place: a bind mount of the file must go on showing it.
+fn write_if_changed(path: &Path, text: &str) -> std::io::Result<()> {
+    match std::fs::read_to_string(path) {
+        Ok(old) if old == text => Ok(()),
+        _ => std::fs::write(path, text),
+    }
+}
+
+/// Removes what [`sandbox`] and `launch` made: containers first, then what they stood on.
+pub async fn tear_down(
+    node: &Arc<Node>,
+    uid: &PodUid,
+    runs: &[ContainerRun],
+) -> Result<(), String> {
+    let mut errors = Vec::new();
+    for run in runs {
+        if let Err(error) = node.runtime.remove_container(run).await {
+            errors.push(format!("container {}: {error}", run.name));
+        }
+    }
+    remove_rest(node, uid, &mut errors).await;
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(errors.join("; "))
+    }
+}
+
+async fn remove_rest(node: &Arc<Node>, uid: &PodUid, errors: &mut Vec<String>) {
+    if let Err(error) = node.runtime.remove_sandbox(uid).await {
+        errors.push(format!("sandbox: {error}"));
+    }
+    if let Err(error) = node.network.remove(uid).await {
+        errors.push(format!("network: {error}"));
+    }
+    for layers in layer_directories(&node.paths.pod_lib(uid).join("containers")) {
+        if let Err(error) = node.images.remove_rootfs(&layers).await {
+            errors.push(format!("root file system: {error}"));
+        }
+    }
+    if let Err(error) = volumes::remove(uid, &node.paths).await {
+        errors.push(format!("volumes: {error}"));
+    }
+    if let Err(error) = node.cgroups.remove_pod(uid).await {
+        errors.push(format!("cgroup: {error}"));
+    }
+}
+
+/// `containers/<name>/<attempt>`: every run's layers, whatever the state knows of them.
+fn layer_directories(containers: &Path) -> Vec<PathBuf> {
+    let children = |path: &Path| -> Vec<PathBuf> {
+        std::fs::read_dir(path)
+            .map(|entries| entries.flatten().map(|e| e.path()).collect())
+            .unwrap_or_default()
+    };
+    children(containers)
+        .iter()
+        .flat_map(|container| children(container))
+        .collect()
+}
+
+fn remove_files(path: &Path) -> std::io::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// The object is gone: its logs and files go too.
+pub async fn forget(node: &Arc<Node>, uid: &PodUid, pod: &Pod) {
+    let (namespace, name) = names(pod);
+    let logs = node.paths.pod_log(namespace, name, uid);
+    let removed = tokio::task::spawn_blocking(move || remove_files(&logs)).await;
+    if let Ok(Err(error)) = removed {
+        tracing::warn!(pod = %uid, %error, "remove logs");
+    }
+}
+
+/// A sandbox of which no object is known.
+pub async fn remove_unknown(
+    node: &Arc<Node>,
+    uid: &PodUid,
+    sandbox: &ObservedSandbox,
+) -> Result<(), String> {
+    let mut errors = Vec::new();
+    for container in &sandbox.containers {
+        if container.exit.is_none()
+            && let Err(error) = node.runtime.kill_container(&container.run).await
+        {
+            errors.push(format!("container {}: {error}", container.run.name));
+        }
+    }
+    remove_rest(node, uid, &mut errors).await;
+    if errors.is_empty() {
+        Ok(())
+    } else {
+        Err(errors.join("; "))
+    }
+}
+
+/// Files of pods that are not known any more: below `/var/lib/gantry/pods`, and their logs.
+pub async fn sweep_files(node: &Arc<Node>, live: &HashSet<PodUid>) {
+    let pods = node.paths.lib.join("pods");
+    for uid in directories(&pods)
+        .iter()
+        .filter_map(|name| PodUid::new(name).ok())
+    {
+        if live.contains(&uid) {
+            continue;
+        }
+        let mut errors = Vec::new();
+        remove_rest(node, &uid, &mut errors).await;
+        if !errors.is_empty() {
+            tracing::warn!(pod = %uid, "files of an unknown pod: {}", errors.join("; "));
+        }
+    }
+    for uid in super::records::known(&node.paths)
+        .iter()
+        .filter(|uid| !live.contains(uid))
+    {
+        super::records::remove(&node.paths, uid);
+    }
+    for name in directories(&node.paths.log) {
+        // <namespace>_<name>_<uid>; others' directories there are not ours to touch.
+        let Some((_, uid)) = name.rsplit_once('_') else {
+            continue;
+        };
+        let gone = PodUid::new(uid).is_ok_and(|uid| !live.contains(&uid));
+        let ours = node.paths.log.join(&name).join(OWNER_MARK).exists();
+        if gone && ours {
+            let _ = remove_files(&node.paths.log.join(&name));
+        }
+    }
+}
+
+/// A file in each log directory of ours, so that nobody else's is removed.
+pub const OWNER_MARK: &str = ".gantry";
+
+fn directories(path: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(path) else {
+        return Vec::new();
+    };
+    entries
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect()
+}

@@ -1,0 +1,470 @@
+//! One task per pod UID: feeds [`PodState`] and does what it asks.
+//!
+//! ```text
+//!  newest pod ─► slot ─┐                          ┌─► prepare (sandbox)     ┐
+//!  exits, probes ──────┼─► PodState::next ─► acts ┼─► launch (a container)  ├─► inputs ─► ...
+//!  timer ──────────────┘            │             └─► tear_down             ┘
+//!                                   └─► status::render ─► reporter
+//! ```
+//! Whatever takes time runs in a task of its own and comes back as an input, so the worker itself
+//! never waits for the machine. The pod arrives in a slot that keeps only the newest.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwapOption;
+use gantry_api::k8s_openapi::api::core::v1::{Event, ObjectReference, Pod, PodStatus};
+use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use jiff::Timestamp;
+use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
+use tokio::time::Instant;
+use tracing::{debug, info, warn};
+
+use super::probes::Prober;
+use super::state::{Action, Input, Phase, PodState, ProbeKind, Run, Sandbox};
+use super::timeline::Timeline;
+use super::{Node, launch, prepare, records, status};
+use crate::ids::{ContainerRun, PodUid};
+use crate::runtime::ObservedContainer;
+use crate::view::View;
+use crate::volumes;
+
+/// Inputs that may wait for the worker; senders wait beyond that.
+const INPUTS_MAX: usize = 64;
+/// Two Unhealthy events of one container are at least this far apart.
+const UNHEALTHY_EVENT_EVERY: Duration = Duration::from_secs(10);
+
+/// What a sandbox has besides its network: where its volumes are.
+pub type VolumePaths = BTreeMap<String, PathBuf>;
+
+/// What comes back from the tasks that do the work.
+#[derive(Debug)]
+pub enum Message {
+    /// For the state machine.
+    Input(Input),
+    /// A phase of the start took that long.
+    Took(&'static str, Duration),
+    /// One failed check, for an event.
+    Unhealthy(ProbeKind, String),
+    /// Some ConfigMap or Secret of this node's pods has changed.
+    Blobs,
+}
+
+/// How the owner of all workers reaches one.
+pub struct Handle {
+    /// The newest pod; none when the object has gone without a deletion.
+    pub newest: watch::Sender<Option<Arc<Pod>>>,
+    /// Exits.
+    pub inputs: mpsc::Sender<Message>,
+}
+
+/// One pod's worker.
+pub struct Worker {
+    node: Arc<Node>,
+    state: PodState,
+    began: Instant,
+    newest: watch::Receiver<Option<Arc<Pod>>>,
+    view: watch::Receiver<Arc<View>>,
+    inputs: mpsc::Sender<Message>,
+    inbox: mpsc::Receiver<Message>,
+    volumes: Arc<ArcSwapOption<VolumePaths>>,
+    probes: HashMap<String, AbortHandle>,
+    reported: PodStatus,
+    timeline: Timeline,
+    unhealthy_at: HashMap<&'static str, Instant>,
+}
+
+impl Worker {
+    /// Makes a worker for a pod of the view. `found` is what runs of it already (adoption).
+    pub fn new(
+        node: Arc<Node>,
+        uid: PodUid,
+        pod: Arc<Pod>,
+        found: Vec<ObservedContainer>,
+        view: watch::Receiver<Arc<View>>,
+    ) -> (Self, Handle) {
+        let (inputs, inbox) = mpsc::channel(INPUTS_MAX);
+        let (newest_sender, newest) = watch::channel(Some(pod.clone()));
+        let ended =
+            records::read_final(&node.paths, &uid).or_else(|| node.reporter.final_status(&uid));
+        let reported = ended
+            .clone()
+            .or_else(|| pod.status.clone())
+            .unwrap_or_default();
+        let mut state = match ended.is_some() || status::is_final(&reported) {
+            true => PodState::ended(uid, pod),
+            false => PodState::new(uid, pod),
+        };
+        let mut timeline = Timeline::new();
+        let adopted = !found.is_empty();
+        let began = Instant::now();
+        let mut worker = Self {
+            node,
+            began,
+            newest,
+            view,
+            inputs: inputs.clone(),
+            inbox,
+            volumes: Arc::default(),
+            probes: HashMap::new(),
+            reported,
+            timeline: Timeline::new(),
+            unhealthy_at: HashMap::new(),
+            state: state.clone(),
+        };
+        if adopted {
+            timeline.nothing_to_tell();
+        }
+        worker.timeline = timeline;
+        if state.phase == Phase::Syncing {
+            let actions = state.next(Input::Observed(found), Duration::ZERO);
+            worker.state = state;
+            for action in actions {
+                worker.act(action);
+            }
+        }
+        (
+            worker,
+            Handle {
+                newest: newest_sender,
+                inputs,
+            },
+        )
+    }
+
+    /// Runs until nothing of the pod is left and its object is deleted.
+    pub async fn run(mut self) {
+        info!(pod = %self.state.uid, name = self.title(), "pod worker starts");
+        self.newest.mark_changed();
+        self.turn(Input::Timer);
+        while self.state.phase != Phase::Finished {
+            let wake = self.state.wake_at().map(|at| self.began + at);
+            let sleep = async {
+                match wake {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                // Cancel-safe: a value not taken stays in the slot.
+                changed = self.newest.changed() => match changed {
+                    Ok(()) => {
+                        let newest = self.newest.borrow_and_update().clone();
+                        self.turn(newest.map_or(Input::Gone, Input::Spec));
+                    }
+                    // The owner is gone: the agent shuts down, the pod goes on without it.
+                    Err(_) => return,
+                },
+                // Cancel-safe: recv takes nothing before it is ready.
+                Some(message) = self.inbox.recv() => self.take(message),
+                // Cancel-safe: a timer.
+                () = sleep => self.turn(Input::Timer),
+            }
+        }
+        info!(pod = %self.state.uid, name = self.title(), "pod is gone");
+        prepare::forget(&self.node, &self.state.uid, &self.state.pod).await;
+        records::remove(&self.node.paths, &self.state.uid);
+        self.report(true);
+    }
+
+    fn title(&self) -> String {
+        let metadata = &self.state.pod.metadata;
+        let part = |s: &Option<String>| s.clone().unwrap_or_default();
+        format!("{}/{}", part(&metadata.namespace), part(&metadata.name))
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Input(input) => self.turn(input),
+            Message::Took(phase, took) => self.timeline.add(phase, took),
+            Message::Unhealthy(kind, words) => self.unhealthy(kind, &words),
+            Message::Blobs => {
+                self.turn(Input::Retry);
+                self.refresh_volumes();
+            }
+        }
+    }
+
+    /// Mounted ConfigMaps and Secrets follow their objects.
+    fn refresh_volumes(&self) {
+        if self.state.phase != Phase::Syncing || !matches!(self.state.sandbox, Sandbox::Ready(_)) {
+            return;
+        }
+        let (node, pod) = (self.node.clone(), self.state.pod.clone());
+        let view = self.view.borrow().clone();
+        tokio::spawn(async move {
+            if let Err(error) = volumes::ensure(&pod, &view.blobs, &node.paths).await {
+                // The mounted copy stays as it is: an object deleted later takes nothing away.
+                debug!(%error, "refresh volumes");
+            }
+        });
+    }
+
+    fn turn(&mut self, input: Input) {
+        debug!(pod = %self.state.uid, ?input, "input");
+        let before = self.state.phase;
+        for action in self.state.next(input, self.began.elapsed()) {
+            self.act(action);
+        }
+        if before != self.state.phase {
+            info!(pod = %self.state.uid, phase = ?self.state.phase, "pod phase");
+        }
+        self.report(false);
+        let running = |c: &super::state::Container| match c.run {
+            Run::Running { .. } => true,
+            Run::Exited(_) => c.init,
+            _ => false,
+        };
+        if self.state.phase == Phase::Syncing
+            && self.state.containers.iter().all(running)
+            && let Some(words) = self.timeline.tell()
+        {
+            self.event("Timeline", words, false);
+        }
+    }
+
+    fn act(&mut self, action: Action) {
+        debug!(pod = %self.state.uid, ?action, "action");
+        match action {
+            Action::PrepareSandbox => self.prepare(),
+            Action::Start(run) => self.launch(run),
+            Action::StartProbes(run) => self.start_probes(&run),
+            Action::StopProbes(run) => {
+                if let Some(task) = self.probes.remove(&run.name) {
+                    task.abort();
+                }
+            }
+            Action::Stop(run) => self.stop(run),
+            Action::Kill(run) => {
+                let node = self.node.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = node.runtime.kill_container(&run).await {
+                        warn!(%run, %error, "kill");
+                    }
+                });
+            }
+            Action::TearDown => self.tear_down(),
+            Action::Event(reason, words, warning) => self.event(reason, words, warning),
+        }
+    }
+
+    fn prepare(&self) {
+        let (node, inputs) = (self.node.clone(), self.inputs.clone());
+        let (uid, pod) = (self.state.uid.clone(), self.state.pod.clone());
+        let (view, volumes) = (self.view.clone(), self.volumes.clone());
+        tokio::spawn(async move {
+            let input = match prepare::sandbox(&node, &uid, &pod, &view, &inputs).await {
+                Ok((network, paths)) => {
+                    volumes.store(Some(Arc::new(paths)));
+                    Input::SandboxReady(network)
+                }
+                Err(failure) => Input::SandboxFailed(failure.reason.into(), failure.message),
+            };
+            let _ = inputs.send(Message::Input(input)).await;
+        });
+    }
+
+    fn launch(&self, run: ContainerRun) {
+        let Sandbox::Ready(network) = &self.state.sandbox else {
+            return;
+        };
+        let job = launch::Job {
+            node: self.node.clone(),
+            run: run.clone(),
+            pod: self.state.pod.clone(),
+            network: network.clone(),
+            volumes: self.volumes.load_full().unwrap_or_default(),
+            view: self.view.borrow().clone(),
+            inputs: self.inputs.clone(),
+        };
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            let input = match launch::container(job).await {
+                Ok((at, image_id)) => Input::Started { run, at, image_id },
+                Err(failure) => Input::StartFailed(run, failure.reason.into(), failure.message),
+            };
+            let _ = inputs.send(Message::Input(input)).await;
+        });
+    }
+
+    fn start_probes(&mut self, run: &ContainerRun) {
+        let Some(config) = self.state.config(&run.name).cloned() else {
+            return;
+        };
+        let no_probe = config.startup_probe.is_none()
+            && config.liveness_probe.is_none()
+            && config.readiness_probe.is_none();
+        let address = match &self.state.sandbox {
+            Sandbox::Ready(network) => network.addresses.first().copied(),
+            // Adopted: the sandbox is made sure of in parallel; its address is known already.
+            _ => self
+                .reported
+                .pod_ip
+                .as_deref()
+                .and_then(|ip| ip.parse().ok()),
+        };
+        let Some(address) = address.filter(|_| !no_probe) else {
+            return;
+        };
+        let known = self.state.containers.iter().find(|c| c.name == run.name);
+        let (failures, mut failed) = mpsc::channel(1);
+        let (verdicts, mut verdict) = mpsc::channel(1);
+        let inputs = self.inputs.clone();
+        let prober = Prober {
+            run: run.clone(),
+            config,
+            address,
+            runtime: self.node.runtime.clone(),
+            inputs: verdicts,
+            failures,
+            already_started: known.is_some_and(|c| c.started),
+            already_ready: known.is_some_and(|c| c.ready),
+        };
+        let task = tokio::spawn(async move {
+            let forward = async {
+                loop {
+                    let message = tokio::select! {
+                        // Cancel-safe: recv takes nothing before it is ready.
+                        Some(input) = verdict.recv() => Message::Input(input),
+                        Some((kind, words)) = failed.recv() => Message::Unhealthy(kind, words),
+                        else => return,
+                    };
+                    if inputs.send(message).await.is_err() {
+                        return;
+                    }
+                }
+            };
+            tokio::join!(prober.watch(), forward);
+        });
+        if let Some(before) = self.probes.insert(run.name.clone(), task.abort_handle()) {
+            before.abort();
+        }
+    }
+
+    fn stop(&self, run: ContainerRun) {
+        let node = self.node.clone();
+        let image = self.state.config(&run.name).and_then(|c| c.image.clone());
+        tokio::spawn(async move {
+            let signal = launch::stop_signal(&node, image.as_deref()).await;
+            if let Err(error) = node.runtime.signal_container(&run, signal).await {
+                warn!(%run, signal, %error, "stop signal");
+            }
+        });
+    }
+
+    fn tear_down(&self) {
+        let (node, inputs, uid) = (
+            self.node.clone(),
+            self.inputs.clone(),
+            self.state.uid.clone(),
+        );
+        let runs: Vec<ContainerRun> = self
+            .state
+            .containers
+            .iter()
+            .flat_map(|c| {
+                (0..=c.attempt).map(|attempt| ContainerRun {
+                    pod: uid.clone(),
+                    name: c.name.clone(),
+                    attempt,
+                })
+            })
+            .collect();
+        tokio::spawn(async move {
+            let input = match prepare::tear_down(&node, &uid, &runs).await {
+                Ok(()) => Input::TornDown,
+                Err(words) => {
+                    warn!(pod = %uid, "tear-down: {words}");
+                    Input::TearDownFailed
+                }
+            };
+            let _ = inputs.send(Message::Input(input)).await;
+        });
+    }
+
+    fn unhealthy(&mut self, kind: ProbeKind, words: &str) {
+        let name = match kind {
+            ProbeKind::Startup => "Startup",
+            ProbeKind::Liveness => "Liveness",
+            ProbeKind::Readiness => "Readiness",
+        };
+        let now = Instant::now();
+        let due = |at: &Instant| now.duration_since(*at) >= UNHEALTHY_EVENT_EVERY;
+        if self.unhealthy_at.get(name).is_none_or(due) {
+            self.unhealthy_at.insert(name, now);
+            self.event("Unhealthy", format!("{name} probe failed: {words}"), true);
+        }
+    }
+
+    /// Sends the status when it has changed, and always the last word.
+    fn report(&mut self, released: bool) {
+        let around = status::Surroundings {
+            host_addresses: self.node.host_addresses.clone(),
+            now: now(),
+        };
+        // What an ended pod was is known; its containers are not looked at any more.
+        let ended_before =
+            status::is_final(&self.reported) && self.state.phase >= Phase::TearingDown;
+        let rendered = match ended_before {
+            true => self.reported.clone(),
+            false => status::render(&self.state, &self.reported, &around),
+        };
+        if rendered == self.reported && !released {
+            return;
+        }
+        let is_final = status::is_final(&rendered);
+        if is_final && !released {
+            records::write_final(&self.node.paths, &self.state.uid, &rendered);
+        }
+        self.reported = rendered.clone();
+        let metadata = &self.state.pod.metadata;
+        self.node.reporter.status(
+            &self.state.uid,
+            metadata.namespace.as_deref().unwrap_or_default(),
+            metadata.name.as_deref().unwrap_or_default(),
+            rendered,
+            is_final || released,
+            released,
+        );
+    }
+
+    fn event(&self, reason: &str, words: String, warning: bool) {
+        let metadata = &self.state.pod.metadata;
+        info!(pod = %self.state.uid, name = self.title(), reason, "{words}");
+        let stamp = Time(now());
+        self.node.reporter.event(Event {
+            metadata: ObjectMeta {
+                namespace: metadata.namespace.clone(),
+                ..ObjectMeta::default()
+            },
+            involved_object: ObjectReference {
+                api_version: Some("v1".into()),
+                kind: Some("Pod".into()),
+                namespace: metadata.namespace.clone(),
+                name: metadata.name.clone(),
+                uid: Some(self.state.uid.to_string()),
+                ..ObjectReference::default()
+            },
+            reason: Some(reason.into()),
+            message: Some(words),
+            type_: Some(if warning { "Warning" } else { "Normal" }.into()),
+            source: Some(gantry_api::k8s_openapi::api::core::v1::EventSource {
+                component: Some("gantry-agent".into()),
+                host: Some(self.node.name.clone()),
+            }),
+            first_timestamp: Some(stamp.clone()),
+            last_timestamp: Some(stamp),
+            count: Some(1),
+            ..Event::default()
+        });
+    }
+}
+
+/// The wall clock in whole seconds, as the API's times are.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_second(now.as_second()).unwrap_or(now)
+}
