@@ -1,4 +1,17 @@
-//! (skeleton)
+//! Integration tests: the built binaries on a real kernel.
+//!
+//! ```text
+//! tests/integration.rs  one test per scenario on this machine (root; else skipped in words)
+//! src/bin/gantry-vm-init.rs  the same scenarios as init of a virtual machine
+//!        └──► scenario.rs ──► cluster.rs ──► gantry-control, gantry-agent, gantry
+//! ```
+//! A scenario looks at the kernel (cgroup files, /proc, sockets), not only at our own status. Every
+//! cluster ends with a census of zero.
+
+#[path = "../../xtask/src/census.rs"]
+pub mod census;
+pub mod cluster;
+pub mod scenario;
 
 #[cfg(test)]
 mod feed;

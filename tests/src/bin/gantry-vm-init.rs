@@ -1,0 +1,188 @@
+//! Init of the virtual machine that `cargo xtask vm-test` boots.
+//!
+//! ```text
+//! initramfs ─► switch: everything moves to a tmpfs (containers cannot pivot out of an initramfs)
+//!           ─► init: mounts, modules, then reaps whatever is orphaned
+//!                └─► run: the scenarios, one verdict line each ─► end ─► reset
+//! ```
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use gantry_tests::cluster::Installation;
+use gantry_tests::scenario;
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::wait::{WaitStatus, wait};
+
+fn main() -> ExitCode {
+    let stage = std::env::args().nth(1);
+    let done = match stage.as_deref() {
+        Some("init") => init(),
+        Some("run") => run(),
+        _ if std::process::id() == 1 => switch(),
+        _ => {
+            eprintln!("this is the init of a virtual machine: see `cargo xtask vm-test`");
+            return ExitCode::FAILURE;
+        }
+    };
+    if let Err(error) = &done {
+        println!("vm: FAILED init: {error:#}");
+    }
+    if std::process::id() == 1 {
+        let _ = reboot(RebootMode::RB_AUTOBOOT);
+    }
+    if done.is_ok() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn fs_mount(kind: &str, target: &str, options: Option<&str>) -> Result<()> {
+    fs::create_dir_all(target)?;
+    mount(Some(kind), target, Some(kind), MsFlags::empty(), options)
+        .with_context(|| format!("mount {kind} on {target}"))
+}
+
+/// Moves the initramfs' files to a tmpfs and makes that the root.
+fn switch() -> Result<()> {
+    fs_mount("tmpfs", "/new", Some("mode=755"))?;
+    for entry in fs::read_dir("/")? {
+        let entry = entry?;
+        if entry.file_name() != "new" {
+            move_tree(
+                &entry.path(),
+                &PathBuf::from("/new").join(entry.file_name()),
+            )?;
+        }
+    }
+    std::env::set_current_dir("/new")?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).context("move mount")?;
+    nix::unistd::chroot(".").context("chroot")?;
+    std::env::set_current_dir("/")?;
+    Err(Command::new("/init").arg("init").exec()).context("exec /init")
+}
+
+/// Copies and unlinks as it goes, so that memory holds one copy.
+fn move_tree(from: &Path, to: &Path) -> io::Result<()> {
+    let metadata = fs::symlink_metadata(from)?;
+    if metadata.is_dir() {
+        fs::create_dir_all(to)?;
+        fs::set_permissions(
+            to,
+            fs::Permissions::from_mode(metadata.permissions().mode()),
+        )?;
+        for entry in fs::read_dir(from)? {
+            let entry = entry?;
+            move_tree(&entry.path(), &to.join(entry.file_name()))?;
+        }
+        return Ok(());
+    }
+    if metadata.is_symlink() {
+        symlink(fs::read_link(from)?, to)?;
+    } else if metadata.is_file() {
+        fs::copy(from, to)?;
+    }
+    fs::remove_file(from)
+}
+
+/// Makes the machine, starts the runner, and reaps until it has ended.
+fn init() -> Result<()> {
+    fs_mount("proc", "/proc", None)?;
+    fs_mount("sysfs", "/sys", None)?;
+    fs_mount("devtmpfs", "/dev", None)?;
+    fs_mount("devpts", "/dev/pts", Some("ptmxmode=0666"))?;
+    fs_mount("tmpfs", "/dev/shm", None)?;
+    fs_mount("tmpfs", "/run", Some("mode=755"))?;
+    fs_mount("tmpfs", "/tmp", Some("mode=1777"))?;
+    fs_mount("cgroup2", "/sys/fs/cgroup", None)?;
+    fs_mount("bpf", "/sys/fs/bpf", None)?;
+    // Mounts made later in a container must not travel back.
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )?;
+    nix::unistd::sethostname("vm-1")?;
+    load_modules()?;
+    let status = Command::new("/bin/busybox")
+        .args(["ifconfig", "lo", "up"])
+        .status()?;
+    println!("vm: lo is up: {status}");
+    let child = Command::new("/init")
+        .arg("run")
+        .env("PATH", "/usr/lib/gantry:/bin:/usr/bin:/sbin")
+        .env("HOME", "/root")
+        .env("GANTRY_BIN", "/usr/lib/gantry")
+        .env("GANTRY_IMAGES", "/images")
+        .spawn()
+        .context("start the runner")?;
+    let runner = i32::try_from(child.id())?;
+    loop {
+        match wait() {
+            Ok(WaitStatus::Exited(pid, _) | WaitStatus::Signaled(pid, _, _))
+                if pid.as_raw() == runner =>
+            {
+                break;
+            }
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(error) => return Err(error).context("wait"),
+        }
+    }
+    println!("vm: end");
+    Ok(())
+}
+
+/// The files are numbered: dependencies first.
+fn load_modules() -> Result<()> {
+    let Ok(entries) = fs::read_dir("/modules") else {
+        return Ok(());
+    };
+    let mut files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+    files.sort();
+    for file in files {
+        let opened = fs::File::open(&file)?;
+        let flags = nix::kmod::ModuleInitFlags::empty();
+        match nix::kmod::finit_module(&opened, c"", flags) {
+            Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
+            Err(error) => println!("vm: module {}: {error}", file.display()),
+        }
+    }
+    Ok(())
+}
+
+fn run() -> Result<()> {
+    let installation = Installation::find().map_err(anyhow::Error::msg)?;
+    let command_line = fs::read_to_string("/proc/cmdline")?;
+    let wanted = command_line
+        .split_whitespace()
+        .find_map(|w| w.strip_prefix("gantry.scenario="));
+    let wanted = wanted.filter(|w| *w != "all");
+    for scenario in scenario::ALL
+        .iter()
+        .filter(|s| wanted.is_none_or(|w| w == s.name))
+    {
+        let began = Instant::now();
+        match scenario.run(&installation) {
+            Ok(()) => println!(
+                "vm: ok {} {:.1} s",
+                scenario.name,
+                began.elapsed().as_secs_f64()
+            ),
+            Err(error) => {
+                let words = format!("{error:#}").replace('\n', "\nvm | ");
+                println!("vm: FAILED {}: {words}", scenario.name);
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,347 @@
+//! A whole cluster of one node: started from the built binaries, driven by the command line as a
+//! user would, removed completely.
+//!
+//! It uses the standard directories of the machine, so there is one at a time: a lock file says so.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::census;
+
+/// Where `gantry-control` writes the administrator's credentials.
+pub const KUBECONFIG: &str = "/etc/gantry/admin.kubeconfig";
+/// The node's name, whatever the machine is called.
+pub const NODE: &str = "node-1";
+const START: Duration = Duration::from_secs(60);
+
+/// Where the binaries and images are.
+#[derive(Clone, Debug)]
+pub struct Installation {
+    /// gantry-control, gantry-agent, gantry-rt, gantry-shim, gantry.
+    pub bin: PathBuf,
+    /// OCI archives.
+    pub images: PathBuf,
+}
+
+impl Installation {
+    /// What `cargo xtask test` has prepared; otherwise the reason why a test cannot run.
+    pub fn find() -> Result<Self, String> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err("needs root".into());
+        }
+        let directory = |name: &str| {
+            std::env::var_os(name)
+                .map(PathBuf::from)
+                .filter(|path| path.is_dir())
+                .ok_or_else(|| format!("needs {name}, which `cargo xtask test` sets"))
+        };
+        Ok(Self {
+            bin: directory("GANTRY_BIN")?,
+            images: directory("GANTRY_IMAGES")?,
+        })
+    }
+}
+
+/// A running cluster. Dropping it removes everything.
+pub struct Cluster {
+    installation: Installation,
+    logs: tempfile::TempDir,
+    control: Option<Child>,
+    agent: Option<Child>,
+    _lock: File,
+}
+
+/// What a command printed.
+#[derive(Debug)]
+pub struct Output {
+    /// Exit code; -1 when a signal ended it.
+    pub code: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Cluster {
+    /// Starts control plane and agent, imports the images, waits until the node is ready.
+    pub fn start(installation: &Installation) -> Result<Self> {
+        let lock = File::create(std::env::temp_dir().join("gantry-tests.lock"))?;
+        lock.lock()?;
+        let census = census::take();
+        if !census::is_zero(&census) {
+            bail!(
+                "something of Gantry is on this machine already: {:?}",
+                census::rows(&census)
+            );
+        }
+        let logs = tempfile::tempdir()?;
+        let mut cluster = Self {
+            installation: installation.clone(),
+            logs,
+            control: None,
+            agent: None,
+            _lock: lock,
+        };
+        cluster.start_control()?;
+        cluster.import("busybox")?;
+        cluster.start_agent()?;
+        cluster.wait("the node to be ready", START, |c| c.node_is_ready())?;
+        Ok(cluster)
+    }
+
+    /// Starts `gantry-control` and waits until it serves.
+    pub fn start_control(&mut self) -> Result<()> {
+        let agent = format!("/etc/gantry/agent:{NODE}");
+        let child = self.spawn("gantry-control", &["--agent-credentials", &agent])?;
+        self.control = Some(child);
+        self.wait("gantry-control to serve", START, |c| {
+            Ok(Path::new(KUBECONFIG).exists() && c.gantry(&["get", "namespaces"])?.code == 0)
+        })
+    }
+
+    /// Starts `gantry-agent`.
+    pub fn start_agent(&mut self) -> Result<()> {
+        self.agent = Some(self.spawn("gantry-agent", &["run", "--node-name", NODE])?);
+        Ok(())
+    }
+
+    /// SIGKILL to the agent.
+    pub fn kill_agent(&mut self) -> Result<()> {
+        let mut agent = self.agent.take().context("no agent runs")?;
+        agent.kill()?;
+        agent.wait()?;
+        Ok(())
+    }
+
+    /// SIGKILL to the control plane.
+    pub fn kill_control(&mut self) -> Result<()> {
+        let mut control = self.control.take().context("no control plane runs")?;
+        control.kill()?;
+        control.wait()?;
+        Ok(())
+    }
+
+    fn spawn(&self, name: &str, arguments: &[&str]) -> Result<Child> {
+        let log = self.logs.path().join(format!("{name}.log"));
+        let log = File::options().create(true).append(true).open(&log)?;
+        let mut command = Command::new(self.installation.bin.join(name));
+        command.args(arguments).stdin(Stdio::null());
+        command.stdout(log.try_clone()?).stderr(log);
+        command.spawn().with_context(|| format!("start {name}"))
+    }
+
+    /// Imports the archive whose name contains `name`.
+    pub fn import(&self, name: &str) -> Result<()> {
+        let archive = std::fs::read_dir(&self.installation.images)?
+            .flatten()
+            .map(|e| e.path())
+            .find(|p| {
+                let file = p
+                    .file_name()
+                    .unwrap_or_default()
+                    .to_string_lossy()
+                    .into_owned();
+                file.contains(name) && file.ends_with(".tar")
+            })
+            .with_context(|| format!("no {name} archive"))?;
+        let mut import = Command::new(self.installation.bin.join("gantry-agent"));
+        let output = run(import.args(["image", "import"]).arg(archive))?;
+        if output.code != 0 {
+            bail!("import {name}: {}{}", output.stdout, output.stderr);
+        }
+        Ok(())
+    }
+
+    /// Runs the command line.
+    pub fn gantry(&self, arguments: &[&str]) -> Result<Output> {
+        run(&mut self.command(arguments))
+    }
+
+    /// The command line, to be run by the caller.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.installation.bin.join("gantry"));
+        command.args(arguments).env("KUBECONFIG", KUBECONFIG);
+        command
+    }
+
+    /// Runs the command line, which must succeed; returns its output.
+    pub fn ok(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.gantry(arguments)?;
+        if output.code != 0 {
+            bail!(
+                "gantry {} exited with {}: {}{}",
+                arguments.join(" "),
+                output.code,
+                output.stdout,
+                output.stderr
+            );
+        }
+        Ok(output.stdout)
+    }
+
+    /// Applies a manifest.
+    pub fn apply(&self, manifest: &str) -> Result<Output> {
+        let file = self.logs.path().join("manifest.yaml");
+        std::fs::write(&file, manifest)?;
+        self.gantry(&["apply", "-f", &file.to_string_lossy()])
+    }
+
+    /// Applies a manifest, which must be taken.
+    pub fn apply_ok(&self, manifest: &str) -> Result<()> {
+        let output = self.apply(manifest)?;
+        if output.code != 0 {
+            bail!("apply: {}{}", output.stdout, output.stderr);
+        }
+        Ok(())
+    }
+
+    /// One object as JSON.
+    pub fn get(&self, arguments: &[&str]) -> Result<Value> {
+        let mut all = vec!["get", "-o", "json"];
+        all.extend(arguments);
+        Ok(serde_json::from_str(&self.ok(&all)?)?)
+    }
+
+    /// Asks until it is true; the error tells what was waited for and the last words of both logs.
+    pub fn wait(
+        &self,
+        what: &str,
+        limit: Duration,
+        is_true: impl Fn(&Self) -> Result<bool>,
+    ) -> Result<()> {
+        let began = Instant::now();
+        loop {
+            let last = is_true(self);
+            if matches!(last, Ok(true)) {
+                return Ok(());
+            }
+            if began.elapsed() > limit {
+                let why = last.err().map(|e| format!("{e:#}; ")).unwrap_or_default();
+                bail!(
+                    "waited {} s for {what}; {why}\n{}",
+                    limit.as_secs(),
+                    self.last_words()
+                );
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits for a pod's condition Ready.
+    pub fn wait_ready(&self, namespace: &str, pod: &str) -> Result<()> {
+        self.wait(
+            &format!("pod {pod} to be ready"),
+            Duration::from_secs(60),
+            |c| Ok(is_ready(&c.get(&["pod", pod, "-n", namespace])?)),
+        )
+    }
+
+    /// Waits until a pod's phase is that.
+    pub fn wait_phase(&self, namespace: &str, pod: &str, phase: &str) -> Result<()> {
+        self.wait(
+            &format!("pod {pod} to be {phase}"),
+            Duration::from_secs(60),
+            |c| Ok(c.get(&["pod", pod, "-n", namespace])?["status"]["phase"] == phase),
+        )
+    }
+
+    fn node_is_ready(&self) -> Result<bool> {
+        Ok(is_ready(&self.get(&["node", NODE])?))
+    }
+
+    /// The ends of both logs.
+    pub fn last_words(&self) -> String {
+        let mut words = String::new();
+        for name in ["gantry-control.log", "gantry-agent.log"] {
+            let text = std::fs::read_to_string(self.logs.path().join(name)).unwrap_or_default();
+            let last: Vec<&str> = text.lines().rev().take(25).collect();
+            words.push_str(&format!("--- {name}\n"));
+            for line in last.iter().rev() {
+                words.push_str(line);
+                words.push('\n');
+            }
+        }
+        words
+    }
+
+    /// Removes everything; an error when something is left.
+    pub fn finish(mut self) -> Result<()> {
+        self.remove()?;
+        let census = census::take();
+        if !census::is_zero(&census) {
+            bail!(
+                "left behind: {:?}\n{}",
+                census::rows(&census),
+                self.last_words()
+            );
+        }
+        Ok(())
+    }
+
+    fn remove(&mut self) -> Result<()> {
+        for mut child in [self.agent.take(), self.control.take()]
+            .into_iter()
+            .flatten()
+        {
+            let pid = nix::unistd::Pid::from_raw(i32::try_from(child.id())?);
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+            let began = Instant::now();
+            while child.try_wait()?.is_none() {
+                if began.elapsed() > Duration::from_secs(10) {
+                    child.kill()?;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        let mut cleanup = Command::new(self.installation.bin.join("gantry-agent"));
+        let output = run(cleanup.arg("cleanup"))?;
+        for file in census::FILES {
+            let path = Path::new(file);
+            let _ = if path.is_dir() {
+                std::fs::remove_dir_all(path)
+            } else {
+                std::fs::remove_file(path)
+            };
+        }
+        if output.code != 0 {
+            bail!("cleanup: {}{}", output.stdout, output.stderr);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if let Err(error) = self.remove() {
+            eprintln!("removing the test cluster: {error:#}");
+        }
+    }
+}
+
+/// condition Ready is True.
+pub fn is_ready(object: &Value) -> bool {
+    let conditions = object["status"]["conditions"].as_array();
+    conditions
+        .into_iter()
+        .flatten()
+        .any(|c| c["type"] == "Ready" && c["status"] == "True")
+}
+
+/// Runs a command to its end.
+pub fn run(command: &mut Command) -> Result<Output> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("run {name}"))?;
+    Ok(Output {
+        code: output.status.code().unwrap_or(-1),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    })
+}
