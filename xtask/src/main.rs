@@ -44,6 +44,8 @@ enum Task {
     Setup,
     /// Build the eBPF programs into target/bpf/gantry.o
     Ebpf,
+    /// Make the images of the main job into target/images
+    Images,
     /// Check that docs and names are in order
     Tidy,
     /// Print what of ours is on this machine: processes, netns, links, cgroups, mounts, BPF pins
@@ -61,6 +63,9 @@ fn main() -> ExitCode {
         Task::Ebpf => ebpf::build(&run::root(), ebpf::Variant::Release)
             .map(|object| println!("{}", object.display()))
             .map_err(anyhow::Error::from),
+        Task::Images => image::archive(&image::NGINX)
+            .and_then(|_| image::archive(&image::BUSYBOX))
+            .map(drop),
         Task::Tidy => tidy::run(),
         Task::Census => down::census(),
     };
