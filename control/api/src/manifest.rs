@@ -313,7 +313,8 @@ fn plain_or_quoted(text: &str) -> String {
     let dashes = text.len() - first_letter.len();
     let letter = |c: char| c.is_ascii_alphabetic() || (dashes == 0 && "/_".contains(c));
     let starts_well = (dashes <= 2 && first_letter.starts_with(letter)) || is_number_like(text);
-    let inner = |c: char| c.is_ascii_alphanumeric() || "-_./@+=()%,; '*<>$!&?~^|".contains(c);
+    let inner =
+        |c: char| c.is_ascii_alphanumeric() || "-_./@+=()%,; '*<>$!&?~^|\"[]{}`".contains(c);
     // A colon or hash is only special next to a blank; commas only inside flow collections.
     let colons_fine = !text.contains(": ") && !text.ends_with(':') && !text.contains(" #");
     let plain = starts_well

@@ -196,18 +196,24 @@ impl Delete {
         grace_period_s: Option<i64>,
     ) -> Result<(), Failure> {
         let mut failed = false;
-        let mut going = Vec::new();
+        let mut present = Vec::new();
+        // All are read before the first goes: what a deletion takes along (a namespace's content)
+        // was there, so its end is a success.
         for one in doomed {
+            match session.get(key(one.kind, &one.namespace, &one.name)).await {
+                Ok(object) => {
+                    let uid = object.pointer("/metadata/uid").and_then(Value::as_str);
+                    present.push((one, uid.unwrap_or_default().to_owned()));
+                }
+                Err(failure) => failed |= self.note(failure)?,
+            }
+        }
+        let mut going = Vec::new();
+        for (one, uid) in present {
             match self.delete_one(session, one, grace_period_s).await {
-                Ok(uid) => going.extend(uid.map(|uid| (one, uid))),
-                Err(failure) => match failure.reason() {
-                    Some(Reason::NotFound) if self.ignore_not_found => {}
-                    Some(_) => {
-                        eprintln!("{failure}");
-                        failed = true;
-                    }
-                    None => return Err(failure),
-                },
+                Ok(()) => going.push((one, uid)),
+                Err(failure) if failure.reason() == Some(Reason::NotFound) => self.say(one)?,
+                Err(failure) => failed |= self.note(failure)?,
             }
         }
         if self.wait && self.dry_run == "none" {
@@ -231,27 +237,32 @@ impl Delete {
         }
     }
 
-    /// Asks for the deletion; the object's uid, so that waiting is about this one.
+    /// Reports a refusal for one of several objects; true when it counts.
+    fn note(&self, failure: Failure) -> Result<bool, Failure> {
+        match failure.reason() {
+            Some(Reason::NotFound) if self.ignore_not_found => Ok(false),
+            Some(_) => {
+                eprintln!("{failure}");
+                Ok(true)
+            }
+            None => Err(failure),
+        }
+    }
+
     async fn delete_one(
         &self,
         session: &Session,
         one: &Doomed,
         grace_period_s: Option<i64>,
-    ) -> Result<Option<String>, Failure> {
-        let at = key(one.kind, &one.namespace, &one.name);
+    ) -> Result<(), Failure> {
         let propagation = match self.cascade.as_str() {
             "foreground" => "Foreground",
             "orphan" => "Orphan",
             _ => "Background",
         };
-        let object = session.get(at.clone()).await?;
-        let uid = object
-            .pointer("/metadata/uid")
-            .and_then(Value::as_str)
-            .map(str::to_owned);
         if self.dry_run != "client" {
             let request = DeleteRequest {
-                key: Some(at),
+                key: Some(key(one.kind, &one.namespace, &one.name)),
                 grace_period_s,
                 propagation: propagation.to_owned(),
                 uid: String::new(),
@@ -259,6 +270,10 @@ impl Delete {
             };
             crate::connection::warn(&session.delete(request).await?);
         }
+        self.say(one)
+    }
+
+    fn say(&self, one: &Doomed) -> Result<(), Failure> {
         let suffix = match self.dry_run.as_str() {
             "client" => " (dry run)",
             "server" => " (server dry run)",
@@ -270,12 +285,10 @@ impl Delete {
             "deleted"
         };
         if self.output == Format::Name {
-            output::print(&format!("{}\n", output::object_name(one.kind, &one.name)))?;
-        } else {
-            let kind = one.kind.qualified_singular();
-            output::print(&format!("{kind} {:?} {deleted}{suffix}\n", one.name))?;
+            return output::print(&format!("{}\n", output::object_name(one.kind, &one.name)));
         }
-        Ok(uid)
+        let kind = one.kind.qualified_singular();
+        output::print(&format!("{kind} {:?} {deleted}{suffix}\n", one.name))
     }
 }
 

@@ -307,6 +307,13 @@ impl Get {
                 .table(self.request(session, target.kind, name))
                 .await
             {
+                // No row: the server's own words say why.
+                Ok(table) if table.rows.is_empty() => {
+                    let missing = session.get(session.key(target.kind, name)).await;
+                    if let Err(failure) = missing {
+                        *failed |= self.note(failure)?;
+                    }
+                }
                 Ok(table) => match &mut whole {
                     Some(whole) => whole.rows.extend(table.rows),
                     None => whole = Some(table),

@@ -196,7 +196,6 @@ mod tests {
             "get",
             "scale deploy/web",
             "exec web",
-            "apply",
             "wait pod/web",
             "frobnicate",
         ] {
