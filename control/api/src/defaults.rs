@@ -111,6 +111,18 @@ fn volume(volume: &mut Volume) {
         source.default_mode.get_or_insert(FILE_MODE);
     } else if let Some(source) = &mut volume.secret {
         source.default_mode.get_or_insert(FILE_MODE);
+    } else if let Some(source) = &mut volume.projected {
+        source.default_mode.get_or_insert(FILE_MODE);
+    } else if let Some(source) = &mut volume.downward_api {
+        source.default_mode.get_or_insert(FILE_MODE);
+        for field in source
+            .items
+            .iter_mut()
+            .flatten()
+            .filter_map(|i| i.field_ref.as_mut())
+        {
+            text(&mut field.api_version, "v1");
+        }
     } else if let Some(source) = &mut volume.host_path {
         source.type_.get_or_insert_default();
     } else if *volume

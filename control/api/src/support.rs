@@ -92,7 +92,7 @@ pub static POD_SPEC: &[Rule] = &[
     warn("affinity", &[], PLACEMENT),
     warn("automountServiceAccountToken", &[], TOKENS),
     listed("containers"),
-    no("dnsConfig", &[], "use dnsPolicy"),
+    yes("dnsConfig"),
     yes("dnsPolicy"),
     warn(
         "enableServiceLinks",
@@ -100,10 +100,10 @@ pub static POD_SPEC: &[Rule] = &[
         "variables of Services are not injected; use DNS names",
     ),
     no("ephemeralContainers", &[], "use exec"),
-    no("hostAliases", &[], "/etc/hosts entries are not written yet"),
+    yes("hostAliases"),
     no("hostIPC", &[], "the host's IPC namespace is not shared yet"),
     yes("hostNetwork"),
-    no("hostPID", &[], "the host's PID namespace is not shared yet"),
+    yes("hostPID"),
     yes("hostUsers"), // false is refused in `check`: it is the value that asks for something
     yes("hostname"),
     yes("imagePullSecrets"),
@@ -123,6 +123,7 @@ pub static POD_SPEC: &[Rule] = &[
     listed("securityContext"),
     warn("serviceAccount", &["\"default\""], TOKENS),
     warn("serviceAccountName", &["\"default\""], TOKENS),
+    yes("subdomain"),
     yes("terminationGracePeriodSeconds"),
     warn("tolerations", &[], PLACEMENT),
     warn("topologySpreadConstraints", &[], PLACEMENT),
@@ -150,7 +151,7 @@ pub static POD_SPEC: &[Rule] = &[
         "use RuntimeDefault",
     ),
     yes("securityContext.supplementalGroups"),
-    no("securityContext.sysctls", &[], "sysctls are not set yet"),
+    yes("securityContext.sysctls"),
     // --- volumes
     yes("volumes[].name"),
     yes("volumes[].configMap"),
@@ -158,17 +159,23 @@ pub static POD_SPEC: &[Rule] = &[
     yes("volumes[].hostPath"),
     yes("volumes[].secret"),
     no("volumes[].csi", &[], "there are no CSI drivers yet"),
-    no("volumes[].downwardAPI", &[], "use env with fieldRef"),
+    yes("volumes[].downwardAPI"),
     no("volumes[].ephemeral", &[], "use emptyDir"),
     no(
         "volumes[].persistentVolumeClaim",
         &[],
         "there are no claims yet; use hostPath",
     ),
+    listed("volumes[].projected"),
+    yes("volumes[].projected.defaultMode"),
+    listed("volumes[].projected.sources"),
+    yes("volumes[].projected.sources[].configMap"),
+    yes("volumes[].projected.sources[].downwardAPI"),
+    yes("volumes[].projected.sources[].secret"),
     no(
-        "volumes[].projected",
+        "volumes[].projected.sources[].serviceAccountToken",
         &[],
-        "mount its sources as separate volumes",
+        TOKENS,
     ),
 ];
 
@@ -182,11 +189,7 @@ pub static CONTAINER: &[Rule] = &[
     listed("env[].valueFrom"),
     yes("env[].valueFrom.configMapKeyRef"),
     yes("env[].valueFrom.fieldRef"),
-    no(
-        "env[].valueFrom.resourceFieldRef",
-        &[],
-        "resource values are not resolved yet",
-    ),
+    yes("env[].valueFrom.resourceFieldRef"),
     yes("env[].valueFrom.secretKeyRef"),
     yes("envFrom"),
     yes("image"),
@@ -227,11 +230,7 @@ pub static CONTAINER: &[Rule] = &[
     yes("securityContext.allowPrivilegeEscalation"),
     yes("securityContext.capabilities"),
     yes("securityContext.privileged"),
-    no(
-        "securityContext.procMount",
-        &["\"Default\""],
-        "/proc is always masked",
-    ),
+    yes("securityContext.procMount"),
     yes("securityContext.readOnlyRootFilesystem"),
     yes("securityContext.runAsGroup"),
     yes("securityContext.runAsNonRoot"),
@@ -265,11 +264,7 @@ pub static CONTAINER: &[Rule] = &[
     no("volumeDevices", &[], "there are no block volumes yet"),
     listed("volumeMounts"),
     yes("volumeMounts[].mountPath"),
-    no(
-        "volumeMounts[].mountPropagation",
-        &["\"None\""],
-        "mounts are private",
-    ),
+    yes("volumeMounts[].mountPropagation"),
     yes("volumeMounts[].name"),
     yes("volumeMounts[].readOnly"),
     no(
@@ -278,7 +273,7 @@ pub static CONTAINER: &[Rule] = &[
         "use readOnly",
     ),
     yes("volumeMounts[].subPath"),
-    no("volumeMounts[].subPathExpr", &[], "use subPath"),
+    yes("volumeMounts[].subPathExpr"),
     yes("workingDir"),
 ];
 

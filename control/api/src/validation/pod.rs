@@ -51,7 +51,11 @@ pub fn pod_spec(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
         &policies,
         &mut errors,
     );
-    if spec.dns_policy.as_deref() == Some("None") {
+    let nameservers = spec
+        .dns_config
+        .as_ref()
+        .and_then(|c| c.nameservers.as_ref());
+    if spec.dns_policy.as_deref() == Some("None") && nameservers.is_none_or(Vec::is_empty) {
         let detail = "must provide at least one DNS nameserver when `dnsPolicy` is None";
         errors.push(FieldError::required(
             &path.child("dnsConfig").child("nameservers"),
@@ -161,6 +165,8 @@ fn volumes<'a>(
 fn volume_source(volume: &Volume, path: &Path, errors: &mut Vec<FieldError>) {
     let sources = [
         volume.config_map.is_some(),
+        volume.downward_api.is_some(),
+        volume.projected.is_some(),
         volume.empty_dir.is_some(),
         volume.host_path.is_some(),
         volume.secret.is_some(),
