@@ -125,10 +125,13 @@ fn ordinary_layer_keeps_modes_owners_times_and_links() {
     let mut names = vec![0; 256];
     let count = rustix::fs::listxattr(arena.path("usr/bin/su"), &mut names[..]).unwrap();
     let names = String::from_utf8_lossy(&names[..count]).into_owned();
-    assert!(
-        names.contains("user.note") && !names.contains("trusted"),
-        "{names}"
-    );
+    assert!(!names.contains("trusted"), "{names}");
+    let flags = rustix::fs::XattrFlags::empty();
+    if rustix::fs::setxattr(arena.path("usr"), "user.probe", b"x", flags).is_ok() {
+        assert!(names.contains("user.note"), "{names}");
+    } else {
+        eprintln!("skipped: no user attributes on this file system (tmpfs before Linux 6.6)");
+    }
 }
 
 #[test]
