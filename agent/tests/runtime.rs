@@ -249,7 +249,11 @@ async fn a_dropped_exec_session_kills_its_command() {
             .exec(&run, "exec sleep 4321", false, false)
             .await
             .unwrap();
-        assert!(fx.has_process(&run, "sleep\x004321"));
+        let end = Instant::now() + Duration::from_secs(5);
+        while !fx.has_process(&run, "sleep\x004321") {
+            assert!(Instant::now() < end, "the command never ran");
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         drop(session);
         let end = Instant::now() + Duration::from_secs(5);
         while fx.has_process(&run, "sleep\x004321") {
@@ -297,6 +301,20 @@ async fn no_line_and_no_exit_code_is_lost_when_the_agent_dies() {
         fx.new_agent();
         let observed = fx.observed().await;
         assert_eq!(observed[0].exit.as_ref().map(|e| e.code), Some(9));
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rotation_loses_no_line() {
+    with_fixture!(fx, {
+        let script = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); echo line $i; done";
+        let run = fx.run(script, json!({})).await.unwrap();
+        fx.wait_for_log(&run, "line 10").await;
+        let (log, old) = (fx.log_path(&run), fx.log_path(&run).with_extension("log.1"));
+        fx.runtime.rotate_log(&run, &log, &old).await.unwrap();
+        assert_eq!(fx.exit(&run).await.code, 0);
+        let count = |path| fs::read_to_string(path).unwrap().lines().count();
+        assert_eq!(count(&old) + count(&log), 20_000);
     });
 }
 

@@ -10,7 +10,8 @@
 //! ```
 //! It knows no Kubernetes and no libcontainer; it exists so that the agent can die, be upgraded
 //! or be absent while containers run, log and end. One thread, one poll loop, std and libc only.
-//! Measured: 86 KiB of private memory each when fifty run (static, profile `shim`).
+//! Measured: 126 KiB PSS each when thirty wait (static, profile `shim`, relocation-model=static;
+//! 155 KiB as static-pie, whose relocations dirty pages).
 //!
 //! The first process exits 0 when the socket is ready, 3 when another shim holds the sandbox
 //! (connect to that one), 1 with a line on stderr otherwise.

@@ -97,6 +97,27 @@ impl ShimRuntime {
         }
     }
 
+    /// Moves the run's log aside to `to` (same file system) and has the shim go on in a new one.
+    /// No line is lost or split: the shim writes to the old file until it has opened the new.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`] when the rename fails; then nothing has changed. After a shim's error
+    /// the old file, under its new name, is still written: ask again.
+    pub async fn rotate_log(
+        &self,
+        run: &ContainerRun,
+        log_path: &Path,
+        to: &Path,
+    ) -> Result<(), RuntimeError> {
+        let link = self.link(run).await?;
+        fs::rename(log_path, to).map_err(io_error("cannot rotate", log_path))?;
+        let request = Request::ReopenLog {
+            run: records::key(run),
+        };
+        let answer = link.ask(&request, &[]).await?;
+        answer.map(|_| ()).map_err(RuntimeError::Shim)
+    }
+
     /// The sandbox, its keeper started unless it runs. None when there is no such directory.
     fn sandbox(&self, pod: &PodUid) -> Option<Arc<Sandbox>> {
         let directory = self.paths.sandbox(pod);

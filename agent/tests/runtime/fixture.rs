@@ -373,6 +373,8 @@ impl Drop for Fixture {
         if !std::thread::panicking() {
             return;
         }
+        // Else the agent would replace the shim.
+        self.drop_agent();
         if let Some(pid) = self.shim_pid() {
             let pid = nix::unistd::Pid::from_raw(pid);
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
