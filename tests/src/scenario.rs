@@ -162,14 +162,21 @@ spec:
     )
 }
 
-fn pod_cgroup_file(cluster: &Cluster, pod: &str, v2: &str, v1: (&str, &str)) -> Result<String> {
+/// A file of the cgroup of a pod's container `main`, or of the pod's own with container "".
+fn cgroup_file(
+    cluster: &Cluster,
+    pod: &str,
+    container: &str,
+    v2: &str,
+    v1: (&str, &str),
+) -> Result<String> {
     let object = cluster.get(&["pod", pod])?;
     let uid = object["metadata"]["uid"].as_str().context("no uid")?;
     let qos = object["status"]["qosClass"]
         .as_str()
         .context("no qosClass")?
         .to_lowercase();
-    let below = format!("gantry/{qos}/pod{uid}/main");
+    let below = format!("gantry/{qos}/pod{uid}/{container}");
     let unified = PathBuf::from("/sys/fs/cgroup").join(&below).join(v2);
     let path = if unified.exists() {
         unified
@@ -193,17 +200,24 @@ fn limits(cluster: &mut Cluster) -> Result<()> {
 ",
     ))?;
     cluster.wait_ready("default", "limited")?;
-    let memory = pod_cgroup_file(
+    let memory = cgroup_file(
         cluster,
         "limited",
+        "main",
         "memory.max",
         ("memory", "memory.limit_in_bytes"),
     )?;
     ensure!(memory == "67108864", "memory limit: {memory}");
-    let cpu = pod_cgroup_file(cluster, "limited", "cpu.max", ("cpu", "cpu.cfs_quota_us"))?;
+    let cpu = cgroup_file(
+        cluster,
+        "limited",
+        "main",
+        "cpu.max",
+        ("cpu", "cpu.cfs_quota_us"),
+    )?;
     ensure!(cpu == "25000 100000" || cpu == "25000", "cpu limit: {cpu}");
-    let pids = pod_cgroup_file(cluster, "limited", "pids.max", ("pids", "pids.max"))?;
-    ensure!(pids != "max", "no pid limit");
+    let pids = cgroup_file(cluster, "limited", "", "pids.max", ("pids", "pids.max"))?;
+    ensure!(pids == "4096", "pid limit of the pod: {pids}");
     // The file is 100 MB on a tmpfs that counts for the container.
     cluster.apply_ok(
         "apiVersion: v1

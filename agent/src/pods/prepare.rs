@@ -20,6 +20,9 @@ use crate::runtime::{ObservedSandbox, SandboxSpec};
 use crate::view::{Settings, View};
 use crate::volumes;
 
+/// Processes and threads of one pod: a fork bomb ends here and not at the machine's own limit.
+const POD_PIDS_MAX: u64 = 4096;
+
 /// Why something could not be made: Kubernetes' reason and the words for a person.
 #[derive(Debug)]
 pub struct Failure {
@@ -76,7 +79,7 @@ pub async fn sandbox(
         .is_some_and(|s| s.host_network == Some(true));
     let cgroup = node
         .cgroups
-        .ensure_pod(uid, qos_class(pod), &pod_limits(pod, None))
+        .ensure_pod(uid, qos_class(pod), &pod_limits(pod, Some(POD_PIDS_MAX)))
         .await
         .map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
     let network_spec = PodNetworkSpec {
