@@ -126,23 +126,27 @@ fn credentials(job: &Job) -> Vec<RegistryAuth> {
     found
 }
 
-/// Runs before this one are over: their layers go, and all records but the last one's.
+/// Runs before this one are over: their layers and records go (a run shares its cgroup's name with
+/// the next one), and all logs but the last run's.
 async fn clean_before(job: &Job) {
+    let (namespace, name) = names(&job.pod);
+    let pod_log = job.node.paths.pod_log(namespace, name, &job.run.pod);
     for attempt in job.run.attempt.saturating_sub(3)..job.run.attempt {
         let run = ContainerRun {
             attempt,
             ..job.run.clone()
         };
+        if let Err(error) = job.node.runtime.remove_container(&run).await {
+            tracing::warn!(%run, %error, "remove the records of an earlier run");
+        }
         let layers = job.node.paths.container_layers(&run);
         if layers.exists()
             && let Err(error) = job.node.images.remove_rootfs(&layers).await
         {
             tracing::warn!(%run, %error, "remove the layers of an earlier run");
         }
-        if attempt + 1 < job.run.attempt
-            && let Err(error) = job.node.runtime.remove_container(&run).await
-        {
-            tracing::warn!(%run, %error, "remove the records of an earlier run");
+        if attempt + 1 < job.run.attempt {
+            let _ = tokio::fs::remove_file(Paths::container_log(&pod_log, &run)).await;
         }
     }
 }

@@ -13,15 +13,12 @@ use tokio::sync::{mpsc, watch};
 use super::Node;
 use super::timeline::timed;
 use super::worker::{Message, VolumePaths};
-use crate::cgroups::limits::{pod_limits, qos_class};
+use crate::cgroups::limits::{POD_PIDS_MAX, pod_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
 use crate::network::{self, PodNetwork, PodNetworkSpec};
 use crate::runtime::{ObservedSandbox, SandboxSpec};
 use crate::view::{Settings, View};
 use crate::volumes;
-
-/// Processes and threads of one pod: a fork bomb ends here and not at the machine's own limit.
-const POD_PIDS_MAX: u64 = 4096;
 
 /// Why something could not be made: Kubernetes' reason and the words for a person.
 #[derive(Debug)]

@@ -17,7 +17,8 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use gantry_api::k8s_openapi::api::core::v1::{Container as ContainerConfig, Pod};
+use gantry_api::k8s_openapi::api::core::v1::{Container as ContainerConfig, ContainerStatus, Pod};
+use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
 use super::backoff::Backoff;
 use crate::ids::{ContainerRun, PodUid};
@@ -418,7 +419,8 @@ impl PodState {
                 .iter()
                 .filter(|o| o.run.name == container.name && o.run.attempt < newest.run.attempt)
                 .max_by_key(|o| o.run.attempt)
-                .and_then(|o| Some((o.run.attempt, o.exit.clone()?)));
+                .and_then(|o| Some((o.run.attempt, o.exit.clone()?)))
+                .or_else(|| last_exit(known?, newest.run.attempt));
             // What it was before the agent ended it still is: no flip in either direction.
             container.ready = known.is_some_and(|s| s.ready);
             container.started = known.is_some_and(|s| s.started == Some(true));
@@ -793,6 +795,24 @@ fn restarts(policy: &str, init: bool, exit: &Exit) -> bool {
         ("OnFailure", _) | (_, true) => exit.code != 0,
         _ => true,
     }
+}
+
+/// The run before the newest, as the API holds it: its records are gone when the next one starts.
+fn last_exit(status: &ContainerStatus, newest: u32) -> Option<(u32, Exit)> {
+    let ended = status.last_state.as_ref()?.terminated.as_ref()?;
+    let at = |time: &Option<Time>| {
+        time.as_ref()
+            .map_or(SystemTime::UNIX_EPOCH, |time| SystemTime::from(time.0))
+    };
+    let exit = Exit {
+        code: ended.exit_code,
+        signal: ended.signal.unwrap_or(0),
+        oom_killed: ended.reason.as_deref() == Some("OOMKilled"),
+        started_at: at(&ended.started_at),
+        finished_at: at(&ended.finished_at),
+        unknown: ended.reason.as_deref() == Some("ContainerStatusUnknown"),
+    };
+    Some((newest.checked_sub(1)?, exit))
 }
 
 fn retry_wait(failures: u32) -> Duration {
