@@ -8,6 +8,7 @@
 //! A scenario looks at the kernel (cgroup files, /proc, sockets), not only at our own status. Every
 //! cluster ends with a census of zero.
 
+pub mod bench;
 #[path = "../../xtask/src/census.rs"]
 pub mod census;
 pub mod cluster;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod build;
 mod census;
 mod down;
@@ -40,6 +41,8 @@ enum Task {
     Test(test::Arguments),
     /// Run the scenarios in a virtual machine of our own (pure cgroup v2)
     VmTest(vm::Arguments),
+    /// Measure pod start, connections and memory beside what they replace
+    Bench(bench::Arguments),
     /// Install what is missing (root, Debian or Ubuntu), or say what is
     Setup,
     /// Build the eBPF programs into target/bpf/gantry.o
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         Task::Down => down::run(),
         Task::Test(arguments) => test::run(&arguments),
         Task::VmTest(arguments) => vm::task(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Setup => setup::ensure(setup::For::Test),
         Task::Ebpf => ebpf::build(&run::root(), ebpf::Variant::Release)
             .map(|object| println!("{}", object.display()))

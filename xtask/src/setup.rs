@@ -27,6 +27,8 @@ pub enum For {
     Up,
     /// The main job, and what the tests use.
     Test,
+    /// The main job, and what it is measured with.
+    Bench,
 }
 
 /// One thing that may be missing.
@@ -85,6 +87,22 @@ fn needs(purpose: For) -> Vec<Need> {
             need(
                 "strace",
                 "fault injection tests",
+                run::which("strace").is_some(),
+                &["strace"],
+            ),
+        ]);
+    }
+    if purpose == For::Bench {
+        needs.extend([
+            need(
+                "runc",
+                "what a pod's start is compared with",
+                run::which("runc").is_some(),
+                &["runc"][..],
+            ),
+            need(
+                "strace",
+                "counts system calls",
                 run::which("strace").is_some(),
                 &["strace"],
             ),

@@ -1,0 +1,240 @@
+//! The API as a program uses it: one gRPC connection, creates and deletes, a watch.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use base64::Engine as _;
+use gantry_api::proto::objects_client::ObjectsClient;
+use gantry_api::proto::watch_event::Type;
+use gantry_api::proto::{DeleteRequest, ListRequest, ObjectKey, WatchRequest, WriteRequest};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
+
+use crate::cluster::KUBECONFIG;
+
+/// Where the benchmarks' pods are.
+pub(super) const NAMESPACE: &str = "bench";
+/// The image of every pod.
+const IMAGE: &str = "gantry.local/busybox:debian";
+/// No single change takes longer on a machine that works.
+const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A connection with the administrator's credentials.
+#[derive(Clone)]
+pub(super) struct Api {
+    objects: ObjectsClient<Channel>,
+}
+
+/// What a watch of pods has said.
+#[derive(Debug)]
+pub(super) struct Seen {
+    pub(super) at: Instant,
+    pub(super) name: String,
+    pub(super) uid: String,
+    pub(super) bound: bool,
+    pub(super) running: bool,
+    pub(super) ip: Option<String>,
+    pub(super) deleted: bool,
+}
+
+/// The pods' changes, as they are seen.
+pub(super) struct PodWatch(mpsc::UnboundedReceiver<Seen>);
+
+/// When each step of a pod's start was seen.
+pub(super) struct Start {
+    pub(super) uid: String,
+    pub(super) ip: String,
+    pub(super) bound_at: Instant,
+    pub(super) running_at: Instant,
+}
+
+fn key(plural: &str, namespace: &str, name: &str) -> Option<ObjectKey> {
+    Some(ObjectKey {
+        group: String::new(),
+        plural: plural.into(),
+        namespace: namespace.into(),
+        name: name.into(),
+    })
+}
+
+impl Api {
+    /// Connects to the cluster that runs here.
+    pub(super) async fn connect() -> Result<Self> {
+        let text = std::fs::read_to_string(KUBECONFIG).context(KUBECONFIG)?;
+        let config = gantry_api::manifest::documents(KUBECONFIG, &text)?;
+        let config = config.into_iter().next().unwrap_or_default();
+        let cluster = &config["clusters"][0]["cluster"];
+        let user = &config["users"][0]["user"];
+        let bytes = |value: &Value| -> Result<Vec<u8>> {
+            let text = value.as_str().context("the kubeconfig lacks credentials")?;
+            Ok(base64::engine::general_purpose::STANDARD.decode(text)?)
+        };
+        let tls = ClientTlsConfig::new()
+            .ca_certificate(Certificate::from_pem(bytes(
+                &cluster["certificate-authority-data"],
+            )?))
+            .identity(Identity::from_pem(
+                bytes(&user["client-certificate-data"])?,
+                bytes(&user["client-key-data"])?,
+            ));
+        let server = cluster["server"]
+            .as_str()
+            .context("the kubeconfig names no server")?;
+        let channel = Endpoint::from_shared(server.to_owned())?
+            .tls_config(tls)?
+            .connect()
+            .await?;
+        let objects = ObjectsClient::new(channel);
+        Ok(Self { objects })
+    }
+
+    pub(super) async fn create(&self, plural: &str, object: &Value) -> Result<Value> {
+        let namespace = object["metadata"]["namespace"].as_str().unwrap_or_default();
+        let request = WriteRequest {
+            key: key(plural, namespace, ""),
+            json: serde_json::to_vec(object)?.into(),
+            strict: true,
+            field_manager: "gantry-bench".into(),
+            ..WriteRequest::default()
+        };
+        let reply = self.objects.clone().create(request).await?.into_inner();
+        Ok(serde_json::from_slice(&reply.json)?)
+    }
+
+    pub(super) async fn create_namespace(&self, name: &str) -> Result<()> {
+        let metadata = json!({"name": name});
+        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata});
+        self.create("namespaces", &object).await.map(drop)
+    }
+
+    pub(super) async fn delete_pod(&self, name: &str) -> Result<()> {
+        let request = DeleteRequest {
+            key: key("pods", NAMESPACE, name),
+            ..DeleteRequest::default()
+        };
+        self.objects.clone().delete(request).await?;
+        Ok(())
+    }
+
+    /// The messages of this reason's events.
+    pub(super) async fn event_messages(&self, reason: &str) -> Result<Vec<String>> {
+        let request = ListRequest {
+            key: key("events", NAMESPACE, ""),
+            ..ListRequest::default()
+        };
+        let reply = self.objects.clone().list(request).await?.into_inner();
+        let events = reply
+            .items
+            .iter()
+            .filter_map(|i| serde_json::from_slice::<Value>(i).ok());
+        let of_reason = events.filter(|e| e["reason"] == reason);
+        Ok(of_reason
+            .filter_map(|e| e["message"].as_str().map(str::to_owned))
+            .collect())
+    }
+
+    /// Follows the pods; what happened before is not told.
+    pub(super) async fn watch_pods(&self) -> Result<PodWatch> {
+        let request = WatchRequest {
+            key: key("pods", NAMESPACE, ""),
+            ..WatchRequest::default()
+        };
+        let mut stream = self.objects.clone().watch(request).await?.into_inner();
+        while let Some(event) = stream.message().await? {
+            if event.r#type() == Type::Bookmark {
+                break;
+            }
+        }
+        let (sender, seen) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Ok(Some(event)) = stream.message().await {
+                let at = Instant::now();
+                let deleted = event.r#type() == Type::Deleted;
+                let Ok(pod) = serde_json::from_slice::<Value>(&event.json) else {
+                    continue;
+                };
+                let word = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+                let told = sender.send(Seen {
+                    at,
+                    name: word(&pod["metadata"]["name"]),
+                    uid: word(&pod["metadata"]["uid"]),
+                    bound: pod["spec"]["nodeName"].is_string(),
+                    running: pod["status"]["phase"] == "Running",
+                    ip: pod["status"]["podIP"].as_str().map(str::to_owned),
+                    deleted,
+                });
+                if told.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(PodWatch(seen))
+    }
+}
+
+impl PodWatch {
+    async fn next(&mut self) -> Result<Seen> {
+        let seen = tokio::time::timeout(CHANGE_TIMEOUT, self.0.recv()).await;
+        match seen {
+            Ok(Some(seen)) => Ok(seen),
+            Ok(None) => bail!("the watch of pods has ended"),
+            Err(_) => bail!("no pod has changed for {} s", CHANGE_TIMEOUT.as_secs()),
+        }
+    }
+
+    /// Until that pod is Running.
+    pub(super) async fn running(&mut self, name: &str) -> Result<Start> {
+        let mut bound_at = None;
+        loop {
+            let seen = self
+                .next()
+                .await
+                .with_context(|| format!("waiting for pod {name}"))?;
+            if seen.name != name {
+                continue;
+            }
+            if seen.bound {
+                bound_at.get_or_insert(seen.at);
+            }
+            if let (true, Some(ip)) = (seen.running, seen.ip) {
+                return Ok(Start {
+                    uid: seen.uid,
+                    ip,
+                    bound_at: bound_at.unwrap_or(seen.at),
+                    running_at: seen.at,
+                });
+            }
+        }
+    }
+
+    /// Until that many pods' objects have gone.
+    pub(super) async fn deleted(&mut self, mut count: usize) -> Result<()> {
+        while count > 0 {
+            let seen = self
+                .next()
+                .await
+                .with_context(|| format!("{count} pods are left"))?;
+            count -= usize::from(seen.deleted);
+        }
+        Ok(())
+    }
+}
+
+/// A pod that sleeps; `labels` is an object.
+pub(super) fn pod(name: &str, labels: Value) -> Value {
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels},
+        "spec": {
+            // As process 1 sleep ignores SIGTERM: it is killed after this.
+            "terminationGracePeriodSeconds": 1,
+            "containers": [{
+                "name": "main",
+                "image": IMAGE,
+                "command": ["/bin/sleep", "86400"],
+            }],
+        },
+    })
+}

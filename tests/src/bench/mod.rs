@@ -1,0 +1,45 @@
+//! What Gantry costs, measured beside what it replaces and beside the kernel's own floor.
+//!
+//! ```text
+//! cargo xtask bench ─► gantry-bench NAME ─► pod_start | service_connect | footprint ─► report ─► NAME.json
+//!                                              │ api: gRPC create, watch    probe: small child processes
+//!                                              └ cluster: one node from the built binaries, removed at the end
+//! ```
+//! Figures are ratios within one run: what is compared alternates, call by call, so that both see
+//! the same neighbours. A figure is the median over rounds of each round's percentile. Nothing here
+//! decides whether a figure is good enough except the target written beside it.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cluster::Installation;
+
+mod api;
+mod footprint;
+mod pod_start;
+pub mod probe;
+pub mod report;
+mod runc;
+mod service_connect;
+
+/// The benchmarks' names, in the order of running.
+pub const NAMES: [&str; 3] = ["pod_start", "service_connect", "footprint"];
+
+/// Runs one and writes `NAME.json` into `out`.
+pub fn run(name: &str, installation: &Installation, out: &Path) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("start the async runtime")?;
+    let report = match name {
+        "pod_start" => runtime.block_on(Box::pin(pod_start::run(installation)))?,
+        "service_connect" => runtime.block_on(Box::pin(service_connect::run(installation)))?,
+        "footprint" => runtime.block_on(Box::pin(footprint::run(installation)))?,
+        other => bail!("no benchmark {other:?}: there are {}", NAMES.join(", ")),
+    };
+    let path = out.join(format!("{name}.json"));
+    let text = serde_json::to_string_pretty(&report.to_json())?;
+    std::fs::write(&path, text + "\n").with_context(|| format!("write {}", path.display()))
+}

@@ -1,0 +1,34 @@
+//! The measuring half of `cargo xtask bench`: one benchmark per run, figures to a JSON file.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use gantry_tests::bench::{self, probe};
+use gantry_tests::cluster::Installation;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("gantry-bench: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &[String]) -> Result<()> {
+    match arguments {
+        // No thread may have been started: a probe enters namespaces and clones itself.
+        [probe, rest @ ..] if probe == "probe" => probe::main(rest),
+        [name, out] => {
+            let installation = Installation::find().map_err(anyhow::Error::msg)?;
+            bench::run(name, &installation, Path::new(out))
+        }
+        _ => bail!(
+            "this is a part of `cargo xtask bench`: gantry-bench NAME DIRECTORY, NAME one of {}",
+            bench::NAMES.join(", ")
+        ),
+    }
+}

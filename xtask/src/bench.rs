@@ -1,0 +1,202 @@
+//! `cargo xtask bench`: builds in release, lets `gantry-bench` measure, prints its figures as tables
+//! and judges the targets.
+//!
+//! `setup ─► build ─► gantry-bench NAME (a cluster of its own) ─► target/bench/NAME.json ─► tables`
+//!
+//! What is measured and how: `tests/src/bench`.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::{build, image, report, run, setup};
+
+/// In the order of running; `tests/src/bench/mod.rs` has the same.
+const NAMES: [&str; 3] = ["pod_start", "service_connect", "footprint"];
+
+/// What `bench` takes.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Which ones; all without a name
+    #[arg(value_parser = clap::builder::PossibleValuesParser::new(NAMES))]
+    names: Vec<String>,
+    /// Exit with 1 and name each target that is missed
+    #[arg(long)]
+    check: bool,
+}
+
+/// Measures and prints; with `--check` a missed target is an error.
+pub fn run(arguments: &Arguments) -> Result<()> {
+    if !run::is_root() {
+        bail!("pods need root: run `cargo xtask bench` as root");
+    }
+    let step = report::step("setting up this machine");
+    setup::ensure(setup::For::Bench)?;
+    drop(step);
+    let step = report::step("building in release");
+    let bin = build::binaries(build::Profile::Release, "up")?;
+    image::archive(&image::BUSYBOX)?;
+    drop(step);
+    let out = run::target().join("bench");
+    std::fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
+    let mut missed = Vec::new();
+    for name in NAMES.iter().filter(|n| is_wanted(arguments, n)) {
+        let figures = measure(name, &bin, &out)?;
+        print!("{}", text(&figures));
+        let lost = missed_targets(&figures).into_iter();
+        missed.extend(lost.map(|what| format!("{name}: {what}")));
+    }
+    for what in &missed {
+        println!("missed {what}");
+    }
+    if arguments.check && !missed.is_empty() {
+        bail!("{} targets are missed", missed.len());
+    }
+    Ok(())
+}
+
+fn is_wanted(arguments: &Arguments, name: &str) -> bool {
+    arguments.names.is_empty() || arguments.names.iter().any(|n| n == name)
+}
+
+fn measure(name: &str, bin: &Path, out: &Path) -> Result<Value> {
+    let _step = report::step(&format!("measuring {name}"));
+    let file = out.join(format!("{name}.json"));
+    // Old figures must not pass for new ones.
+    if file.exists() {
+        std::fs::remove_file(&file).with_context(|| format!("remove {}", file.display()))?;
+    }
+    let mut bench = run::program(
+        &run::target().join("release/gantry-bench").to_string_lossy(),
+        [name],
+    );
+    bench
+        .arg(out)
+        .env("GANTRY_BIN", bin)
+        .env("GANTRY_IMAGES", run::target().join("images"));
+    run::shown(&mut bench)?;
+    let text = std::fs::read(&file).with_context(|| format!("read {}", file.display()))?;
+    serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", file.display()))
+}
+
+/// The whole document as tables.
+fn text(figures: &Value) -> String {
+    let unit = figures["unit"].as_str().unwrap_or_default();
+    let mut tables = Vec::new();
+    let header = [
+        format!("case, {unit}"),
+        "p50".into(),
+        "p90".into(),
+        "p99".into(),
+    ];
+    tables.push((header.to_vec(), quantiles(&figures["cases"])));
+    tables.push((
+        vec!["ratio".into(), "p50".into()],
+        quantiles(&figures["ratios"]),
+    ));
+    tables.push((
+        vec![format!("phase, {unit}"), "p50".into()],
+        quantiles(&figures["phases"]),
+    ));
+    let counts = figures["counts"].as_object().into_iter().flatten();
+    let counts = counts
+        .map(|(name, got)| vec![name.clone(), number(got)])
+        .collect();
+    tables.push((vec!["count".into(), String::new()], counts));
+    let headers = ["target", "limit", "got", ""].map(str::to_owned);
+    tables.push((headers.to_vec(), targets(figures)));
+    let mut text = String::new();
+    for (header, rows) in tables.into_iter().filter(|(_, rows)| !rows.is_empty()) {
+        let all: Vec<Vec<String>> = std::iter::once(header).chain(rows).collect();
+        text.push_str(&report::table(&all));
+    }
+    text
+}
+
+fn quantiles(of: &Value) -> Vec<Vec<String>> {
+    let row = |(name, figures): (&String, &Value)| {
+        let each = ["p50", "p90", "p99"].iter().filter_map(|q| figures.get(q));
+        std::iter::once(name.clone())
+            .chain(each.map(number))
+            .collect()
+    };
+    of.as_object().into_iter().flatten().map(row).collect()
+}
+
+fn targets(figures: &Value) -> Vec<Vec<String>> {
+    let row = |target: &Value| {
+        let limit = match (target.get("max"), target.get("min")) {
+            (Some(max), _) => format!("<= {}", number(max)),
+            (None, Some(min)) => format!(">= {}", number(min)),
+            (None, None) => String::new(),
+        };
+        let what = target["what"].as_str().unwrap_or_default().to_owned();
+        let met = if is_met(target) { "met" } else { "MISSED" };
+        vec![what, limit, number(&target["got"]), met.to_owned()]
+    };
+    figures["targets"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(row)
+        .collect()
+}
+
+fn is_met(target: &Value) -> bool {
+    target["met"] == true
+}
+
+/// Each as a person would say it; a document without targets promises nothing.
+fn missed_targets(figures: &Value) -> Vec<String> {
+    let rows = targets(figures).into_iter();
+    let missed = rows.filter(|row| row.last().is_some_and(|met| met != "met"));
+    missed
+        .map(|row| format!("{} is {}, wanted {}", row[0], row[2], row[1]))
+        .collect()
+}
+
+fn number(value: &Value) -> String {
+    value
+        .as_f64()
+        .map_or_else(|| "not measured".into(), |v| format!("{v}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn missed_targets_are_named_with_what_was_found_and_wanted() {
+        let figures = json!({"targets": [
+            {"what": "a", "max": 1.0, "got": 0.9, "met": true},
+            {"what": "b", "max": 1.02, "got": 1.5, "met": false},
+            {"what": "c", "min": 3.0, "got": null, "met": false},
+        ]});
+        let wanted = ["b is 1.5, wanted <= 1.02", "c is not measured, wanted >= 3"];
+        assert_eq!(missed_targets(&figures), wanted);
+    }
+
+    #[test]
+    fn empty_tables_are_left_out() {
+        let figures = json!({
+            "unit": "ms",
+            "cases": {"gantry": {"p50": 1.5, "p90": 2.0, "p99": 3.25}},
+            "ratios": {}, "targets": [],
+        });
+        let wanted = "    case, ms  p50  p90  p99\n    gantry    1.5    2  3.25\n";
+        assert_eq!(text(&figures), wanted);
+    }
+
+    #[test]
+    fn without_names_all_are_wanted() {
+        let mut arguments = Arguments {
+            names: Vec::new(),
+            check: false,
+        };
+        assert!(NAMES.iter().all(|n| is_wanted(&arguments, n)));
+        arguments.names.push("footprint".into());
+        assert!(!is_wanted(&arguments, "pod_start") && is_wanted(&arguments, "footprint"));
+    }
+}
