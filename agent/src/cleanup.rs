@@ -10,7 +10,7 @@ use crate::cgroups::Cgroups;
 use crate::images::ImageStore;
 use crate::paths::Paths;
 use crate::runtime::{Runtime, shim::ShimRuntime};
-use crate::{dataplane, network, volumes};
+use crate::{dataplane, network, run_directory, volumes};
 
 /// Removes all pods, networks, cgroups, programs. The agent must not run.
 pub async fn run(paths: &Paths) -> Result<()> {
@@ -70,6 +70,11 @@ pub async fn run(paths: &Paths) -> Result<()> {
         }
         Err(error) => note("cgroups".into(), Err(error.to_string())),
     }
+    let unmounted = run_directory::remove(&paths.run);
+    note(
+        paths.run.display().to_string(),
+        unmounted.map_err(|e| e.to_string()),
+    );
     note("logs".into(), remove_logs(paths).map_err(|e| e.to_string()));
     if errors.is_empty() {
         return Ok(());

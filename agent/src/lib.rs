@@ -23,6 +23,7 @@ pub mod images;
 pub mod network;
 pub mod paths;
 pub mod pods;
+pub mod run_directory;
 pub mod runtime;
 pub mod services;
 pub mod view;

@@ -17,7 +17,7 @@ use gantry_agent::paths::Paths;
 use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
 use gantry_agent::runtime::{Runtime, shim::ShimRuntime, spec::security::Host};
 use gantry_agent::view::View;
-use gantry_agent::{cleanup, dns};
+use gantry_agent::{cleanup, dns, run_directory};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -135,6 +135,8 @@ async fn agent(run: Run) -> Result<()> {
     };
     let paths = paths()?;
     let shutdown = CancellationToken::new();
+    run_directory::ensure(&paths.run)
+        .with_context(|| format!("tmpfs on {}", paths.run.display()))?;
 
     let cgroups = Arc::new(Cgroups::detect().context("cgroups")?);
     cgroups.ensure_root().await.context("cgroups")?;
