@@ -25,6 +25,8 @@ const CARGO_DENY: &str = "0.20";
 pub enum For {
     /// The main job.
     Up,
+    /// A virtual machine for the scenarios.
+    Vm,
     /// The main job, and what the tests use.
     Test,
     /// The main job, and what it is measured with.

@@ -80,7 +80,7 @@ const fn no(path: &'static str, except: &'static [&'static str], note: &'static 
 
 const TOKENS: &str = "service account tokens are not issued yet";
 const PLACEMENT: &str = "the scheduler does not read it yet";
-const LIFECYCLE: &str = "hooks do not run yet; traffic is drained before SIGTERM without one";
+const LIFECYCLE: &str = "hooks do not run yet";
 
 /// Fields of a PodSpec.
 pub static POD_SPEC: &[Rule] = &[
@@ -89,16 +89,16 @@ pub static POD_SPEC: &[Rule] = &[
         &[],
         "deadlines are not enforced yet",
     ),
-    warn("affinity", &[], PLACEMENT),
+    warn(
+        "affinity",
+        &[],
+        "required node affinity is honoured; preferences and pod affinity are not read yet",
+    ),
     warn("automountServiceAccountToken", &[], TOKENS),
     listed("containers"),
     yes("dnsConfig"),
     yes("dnsPolicy"),
-    warn(
-        "enableServiceLinks",
-        &[],
-        "variables of Services are not injected; use DNS names",
-    ),
+    yes("enableServiceLinks"),
     no("ephemeralContainers", &[], "use exec"),
     yes("hostAliases"),
     no("hostIPC", &[], "the host's IPC namespace is not shared yet"),
@@ -125,7 +125,7 @@ pub static POD_SPEC: &[Rule] = &[
     warn("serviceAccountName", &["\"default\""], TOKENS),
     yes("subdomain"),
     yes("terminationGracePeriodSeconds"),
-    warn("tolerations", &[], PLACEMENT),
+    yes("tolerations"),
     warn("topologySpreadConstraints", &[], PLACEMENT),
     listed("volumes"),
     // --- security of the pod
@@ -138,7 +138,7 @@ pub static POD_SPEC: &[Rule] = &[
     yes("securityContext.runAsGroup"),
     yes("securityContext.runAsNonRoot"),
     yes("securityContext.runAsUser"),
-    warn(
+    no(
         "securityContext.seLinuxOptions",
         &[],
         "SELinux labels are not set",
@@ -235,7 +235,7 @@ pub static CONTAINER: &[Rule] = &[
     yes("securityContext.runAsGroup"),
     yes("securityContext.runAsNonRoot"),
     yes("securityContext.runAsUser"),
-    warn(
+    no(
         "securityContext.seLinuxOptions",
         &[],
         "SELinux labels are not set",
@@ -333,16 +333,8 @@ pub static SERVICE_SPEC: &[Rule] = &[
     yes("ports"),
     yes("publishNotReadyAddresses"),
     yes("selector"),
-    warn(
-        "sessionAffinity",
-        &["\"None\""],
-        "every connection is balanced on its own",
-    ),
-    warn(
-        "sessionAffinityConfig",
-        &[],
-        "every connection is balanced on its own",
-    ),
+    yes("sessionAffinity"),
+    yes("sessionAffinityConfig"),
     warn(
         "trafficDistribution",
         &[],
@@ -625,6 +617,22 @@ mod tests {
 
     fn pod(spec: &Value) -> Findings {
         check(resolve("pod").unwrap(), &json!({"spec": spec}))
+    }
+
+    /// The README's table is this one: `GANTRY_BLESS=1 cargo test -p gantry-api readme` rewrites it.
+    #[test]
+    fn the_readme_has_this_matrix() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md");
+        let readme = std::fs::read_to_string(path).unwrap();
+        let (begin, end) = ("<!-- fields: begin -->\n", "<!-- fields: end -->");
+        let from = readme.find(begin).unwrap() + begin.len();
+        let to = readme.find(end).unwrap();
+        if std::env::var_os("GANTRY_BLESS").is_some() {
+            let text = format!("{}{}{}", &readme[..from], matrix(), &readme[to..]);
+            std::fs::write(path, text).unwrap();
+            return;
+        }
+        assert!(readme[from..to] == matrix(), "README.md: GANTRY_BLESS=1 rewrites the matrix");
     }
 
     #[test]
