@@ -152,7 +152,8 @@ async fn agent(run: Run) -> Result<()> {
         node: node_name.clone(),
         resolver: Some(resolver.listen),
     };
-    let dataplane = dataplane(&paths, &cgroups, options).context("eBPF data plane")?;
+    let dataplane: Arc<dyn Dataplane> =
+        Arc::new(dataplane(&paths, &cgroups, options).context("eBPF data plane")?);
 
     let identity = NodeIdentity::new(node_name.clone());
     let lib = paths.lib.clone();
@@ -172,6 +173,11 @@ async fn agent(run: Run) -> Result<()> {
         NetworkConfig::standard(host_addresses.clone()),
         link.view.clone(),
     );
+    let unified = cgroups.layout().unified().filter(|_| cgroups.is_v2());
+    let device_guard = unified.map(|root| pods::DeviceGuard {
+        dataplane: dataplane.clone(),
+        root: root.to_owned(),
+    });
     let node = Arc::new(pods::Node {
         name: node_name,
         host_addresses,
@@ -181,6 +187,7 @@ async fn agent(run: Run) -> Result<()> {
         network: Arc::new(network),
         images,
         cgroups,
+        device_guard,
         reporter: link.reporter.clone(),
     });
     let resolver = dns::Resolver::start(resolver, link.view.clone(), shutdown.clone()).await?;
@@ -188,7 +195,7 @@ async fn agent(run: Run) -> Result<()> {
     let tasks = tokio_util::task::TaskTracker::new();
     tasks.spawn(workers.run(shutdown.clone()));
     tasks.spawn(follow(
-        Arc::new(dataplane),
+        dataplane,
         link.view.clone(),
         link.reporter,
         shutdown.clone(),

@@ -268,6 +268,14 @@ fn devices(cluster: &mut Cluster) -> Result<()> {
         "-c",
         "echo x > /dev/null; head -c 4 /dev/urandom | wc -c",
     ])?;
+    // A privileged container is what the word says.
+    cluster.apply_ok(&sleeper(
+        "privileged",
+        "      securityContext: {privileged: true}\n",
+    ))?;
+    cluster.wait_ready("default", "privileged")?;
+    let read = "mknod /tmp/k c 1 11 && dd if=/tmp/k of=/dev/null bs=8192 count=1";
+    cluster.ok(&["exec", "privileged", "--", "sh", "-c", read])?;
     Ok(())
 }
 

@@ -66,11 +66,22 @@ fn needs(purpose: For) -> Vec<Need> {
             &["mmdebstrap"],
         ),
     ];
+    if purpose == For::Test || purpose == For::Vm {
+        let qemu = run::which("qemu-system-x86_64").is_some();
+        let busybox = file("/bin/busybox");
+        needs.extend([
+            need(
+                "qemu",
+                "cargo xtask vm-test",
+                qemu,
+                &["qemu-system-x86"][..],
+            ),
+            need("busybox", "test containers", busybox, &["busybox-static"]),
+        ]);
+    }
     if purpose == For::Test {
         let registry = run::which("docker-registry").is_some();
         let plugins = file("/usr/lib/cni/bridge") || file("/opt/cni/bin/bridge");
-        let qemu = run::which("qemu-system-x86_64").is_some();
-        let busybox = file("/bin/busybox");
         needs.extend([
             need(
                 "docker-registry",
@@ -83,14 +94,6 @@ fn needs(purpose: For) -> Vec<Need> {
                 "third-party CNI tests",
                 plugins,
                 &["containernetworking-plugins"],
-            ),
-            need("qemu", "cargo xtask vm-test", qemu, &["qemu-system-x86"]),
-            need("busybox", "test containers", busybox, &["busybox-static"]),
-            need(
-                "strace",
-                "fault injection tests",
-                run::which("strace").is_some(),
-                &["strace"],
             ),
         ]);
     }

@@ -265,6 +265,20 @@ impl BpfDataplane {
 
 #[async_trait]
 impl Dataplane for BpfDataplane {
+    fn exempt_devices(&self, cgroup: &Path) -> Result<(), DataplaneError> {
+        self.exempt(cgroup_id(cgroup).map_err(|error| {
+            DataplaneError::kernel(format!("cgroup {}", cgroup.display()), &error)
+        })?)
+    }
+
+    fn end_device_exemption(&self, cgroup: &Path) -> Result<(), DataplaneError> {
+        match cgroup_id(cgroup) {
+            Ok(id) => self.remove_exemption(id),
+            // A cgroup that is gone has no processes to exempt.
+            Err(_) => Ok(()),
+        }
+    }
+
     async fn apply(&self, view: &View) -> Result<Vec<StuckService>, DataplaneError> {
         if view.rev == 0 {
             return Ok(Vec::new());

@@ -73,4 +73,11 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Makes the kernel's state that of `view`. Idempotent; returns when every change is visible to
     /// new connections. Removals never fail; additions that do not fit are returned as stuck.
     async fn apply(&self, view: &View) -> Result<Vec<StuckService>, DataplaneError>;
+
+    /// A privileged container's cgroup: its processes may open every device. Needed where the
+    /// device guard is attached (pure cgroup v2). Idempotent.
+    fn exempt_devices(&self, cgroup: &std::path::Path) -> Result<(), DataplaneError>;
+
+    /// Takes that back; to be called while the cgroup is still there. Idempotent.
+    fn end_device_exemption(&self, cgroup: &std::path::Path) -> Result<(), DataplaneError>;
 }

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use anyhow::Context;
 use gantry_api::k8s_openapi::api::core::v1::{Container, Pod, Secret};
 use tokio::sync::mpsc;
 
@@ -136,6 +137,7 @@ async fn clean_before(job: &Job) {
             attempt,
             ..job.run.clone()
         };
+        super::prepare::end_exemption(&job.node, &job.pod, &run);
         if let Err(error) = job.node.runtime.remove_container(&run).await {
             tracing::warn!(%run, %error, "remove the records of an earlier run");
         }
@@ -225,6 +227,8 @@ impl SpecParts {
             host: &self.node.host,
         };
         let oci = spec::build(&input).map_err(|e| config_error(&e))?;
+        self.exempt_if_privileged(config, &cgroup)
+            .map_err(|e| Failure::new("CreateContainerError", format!("{e:#}")))?;
         let (namespace, name) = names(&self.pod);
         let pod_log = self.node.paths.pod_log(namespace, name, &self.run.pod);
         Ok(ContainerSpec {
@@ -236,6 +240,18 @@ impl SpecParts {
             stdin: config.stdin.unwrap_or(false),
             tty: config.tty.unwrap_or(false),
         })
+    }
+
+    /// A privileged container opens any device: its cgroup is made here, so that the exemption is
+    /// there before its first process. libcontainer joins a cgroup that exists.
+    fn exempt_if_privileged(&self, config: &Container, pod_cgroup: &str) -> anyhow::Result<()> {
+        let privileged = config.security_context.as_ref().and_then(|c| c.privileged);
+        let (Some(guard), Some(true)) = (&self.node.device_guard, privileged) else {
+            return Ok(());
+        };
+        let cgroup = guard.cgroup(pod_cgroup, &config.name);
+        std::fs::create_dir_all(&cgroup).with_context(|| format!("create {}", cgroup.display()))?;
+        Ok(guard.dataplane.exempt_devices(&cgroup)?)
     }
 
     /// The container's own variables and those of the namespace's Services.

@@ -13,6 +13,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use gantry_api::k8s_openapi::api::core::v1::Node as ApiNode;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::cgroups::Cgroups;
+use crate::dataplane::Dataplane;
 use crate::feed::Reporter;
 use crate::ids::PodUid;
 use crate::images::ImageStore;
@@ -75,8 +77,27 @@ pub struct Node {
     pub images: Arc<ImageStore>,
     /// Limits.
     pub cgroups: Arc<Cgroups>,
+    /// Where device rules are an eBPF program (pure cgroup v2): its exemptions.
+    pub device_guard: Option<DeviceGuard>,
     /// Statuses and events to the control plane.
     pub reporter: Reporter,
+}
+
+/// Who exempts privileged containers from the device rules.
+pub struct DeviceGuard {
+    /// The data plane holds the exemptions.
+    pub dataplane: Arc<dyn Dataplane>,
+    /// The root of cgroup v2.
+    pub root: PathBuf,
+}
+
+impl DeviceGuard {
+    /// The cgroup of a container, by its path below the root.
+    fn cgroup(&self, pod_cgroup: &str, container: &str) -> PathBuf {
+        self.root
+            .join(pod_cgroup.trim_start_matches('/'))
+            .join(container)
+    }
 }
 
 /// The owner of all workers.

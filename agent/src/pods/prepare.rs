@@ -160,10 +160,12 @@ fn write_if_changed(path: &Path, text: &str) -> std::io::Result<()> {
 pub async fn tear_down(
     node: &Arc<Node>,
     uid: &PodUid,
+    pod: &Pod,
     runs: &[ContainerRun],
 ) -> Result<(), String> {
     let mut errors = Vec::new();
     for run in runs {
+        end_exemption(node, pod, run);
         if let Err(error) = node.runtime.remove_container(run).await {
             errors.push(format!("container {}: {error}", run.name));
         }
@@ -173,6 +175,17 @@ pub async fn tear_down(
         Ok(())
     } else {
         Err(errors.join("; "))
+    }
+}
+
+/// Before a container's cgroup goes: an entry for a cgroup that is gone would never be found again.
+pub fn end_exemption(node: &Node, pod: &Pod, run: &ContainerRun) {
+    let Some(guard) = &node.device_guard else {
+        return;
+    };
+    let cgroup = guard.cgroup(&node.cgroups.pod_path(&run.pod, qos_class(pod)), &run.name);
+    if let Err(error) = guard.dataplane.end_device_exemption(&cgroup) {
+        tracing::warn!(%run, %error, "end the exemption from the device rules");
     }
 }
 

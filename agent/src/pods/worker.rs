@@ -373,8 +373,9 @@ impl Worker {
                 })
             })
             .collect();
+        let pod = self.state.pod.clone();
         tokio::spawn(async move {
-            let input = match prepare::tear_down(&node, &uid, &runs).await {
+            let input = match prepare::tear_down(&node, &uid, &pod, &runs).await {
                 Ok(()) => Input::TornDown,
                 Err(words) => {
                     warn!(pod = %uid, "tear-down: {words}");

@@ -632,7 +632,10 @@ mod tests {
             std::fs::write(path, text).unwrap();
             return;
         }
-        assert!(readme[from..to] == matrix(), "README.md: GANTRY_BLESS=1 rewrites the matrix");
+        assert!(
+            readme[from..to] == matrix(),
+            "README.md: GANTRY_BLESS=1 rewrites the matrix"
+        );
     }
 
     #[test]
