@@ -20,7 +20,7 @@ pub struct Scenario {
 }
 
 /// All of them, each on a cluster of its own.
-pub const ALL: [Scenario; 7] = [
+pub const ALL: [Scenario; 9] = [
     Scenario {
         name: "main-job",
         run: main_job,
@@ -40,6 +40,14 @@ pub const ALL: [Scenario; 7] = [
     Scenario {
         name: "agent-kill",
         run: agent_kill,
+    },
+    Scenario {
+        name: "control-kill",
+        run: control_kill,
+    },
+    Scenario {
+        name: "probes-and-restarts",
+        run: probes_and_restarts,
     },
     Scenario {
         name: "bad-input",
@@ -439,6 +447,172 @@ spec:
         log.lines().count()
     );
     cluster.ok(&["delete", "pod", "counter", "leaver", "--timeout=30s"])?;
+    Ok(())
+}
+
+/// SIGKILL of the control plane: pods and Services go on, nothing acknowledged is lost.
+fn control_kill(cluster: &mut Cluster) -> Result<()> {
+    cluster.apply_ok(
+        "apiVersion: v1
+kind: Pod
+metadata:
+  name: server
+  labels: {app: server}
+spec:
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [\"httpd\", \"-f\", \"-p\", \"8080\", \"-h\", \"/etc\"]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: server}
+spec:
+  selector: {app: server}
+  ports: [{port: 80, targetPort: 8080}]
+",
+    )?;
+    cluster.wait_ready("default", "server")?;
+    let service = cluster.get(&["service", "server"])?;
+    let address = service["spec"]["clusterIP"]
+        .as_str()
+        .context("no cluster IP")?;
+    let address: SocketAddr = format!("{address}:80").parse()?;
+    let answers = || TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
+    cluster.wait("the Service to answer", Duration::from_secs(10), |_| {
+        Ok(answers())
+    })?;
+    for number in 0..10 {
+        cluster.apply_ok(&format!(
+            "apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: c{number}}}\ndata: {{n: \"{number}\"}}\n"
+        ))?;
+    }
+    let before = cluster.get(&["pod", "server"])?;
+    cluster.kill_control()?;
+    ensure!(
+        answers(),
+        "the Service does not answer without the control plane"
+    );
+    let output = cluster.gantry(&["get", "pods"])?;
+    ensure!(
+        output.code == 1 && output.stderr.contains("was refused"),
+        "{output:?}"
+    );
+    cluster.start_control()?;
+    for number in 0..10 {
+        let map = cluster.get(&["configmap", &format!("c{number}")])?;
+        ensure!(
+            map["data"]["n"] == number.to_string(),
+            "acknowledged and lost: {map}"
+        );
+    }
+    let after = cluster.get(&["pod", "server"])?;
+    let status = |pod: &Value| pod["status"]["containerStatuses"].clone();
+    ensure!(
+        status(&before) == status(&after),
+        "touched: {}",
+        status(&after)
+    );
+    // The agent's stream comes back by itself: a new pod runs.
+    cluster.apply_ok(&sleeper("later", ""))?;
+    cluster.wait_ready("default", "later")
+}
+
+/// Readiness gates endpoints, liveness restarts, restart policies hold, init containers go first.
+fn probes_and_restarts(cluster: &mut Cluster) -> Result<()> {
+    cluster.apply_ok(
+        "apiVersion: v1
+kind: Pod
+metadata:
+  name: gate
+  labels: {app: gate}
+spec:
+  terminationGracePeriodSeconds: 1
+  initContainers:
+    - name: first
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [\"sh\", \"-c\", \"echo made > /work/file\"]
+      volumeMounts: [{name: work, mountPath: /work}]
+  containers:
+    - name: main
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [\"sh\", \"-c\", \"cat /work/file; exec httpd -f -p 8080 -h /work\"]
+      env:
+        - {name: POD, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+      ports: [{name: web, containerPort: 8080}]
+      volumeMounts: [{name: work, mountPath: /work}]
+      startupProbe: {tcpSocket: {port: web}, periodSeconds: 1}
+      readinessProbe: {exec: {command: [\"test\", \"-e\", \"/work/ready\"]}, periodSeconds: 1}
+      livenessProbe: {httpGet: {path: /file, port: web}, periodSeconds: 1, failureThreshold: 2}
+  volumes: [{name: work, emptyDir: {}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: gate}
+spec:
+  selector: {app: gate}
+  ports: [{port: 80, targetPort: web}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: fails-once}
+spec:
+  restartPolicy: OnFailure
+  containers:
+    - name: main
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [\"sh\", \"-c\", \"test -e /keep/seen && exit 0; touch /keep/seen; exit 3\"]
+      volumeMounts: [{name: keep, mountPath: /keep}]
+  volumes: [{name: keep, emptyDir: {}}]
+",
+    )?;
+    cluster.wait_phase("default", "gate", "Running")?;
+    let service = cluster.get(&["service", "gate"])?;
+    let address = service["spec"]["clusterIP"]
+        .as_str()
+        .context("no cluster IP")?;
+    let address: SocketAddr = format!("{address}:80").parse()?;
+    let answers = || TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(!answers(), "a pod that is not ready gets connections");
+    let name = cluster.ok(&[
+        "exec",
+        "gate",
+        "--",
+        "sh",
+        "-c",
+        "echo $POD; touch /work/ready",
+    ])?;
+    ensure!(name.trim() == "gate", "fieldRef: {name:?}");
+    cluster.wait_ready("default", "gate")?;
+    cluster.wait("the Service to answer", Duration::from_secs(10), |_| {
+        Ok(answers())
+    })?;
+    ensure!(
+        cluster.ok(&["logs", "gate"])?.starts_with("made"),
+        "the init container was not first"
+    );
+    // Liveness fails: the container is restarted, alone.
+    cluster.ok(&["exec", "gate", "--", "rm", "/work/file"])?;
+    cluster.wait("a restart", Duration::from_secs(30), |c| {
+        let pod = c.get(&["pod", "gate"])?;
+        Ok(pod["status"]["containerStatuses"][0]["restartCount"].as_i64() >= Some(1))
+    })?;
+    cluster.wait_phase("default", "fails-once", "Succeeded")?;
+    let pod = cluster.get(&["pod", "fails-once"])?;
+    let status = &pod["status"]["containerStatuses"][0];
+    ensure!(status["restartCount"] == 1, "{status}");
+    ensure!(
+        status["lastState"]["terminated"]["exitCode"] == 3,
+        "{status}"
+    );
+    let previous = cluster.gantry(&["logs", "fails-once", "--previous"])?;
+    ensure!(previous.code == 0, "{previous:?}");
     Ok(())
 }
 

@@ -51,3 +51,13 @@ fn bad_input_gets_a_clear_error() {
 fn logs_follow_and_exec_returns_the_exit_code() {
     run("logs-and-exec");
 }
+
+#[test]
+fn killing_the_control_plane_loses_nothing_acknowledged() {
+    run("control-kill");
+}
+
+#[test]
+fn probes_gate_and_restart_and_policies_hold() {
+    run("probes-and-restarts");
+}
