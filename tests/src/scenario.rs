@@ -534,19 +534,19 @@ spec:
     - name: first
       image: gantry.local/busybox:debian
       imagePullPolicy: IfNotPresent
-      command: [\"sh\", \"-c\", \"echo made > /work/file\"]
-      volumeMounts: [{name: work, mountPath: /work}]
+      command: [\"sh\", \"-c\", \"echo made > /data/file\"]
+      volumeMounts: [{name: work, mountPath: /data}]
   containers:
     - name: main
       image: gantry.local/busybox:debian
       imagePullPolicy: IfNotPresent
-      command: [\"sh\", \"-c\", \"cat /work/file; exec httpd -f -p 8080 -h /work\"]
+      command: [\"sh\", \"-c\", \"cat /data/file; exec httpd -f -p 8080 -h /data\"]
       env:
         - {name: POD, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
       ports: [{name: web, containerPort: 8080}]
-      volumeMounts: [{name: work, mountPath: /work}]
+      volumeMounts: [{name: work, mountPath: /data}]
       startupProbe: {tcpSocket: {port: web}, periodSeconds: 1}
-      readinessProbe: {exec: {command: [\"test\", \"-e\", \"/work/ready\"]}, periodSeconds: 1}
+      readinessProbe: {exec: {command: [\"test\", \"-e\", \"/data/ready\"]}, periodSeconds: 1}
       livenessProbe: {httpGet: {path: /file, port: web}, periodSeconds: 1, failureThreshold: 2}
   volumes: [{name: work, emptyDir: {}}]
 ---
@@ -586,7 +586,7 @@ spec:
         "--",
         "sh",
         "-c",
-        "echo $POD; touch /work/ready",
+        "echo $POD; touch /data/ready",
     ])?;
     ensure!(name.trim() == "gate", "fieldRef: {name:?}");
     cluster.wait_ready("default", "gate")?;
@@ -598,7 +598,7 @@ spec:
         "the init container was not first"
     );
     // Liveness fails: the container is restarted, alone.
-    cluster.ok(&["exec", "gate", "--", "rm", "/work/file"])?;
+    cluster.ok(&["exec", "gate", "--", "rm", "/data/file"])?;
     cluster.wait("a restart", Duration::from_secs(30), |c| {
         let pod = c.get(&["pod", "gate"])?;
         Ok(pod["status"]["containerStatuses"][0]["restartCount"].as_i64() >= Some(1))
