@@ -73,7 +73,7 @@ fn launch(sandbox: &Path, rt: PathBuf) -> std::io::Result<ExitCode> {
         Ok(Some(mut pod)) => {
             let _ = parent.write_all(b"ok");
             drop(parent);
-            pod.serve();
+            pod.serve(|| cgroup::enter(SHIM_CGROUP));
             let _ = fs::remove_file(wire::SOCKET_FILE);
             Ok(ExitCode::SUCCESS)
         }
@@ -114,7 +114,6 @@ fn wait_for_child(word: OwnedFd) -> ExitCode {
 
 /// None when another shim holds the sandbox.
 fn set_up(rt: PathBuf) -> std::io::Result<Option<Pod>> {
-    cgroup::enter(SHIM_CGROUP);
     let lock = OpenOptions::new()
         .create(true)
         .truncate(false)

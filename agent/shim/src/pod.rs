@@ -115,8 +115,11 @@ impl Pod {
         pod
     }
 
-    /// Serves until told to shut down.
-    pub(crate) fn serve(&mut self) {
+    /// Serves until told to shut down. `settle` runs once, after the first greeting and before any
+    /// request: a move between cgroups waits for a grace period of the kernel (6 ms measured), and
+    /// the agent has other work in that time.
+    pub(crate) fn serve(&mut self, settle: impl FnOnce()) {
+        let mut settle = Some(settle);
         let mut sources = Vec::new();
         let mut fds = Vec::new();
         while !self.shut_down {
@@ -134,6 +137,12 @@ impl Pod {
                 if fd.revents != 0 {
                     self.handle(*source);
                 }
+            }
+            // A connection's first request is read in the next turn at the earliest.
+            if !self.connections.is_empty()
+                && let Some(settle) = settle.take()
+            {
+                settle();
             }
             self.check_deadlines();
         }
