@@ -154,6 +154,22 @@ pub fn ensure(purpose: For) -> Result<()> {
     )
 }
 
+/// Without root: says what is missing and which commands would install it, and installs nothing.
+pub fn explain(purpose: For) {
+    let missing: Vec<Need> = needs(purpose).into_iter().filter(|n| !n.found).collect();
+    for need in &missing {
+        println!(
+            "setup: {} is missing ({}). As root:\n  apt-get install --no-install-recommends {}",
+            need.what,
+            need.why,
+            need.packages.join(" ")
+        );
+    }
+    if let Err(error) = ebpf::detect() {
+        println!("setup: {error}");
+    }
+}
+
 /// Installs Debian packages; false where that cannot be done.
 fn install(packages: &[&str]) -> Result<bool> {
     if !run::is_root() || run::which("apt-get").is_none() {

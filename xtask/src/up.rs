@@ -42,8 +42,8 @@ pub struct Cluster {
 /// Runs the main job.
 pub fn run(arguments: &Arguments) -> Result<()> {
     if !run::is_root() {
-        setup::ensure(setup::For::Up)?;
-        bail!("pods need root. Run:\n  sudo -E cargo xtask up");
+        setup::explain(setup::For::Up);
+        bail!("pods need root. As root, run:\n  cargo xtask up");
     }
     let step = report::step("setting up this machine");
     setup::ensure(setup::For::Up)?;
@@ -68,10 +68,13 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         while !interrupted.load(Ordering::Relaxed) {
             std::thread::sleep(Duration::from_millis(100));
         }
-        println!();
     }
     if done.is_err() && arguments.detach {
         bail!("left as it is for a look; remove everything with: cargo xtask down");
+    }
+    let _ = std::io::stdout().flush();
+    if writeln!(std::io::stdout()).is_err() {
+        say_to_a_file()?;
     }
     down::run()?;
     done.map_err(|_| anyhow::anyhow!("the main job failed (see above)"))
@@ -104,11 +107,22 @@ fn interrupts() -> Result<&'static AtomicBool> {
     }
     use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
     let action = SigAction::new(SigHandler::Handler(note), SaFlags::empty(), SigSet::empty());
-    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+    // SIGHUP: the terminal is gone, and with it everyone who could type Ctrl-C.
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
         unsafe { sigaction(signal, &action) }.context("sigaction")?;
     }
     Ok(&FLAG)
+}
+
+/// The terminal is closed: what is said from now on goes to `target/up/down.log`, so that the
+/// removal goes on.
+fn say_to_a_file() -> Result<()> {
+    let path = directory().join("down.log");
+    let file = std::fs::File::create(&path).with_context(|| path.display().to_string())?;
+    nix::unistd::dup2_stdout(&file)?;
+    nix::unistd::dup2_stderr(&file)?;
+    Ok(())
 }
 
 fn main_job(cluster: &Cluster, interrupted: &AtomicBool) -> Result<()> {
