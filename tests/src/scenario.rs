@@ -503,8 +503,9 @@ spec:
     cluster.start_control()?;
     for number in 0..10 {
         let map = cluster.get(&["configmap", &format!("c{number}")])?;
+        let kept = number.to_string();
         ensure!(
-            map["data"]["n"] == number.to_string(),
+            map["data"]["n"] == kept.as_str(),
             "acknowledged and lost: {map}"
         );
     }

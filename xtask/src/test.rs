@@ -29,6 +29,7 @@ struct Count {
     passed: usize,
     failed: usize,
     skipped: Vec<String>,
+    in_successes: bool,
 }
 
 /// Runs everything; fails when anything failed.
@@ -145,6 +146,15 @@ fn unit_and_integration(
 
 /// Counts and echoes what a person wants to see of libtest's output.
 fn take_line(line: &str, count: &mut Count) {
+    // What tests that passed have printed is searched for skips only.
+    match line {
+        "successes:" => count.in_successes = true,
+        "failures:" => count.in_successes = false,
+        _ if line.starts_with("test result: ") || line.starts_with("     Running") => {
+            count.in_successes = false;
+        }
+        _ => {}
+    }
     if let Some((_, reason)) = line.split_once("skipped: ")
         && !line.starts_with("test ")
     {
@@ -161,7 +171,10 @@ fn take_line(line: &str, count: &mut Count) {
         count.failed += number("failed");
         return;
     }
-    let dull = line.is_empty() || line.ends_with("... ok") || line.starts_with("running ");
+    let dull = count.in_successes
+        || line.is_empty()
+        || line.ends_with("... ok")
+        || line.starts_with("running ");
     if !dull {
         println!("{line}");
     }

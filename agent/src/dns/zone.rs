@@ -39,6 +39,10 @@ const SRV_PRIORITY: u16 = 0;
 const SRV_WEIGHT: u16 = 100;
 
 /// What to answer.
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one is alive per question in work"
+)]
 #[derive(Clone, PartialEq, Debug)]
 pub enum Answer {
     /// The name is not the cluster's: ask upstream.

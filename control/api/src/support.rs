@@ -665,7 +665,7 @@ mod tests {
     #[test]
     fn harmless_fields_warn_and_defaults_do_not() {
         let findings = pod(&json!({
-            "affinity": {"nodeAffinity": {"x": 1}}, "tolerations": [{"operator": "Exists"}],
+            "affinity": {"nodeAffinity": {"x": 1}}, "priorityClassName": "high",
             "serviceAccountName": "default", "schedulerName": "default-scheduler",
             "automountServiceAccountToken": false, "hostPID": false, "securityContext": {},
             "containers": [{"name": "a", "terminationMessagePath": "/dev/termination-log"}]
