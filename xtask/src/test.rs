@@ -161,6 +161,11 @@ fn take_line(line: &str, count: &mut Count) {
         count.skipped.push(reason.to_owned());
         return;
     }
+    if let Some((name, reason)) = line.split_once(" ... ignored") {
+        let name = name.trim_start_matches("test ");
+        count.skipped.push(format!("{name}{reason}"));
+        return;
+    }
     if let Some(result) = line.strip_prefix("test result: ") {
         let number = |word: &str| {
             let part = result.split(['.', ';']).find(|p| p.trim().ends_with(word));
@@ -191,11 +196,12 @@ mod tests {
             "running 3 tests",
             "test a ... ok",
             "skipped: no /dev/kvm",
+            "test b ... ignored, a measurement",
             "test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 4 filtered out",
         ] {
             take_line(line, &mut count);
         }
         assert_eq!((count.passed, count.failed), (2, 1));
-        assert_eq!(count.skipped, ["no /dev/kvm"]);
+        assert_eq!(count.skipped, ["no /dev/kvm", "b, a measurement"]);
     }
 }
