@@ -3,7 +3,7 @@
 //! ```text
 //! tests/integration.rs  one test per scenario on this machine (root; else skipped in words)
 //! src/bin/gantry-vm-init.rs  the same scenarios as init of a virtual machine
-//!        └──► scenario.rs ──► cluster.rs ──► gantry-control, gantry-agent, gantry
+//!        └──► scenario.rs (its files: one an area) ──► cluster.rs ──► gantry-control, gantry-agent, gantry
 //! ```
 //! A scenario looks at the kernel (cgroup files, /proc, sockets), not only at our own status. Every
 //! cluster ends with a census of zero.

@@ -12,52 +12,40 @@ fn run(name: &str) {
         Err(reason) => return eprintln!("skipped: {name}: {reason}"),
     };
     let scenario = scenario::ALL.iter().find(|s| s.name == name).unwrap();
-    if let Err(error) = scenario.run(&installation) {
-        panic!("{error:#}");
+    match scenario.run(&installation) {
+        Ok(()) => {}
+        Err(error) if error.is::<scenario::Skipped>() => eprintln!("skipped: {name}: {error}"),
+        Err(error) => panic!("{error:#}"),
     }
 }
 
-#[test]
-fn three_replicas_answer_by_name_from_host_and_pod() {
-    run("main-job");
+/// One test a scenario: a module with the scenario's name, and in it the claim.
+macro_rules! scenarios {
+    ($($name:ident: $claim:ident,)*) => {
+        $(mod $name {
+            #[test]
+            fn $claim() {
+                super::run(&stringify!($name).replace('_', "-"));
+            }
+        })*
+
+        #[test]
+        fn every_scenario_is_a_test_here() {
+            let here = [$(stringify!($name).replace('_', "-")),*];
+            let all: Vec<&str> = scenario::ALL.iter().map(|s| s.name).collect();
+            assert_eq!(all, here, "in the order of scenario::ALL");
+        }
+    };
 }
 
-#[test]
-fn limits_are_in_the_kernels_files() {
-    run("limits");
-}
-
-#[test]
-fn a_write_to_a_host_device_fails() {
-    run("devices");
-}
-
-#[test]
-fn capabilities_seccomp_and_masks_hold_for_init_and_exec() {
-    run("isolation");
-}
-
-#[test]
-fn killing_the_agent_changes_nothing_and_loses_nothing() {
-    run("agent-kill");
-}
-
-#[test]
-fn bad_input_gets_a_clear_error() {
-    run("bad-input");
-}
-
-#[test]
-fn logs_follow_and_exec_returns_the_exit_code() {
-    run("logs-and-exec");
-}
-
-#[test]
-fn killing_the_control_plane_loses_nothing_acknowledged() {
-    run("control-kill");
-}
-
-#[test]
-fn probes_gate_and_restart_and_policies_hold() {
-    run("probes-and-restarts");
+scenarios! {
+    main_job: three_replicas_answer_by_name_from_host_and_pod,
+    limits: limits_are_in_the_kernels_files,
+    devices: a_write_to_a_host_device_fails,
+    isolation: capabilities_seccomp_and_masks_hold_for_init_and_exec,
+    agent_kill: killing_the_agent_changes_nothing_and_loses_nothing,
+    control_kill: killing_the_control_plane_loses_nothing_acknowledged,
+    probes_and_restarts: probes_gate_and_restart_and_policies_hold,
+    bad_input: bad_input_gets_a_clear_error,
+    logs_and_exec: logs_follow_and_exec_returns_the_exit_code,
 }

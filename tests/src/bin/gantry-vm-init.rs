@@ -178,6 +178,9 @@ fn run() -> Result<()> {
                 scenario.name,
                 began.elapsed().as_secs_f64()
             ),
+            Err(error) if error.is::<scenario::Skipped>() => {
+                println!("vm: skipped {}: {error}", scenario.name);
+            }
             Err(error) => {
                 let words = format!("{error:#}").replace('\n', "\nvm | ");
                 println!("vm: FAILED {}: {words}", scenario.name);

@@ -1,0 +1,104 @@
+//! Probes, restarts and init containers.
+
+use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::cluster::Cluster;
+
+/// Readiness gates endpoints, liveness restarts, restart policies hold, init containers go first.
+pub(super) fn probes_and_restarts(cluster: &mut Cluster) -> Result<()> {
+    cluster.apply_ok(
+        "apiVersion: v1
+kind: Pod
+metadata:
+  name: gate
+  labels: {app: gate}
+spec:
+  terminationGracePeriodSeconds: 1
+  initContainers:
+    - name: first
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [\"sh\", \"-c\", \"echo made > /data/file\"]
+      volumeMounts: [{name: work, mountPath: /data}]
+  containers:
+    - name: main
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [\"sh\", \"-c\", \"cat /data/file; exec httpd -f -p 8080 -h /data\"]
+      env:
+        - {name: POD, valueFrom: {fieldRef: {fieldPath: metadata.name}}}
+      ports: [{name: web, containerPort: 8080}]
+      volumeMounts: [{name: work, mountPath: /data}]
+      startupProbe: {tcpSocket: {port: web}, periodSeconds: 1}
+      readinessProbe: {exec: {command: [\"test\", \"-e\", \"/data/ready\"]}, periodSeconds: 1}
+      livenessProbe: {httpGet: {path: /file, port: web}, periodSeconds: 1, failureThreshold: 2}
+  volumes: [{name: work, emptyDir: {}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: gate}
+spec:
+  selector: {app: gate}
+  ports: [{port: 80, targetPort: web}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: fails-once}
+spec:
+  restartPolicy: OnFailure
+  containers:
+    - name: main
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [\"sh\", \"-c\", \"test -e /keep/seen && exit 0; touch /keep/seen; exit 3\"]
+      volumeMounts: [{name: keep, mountPath: /keep}]
+  volumes: [{name: keep, emptyDir: {}}]
+",
+    )?;
+    cluster.wait_phase("default", "gate", "Running")?;
+    let service = cluster.get(&["service", "gate"])?;
+    let address = service["spec"]["clusterIP"]
+        .as_str()
+        .context("no cluster IP")?;
+    let address: SocketAddr = format!("{address}:80").parse()?;
+    let answers = || TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(!answers(), "a pod that is not ready gets connections");
+    let name = cluster.ok(&[
+        "exec",
+        "gate",
+        "--",
+        "sh",
+        "-c",
+        "echo $POD; touch /data/ready",
+    ])?;
+    ensure!(name.trim() == "gate", "fieldRef: {name:?}");
+    cluster.wait_ready("default", "gate")?;
+    cluster.wait("the Service to answer", Duration::from_secs(10), |_| {
+        Ok(answers())
+    })?;
+    ensure!(
+        cluster.ok(&["logs", "gate"])?.starts_with("made"),
+        "the init container was not first"
+    );
+    // Liveness fails: the container is restarted, alone.
+    cluster.ok(&["exec", "gate", "--", "rm", "/data/file"])?;
+    cluster.wait("a restart", Duration::from_secs(30), |c| {
+        let pod = c.get(&["pod", "gate"])?;
+        Ok(pod["status"]["containerStatuses"][0]["restartCount"].as_i64() >= Some(1))
+    })?;
+    cluster.wait_phase("default", "fails-once", "Succeeded")?;
+    let pod = cluster.get(&["pod", "fails-once"])?;
+    let status = &pod["status"]["containerStatuses"][0];
+    ensure!(status["restartCount"] == 1, "{status}");
+    ensure!(
+        status["lastState"]["terminated"]["exitCode"] == 3,
+        "{status}"
+    );
+    let previous = cluster.gantry(&["logs", "fails-once", "--previous"])?;
+    ensure!(previous.code == 0, "{previous:?}");
+    Ok(())
+}
