@@ -35,6 +35,13 @@ pub async fn run(paths: &Paths) -> Result<()> {
         Err(error) => note("sandboxes".into(), Err(error.to_string())),
     }
     note(
+        "shims".into(),
+        runtime
+            .remove_shim_cgroup()
+            .await
+            .map_err(|e| e.to_string()),
+    );
+    note(
         "network".into(),
         network::remove_all(paths).await.map_err(|e| e.to_string()),
     );

@@ -85,6 +85,15 @@ fn report_error(report: &str) -> RuntimeError {
 }
 
 impl ShimRuntime {
+    /// Removes the cgroup of the shims once the last of them has gone: for `cleanup`, where no other
+    /// sandbox's removal follows that would take it away.
+    ///
+    /// # Errors
+    /// After some seconds, when a shim is still in it.
+    pub async fn remove_shim_cgroup(&self) -> Result<(), RuntimeError> {
+        remove_cgroup(SHIM_CGROUP).await
+    }
+
     /// The runtime whose files are below `paths.run` and whose binaries are in `paths.bin`.
     /// Touches nothing; call inside a tokio runtime.
     pub fn new(paths: Paths) -> Self {
