@@ -170,6 +170,21 @@ pub fn explain(purpose: For) {
     }
 }
 
+/// Patient: another apt may hold the lock, and a mirror may fail once.
+fn apt_get(verb: &str) -> std::process::Command {
+    run::program(
+        "apt-get",
+        [
+            "-q",
+            "-o",
+            "DPkg::Lock::Timeout=300",
+            "-o",
+            "Acquire::Retries=5",
+            verb,
+        ],
+    )
+}
+
 /// Installs Debian packages; false where that cannot be done.
 fn install(packages: &[&str]) -> Result<bool> {
     if !run::is_root() || run::which("apt-get").is_none() {
@@ -177,16 +192,9 @@ fn install(packages: &[&str]) -> Result<bool> {
     }
     update_lists()?;
     println!("setup: apt-get install {}", packages.join(" "));
-    let options = [
-        "-q",
-        "-y",
-        "-o",
-        "DPkg::Lock::Timeout=300",
-        "install",
-        "--no-install-recommends",
-    ];
-    let mut apt = run::program("apt-get", options);
-    run::captured(apt.args(packages).env("DEBIAN_FRONTEND", "noninteractive"))?;
+    let mut apt = apt_get("install");
+    apt.args(["-y", "--no-install-recommends"]).args(packages);
+    run::captured(apt.env("DEBIAN_FRONTEND", "noninteractive"))?;
     Ok(true)
 }
 
@@ -209,7 +217,7 @@ fn update_lists() -> Result<()> {
         return Ok(());
     }
     println!("setup: apt-get update");
-    run::captured(&mut run::program("apt-get", ["-q", "update"]))?;
+    run::captured(&mut apt_get("update"))?;
     Ok(())
 }
 
