@@ -3,6 +3,7 @@
 //! ```text
 //!  <data dir>/pki/ca.{crt,key}       made once, 10 years, ECDSA P-256
 //!  <data dir>/pki/server.{crt,key}   1 year; again when a name is missing or the end is near
+//!  <data dir>/pki/service-accounts.key  made once, ECDSA P-256: signs tokens
 //!  <kubeconfig>                      the administrator: kubernetes-admin in system:masters
 //!  <dir>/{client.crt,client.key,ca.crt}  an agent: system:node:NAME in system:nodes
 //! ```
@@ -146,6 +147,26 @@ impl Authority {
     /// The CA's certificate as PEM.
     pub fn certificate(&self) -> &str {
         &self.certificate
+    }
+
+    /// The key that signs the tokens of service accounts, made at the first start. Whoever removes it
+    /// makes every token invalid at the next start.
+    pub fn token_key(&self) -> Result<KeyPair, PkiError> {
+        let path = self.directory.join("service-accounts.key");
+        if let Some(text) = read_if_there(&path)? {
+            return KeyPair::from_pem(&text).map_err(|error| PkiError::Bad {
+                reason: format!(
+                    "not a private key in PEM: {error}; restore it, or remove it to sign with a new one"
+                ),
+                path,
+            });
+        }
+        let key = KeyPair::generate().map_err(|source| PkiError::Make {
+            name: "service accounts".to_owned(),
+            source,
+        })?;
+        write_atomic(&path, key.serialize_pem().as_bytes(), PRIVATE)?;
+        Ok(key)
     }
 
     /// The server's credentials for these names.

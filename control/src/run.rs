@@ -22,7 +22,7 @@ use crate::feed::{self, Feed};
 use crate::pki::{self, Authority, PkiError};
 use crate::scheduler;
 use crate::server::registry::{Registry, Settings};
-use crate::server::{ServeError, Server};
+use crate::server::{ServeError, Server, Tokens};
 use crate::store::{OpenError, Store};
 
 /// What a drain may take: open streams get a little time to end by themselves.
@@ -75,6 +75,7 @@ pub enum StartError {
 /// A running control plane.
 pub struct Control {
     registry: Registry,
+    ca_certificate: String,
     address: SocketAddr,
     tasks: JoinSet<Result<(), ServeError>>,
     ended: watch::Receiver<bool>,
@@ -87,7 +88,13 @@ impl Control {
         stop: &CancellationToken,
     ) -> Result<Control, StartError> {
         let mut control = Control::open(arguments, stop).await?;
-        spawn_loops(&mut control.tasks, &control.registry, arguments, stop);
+        let settings = controllers::Settings {
+            cluster_cidr: arguments.cluster_cidr,
+            node_prefix_len: arguments.node_cidr_prefix,
+            node_grace_period: Duration::from_secs(arguments.node_grace_period_s),
+            ca_certificate: control.ca_certificate.clone(),
+        };
+        spawn_loops(&mut control.tasks, &control.registry, settings, stop);
         Ok(control)
     }
 
@@ -121,8 +128,15 @@ impl Control {
         }
         authority.ensure_kubeconfig(&arguments.kubeconfig, &Arguments::server_url(address))?;
 
-        let feed = Feed::new(registry.clone(), feed_settings(arguments));
-        let server = Server::new(&registry, &feed, authority.certificate(), &credentials)?;
+        let issuer = format!(
+            "https://kubernetes.default.svc.{}",
+            arguments.cluster_domain
+        );
+        let tokens = Tokens::new(&authority.token_key()?, &issuer);
+        let settings = feed_settings(arguments, tokens.clone());
+        let feed = Feed::new(registry.clone(), settings);
+        let ca = authority.certificate();
+        let server = Server::new(&registry, &feed, ca, &credentials, &tokens)?;
         let mut tasks = JoinSet::new();
         let (end, ended) = watch::channel(false);
         let token = stop.clone();
@@ -138,6 +152,7 @@ impl Control {
         });
         Ok(Control {
             registry,
+            ca_certificate: ca.to_owned(),
             address,
             tasks,
             ended,
@@ -182,12 +197,13 @@ impl Control {
     }
 }
 
-fn feed_settings(arguments: &Arguments) -> feed::Settings {
+fn feed_settings(arguments: &Arguments, tokens: Tokens) -> feed::Settings {
     feed::Settings {
         cluster_domain: arguments.cluster_domain.clone(),
         dns_service_ip: arguments.dns_service_ip(),
         service_cidr: arguments.service_cidr,
         cluster_cidr: arguments.cluster_cidr,
+        tokens,
     }
 }
 
@@ -195,7 +211,7 @@ fn feed_settings(arguments: &Arguments) -> feed::Settings {
 fn spawn_loops(
     tasks: &mut JoinSet<Result<(), ServeError>>,
     registry: &Registry,
-    arguments: &Arguments,
+    settings: controllers::Settings,
     stop: &CancellationToken,
 ) {
     let (own, token) = (registry.clone(), stop.clone());
@@ -208,11 +224,6 @@ fn spawn_loops(
         scheduler::run(own, token).await;
         Ok(())
     });
-    let settings = controllers::Settings {
-        cluster_cidr: arguments.cluster_cidr,
-        node_prefix_len: arguments.node_cidr_prefix,
-        node_grace_period: Duration::from_secs(arguments.node_grace_period_s),
-    };
     let (own, token) = (registry.clone(), stop.clone());
     tasks.spawn(async move {
         controllers::run(own, settings, token).await;

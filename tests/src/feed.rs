@@ -25,7 +25,7 @@ use gantry_control::feed::{Feed, Settings};
 use gantry_control::pki::{Authority, ServerName};
 use gantry_control::server::identity::{Identity, MASTERS_GROUP, NODES_GROUP};
 use gantry_control::server::registry::{self, DeleteOptions};
-use gantry_control::server::{Registry, Server};
+use gantry_control::server::{Registry, Server, Tokens};
 use gantry_control::store::Store;
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
@@ -51,6 +51,11 @@ async fn eventually<T>(what: &str, mut probe: impl FnMut() -> Option<T>) -> T {
         .unwrap_or_else(|_| panic!("did not happen in {WAIT:?}: {what}"))
 }
 
+fn tokens(dir: &Path) -> Tokens {
+    let key = Authority::open(dir).unwrap().token_key().unwrap();
+    Tokens::new(&key, "https://kubernetes.default.svc.cluster.local")
+}
+
 /// One run of a control plane. Dropping it without `stop` is a crash of its connections.
 struct Control {
     registry: Registry,
@@ -74,6 +79,7 @@ impl Control {
             dns_service_ip: "10.96.0.10".parse().unwrap(),
             service_cidr: "10.96.0.0/16".parse().unwrap(),
             cluster_cidr: "10.244.0.0/16".parse().unwrap(),
+            tokens: tokens(dir),
         };
         let feed = Feed::new(registry.clone(), settings);
         let token = CancellationToken::new();
@@ -693,6 +699,7 @@ async fn the_agent_dials_with_its_certificate_and_for_its_own_name_only() {
         &control.feed,
         authority.certificate(),
         &credentials,
+        &tokens(dir.path()),
     )
     .unwrap();
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -847,6 +854,13 @@ impl feed_server::Feed for HandFed {
             .await
             .unwrap();
         Ok(tonic::Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn issue_token(
+        &self,
+        _: tonic::Request<proto::TokenRequest>,
+    ) -> Result<tonic::Response<proto::IssuedToken>, tonic::Status> {
+        Err(tonic::Status::unimplemented("no tokens here"))
     }
 
     async fn tunnel(

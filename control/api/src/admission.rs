@@ -21,7 +21,9 @@ use crate::status::Status;
 use crate::{defaults, support, validation};
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::coordination::v1::Lease;
-use k8s_openapi::api::core::v1::{ConfigMap, Event, Namespace, Node, Pod, Secret, Service};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Event, Namespace, Node, Pod, Secret, Service, ServiceAccount,
+};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
@@ -222,6 +224,8 @@ impl Served for Namespace {}
 
 impl Served for Node {}
 
+impl Served for ServiceAccount {}
+
 impl Served for Pod {
     fn set_defaults(&mut self) {
         defaults::pod(self);
@@ -412,6 +416,7 @@ fn served(kind: &Kind) -> Result<&'static dyn Pipeline, Status> {
         "Pod" => of!(Pod),
         "Secret" => of!(Secret),
         "Service" => of!(Service),
+        "ServiceAccount" => of!(ServiceAccount),
         "Deployment" => of!(Deployment),
         "ReplicaSet" => of!(ReplicaSet),
         "Lease" => of!(Lease),

@@ -83,6 +83,13 @@ pub static KINDS: &[Kind] = &[
         in_all: true,
         ..core("Service", "services", "service", &["svc"], true)
     },
+    core(
+        "ServiceAccount",
+        "serviceaccounts",
+        "serviceaccount",
+        &["sa"],
+        true,
+    ),
     Kind {
         has_status: true,
         in_all: true,

@@ -25,6 +25,7 @@ mod pod_garbage;
 pub(crate) mod pods;
 pub(crate) mod queue;
 mod replicaset;
+mod service_account;
 
 #[cfg(test)]
 mod tests;
@@ -41,7 +42,7 @@ use futures_util::FutureExt;
 use gantry_api::k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use gantry_api::k8s_openapi::api::coordination::v1::Lease;
 use gantry_api::k8s_openapi::api::core::v1::{
-    Event, EventSource, Namespace, Node, ObjectReference, Pod, Service,
+    Event, EventSource, Namespace, Node, ObjectReference, Pod, Service, ServiceAccount,
 };
 use gantry_api::k8s_openapi::api::discovery::v1::EndpointSlice;
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{
@@ -72,6 +73,8 @@ pub struct Settings {
     pub node_prefix_len: u8,
     /// A node whose lease was not renewed for this long is not ready.
     pub node_grace_period: Duration,
+    /// The CA's certificate (PEM), for pods to check the API with; empty: not published.
+    pub ca_certificate: String,
 }
 
 impl Default for Settings {
@@ -80,6 +83,7 @@ impl Default for Settings {
             cluster_cidr: Ipv4Net::new_assert(std::net::Ipv4Addr::new(10, 244, 0, 0), 16),
             node_prefix_len: 24,
             node_grace_period: Duration::from_secs(40),
+            ca_certificate: String::new(),
         }
     }
 }
@@ -90,6 +94,7 @@ struct Caches {
     replica_sets: Arc<Cache<ReplicaSet>>,
     deployments: Arc<Cache<Deployment>>,
     services: Arc<Cache<Service>>,
+    service_accounts: Arc<Cache<ServiceAccount>>,
     endpoint_slices: Arc<Cache<EndpointSlice>>,
     namespaces: Arc<Cache<Namespace>>,
     nodes: Arc<Cache<Node>>,
@@ -105,6 +110,7 @@ impl Caches {
             replica_sets: Cache::new(|_| None),
             deployments: Cache::new(|_| None),
             services: Cache::new(|_| None),
+            service_accounts: Cache::new(|_| None),
             endpoint_slices: Cache::new(|_| None),
             namespaces: Cache::new(|_| None),
             nodes: Cache::new(|_| None),
@@ -119,6 +125,7 @@ impl Caches {
             Arc::clone(&self.replica_sets) as Arc<dyn Sink>,
             Arc::clone(&self.deployments) as Arc<dyn Sink>,
             Arc::clone(&self.services) as Arc<dyn Sink>,
+            Arc::clone(&self.service_accounts) as Arc<dyn Sink>,
             Arc::clone(&self.endpoint_slices) as Arc<dyn Sink>,
             Arc::clone(&self.namespaces) as Arc<dyn Sink>,
             Arc::clone(&self.nodes) as Arc<dyn Sink>,
@@ -174,6 +181,7 @@ pub async fn run(registry: Registry, settings: Settings, shutdown: CancellationT
     deployment::start(&context, &mut tasks, &shutdown);
     endpointslice::start(&context, &mut tasks, &shutdown);
     namespace::start(&context, &mut tasks, &shutdown);
+    service_account::start(&context, &mut tasks, &shutdown);
     garbage::start(&context, &mut tasks, &shutdown);
     node_health::start(&context, &mut tasks, &shutdown);
     pod_cidr::start(&context, &mut tasks, &shutdown);

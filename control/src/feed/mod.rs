@@ -38,7 +38,7 @@ use ipnet::Ipv4Net;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::server::Registry;
+use crate::server::{Registry, Tokens};
 
 mod floor;
 mod follow;
@@ -49,6 +49,7 @@ mod register;
 mod service;
 mod session;
 mod status;
+mod token;
 mod tunnels;
 mod view;
 
@@ -61,8 +62,8 @@ use view::Index;
 /// The largest message taken from an agent: a status with many containers is far below.
 const UP_MESSAGE_BYTES_MAX: usize = 4 << 20;
 
-/// The cluster's settings, told to every agent in Welcome.
-#[derive(Clone, Debug)]
+/// The cluster's settings, told to every agent in Welcome, and the key for pods' tokens.
+#[derive(Clone)]
 pub struct Settings {
     /// `cluster.local`
     pub cluster_domain: String,
@@ -72,6 +73,8 @@ pub struct Settings {
     pub service_cidr: Ipv4Net,
     /// All nodes' pod prefixes lie within this.
     pub cluster_cidr: Ipv4Net,
+    /// Signs the tokens of pods' service accounts.
+    pub tokens: Tokens,
 }
 
 /// The feed; clones share it.

@@ -62,4 +62,13 @@ impl feed_server::Feed for Feed {
         let down = self.inner.tunnels.answer(&identity, opened, inbound)?;
         Ok(Response::new(ReceiverStream::new(down)))
     }
+
+    async fn issue_token(
+        &self,
+        request: Request<proto::TokenRequest>,
+    ) -> Result<Response<proto::IssuedToken>, tonic::Status> {
+        let identity = identity(&request)?;
+        let reply = self.inner.pod_token(&identity, &request.into_inner())?;
+        Ok(Response::new(reply))
+    }
 }

@@ -1,4 +1,5 @@
-//! Who calls, and what they may: the client certificate names the user, the groups decide.
+//! Who calls, and what they may: the client certificate, or else the bearer token of a service
+//! account, names the user; the groups decide.
 //!
 //! | group            | may                                                   |
 //! |------------------|-------------------------------------------------------|
@@ -9,8 +10,12 @@
 //! TLS has verified the chain, the dates and the key before this is asked.
 
 use gantry_api::status::{Reason, Status};
+use jiff::Timestamp;
 use tonic::service::Interceptor;
 use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::registry::Registry;
+use super::tokens::{self, Tokens};
 
 /// Group that may do everything.
 pub const MASTERS_GROUP: &str = "system:masters";
@@ -101,22 +106,67 @@ pub enum Service {
     Feed,
 }
 
+/// Finds out who calls.
+#[derive(Clone)]
+pub struct Authenticator {
+    registry: Registry,
+    tokens: Tokens,
+}
+
+impl Authenticator {
+    /// Accepts tokens of the accounts in this registry.
+    pub fn new(registry: Registry, tokens: Tokens) -> Authenticator {
+        Authenticator { registry, tokens }
+    }
+
+    /// The door of one service.
+    pub fn for_service(&self, service: Service) -> Authorize {
+        Authorize {
+            authenticator: self.clone(),
+            service,
+        }
+    }
+
+    /// A certificate goes before a token: it was proven by the connection itself.
+    fn identify(&self, request: &tonic::Request<()>) -> Result<Identity, Status> {
+        let certificates = request.peer_certs();
+        if let Some(leaf) = certificates.as_ref().and_then(|chain| chain.first()) {
+            return Identity::from_certificate(leaf);
+        }
+        let header = request.metadata().get("authorization");
+        let token = header
+            .and_then(|value| value.to_str().ok())
+            .and_then(|text| text.strip_prefix("Bearer "));
+        let token = token.ok_or_else(|| {
+            Status::unauthorized(
+                "neither a client certificate nor a bearer token: use the ones in the kubeconfig",
+            )
+        })?;
+        let audience = [self.tokens.api_audience().to_owned()];
+        tokens::authenticate(
+            &self.registry,
+            &self.tokens,
+            token.trim(),
+            &audience,
+            Timestamp::now(),
+        )
+    }
+}
+
 /// Lets a request through to a service, or refuses it; adds the [`Identity`] to its extensions.
-#[derive(Clone, Copy, Debug)]
-pub struct Authorize(pub Service);
+#[derive(Clone)]
+pub struct Authorize {
+    authenticator: Authenticator,
+    service: Service,
+}
 
 impl Interceptor for Authorize {
     fn call(
         &mut self,
         mut request: tonic::Request<()>,
     ) -> Result<tonic::Request<()>, tonic::Status> {
-        let certificates = request.peer_certs();
-        let leaf = certificates.as_ref().and_then(|chain| chain.first());
-        let leaf = leaf.ok_or_else(|| {
-            Status::unauthorized("no client certificate: use the ones in the kubeconfig")
-        })?;
-        let identity = Identity::from_certificate(leaf)?;
-        identity.check_service(self.0).inspect_err(|status| {
+        let identity = self.authenticator.identify(&request)?;
+        identity.check_service(self.service).inspect_err(|status| {
             tracing::warn!(user = %identity.user, reason = %status, "refused");
         })?;
         request.extensions_mut().insert(identity);

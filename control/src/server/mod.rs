@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  connection ─► TLS: a client certificate of our CA ─► Authorize (identity.rs) ─► Objects  (objects.rs)
-//!                                                                               ├► Pods, Feed (crate::feed)
+//!                or none and a token (tokens.rs)                                ├► Pods, Feed (crate::feed)
 //! ```
 //! Invariants: no request is served without an identity; a slow or dead client holds memory only for
 //! one stream window; a stop ends every stream within [`STREAM_END_DEADLINE`].
@@ -20,6 +20,7 @@ mod rules;
 mod scale;
 mod service;
 mod table;
+pub mod tokens;
 mod view;
 mod watch;
 mod write;
@@ -35,12 +36,13 @@ use tonic::transport::{Certificate, Identity as TlsIdentity, ServerTlsConfig};
 
 use crate::feed::Feed;
 use crate::pki::Credentials;
-use identity::{Authorize, Service};
+use identity::{Authenticator, Service};
 use objects::ObjectsService;
 
 pub use object::{decode, present, to_value};
 pub use registry::Registry;
 pub use rules::Part;
+pub use tokens::Tokens;
 pub use write::{WriteOptions, Written};
 
 /// Largest request: one object of the largest size, and its envelope.
@@ -86,6 +88,7 @@ impl Server {
         feed: &Feed,
         ca_certificate: &str,
         credentials: &Credentials,
+        tokens: &Tokens,
     ) -> Result<Server, ServeError> {
         let tls = ServerTlsConfig::new()
             .identity(TlsIdentity::from_pem(
@@ -93,9 +96,13 @@ impl Server {
                 &credentials.key,
             ))
             .client_ca_root(Certificate::from_pem(ca_certificate))
+            // Pods have a token instead; a certificate that is given must be good.
+            .client_auth_optional(true)
             .timeout(HANDSHAKE_TIMEOUT);
         let stop = CancellationToken::new();
-        let objects = ObjectsServer::new(ObjectsService::new(registry.clone(), stop.clone()))
+        let authenticator = Authenticator::new(registry.clone(), tokens.clone());
+        let objects = ObjectsService::new(registry.clone(), tokens.clone(), stop.clone());
+        let objects = ObjectsServer::new(objects)
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .max_encoding_message_size(ANSWER_BYTES_MAX);
         let router = tonic::transport::Server::builder()
@@ -108,15 +115,15 @@ impl Server {
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .add_service(InterceptedService::new(
                 objects,
-                Authorize(Service::Objects),
+                authenticator.for_service(Service::Objects),
             ))
             .add_service(InterceptedService::new(
                 feed.pods_server(),
-                Authorize(Service::Pods),
+                authenticator.for_service(Service::Pods),
             ))
             .add_service(InterceptedService::new(
                 feed.feed_server(),
-                Authorize(Service::Feed),
+                authenticator.for_service(Service::Feed),
             ));
         Ok(Server { router, stop })
     }

@@ -22,6 +22,7 @@ use super::object::{metadata_text, present};
 use super::registry::{DeleteOptions, Propagation, Registry};
 use super::rules::Part;
 use super::table::Renderer;
+use super::tokens::{self, Tokens};
 use super::view::{View, kind_of_key};
 use super::write::{WriteOptions, Written};
 use super::{scale, watch};
@@ -32,6 +33,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// The service over one registry.
 pub(super) struct ObjectsService {
     registry: Registry,
+    tokens: Tokens,
     stop: CancellationToken,
 }
 
@@ -66,11 +68,48 @@ impl Target {
 }
 
 impl ObjectsService {
-    pub(super) fn new(registry: Registry, stop: CancellationToken) -> ObjectsService {
-        ObjectsService { registry, stop }
+    pub(super) fn new(
+        registry: Registry,
+        tokens: Tokens,
+        stop: CancellationToken,
+    ) -> ObjectsService {
+        ObjectsService {
+            registry,
+            tokens,
+            stop,
+        }
+    }
+
+    /// Kinds that are asked and never stored: TokenRequest (a subresource) and TokenReview.
+    fn ask(&self, request: &WriteRequest) -> Result<Option<Value>, Status> {
+        let key = request.key.clone().unwrap_or_default();
+        let encode = |error: serde_json::Error| Status::internal(format!("cannot encode: {error}"));
+        let malformed = |error: serde_json::Error| Status::bad_request(error.to_string());
+        let now = jiff::Timestamp::now();
+        if request.subresource == "token" && key.plural == "serviceaccounts" {
+            let asked = serde_json::from_value(decode::parse(&request.json)?).map_err(malformed)?;
+            let (registry, tokens) = (&self.registry, &self.tokens);
+            let answer =
+                tokens::answer_request(registry, tokens, &key.namespace, &key.name, asked, now)?;
+            return serde_json::to_value(answer).map(Some).map_err(encode);
+        }
+        if request.subresource.is_empty() && key.plural == "tokenreviews" {
+            let asked = serde_json::from_value(decode::parse(&request.json)?).map_err(malformed)?;
+            let answer = tokens::review(&self.registry, &self.tokens, asked, now);
+            return serde_json::to_value(answer).map(Some).map_err(encode);
+        }
+        Ok(None)
     }
 
     async fn create_object(&self, request: WriteRequest) -> Result<Written, Status> {
+        if let Some(object) = self.ask(&request)? {
+            return Ok(Written {
+                object,
+                warnings: Vec::new(),
+                created: true,
+                unchanged: false,
+            });
+        }
         refuse_subresource(&request.subresource, &[])?;
         let object = decode::parse(&request.json)?;
         let target = Target::new(request.key, &object)?;
