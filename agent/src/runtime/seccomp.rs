@@ -13,7 +13,8 @@
 //! native architecture is allowed, a 32-bit program is killed at its first call.
 //!
 //! Compiling takes about a millisecond here and 8.8 ms in libseccomp inside every container's
-//! init; this way it is once per set of capabilities and boot.
+//! init; this way it is once per set of capabilities and boot. Localhost profiles ([`profile`]) go
+//! the same way, once per content of the file.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -28,7 +29,9 @@ use seccompiler::{
 use sha2::{Digest, Sha256};
 
 use super::Seccomp;
+use crate::paths::Paths;
 
+mod profile;
 mod table;
 
 /// `CLONE_NEW*` without CLONE_NEWTIME: what needs CAP_SYS_ADMIN.
@@ -41,12 +44,14 @@ const PERSONALITIES: [u64; 5] = [0x0, 0x0008, 0x2_0000, 0x2_0008, 0xffff_ffff];
 /// Why there is no filter.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
-    /// Not built yet.
-    #[error(
-        "securityContext.seccompProfile.localhostProfile {0:?}: custom profiles are not supported \
-         by this agent; use RuntimeDefault or Unconfined"
-    )]
-    Localhost(String),
+    /// The node has no such profile, or it asks for what cannot be given.
+    #[error("securityContext.seccompProfile.localhostProfile {name:?}: {reason}")]
+    Localhost {
+        /// As the pod names it.
+        name: String,
+        /// What is wrong with it, and where it is looked for.
+        reason: String,
+    },
     /// The table and the compiler disagree: a bug here.
     #[error("seccomp profile does not compile: {0}")]
     Compile(String),
@@ -63,23 +68,54 @@ pub enum SeccompError {
 /// The file with the filters for a container; none when it is to have none.
 ///
 /// * `oci` – its bounding capabilities decide the conditional part of the profile.
-/// * `run` – `/run/gantry`.
-pub fn ensure(profile: &Seccomp, oci: &Spec, run: &Path) -> Result<Option<PathBuf>, SeccompError> {
+/// * `paths` – Localhost profiles lie below `/var/lib/gantry/seccomp`, filters in
+///   `/run/gantry/seccomp`.
+pub fn ensure(
+    profile: &Seccomp,
+    oci: &Spec,
+    paths: &Paths,
+) -> Result<Option<PathBuf>, SeccompError> {
     match profile {
         Seccomp::Unconfined => Ok(None),
-        Seccomp::Localhost(name) => Err(SeccompError::Localhost(name.clone())),
+        Seccomp::Localhost(name) => {
+            let refused = |reason| SeccompError::Localhost {
+                name: name.clone(),
+                reason,
+            };
+            let text = profile::read(&paths.lib.join("seccomp"), name).map_err(refused)?;
+            let key = format!("localhost 1 {} {text}", std::env::consts::ARCH);
+            cached(paths, &hex_of(&Sha256::digest(key)), || {
+                profile::compile(&text).map_err(refused)
+            })
+            .map(Some)
+        }
         Seccomp::RuntimeDefault => {
             let rules = rules(&capabilities(oci));
-            let path = run.join("seccomp").join(format!("{}.bpf", digest(&rules)));
-            if !path.exists() {
-                write(&path, &compile(&rules)?).map_err(|source| SeccompError::Io {
-                    path: path.clone(),
-                    source,
-                })?;
-            }
-            Ok(Some(path))
+            cached(paths, &digest(&rules), || compile(&rules)).map(Some)
         }
     }
+}
+
+fn cached(
+    paths: &Paths,
+    name: &str,
+    compile: impl FnOnce() -> Result<Vec<u8>, SeccompError>,
+) -> Result<PathBuf, SeccompError> {
+    let path = paths.run.join("seccomp").join(format!("{name}.bpf"));
+    if !path.exists() {
+        write(&path, &compile()?).map_err(|source| SeccompError::Io {
+            path: path.clone(),
+            source,
+        })?;
+    }
+    Ok(path)
+}
+
+fn hex_of(hash: &[u8]) -> String {
+    hash.iter()
+        .take(16)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 fn capabilities(oci: &Spec) -> Vec<Capability> {
@@ -141,11 +177,7 @@ fn digest(rules: &Rules) -> String {
     for rule in &rules.allowed {
         hash.update(format!("{rule:?}"));
     }
-    hash.finalize()
-        .iter()
-        .take(16)
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    hex_of(&hash.finalize())
 }
 
 /// The file's content: each program as a little-endian count and its 8-byte instructions, in the

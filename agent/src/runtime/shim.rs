@@ -164,7 +164,7 @@ impl ShimRuntime {
         let run = &container.run;
         let directory = self.paths.container_run(run);
         let cgroup = cgroup_of(&container.oci)?;
-        let seccomp_path = seccomp::ensure(&container.seccomp, &container.oci, &self.paths.run)
+        let seccomp_path = seccomp::ensure(&container.seccomp, &container.oci, &self.paths)
             .map_err(|error| RuntimeError::Container(error.to_string()))?
             .unwrap_or_default();
         fs::create_dir_all(&directory).map_err(io_error("cannot create", &directory))?;

@@ -329,7 +329,7 @@ fn ensure_directories(root: &OwnedFd, path: &Path) -> io::Result<()> {
 
 /// Reads at most `limit` bytes of a file inside `root`, following links only inside it. None when
 /// it does not exist.
-pub(super) fn read_in_root(root: &Path, path: &str, limit: u64) -> io::Result<Option<String>> {
+pub(crate) fn read_in_root(root: &Path, path: &str, limit: u64) -> io::Result<Option<String>> {
     use std::io::Read as _;
     let directory = open_directory(root)?;
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
