@@ -3,6 +3,8 @@
 //! Everything is found by looking (sandboxes, cgroups, links, pins), nothing is taken from a record
 //! of what was made, so it also works after a crash. It goes on after an error and tells them all.
 
+use std::collections::HashSet;
+
 use anyhow::{Result, bail};
 use tracing::info;
 
@@ -10,6 +12,7 @@ use crate::cgroups::Cgroups;
 use crate::images::ImageStore;
 use crate::paths::Paths;
 use crate::runtime::{Runtime, shim::ShimRuntime};
+use crate::user_namespaces::{Ranges, idmap};
 use crate::{dataplane, network, run_directory, volumes};
 
 /// Removes all pods, networks, cgroups, programs. The agent must not run.
@@ -49,6 +52,10 @@ pub async fn run(paths: &Paths) -> Result<()> {
         "eBPF".into(),
         dataplane::remove_all(paths).map_err(|e| e.to_string()),
     );
+    note(
+        "id-mapped mounts".into(),
+        idmap::remove_all(&paths.run).map_err(|e| e.to_string()),
+    );
     match ImageStore::open(&paths.lib) {
         Ok(images) => {
             for layers in run_layers(paths) {
@@ -77,6 +84,8 @@ pub async fn run(paths: &Paths) -> Result<()> {
         }
         Err(error) => note("cgroups".into(), Err(error.to_string())),
     }
+    let released = Ranges::new(&paths.run).retain(&HashSet::new());
+    note("id ranges".into(), released.map_err(|e| e.to_string()));
     let unmounted = run_directory::remove(&paths.run);
     note(
         paths.run.display().to_string(),

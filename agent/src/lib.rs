@@ -26,5 +26,6 @@ pub mod pods;
 pub mod run_directory;
 pub mod runtime;
 pub mod services;
+pub mod user_namespaces;
 pub mod view;
 pub mod volumes;

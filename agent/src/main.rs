@@ -15,7 +15,8 @@ use gantry_agent::images::ImageStore;
 use gantry_agent::network::{NetworkConfig, PodNetworks};
 use gantry_agent::paths::Paths;
 use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
-use gantry_agent::runtime::{Runtime, shim::ShimRuntime, spec::security::Host};
+use gantry_agent::runtime::spec::security::{Host, check_unsafe_sysctls};
+use gantry_agent::runtime::{Runtime, shim::ShimRuntime};
 use gantry_agent::view::View;
 use gantry_agent::{cleanup, dns, run_directory};
 use tokio::signal::unix::{SignalKind, signal};
@@ -59,6 +60,10 @@ struct Run {
     /// Directory with client.crt, client.key and ca.crt
     #[arg(long, value_name = "DIR", default_value = "/etc/gantry/agent")]
     credentials: PathBuf,
+    /// Sysctls that pods may set although they are not known to be harmless: names, or prefixes
+    /// that end with *
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    allowed_unsafe_sysctls: Vec<String>,
 }
 
 #[derive(Subcommand)]
@@ -133,6 +138,8 @@ async fn agent(run: Run) -> Result<()> {
         Some(name) => name,
         None => nix::unistd::gethostname()?.to_string_lossy().to_lowercase(),
     };
+    check_unsafe_sysctls(&run.allowed_unsafe_sysctls)
+        .map_err(|words| anyhow::anyhow!("--allowed-unsafe-sysctls: {words}"))?;
     let paths = paths()?;
     let shutdown = CancellationToken::new();
     run_directory::ensure(&paths.run)
@@ -181,7 +188,10 @@ async fn agent(run: Run) -> Result<()> {
     let node = Arc::new(pods::Node {
         name: node_name,
         host_addresses,
-        host: Host::detect(),
+        host: Host {
+            unsafe_sysctls: run.allowed_unsafe_sysctls,
+            ..Host::detect()
+        },
         paths,
         runtime,
         network: Arc::new(network),

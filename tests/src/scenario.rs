@@ -15,6 +15,7 @@ mod kills;
 mod limits;
 mod main_job;
 mod probes;
+mod security;
 mod streams;
 
 /// A named scenario.
@@ -45,6 +46,8 @@ pub const ALL: &[Scenario] = &[
     scenario("probes-and-restarts", probes::probes_and_restarts),
     scenario("bad-input", bad_input::bad_input),
     scenario("logs-and-exec", streams::logs_and_exec),
+    scenario("security", security::security),
+    scenario("user-namespaces", security::user_namespaces),
 ];
 
 impl Scenario {

@@ -48,4 +48,6 @@ scenarios! {
     probes_and_restarts: probes_gate_and_restart_and_policies_hold,
     bad_input: bad_input_gets_a_clear_error,
     logs_and_exec: logs_follow_and_exec_returns_the_exit_code,
+    security: users_profiles_and_sysctls_hold_and_refusals_say_why,
+    user_namespaces: root_inside_is_nobody_outside_and_no_two_pods_share_ids,
 }

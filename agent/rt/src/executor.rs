@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! libcontainer: namespaces, rootfs, user, (capabilities) ─► validate ─► wait for start ─► exec:
-//!     default signals ─► seccomp filters ─► drop capabilities (if libcontainer was told not to) ─► execve
+//!     default signals ─► (user namespace, for exec) ─► seccomp filters ─► drop capabilities (if libcontainer was told not to) ─► execve
 //! ```
 //! Why here and not in the library: stock exec runs *without* a filter; the library compiles the
 //! profile in every init (8.8 ms); it leaves SIGPIPE ignored. Filters come compiled from the
@@ -20,12 +20,13 @@ use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 
 use crate::executable;
+use crate::user_namespace::Entry;
 
 /// Hexadecimal mask of the capabilities to keep; set by the agent when it left
 /// `process.capabilities` out.
 const CAPABILITIES_ANNOTATION: &str = "gantry.dev/capabilities";
-/// Bytes of a filter file: two programs of at most 4096 instructions.
-const FILTER_BYTES_MAX: usize = 2 * (4 + 4096 * 8);
+/// Bytes of a filter file: eight programs of at most 4096 instructions.
+const FILTER_BYTES_MAX: usize = 8 * (4 + 4096 * 8);
 /// Length of one BPF instruction in bytes.
 const INSTRUCTION_BYTES: usize = 8;
 
@@ -35,6 +36,8 @@ pub(crate) struct Workload {
     /// Loaded in this order; the last loaded is asked first.
     filters: Rc<Vec<Vec<libc::sock_filter>>>,
     keep_capabilities: Option<u64>,
+    /// For a command in a container with a user namespace.
+    entry: Option<Rc<Entry>>,
 }
 
 impl Workload {
@@ -60,11 +63,24 @@ impl Workload {
         Ok(Self {
             filters: Rc::new(filters),
             keep_capabilities,
+            entry: None,
         })
+    }
+
+    /// The same for a command that is to join the container's user namespace first.
+    pub(crate) fn entering(self, entry: Entry) -> Self {
+        Self {
+            keep_capabilities: entry.capabilities.or(self.keep_capabilities),
+            entry: Some(Rc::new(entry)),
+            ..self
+        }
     }
 
     fn prepare(&self) -> Result<(), String> {
         reset_signals();
+        if let Some(entry) = &self.entry {
+            entry.enter()?;
+        }
         for filter in self.filters.iter() {
             load(filter).map_err(|error| format!("cannot load the seccomp filter: {error}"))?;
         }

@@ -3,6 +3,7 @@
 //! ```text
 //! usage: gantry-rt create --root DIR --bundle DIR [--seccomp FILE] [--console SOCKET]
 //!        gantry-rt exec   --root DIR --bundle DIR --process FILE [--seccomp FILE] [--console SOCKET]
+//!        gantry-rt namespaces HOSTNAME        (asked by the agent: see `namespaces`)
 //!
 //! gantry-shim ─ spawn ─► gantry-rt ─ clone ─► INTER ─ clone ─► INIT   (both children of the shim: as_sibling)
 //!      ▲ descriptor 3: "ok <pid> <time>" │ "err {JSON}"          └─ descriptors 0, 1, 2 are the container's
@@ -18,21 +19,26 @@
 
 mod executable;
 mod executor;
+mod namespaces;
 mod permitted;
 mod report;
+mod user_namespace;
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::oci_spec::runtime::{LinuxIdMapping, Spec};
 use libcontainer::syscall::syscall::SyscallType;
+use nix::unistd::Uid;
 
 use crate::executor::Workload;
 use crate::report::Report;
+use crate::user_namespace::Entry;
 
 /// libcontainer's name for the container: its state directory below `--root`.
 const STATE: &str = "state";
@@ -51,6 +57,16 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    let mut words = std::env::args().skip(1);
+    if let (Some("namespaces"), Some(hostname)) = (words.next().as_deref(), words.next()) {
+        return match namespaces::hold(&hostname) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let mut report = match Report::open() {
         Ok(report) => report,
         Err(error) => {
@@ -102,7 +118,13 @@ fn run(arguments: &Arguments) -> anyhow::Result<(i32, u128)> {
     let config = arguments.bundle.join("config.json");
     let mut spec =
         Spec::load(&config).with_context(|| format!("cannot read {}", config.display()))?;
-    let workload = Workload::new(&spec, arguments.seccomp.as_deref())?;
+    let mut workload = Workload::new(&spec, arguments.seccomp.as_deref())?;
+    give_streams(&spec);
+    if let Some(process) = &arguments.process
+        && let Some(entry) = Entry::take(&spec, process)?
+    {
+        workload = workload.entering(entry);
+    }
     let builder = ContainerBuilder::new(STATE.to_owned(), SyscallType::default())
         .with_root_path(&arguments.root)?
         .with_console_socket(arguments.console.as_ref())
@@ -123,6 +145,30 @@ fn run(arguments: &Arguments) -> anyhow::Result<(i32, u128)> {
         let _ = fs::remove_file(process);
         remove_stale_sockets(&arguments.root.join(STATE));
         result
+    }
+}
+
+/// Pipes of stdout and stderr become the container's user's: it may open `/dev/stdout` again, as
+/// programs do that log to a file of that name. The terminal's and `/dev/null` stay as they are.
+fn give_streams(spec: &Spec) {
+    let user = spec.process().as_ref().map(|p| p.user());
+    let map = |maps: Option<&Vec<LinuxIdMapping>>, id: u32| {
+        let line = maps.into_iter().flatten().find(|m| {
+            id.checked_sub(m.container_id())
+                .is_some_and(|d| d < m.size())
+        });
+        line.map_or(id, |m| m.host_id() + (id - m.container_id()))
+    };
+    let linux = spec.linux().as_ref();
+    let uids = linux.and_then(|l| l.uid_mappings().as_ref());
+    let uid = map(uids, user.map_or(0, |u| u.uid()));
+    for stream in [std::io::stdout().as_fd(), std::io::stderr().as_fd()] {
+        let is_pipe = nix::sys::stat::fstat(stream)
+            .is_ok_and(|found| found.st_mode & libc::S_IFMT == libc::S_IFIFO);
+        if is_pipe {
+            // Without it only the second opening fails, and that says why.
+            let _ = nix::unistd::fchown(stream, Some(Uid::from_raw(uid)), None);
+        }
     }
 }
 

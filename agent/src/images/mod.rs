@@ -40,6 +40,8 @@ use keyed::KeyedLocks;
 pub use oci_spec::image::ImageConfiguration;
 pub use reference::{Digest, Reference};
 
+use crate::user_namespaces::UserNamespace;
+
 /// Layers downloaded at the same time, all pulls together.
 const DOWNLOADS_MAX: usize = 4;
 
@@ -183,11 +185,13 @@ impl ImageStore {
             })
     }
 
-    /// Mounts a writable root for one container run at `layers_dir/rootfs`. Idempotent.
+    /// Mounts a writable root for one container run at `layers_dir/rootfs`, with the ids of `user`
+    /// where the pod has a user namespace. Idempotent.
     pub async fn mount_rootfs(
         &self,
         image: &Image,
         layers_dir: &Path,
+        user: Option<&UserNamespace>,
     ) -> Result<PathBuf, ImageError> {
         let lower: Vec<PathBuf> = image
             .layers
@@ -195,7 +199,8 @@ impl ImageStore {
             .map(|d| self.content().layer_fs(d))
             .collect();
         let (id, dir) = (image.id.clone(), layers_dir.to_owned());
-        self.blocking(move |_| overlay::mount_rootfs(&lower, id.as_str(), &dir))
+        let user = user.cloned();
+        self.blocking(move |_| overlay::mount_rootfs(&lower, id.as_str(), &dir, user.as_ref()))
             .await
     }
 

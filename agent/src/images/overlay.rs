@@ -6,6 +6,10 @@
 //!               ├─ work     overlayfs' own
 //!               └─ rootfs   the mount
 //! ```
+//! With a pod's user namespace the layers are shown with its ids (an id-mapped copy of each, made in a
+//! mount namespace that ends with its thread) and the writable directory belongs to its root;
+//! overlayfs makes whiteouts as the host's root, so the writable directory itself cannot be mapped.
+//!
 //! Mounted `volatile`: a container's own layer never outlives a reboot (the next run gets a new
 //! one), so neither fsync inside nor the unmount has to write it out: without it every pod deletion
 //! syncs the whole disk. Lower layers are given one by one (`lowerdir+`, Linux 6.8), before that as
@@ -15,19 +19,21 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use nix::sched::{CloneFlags, setns, unshare};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, UnmountFlags,
-    fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount, move_mount,
-    unmount,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
+    OpenTreeFlags, UnmountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount,
+    fsopen, mount, mount_change, move_mount, open_tree, unmount,
 };
 
 use super::error::ImageError;
+use crate::user_namespaces::{UserNamespace, idmap};
 
 /// `statfs` type of overlayfs.
 const OVERLAY_MAGIC: i64 = 0x794c_7630;
@@ -42,10 +48,13 @@ fn failed(path: &Path, reason: impl ToString) -> ImageError {
 }
 
 /// Mounts `lower` (bottom first) below a writable layer at `<layers_dir>/rootfs`. Idempotent.
+///
+/// * `user` – the pod's user namespace; none: the host's ids.
 pub(super) fn mount_rootfs(
     lower: &[PathBuf],
     image_id: &str,
     layers_dir: &Path,
+    user: Option<&UserNamespace>,
 ) -> Result<PathBuf, ImageError> {
     let rootfs = layers_dir.join("rootfs");
     if is_overlay(&rootfs) {
@@ -71,7 +80,14 @@ pub(super) fn mount_rootfs(
     let lower = if lower.is_empty() { &empty[..] } else { lower };
     // The upper directory's mode and owner become the root's: those of the topmost layer.
     copy_mode(lower.last().map_or(upper, |l| l), upper).map_err(|e| failed(&rootfs, e))?;
-    let result = mount_layers(lower, upper, work, &rootfs);
+    let result = match user {
+        None => mount_layers(lower, upper, work, &rootfs),
+        Some(user) => {
+            let trees = mapped(lower, &user.path)?;
+            give_to_root_of(user, upper).map_err(|e| failed(&rootfs, e))?;
+            mount_mapped(trees, &dirs[3], upper, work, &rootfs)
+        }
+    };
     match result {
         Ok(()) => Ok(rootfs),
         Err(e) => {
@@ -135,6 +151,80 @@ fn mount_layers(lower: &[PathBuf], upper: &Path, work: &Path, rootfs: &Path) -> 
     // What works as a string and not in parts is an older kernel.
     NO_PARTS.store(true, Ordering::Relaxed);
     Ok(())
+}
+
+/// The layers with the ids of the namespace, detached.
+fn mapped(lower: &[PathBuf], user: &Path) -> Result<Vec<OwnedFd>, ImageError> {
+    let user = File::open(user).map_err(|e| failed(user, e))?;
+    lower
+        .iter()
+        .map(|layer| idmap::mapped_tree(layer, &user))
+        .collect::<Result<_, _>>()
+        .map_err(|error| failed(Path::new(&error.path), error.reason))
+}
+
+/// The owner of the upper directory, as the pod's ids say it.
+fn give_to_root_of(user: &UserNamespace, upper: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt as _;
+    let meta = fs::metadata(upper)?;
+    let (uid, gid) = (
+        user.range.host_id(meta.uid()),
+        user.range.host_id(meta.gid()),
+    );
+    std::os::unix::fs::chown(upper, Some(uid), Some(gid))
+}
+
+/// Mounts an overlay of `trees` (bottom first) from a mount namespace in which they are attached
+/// below `stage`, and moves it to `rootfs` in this one. A crash leaves nothing: the namespace ends
+/// with the thread.
+fn mount_mapped(
+    trees: Vec<OwnedFd>,
+    stage: &Path,
+    upper: &Path,
+    work: &Path,
+    rootfs: &Path,
+) -> Result<(), Errno> {
+    let mount_all = || -> Result<(), Errno> {
+        let host = rustix::fs::open(
+            "/proc/thread-self/ns/mnt",
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        unshare(CloneFlags::CLONE_NEWNS).map_err(errno)?;
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private)?;
+        mount("gantry", stage, "tmpfs", MountFlags::empty(), None)?;
+        let mut layers = Vec::new();
+        for (i, tree) in trees.iter().enumerate() {
+            let place = stage.join(i.to_string());
+            rustix::fs::mkdir(&place, Mode::RWXU)?;
+            move_mount(
+                tree,
+                "",
+                CWD,
+                &place,
+                MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+            )?;
+            layers.push(place);
+        }
+        mount_layers(&layers, upper, work, rootfs)?;
+        let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let whole = open_tree(CWD, rootfs, clone)?;
+        setns(&host, CloneFlags::CLONE_NEWNS).map_err(errno)?;
+        let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+        move_mount(&whole, "", CWD, rootfs, empty)
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .name("mapped-overlay".into())
+            .spawn_scoped(scope, mount_all)
+            .map_err(|_| Errno::AGAIN)?;
+        thread.join().unwrap_or(Err(Errno::IO))
+    })
+}
+
+fn errno(errno: nix::errno::Errno) -> Errno {
+    Errno::from_raw_os_error(errno as i32)
 }
 
 /// One option per layer; needs Linux 6.8.
@@ -226,7 +316,7 @@ pub(super) fn probe(scratch: &Path) -> Result<(), ImageError> {
     let lower = scratch.join("lower");
     fs::create_dir_all(lower.join("d")).map_err(|e| failed(scratch, e))?;
     let result = (|| {
-        let rootfs = mount_rootfs(std::slice::from_ref(&lower), "probe", scratch)?;
+        let rootfs = mount_rootfs(std::slice::from_ref(&lower), "probe", scratch, None)?;
         // What needs more than a mount: replacing a lower directory takes an opaque one, which
         // takes an extended attribute, which ramfs does not have.
         let replace = || {

@@ -224,10 +224,10 @@ async fn rootfs_is_writable_shared_and_shows_no_deleted_file() {
     let one = dir.path().join("pods/u/containers/c/0");
     let two = dir.path().join("pods/u/containers/c/1");
     let (a, b) = (
-        store.mount_rootfs(&image, &one).await.unwrap(),
-        store.mount_rootfs(&image, &two).await.unwrap(),
+        store.mount_rootfs(&image, &one, None).await.unwrap(),
+        store.mount_rootfs(&image, &two, None).await.unwrap(),
     );
-    assert_eq!(store.mount_rootfs(&image, &one).await.unwrap(), a);
+    assert_eq!(store.mount_rootfs(&image, &one, None).await.unwrap(), a);
     assert_eq!(fs::read_to_string(a.join("etc/motd")).unwrap(), "changed");
     assert!(!a.join("etc/gone").exists());
     fs::write(a.join("etc/motd"), "mine").unwrap();
@@ -245,7 +245,7 @@ async fn rootfs_is_writable_shared_and_shows_no_deleted_file() {
     }
     // A volatile layer that lost its mount starts afresh.
     let image = store.list().await.unwrap().pop().unwrap();
-    let again = store.mount_rootfs(&image, &one).await.unwrap();
+    let again = store.mount_rootfs(&image, &one, None).await.unwrap();
     assert_eq!(
         fs::read_to_string(again.join("etc/motd")).unwrap(),
         "changed"
@@ -282,7 +282,7 @@ async fn many_layers_mount_both_ways() {
         })
         .collect();
     let run = dir.path().join("run");
-    let rootfs = match overlay::mount_rootfs(&lower, "x", &run) {
+    let rootfs = match overlay::mount_rootfs(&lower, "x", &run, None) {
         Ok(rootfs) => rootfs,
         Err(error) => return eprintln!("skipped: {error}"),
     };

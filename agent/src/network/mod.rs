@@ -1,7 +1,7 @@
 //! Pod networks: namespaces pinned without a process, attached by CNI, routed without NAT.
 //!
 //! ```text
-//! pod worker ─► PodNetworks ─┬► namespaces   net, ipc, uts pinned by bind mounts
+//! pod worker ─► PodNetworks ─┬► namespaces   (user,) net, ipc, uts pinned by bind mounts
 //!                            ├► gantry-cni   the default: bridge, veth, lease, routes, in process
 //!                            └► chain        or whatever /etc/cni/net.d says, by running plugins
 //! ```
@@ -27,6 +27,7 @@ use std::path::PathBuf;
 use async_trait::async_trait;
 
 use crate::ids::PodUid;
+use crate::user_namespaces::{Range, UserNamespace};
 
 /// What a pod's network needs.
 #[derive(Clone, Debug)]
@@ -41,6 +42,8 @@ pub struct PodNetworkSpec {
     pub hostname: String,
     /// spec.hostNetwork: no network namespace of its own.
     pub host_network: bool,
+    /// `hostUsers: false`: the host ids of its user namespace.
+    pub user_range: Option<Range>,
 }
 
 /// A pod's network, ready.
@@ -54,6 +57,8 @@ pub struct PodNetwork {
     pub ipcns: PathBuf,
     /// Path of the pinned uts namespace; none with host network.
     pub utsns: Option<PathBuf>,
+    /// The pinned user namespace, which owns the others; none: the host's.
+    pub userns: Option<UserNamespace>,
 }
 
 /// Why a network could not be made. Retried by the pod worker.

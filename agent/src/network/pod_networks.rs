@@ -33,6 +33,7 @@ use super::record::{Record, Wiring};
 use super::{Network, NetworkError, PodNetwork, PodNetworkSpec, forwarding};
 use crate::ids::PodUid;
 use crate::paths::Paths;
+use crate::user_namespaces::UserNamespace;
 use crate::view::View;
 
 /// How long the kernel may take to remove a link with its namespace before we delete it ourselves.
@@ -254,6 +255,7 @@ impl Network for PodNetworks {
                 netns: None,
                 ipcns,
                 utsns: None,
+                userns: None,
             });
         }
         let (netns, utsns) = (dir.join("net"), dir.join("uts"));
@@ -261,13 +263,25 @@ impl Network for PodNetworks {
         if Record::load(&self.paths.run, &spec.pod)?.is_none() {
             self.wiring()?;
         }
-        let new = namespaces::ensure(dir, Kinds::Own, spec.hostname.clone()).await?;
+        let userns = spec.user_range.map(|range| UserNamespace {
+            path: dir.join("user"),
+            range,
+        });
+        let kinds = match spec.user_range {
+            Some(range) => Kinds::Mapped {
+                range,
+                rt: self.paths.bin.join("gantry-rt"),
+            },
+            None => Kinds::Own,
+        };
+        let new = namespaces::ensure(dir, kinds, spec.hostname.clone()).await?;
         let addresses = self.attach(spec, &netns, new).await?;
         Ok(PodNetwork {
             addresses,
             netns: Some(netns),
             ipcns,
             utsns: Some(utsns),
+            userns,
         })
     }
 

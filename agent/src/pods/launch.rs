@@ -2,6 +2,7 @@
 //!
 //! image ─► root file system (overlay) ─► who it runs as ─► environment ─► OCI spec ─► runtime
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -19,8 +20,9 @@ use crate::images::auth::{self, RegistryAuth};
 use crate::images::{Image, PullPolicy};
 use crate::network::PodNetwork;
 use crate::paths::Paths;
-use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, identity, mounts};
+use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, app_armor, identity, mounts};
 use crate::runtime::{ContainerSpec, RuntimeError};
+use crate::user_namespaces::idmap;
 use crate::view::{BlobKey, View};
 use crate::volumes::env;
 
@@ -55,7 +57,12 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
     let _ = job.inputs.send(Message::Took("image", took)).await;
     clean_before(&job).await;
     let layers = job.node.paths.container_layers(&job.run);
-    let (rootfs, took) = timed(job.node.images.mount_rootfs(&image, &layers)).await;
+    let (rootfs, took) = timed(job.node.images.mount_rootfs(
+        &image,
+        &layers,
+        job.network.userns.as_ref(),
+    ))
+    .await;
     let rootfs = rootfs.map_err(|e| Failure::new("CreateContainerError", e))?;
     let _ = job.inputs.send(Message::Took("rootfs", took)).await;
     let spec = tokio::task::spawn_blocking({
@@ -187,14 +194,22 @@ impl SpecParts {
         };
         let identity = identity::resolve(&self.pod, config, &image.config, rootfs)
             .map_err(|e| config_error(&e))?;
+        let app_armor = app_armor::decide(
+            &app_armor::wanted(&self.pod, config),
+            spec::privileged(config),
+            &app_armor::Node::look(),
+        )
+        .map_err(|e| config_error(&e))?;
         let env = self.env(config).map_err(|e| config_error(&e))?;
-        let etc = etc(&self.node, &self.run.pod);
+        // Written before it is shown: a run's termination log is new each time.
+        self.termination_log(config).map_err(|e| config_error(&e))?;
+        let (etc, volumes) = self.with_pod_ids(config).map_err(|e| config_error(&e))?;
         let (hosts, host_file, resolv) = (
             etc.join("hosts"),
             etc.join("hostname"),
             etc.join("resolv.conf"),
         );
-        let termination_log = self.termination_log(config).map_err(|e| config_error(&e))?;
+        let termination_log = etc.join(termination_log_name(config, &self.run));
         let host_name = hostname(&self.node, &self.pod, &self.view.settings);
         let spec = self.pod.spec.clone().unwrap_or_default();
         let cgroup = self
@@ -209,7 +224,7 @@ impl SpecParts {
             identity: &identity,
             env: &env,
             hostname: &host_name,
-            volumes: &self.volumes,
+            volumes: &volumes,
             resolve_sub_path: mounts::resolve_sub_path,
             files: PodFiles {
                 hosts: Some(&hosts),
@@ -222,9 +237,11 @@ impl SpecParts {
                 net: self.network.netns.as_deref(),
                 ipc: (spec.host_ipc != Some(true)).then_some(self.network.ipcns.as_path()),
                 uts: self.network.utsns.as_deref(),
+                user: self.network.userns.as_ref(),
             },
             pod_cgroup: &cgroup,
             host: &self.node.host,
+            app_armor: app_armor.as_deref(),
         };
         let oci = spec::build(&input).map_err(|e| config_error(&e))?;
         self.exempt_if_privileged(config, &cgroup)
@@ -268,13 +285,45 @@ impl SpecParts {
     }
 
     /// An empty file of this run that becomes `terminationMessagePath`.
-    fn termination_log(&self, config: &Container) -> std::io::Result<std::path::PathBuf> {
-        let directory = etc(&self.node, &self.run.pod).join("termination");
-        std::fs::create_dir_all(&directory)?;
-        let path = directory.join(format!("{}-{}", config.name, self.run.attempt));
-        std::fs::File::create(&path)?;
-        Ok(path)
+    fn termination_log(&self, config: &Container) -> std::io::Result<()> {
+        let path = etc(&self.node, &self.run.pod).join(termination_log_name(config, &self.run));
+        if let Some(directory) = path.parent() {
+            std::fs::create_dir_all(directory)?;
+        }
+        std::fs::File::create(&path).map(drop)
     }
+
+    /// The pod's files and the volumes that this container mounts, as its user namespace shows
+    /// them; with the host's users, where they are.
+    fn with_pod_ids(
+        &self,
+        config: &Container,
+    ) -> Result<(std::path::PathBuf, VolumePaths), idmap::IdmapError> {
+        let etc = etc(&self.node, &self.run.pod);
+        let Some(user) = &self.network.userns else {
+            return Ok((etc, VolumePaths::clone(&self.volumes)));
+        };
+        let directory = idmap::directory(&self.node.paths.run, &self.run.pod);
+        let show =
+            |source: &std::path::Path, place: &str| idmap::ensure(source, &directory, place, user);
+        let mounted: BTreeSet<&str> = config
+            .volume_mounts
+            .iter()
+            .flatten()
+            .map(|m| m.name.as_str())
+            .collect();
+        let mut volumes = VolumePaths::new();
+        for (name, path) in self.volumes.iter() {
+            if mounted.contains(name.as_str()) {
+                volumes.insert(name.clone(), show(path, &format!("volume-{name}"))?);
+            }
+        }
+        Ok((show(&etc, "etc")?, volumes))
+    }
+}
+
+fn termination_log_name(config: &Container, run: &ContainerRun) -> String {
+    format!("termination/{}-{}", config.name, run.attempt)
 }
 
 /// The image's stop signal; it is here, since a container of it runs.

@@ -17,6 +17,7 @@ use crate::cgroups::limits::{POD_PIDS_MAX, pod_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
 use crate::network::{self, PodNetwork, PodNetworkSpec};
 use crate::runtime::{ObservedSandbox, SandboxSpec};
+use crate::user_namespaces::{Range, Ranges, idmap};
 use crate::view::{Settings, View};
 use crate::volumes;
 
@@ -79,12 +80,14 @@ pub async fn sandbox(
         .ensure_pod(uid, qos_class(pod), &pod_limits(pod, Some(POD_PIDS_MAX)))
         .await
         .map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
+    let user_range = user_range(node, uid, pod)?;
     let network_spec = PodNetworkSpec {
         pod: uid.clone(),
         namespace: namespace.into(),
         name: name.into(),
         hostname: hostname(node, pod, &view.settings),
         host_network,
+        user_range,
     };
     let sandbox_spec = SandboxSpec {
         pod: uid.clone(),
@@ -111,6 +114,17 @@ pub async fn sandbox(
         let _ = inputs.send(Message::Took(phase, took)).await;
     }
     Ok((network, volumes))
+}
+
+/// `hostUsers: false`: the pod's own ids.
+fn user_range(node: &Node, uid: &PodUid, pod: &Pod) -> Result<Option<Range>, Failure> {
+    if pod.spec.as_ref().and_then(|s| s.host_users) != Some(false) {
+        return Ok(None);
+    }
+    let range = Ranges::new(&node.paths.run).allocate(uid);
+    range
+        .map(Some)
+        .map_err(|e| Failure::new("FailedCreatePodSandBox", e))
 }
 
 /// The directory of the pod's own /etc/hosts, /etc/hostname and /etc/resolv.conf.
@@ -196,6 +210,9 @@ async fn remove_rest(node: &Arc<Node>, uid: &PodUid, errors: &mut Vec<String>) {
     if let Err(error) = node.network.remove(uid).await {
         errors.push(format!("network: {error}"));
     }
+    if let Err(error) = idmap::remove(&idmap::directory(&node.paths.run, uid)) {
+        errors.push(error.to_string());
+    }
     for layers in layer_directories(&node.paths.pod_lib(uid).join("containers")) {
         if let Err(error) = node.images.remove_rootfs(&layers).await {
             errors.push(format!("root file system: {error}"));
@@ -206,6 +223,12 @@ async fn remove_rest(node: &Arc<Node>, uid: &PodUid, errors: &mut Vec<String>) {
     }
     if let Err(error) = node.cgroups.remove_pod(uid).await {
         errors.push(format!("cgroup: {error}"));
+    }
+    // Last, and only when nothing of the pod is left that has these ids.
+    if errors.is_empty()
+        && let Err(error) = Ranges::new(&node.paths.run).release(uid)
+    {
+        errors.push(format!("id range: {error}"));
     }
 }
 
@@ -264,10 +287,11 @@ pub async fn remove_unknown(
 /// Files of pods that are not known any more: below `/var/lib/gantry/pods`, and their logs.
 pub async fn sweep_files(node: &Arc<Node>, live: &HashSet<PodUid>) {
     let pods = node.paths.lib.join("pods");
-    for uid in directories(&pods)
-        .iter()
-        .filter_map(|name| PodUid::new(name).ok())
-    {
+    let directories_of = directories(&pods);
+    let with_files = directories_of.iter().filter_map(|n| PodUid::new(n).ok());
+    let with_range = Ranges::new(&node.paths.run).pods().unwrap_or_default();
+    let found: HashSet<PodUid> = with_files.chain(with_range).collect();
+    for uid in found {
         if live.contains(&uid) {
             continue;
         }

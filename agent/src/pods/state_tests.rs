@@ -27,6 +27,7 @@ fn network() -> PodNetwork {
         netns: Some("/n".into()),
         ipcns: "/i".into(),
         utsns: Some("/u".into()),
+        userns: None,
     }
 }
 

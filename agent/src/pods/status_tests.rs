@@ -42,6 +42,7 @@ fn running() -> PodState {
             netns: None,
             ipcns: "/i".into(),
             utsns: None,
+            userns: None,
         }),
         Duration::ZERO,
     );

@@ -9,7 +9,8 @@
 //! ```
 //! * [`identity`] reads the image's passwd and group files (confined below the rootfs): who it runs as;
 //! * [`command`] is entrypoint, arguments and `$(VAR)`;
-//! * [`mounts`] is what appears where; [`security`] is capabilities, masks, devices, sysctls.
+//! * [`mounts`] is what appears where; [`security`] is capabilities, masks, devices, sysctls;
+//! * [`app_armor`] is the profile that the kernel holds the process to.
 //!
 //! Invariants: `linux.seccomp` is never set (gantry-rt loads the compiled filter), `noNewPrivileges`
 //! is true or absent, `cgroupsPath` is absolute, PATH and HOME are always in the environment (the
@@ -19,6 +20,7 @@
 //! Source: containerd's CRI plugin (`internal/cri/server/container_create_linux.go`) and kubelet
 //! (`pkg/kubelet/kuberuntime`), whose defaults and wordings these are.
 
+pub mod app_armor;
 pub mod command;
 pub mod identity;
 pub mod mounts;
@@ -36,6 +38,7 @@ use self::identity::Identity;
 use self::security::Host;
 use super::Seccomp;
 use crate::cgroups::limits;
+use crate::user_namespaces::{RANGE_LENGTH, UserNamespace};
 
 /// `PATH` of an image that sets none, as Docker's.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -70,6 +73,8 @@ pub struct SpecInput<'a> {
     pub pod_cgroup: &'a str,
     /// What this machine can do.
     pub host: &'a Host,
+    /// The AppArmor profile to run under: [`app_armor::decide`].
+    pub app_armor: Option<&'a str>,
 }
 
 /// Host paths of generated files that are mounted into every container; none: not mounted.
@@ -96,6 +101,8 @@ pub struct Namespaces<'a> {
     pub ipc: Option<&'a Path>,
     /// None with `hostNetwork`.
     pub uts: Option<&'a Path>,
+    /// With `hostUsers: false`; it owns the others.
+    pub user: Option<&'a UserNamespace>,
 }
 
 /// The container cannot be made as its spec says. A retry needs another spec or image.
@@ -178,7 +185,8 @@ pub fn allows_privilege_escalation(container: &Container) -> bool {
             .unwrap_or(true)
 }
 
-fn privileged(container: &Container) -> bool {
+/// Whether nothing of the host is kept from it.
+pub fn privileged(container: &Container) -> bool {
     container
         .security_context
         .as_ref()
@@ -217,25 +225,11 @@ fn check_supported(pod: &PodSpec, container: &Container) -> Result<(), SpecError
     if pod.share_process_namespace == Some(true) {
         return unsupported("spec.shareProcessNamespace", "true".into());
     }
-    if pod.host_users == Some(false) {
-        return unsupported("spec.hostUsers", "false".into());
-    }
     if let Some(device) = container.volume_devices.iter().flatten().next() {
         return unsupported("volumeDevices", device.name.clone());
     }
     let own = container.security_context.as_ref();
     let pods = pod.security_context.as_ref();
-    let app_armor = own
-        .and_then(|c| c.app_armor_profile.as_ref())
-        .or_else(|| pods.and_then(|c| c.app_armor_profile.as_ref()));
-    if let Some(profile) = app_armor
-        && profile.type_ == "Localhost"
-    {
-        return unsupported(
-            "securityContext.appArmorProfile.type",
-            profile.type_.clone(),
-        );
-    }
     if own.is_some_and(|c| c.se_linux_options.is_some())
         || pods.is_some_and(|c| c.se_linux_options.is_some())
     {
@@ -268,6 +262,9 @@ fn process(input: &SpecInput<'_>, context: &SecurityContext) -> Result<Value, Sp
     });
     if !allows_privilege_escalation(input.container) {
         process["noNewPrivileges"] = json!(true);
+    }
+    if let Some(profile) = input.app_armor {
+        process["apparmorProfile"] = json!(profile);
     }
     Ok(process)
 }
@@ -315,7 +312,17 @@ fn linux(
         "resources": resources(input, privileged),
         "rootfsPropagation": mounts::rootfs_propagation(input.container),
     });
-    let sysctls = security::sysctls(pod)?;
+    if let Some(user) = input.namespaces.user {
+        // The namespace has them already; here they tell gantry-rt who its root is.
+        let map = json!([{
+            "containerID": 0,
+            "hostID": user.range.first,
+            "size": RANGE_LENGTH,
+        }]);
+        linux["uidMappings"] = map.clone();
+        linux["gidMappings"] = map;
+    }
+    let sysctls = security::sysctls(pod, input.host)?;
     if !sysctls.is_empty() {
         linux["sysctl"] = json!(sysctls);
     }
@@ -343,6 +350,7 @@ fn namespaces(input: &SpecInput<'_>, pod: &PodSpec) -> Value {
         ("network", input.namespaces.net),
         ("ipc", input.namespaces.ipc),
         ("uts", input.namespaces.uts),
+        ("user", input.namespaces.user.map(|u| u.path.as_path())),
     ];
     for (kind, path) in joined {
         if let Some(path) = path {

@@ -197,6 +197,7 @@ impl Fixture {
         let identity = spec::identity::resolve(&pod, container, &image, &self.rootfs()).unwrap();
         let namespaces = self.namespaces();
         let oci = spec::build(&SpecInput {
+            app_armor: None,
             pod: &pod,
             container,
             image: &image,
@@ -211,6 +212,7 @@ impl Fixture {
                 net: Some(net),
                 ipc: Some(&namespaces.join("ipc")),
                 uts: Some(&namespaces.join("uts")),
+                user: None,
             },
             pod_cgroup: &self.cgroup,
             host: &self.host,

@@ -88,6 +88,7 @@ fn spec(name: &str) -> PodNetworkSpec {
         name: name.into(),
         hostname: format!("host-{name}"),
         host_network: false,
+        user_range: None,
     }
 }
 

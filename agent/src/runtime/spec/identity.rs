@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use gantry_api::k8s_openapi::api::core::v1::{Container, Pod, PodSecurityContext, SecurityContext};
+use gantry_api::k8s_openapi::api::core::v1::{Container, Pod, PodSecurityContext};
 use oci_spec::image::ImageConfiguration;
 
 use super::{SpecError, mounts};
@@ -67,7 +67,6 @@ pub fn decide(
         .as_ref()
         .and_then(|c| c.user().clone())
         .unwrap_or_default();
-    check_non_root(pod, container, &own, &pods, &image_user)?;
     let (image_name, image_group) = match image_user.split_once(':') {
         Some((user, group)) => (user.to_owned(), Some(group.to_owned())),
         None => (image_user.clone(), None),
@@ -77,6 +76,7 @@ pub fn decide(
         Some(uid) => User::of_uid(id("runAsUser", uid)?, passwd),
         None => User::of_text(&image_name, passwd)?,
     };
+    check_non_root(pod, container, run_as_user, &user, &image_name)?;
     let run_as_group = own.run_as_group.or(pods.run_as_group);
     let gid = match (run_as_group, image_group) {
         (Some(gid), _) => id("runAsGroup", gid)?,
@@ -105,42 +105,40 @@ fn id(field: &str, value: i64) -> Result<u32, SpecError> {
         })
 }
 
+/// Asks for the user the container will really have: a name is looked up in the image's passwd,
+/// where kubelet, which cannot look, refuses it; and a number that passwd maps to root is root.
 /// Source: kubelet `pkg/kubelet/kuberuntime/security_context.go`, verifyRunAsNonRoot.
 fn check_non_root(
     pod: &Pod,
     container: &Container,
-    own: &SecurityContext,
-    pods: &PodSecurityContext,
-    image_user: &str,
+    run_as_user: Option<i64>,
+    user: &User,
+    image_name: &str,
 ) -> Result<(), SpecError> {
-    if own.run_as_non_root.or(pods.run_as_non_root) != Some(true) {
+    let own = container.security_context.as_ref();
+    let pods = pod.spec.as_ref().and_then(|s| s.security_context.as_ref());
+    let asked = own
+        .and_then(|c| c.run_as_non_root)
+        .or(pods.and_then(|c| c.run_as_non_root));
+    if asked != Some(true) || user.uid != 0 {
         return Ok(());
     }
+    let why = match (run_as_user, image_name) {
+        (Some(_), _) => "container's runAsUser breaks non-root policy".to_owned(),
+        (None, "" | "0" | "root") => {
+            "container has runAsNonRoot and image will run as root".to_owned()
+        }
+        (None, name) => format!(
+            "container has runAsNonRoot and image will run as root (its user {name} has uid 0)"
+        ),
+    };
     let name = pod.metadata.name.as_deref().unwrap_or_default();
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
     let uid = pod.metadata.uid.as_deref().unwrap_or_default();
-    let place = format!(
-        "(pod: \"{name}_{namespace}({uid})\", container: {})",
+    Err(SpecError::Refused(format!(
+        "{why} (pod: \"{name}_{namespace}({uid})\", container: {})",
         container.name
-    );
-    let refused = |why: String| Err(SpecError::Refused(format!("{why} {place}")));
-    match own.run_as_user.or(pods.run_as_user) {
-        Some(0) => return refused("container's runAsUser breaks non-root policy".into()),
-        Some(_) => return Ok(()),
-        None => {}
-    }
-    let user = image_user.split(':').next().unwrap_or_default();
-    match user.parse::<u32>() {
-        Ok(0) => refused("container has runAsNonRoot and image will run as root".into()),
-        Ok(_) => Ok(()),
-        Err(_) if user.is_empty() => {
-            refused("container has runAsNonRoot and image will run as root".into())
-        }
-        Err(_) => refused(format!(
-            "container has runAsNonRoot and image has non-numeric user ({user}), cannot verify \
-             user is non-root"
-        )),
-    }
+    )))
 }
 
 struct User {

@@ -88,6 +88,8 @@ pub struct Host {
     pub memory_capacity_bytes: u64,
     /// The device nodes of `/dev`, for privileged containers.
     pub devices: Vec<LinuxDevice>,
+    /// `--allowed-unsafe-sysctls`: names, or prefixes that end with `*`.
+    pub unsafe_sysctls: Vec<String>,
 }
 
 /// A capability's number: what the kernel orders them by.
@@ -110,6 +112,7 @@ impl Host {
             capabilities: permitted.iter().map(|c| c.index()).collect(),
             memory_capacity_bytes: total_kib.unwrap_or(0) * 1024,
             devices: devices(Path::new("/dev"), 3),
+            unsafe_sysctls: Vec::new(),
         }
     }
 }
@@ -262,24 +265,77 @@ pub(super) fn device_rules(privileged: bool) -> Value {
     Value::Array(rules)
 }
 
-/// `securityContext.sysctls`, safe ones only.
-pub(super) fn sysctls(pod: &PodSpec) -> Result<BTreeMap<String, String>, SpecError> {
+/// Which namespace a sysctl belongs to; the kernel has no others that a pod could have of its own.
+/// Source: Kubernetes `component-helpers/node/util/sysctl/namespace.go`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum SysctlNamespace {
+    Net,
+    Ipc,
+    Uts,
+}
+
+fn sysctl_namespace(name: &str) -> Option<SysctlNamespace> {
+    const IPC: [&str; 3] = ["kernel.shm", "kernel.msg", "fs.mqueue."];
+    const UTS: [&str; 2] = ["kernel.domainname", "kernel.hostname"];
+    if name.starts_with("net.") {
+        Some(SysctlNamespace::Net)
+    } else if name == "kernel.sem" || IPC.iter().any(|prefix| name.starts_with(prefix)) {
+        Some(SysctlNamespace::Ipc)
+    } else if UTS.contains(&name) {
+        Some(SysctlNamespace::Uts)
+    } else {
+        None
+    }
+}
+
+/// Whether `--allowed-unsafe-sysctls` makes sense as it is.
+///
+/// # Errors
+/// In words, for whoever started the agent.
+pub fn check_unsafe_sysctls(patterns: &[String]) -> Result<(), String> {
+    for pattern in patterns {
+        let stem = pattern.strip_suffix('*').unwrap_or(pattern);
+        if stem.contains('*') || sysctl_namespace(stem).is_none() {
+            return Err(format!(
+                "{pattern:?}: want the name of a sysctl that has a value per pod (net.*, \
+                 kernel.shm*, kernel.msg*, kernel.sem, fs.mqueue.*), or a prefix of one with * at \
+                 its end"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// `securityContext.sysctls`: the safe ones, and those that this node allows.
+pub(super) fn sysctls(pod: &PodSpec, host: &Host) -> Result<BTreeMap<String, String>, SpecError> {
     let wanted = pod
         .security_context
         .as_ref()
         .and_then(|c| c.sysctls.clone())
         .unwrap_or_default();
+    let allowed = |name: &str| {
+        host.unsafe_sysctls
+            .iter()
+            .any(|pattern| match pattern.strip_suffix('*') {
+                Some(prefix) => name.starts_with(prefix),
+                None => name == pattern,
+            })
+    };
     let mut sysctls = BTreeMap::new();
     for sysctl in wanted {
         let name = sysctl.name.replace('/', ".");
-        if !SAFE_SYSCTLS.contains(&name.as_str()) {
+        if !SAFE_SYSCTLS.contains(&name.as_str()) && !allowed(&name) {
             return Err(SpecError::Refused(format!(
-                "forbidden sysctl: {name:?} not allowlisted"
+                "forbidden sysctl: {name:?} not allowlisted; an operator may allow it on this node \
+                 with gantry-agent run --allowed-unsafe-sysctls"
             )));
         }
-        let of_network = name.starts_with("net.") && pod.host_network.unwrap_or(false);
-        let of_ipc = name.starts_with("kernel.shm") && pod.host_ipc.unwrap_or(false);
-        if of_network || of_ipc {
+        let of_host = match sysctl_namespace(&name) {
+            Some(SysctlNamespace::Ipc) => pod.host_ipc == Some(true),
+            Some(SysctlNamespace::Net | SysctlNamespace::Uts) => pod.host_network == Some(true),
+            None => true,
+        };
+        if of_host {
             let message =
                 format!("forbidden sysctl: {name:?} not allowed with the host's namespace");
             return Err(SpecError::Refused(message));

@@ -34,6 +34,7 @@ fn host() -> Host {
         capabilities: (0..41).collect(),
         memory_capacity_bytes: 8 << 30,
         devices: Vec::new(),
+        unsafe_sysctls: vec!["net.core.*".into(), "kernel.msgmax".into()],
     }
 }
 
@@ -65,10 +66,11 @@ fn built(pod: &Pod, image: &ImageConfiguration) -> Result<Spec, SpecError> {
         },
         pod_cgroup: "/gantry/burstable/podu1",
         host: &host(),
+        app_armor: None,
     })
 }
 
-const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nweb:x:101:102:w:/srv/web:/bin/sh\n";
+const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\n77:x:0:0:root too:/:/bin/sh\nweb:x:101:102:w:/srv/web:/bin/sh\n";
 const GROUP: &str = "root:x:0:\nwww:x:102:\nextra:x:500:web,other\n";
 
 fn process_of(spec: &Spec) -> &oci_spec::runtime::Process {
@@ -261,12 +263,12 @@ fn run_as_non_root_refuses_in_kubelets_words() {
         ))
     );
     assert_eq!(
-        message(json!({"runAsNonRoot": true}), "web"),
+        message(json!({"runAsNonRoot": true}), "77"),
         Some(format!(
-            "container has runAsNonRoot and image has non-numeric user (web), cannot verify user \
-             is non-root {place}"
+            "container has runAsNonRoot and image will run as root (its user 77 has uid 0) {place}"
         ))
     );
+    assert_eq!(message(json!({"runAsNonRoot": true}), "web"), None);
     assert_eq!(
         message(json!({"runAsNonRoot": true, "runAsUser": 0}), "101"),
         Some(format!(
@@ -307,13 +309,10 @@ fn volumes_are_mounted_read_only_and_by_sub_path() {
 
 #[test]
 fn what_is_not_supported_is_refused_by_name() {
-    for (extra, field) in [
-        (
-            json!({"shareProcessNamespace": true}),
-            "spec.shareProcessNamespace",
-        ),
-        (json!({"hostUsers": false}), "spec.hostUsers"),
-    ] {
+    for (extra, field) in [(
+        json!({"shareProcessNamespace": true}),
+        "spec.shareProcessNamespace",
+    )] {
         let pod = pod(json!({"name": "c", "command": ["x"]}), extra);
         let message = built(&pod, &image(json!({}))).unwrap_err().to_string();
         assert!(message.contains(field), "{message}");
@@ -327,10 +326,19 @@ fn what_is_not_supported_is_refused_by_name() {
         built(&pod, &image(json!({}))).err().map(|e| e.to_string())
     };
     assert_eq!(sysctl("net.ipv4.tcp_syncookies"), None);
-    assert_eq!(
-        sysctl("kernel.msgmax").as_deref(),
-        Some("forbidden sysctl: \"kernel.msgmax\" not allowlisted")
+    let forbidden = sysctl("kernel.msgmnb").unwrap();
+    assert!(
+        forbidden.starts_with("forbidden sysctl: \"kernel.msgmnb\" not allowlisted"),
+        "{forbidden}"
     );
+    for allowed in ["kernel.msgmax", "net/core/somaxconn"] {
+        assert_eq!(sysctl(allowed), None);
+    }
+    let check = |name: &str| security::check_unsafe_sysctls(&[name.to_owned()]);
+    assert!(check("net.core.*").is_ok() && check("kernel.msg*").is_ok());
+    for bad in ["vm.swappiness", "net.*.x", "*", "kernel.*"] {
+        assert!(check(bad).is_err(), "{bad}");
+    }
 }
 
 #[test]
