@@ -104,7 +104,7 @@ pub static POD_SPEC: &[Rule] = &[
     no("hostIPC", &[], "the host's IPC namespace is not shared yet"),
     yes("hostNetwork"),
     yes("hostPID"),
-    yes("hostUsers"), // false is refused in `check`: it is the value that asks for something
+    yes("hostUsers"),
     yes("hostname"),
     yes("imagePullSecrets"),
     listed("initContainers"),
@@ -129,6 +129,7 @@ pub static POD_SPEC: &[Rule] = &[
     warn("topologySpreadConstraints", &[], PLACEMENT),
     listed("volumes"),
     // --- security of the pod
+    yes("securityContext.appArmorProfile"),
     yes("securityContext.fsGroup"),
     warn(
         "securityContext.fsGroupChangePolicy",
@@ -143,14 +144,9 @@ pub static POD_SPEC: &[Rule] = &[
         &[],
         "SELinux labels are not set",
     ),
-    listed("securityContext.seccompProfile"),
-    yes("securityContext.seccompProfile.type"), // Localhost: see `check`
-    no(
-        "securityContext.seccompProfile.localhostProfile",
-        &[],
-        "use RuntimeDefault",
-    ),
+    yes("securityContext.seccompProfile"),
     yes("securityContext.supplementalGroups"),
+    yes("securityContext.supplementalGroupsPolicy"),
     yes("securityContext.sysctls"),
     // --- volumes
     yes("volumes[].name"),
@@ -228,6 +224,7 @@ pub static CONTAINER: &[Rule] = &[
     ),
     listed("securityContext"),
     yes("securityContext.allowPrivilegeEscalation"),
+    yes("securityContext.appArmorProfile"),
     yes("securityContext.capabilities"),
     yes("securityContext.privileged"),
     yes("securityContext.procMount"),
@@ -240,13 +237,7 @@ pub static CONTAINER: &[Rule] = &[
         &[],
         "SELinux labels are not set",
     ),
-    listed("securityContext.seccompProfile"),
-    yes("securityContext.seccompProfile.type"),
-    no(
-        "securityContext.seccompProfile.localhostProfile",
-        &[],
-        "use RuntimeDefault",
-    ),
+    yes("securityContext.seccompProfile"),
     listed("startupProbe"),
     no("stdin", &[], "attach is not served yet; use exec -i"),
     no("stdinOnce", &[], "attach is not served yet; use exec -i"),
@@ -427,13 +418,6 @@ pub fn check(kind: &Kind, object: &Value) -> Findings {
 
 fn check_pod_spec(spec: &Value, path: &Path, findings: &mut Findings) {
     walk(&POD_SPEC_TABLE, "", spec, path, Level::Listed, findings);
-    if spec.get("hostUsers") == Some(&Value::Bool(false)) {
-        let note = "not supported by Gantry yet: pods run without a user namespace of their own";
-        findings
-            .errors
-            .push(FieldError::forbidden(&path.child("hostUsers"), note));
-    }
-    check_seccomp(spec, path, findings);
     let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
     for list in ["containers", "initContainers"] {
         let containers = spec.get(list).and_then(Value::as_array);
@@ -447,7 +431,6 @@ fn check_pod_spec(spec: &Value, path: &Path, findings: &mut Findings) {
                 Level::Listed,
                 findings,
             );
-            check_seccomp(container, &path, findings);
             check_ports(container, &path, host_network, findings);
             check_resources(container, &path, findings);
             for probe in ["livenessProbe", "readinessProbe", "startupProbe"] {
@@ -457,20 +440,6 @@ fn check_pod_spec(spec: &Value, path: &Path, findings: &mut Findings) {
                 }
             }
         }
-    }
-}
-
-fn check_seccomp(owner: &Value, path: &Path, findings: &mut Findings) {
-    let kind = owner
-        .pointer("/securityContext/seccompProfile/type")
-        .and_then(Value::as_str);
-    if kind == Some("Localhost") {
-        let path = path
-            .child("securityContext")
-            .child("seccompProfile")
-            .child("type");
-        let note = "not supported by Gantry yet: use RuntimeDefault or Unconfined";
-        findings.errors.push(FieldError::forbidden(&path, note));
     }
 }
 
@@ -650,7 +619,6 @@ mod tests {
         }));
         let fields: Vec<&str> = findings.errors.iter().map(|e| e.field.as_str()).collect();
         for field in [
-            "spec.hostUsers",
             "spec.containers[0].lifecycle",
             "spec.containers[0].ports[0].hostPort",
             "spec.containers[0].resources.limits[nvidia.com/gpu]",
@@ -659,7 +627,7 @@ mod tests {
         ] {
             assert!(fields.contains(&field), "{field} in {fields:?}");
         }
-        assert_eq!(fields.len(), 6, "{fields:?}");
+        assert_eq!(fields.len(), 5, "{fields:?}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Rules for Pods and pod templates.
 
-use super::{IMMUTABLE, each, names, not_negative, one_of};
+use super::{IMMUTABLE, each, names, not_negative, one_of, security};
 use crate::field::{FieldError, Path};
 use crate::quantity::Quantity;
 use k8s_openapi::api::core::v1::{
@@ -86,6 +86,7 @@ pub fn pod_spec(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
         spec.node_selector.as_ref(),
         &path.child("nodeSelector"),
     ));
+    security::pod(spec, path, &mut errors);
     let volumes = volumes(
         spec.volumes.as_deref().unwrap_or_default(),
         path,
@@ -356,30 +357,7 @@ fn container<'a>(
             self::probe(probe, one, &path.child(field), only_one, errors);
         }
     }
-    security(one, path, errors);
-}
-
-fn security(one: &Container, path: &Path, errors: &mut Vec<FieldError>) {
-    let Some(context) = &one.security_context else {
-        return;
-    };
-    let path = path.child("securityContext");
-    not_negative(&path.child("runAsUser"), context.run_as_user, errors);
-    not_negative(&path.child("runAsGroup"), context.run_as_group, errors);
-    let sys_admin = context
-        .capabilities
-        .iter()
-        .flat_map(|c| c.add.iter().flatten())
-        .any(|c| matches!(c.as_str(), "SYS_ADMIN" | "CAP_SYS_ADMIN"));
-    let privileged = context.privileged == Some(true);
-    if context.allow_privilege_escalation == Some(false) && (privileged || sys_admin) {
-        let detail = if privileged {
-            "cannot set `allowPrivilegeEscalation` to false and `privileged` to true"
-        } else {
-            "cannot set `allowPrivilegeEscalation` to false and `capabilities.Add` CAP_SYS_ADMIN"
-        };
-        errors.push(FieldError::invalid(&path, "", detail));
-    }
+    security::container(one, path, errors);
 }
 
 fn ports<'a>(
