@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use anyhow::{Result, bail};
 use tracing::info;
 
-use crate::cgroups::Cgroups;
+use crate::cgroups::{Cgroups, Policy};
 use crate::images::ImageStore;
 use crate::paths::Paths;
 use crate::runtime::{Runtime, shim::ShimRuntime};
@@ -75,7 +75,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
             removed.map_err(|e| e.to_string()),
         );
     }
-    match Cgroups::detect() {
+    match Cgroups::detect(Policy::default()) {
         Ok(cgroups) => {
             note(
                 "cgroups".into(),

@@ -9,10 +9,11 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use gantry_agent::cgroups::Cgroups;
 use gantry_agent::dataplane::{Dataplane, bpf::BpfDataplane, bpf::Options};
-use gantry_agent::feed::node_info::{self, NodeIdentity};
+use gantry_agent::feed::node_info;
 use gantry_agent::feed::{self, Reporter};
 use gantry_agent::images::ImageStore;
 use gantry_agent::network::{NetworkConfig, PodNetworks};
+use gantry_agent::node::{NodeResources, flags::ResourceFlags};
 use gantry_agent::paths::Paths;
 use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
 use gantry_agent::runtime::spec::security::{Host, check_unsafe_sysctls};
@@ -41,7 +42,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Command {
     /// Run pods and Services on this machine
-    Run(Run),
+    Run(Box<Run>),
     /// The images on this machine
     #[command(subcommand)]
     Image(Image),
@@ -64,6 +65,8 @@ struct Run {
     /// that end with *
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     allowed_unsafe_sysctls: Vec<String>,
+    #[command(flatten)]
+    resources: ResourceFlags,
 }
 
 #[derive(Subcommand)]
@@ -103,7 +106,7 @@ fn main() -> ExitCode {
     let done = tokio::runtime::Runtime::new()
         .context("start the async runtime")
         .and_then(|runtime| match arguments.command {
-            Command::Run(run) => runtime.block_on(agent(run)),
+            Command::Run(run) => runtime.block_on(agent(*run)),
             Command::Image(Image::Import { path }) => {
                 runtime.block_on(image_command::import(&paths()?, &path))
             }
@@ -145,11 +148,10 @@ async fn agent(run: Run) -> Result<()> {
     run_directory::ensure(&paths.run)
         .with_context(|| format!("tmpfs on {}", paths.run.display()))?;
 
-    let cgroups = Arc::new(Cgroups::detect().context("cgroups")?);
+    let capacity = node_info::capacity(run.resources.max_pods);
+    let policy = run.resources.policy(&capacity, node_info::pid_max());
+    let cgroups = Arc::new(Cgroups::detect(policy).context("cgroups")?);
     cgroups.ensure_root().await.context("cgroups")?;
-    for sentence in cgroups.degraded() {
-        warn!("cgroups: {sentence}");
-    }
     let runtime: Arc<dyn Runtime> = Arc::new(ShimRuntime::new(paths.clone()));
     let found = runtime.list().await.context("what runs already")?;
     info!(sandboxes = found.len(), "adopting");
@@ -162,9 +164,15 @@ async fn agent(run: Run) -> Result<()> {
     let dataplane: Arc<dyn Dataplane> =
         Arc::new(dataplane(&paths, &cgroups, options).context("eBPF data plane")?);
 
-    let identity = NodeIdentity::new(node_name.clone());
-    let lib = paths.lib.clone();
-    let node_info: feed::NodeInfoSource = Arc::new(move || node_info::read(&identity, &lib));
+    let host = Host {
+        unsafe_sysctls: run.allowed_unsafe_sysctls,
+        ..Host::detect()
+    };
+    let resources = NodeResources::new(run.resources, &node_name, &cgroups, &host, &paths);
+    for sentence in resources.degraded() {
+        warn!("limits: {sentence}");
+    }
+    let node_info = resources.info();
     let host_addresses = pods::node_addresses(&node_info());
     let config = feed::Config::new(
         run.server,
@@ -172,7 +180,11 @@ async fn agent(run: Run) -> Result<()> {
         node_name.clone(),
         paths.lib.clone(),
     );
-    let target = Arc::new(PodTunnels::new(paths.clone(), runtime.clone()));
+    let target = Arc::new(PodTunnels::new(
+        paths.clone(),
+        runtime.clone(),
+        resources.usage(),
+    ));
     let link = feed::run(config, node_info, target, shutdown.clone()).context("feed")?;
 
     let network = PodNetworks::new(
@@ -188,21 +200,20 @@ async fn agent(run: Run) -> Result<()> {
     let node = Arc::new(pods::Node {
         name: node_name,
         host_addresses,
-        host: Host {
-            unsafe_sysctls: run.allowed_unsafe_sysctls,
-            ..Host::detect()
-        },
+        host,
         paths,
         runtime,
         network: Arc::new(network),
-        images,
+        images: images.clone(),
         cgroups,
+        allocatable: resources.allocatable(),
         device_guard,
         reporter: link.reporter.clone(),
     });
     let resolver = dns::Resolver::start(resolver, link.view.clone(), shutdown.clone()).await?;
-    let workers = PodWorkers::new(node, link.view.clone(), found);
     let tasks = tokio_util::task::TaskTracker::new();
+    let orders = resources.watch(&images, &link.view, &tasks, &shutdown);
+    let workers = PodWorkers::new(node, link.view.clone(), found, orders);
     tasks.spawn(workers.run(shutdown.clone()));
     tasks.spawn(follow(
         dataplane,

@@ -4,6 +4,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = [
         "proto/gantry/v1/objects.proto",
         "proto/gantry/v1/feed.proto",
+        "proto/gantry/v1/stats.proto",
     ];
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;

@@ -106,7 +106,14 @@ impl Cluster {
 
     /// Starts `gantry-agent`.
     pub fn start_agent(&mut self) -> Result<()> {
-        self.agent = Some(self.spawn("gantry-agent", &["run", "--node-name", NODE])?);
+        self.start_agent_with(&[])
+    }
+
+    /// Starts `gantry-agent` with more flags.
+    pub fn start_agent_with(&mut self, flags: &[&str]) -> Result<()> {
+        let mut arguments = vec!["run", "--node-name", NODE];
+        arguments.extend(flags);
+        self.agent = Some(self.spawn("gantry-agent", &arguments)?);
         Ok(())
     }
 

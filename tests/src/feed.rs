@@ -255,7 +255,8 @@ impl Agent {
         config.beat = Duration::from_millis(200);
         config.backoff_max = Duration::from_millis(300);
         let identity = node_info::NodeIdentity::new(node.into());
-        let info = Arc::new(move || node_info::read(&identity, Path::new("/")));
+        let info =
+            Arc::new(move || node_info::read(&identity, Path::new("/"), &Default::default()));
         let (token, pods) = (CancellationToken::new(), FakePods::default());
         let killed = pods.killed.clone();
         let handle = feed::run(config, info, Arc::new(pods), token.clone()).unwrap();

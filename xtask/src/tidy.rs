@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::{report, run};
 
 /// The only files that may contain `unsafe`, each with why.
-const UNSAFE: [(&str, &str); 11] = [
+const UNSAFE: [(&str, &str); 12] = [
     (
         "agent/rt/src/executor.rs",
         "seccomp and signals between libcontainer and execve",
@@ -24,6 +24,10 @@ const UNSAFE: [(&str, &str); 11] = [
     (
         "agent/src/dataplane/sys.rs",
         "bpf(2) commands that aya does not have, mmap of arrays",
+    ),
+    (
+        "agent/src/readiness.rs",
+        "registers files with the async runtime",
     ),
     (
         "agent/src/runtime/shim/link.rs",

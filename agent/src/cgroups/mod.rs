@@ -1,12 +1,12 @@
 //! Cgroups of pods: limits (pure, [`limits`]), and the directories that carry them.
 //!
 //! ```text
-//! <root>/gantry ─┬─ guaranteed ─┬─ pod<uid> ─┬─ <container>   (made by gantry-rt's libcontainer)
+//! <root>/gantry ─┬─ guaranteed ─┬─ pod<uid> ─┬─ <container>   (joined by gantry-rt's libcontainer)
 //!                ├─ burstable  ─┘            └─ ...
 //!                └─ besteffort
 //! ```
-//! The same tree stands in every v1 hierarchy with controllers, or once on v2. The agent makes the
-//! first three levels and limits pods; the runtime makes the leaves.
+//! The same tree stands in every v1 hierarchy with controllers, or once on v2. The agent makes all
+//! four levels and writes their limits ([`settings`]); the runtime joins the leaves.
 //!
 //! Invariants:
 //! * nothing outside `/gantry` is created, limited, killed or removed. The one exception: on v2,
@@ -17,9 +17,15 @@
 //! v2's rule that a cgroup with children has no processes of its own spares the real root, so the
 //! agent may run there (a small VM) as well as in a service's cgroup.
 
+mod apply;
+pub mod cpu_pinning;
 pub mod detect;
+mod inspect;
 pub mod limits;
-mod stats;
+mod pins;
+pub mod requests;
+pub mod settings;
+pub mod stats;
 mod tree;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -28,7 +34,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 pub use detect::Layout;
-pub use limits::{PodLimits, QosClass};
+pub use limits::{Limits, Policy, QosClass};
 pub use stats::Stats;
 
 use crate::ids::PodUid;
@@ -61,6 +67,17 @@ pub enum CgroupError {
     /// Not below our own root.
     #[error("cgroup path {0:?}: want a path below /gantry without '..'")]
     ForeignPath(String),
+    /// A Guaranteed container wants whole CPUs and there are not enough.
+    #[error(
+        "{count} exclusive CPUs are not free: CPUs {shared} are shared, of which some stay so; \
+         remove another Guaranteed pod, or ask for a fraction of a CPU"
+    )]
+    NoExclusiveCpus {
+        /// What it asks for.
+        count: usize,
+        /// The shared CPUs.
+        shared: String,
+    },
     /// SIGKILL did not help within the time: processes in uninterruptible sleep.
     #[error("cgroup {path}: processes {pids:?} do not die (uninterruptible I/O?)")]
     Unkillable {
@@ -91,8 +108,21 @@ struct Shared {
     /// `/gantry`; tests use a sibling.
     base: String,
     degraded: Vec<String>,
-    /// Pods made since the start and the CPU they request: a QoS level weighs their sum.
-    requests: Mutex<BTreeMap<PodUid, (QosClass, u64)>>,
+    policy: Policy,
+    /// Bytes of huge pages by page size; empty where they cannot be limited.
+    hugepages: BTreeMap<u64, u64>,
+    /// Pods made since the start and what they request: a QoS level gets their sum.
+    requests: Mutex<BTreeMap<PodUid, Requested>>,
+    pins: Mutex<pins::Pins>,
+}
+
+/// What one pod adds to its QoS level.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Requested {
+    class: QosClass,
+    cpu_millicores: u64,
+    memory_min_bytes: u64,
+    memory_low_bytes: u64,
 }
 
 impl Cgroups {
@@ -100,23 +130,30 @@ impl Cgroups {
     ///
     /// # Errors
     /// No cgroups at all, or no `cpu`, `memory` or `pids` controller: limits could not be held.
-    pub fn detect() -> Result<Self, CgroupError> {
-        Self::detect_at(ROOT)
+    pub fn detect(policy: Policy) -> Result<Self, CgroupError> {
+        Self::detect_at(ROOT, policy)
     }
 
-    fn detect_at(base: &str) -> Result<Self, CgroupError> {
+    fn detect_at(base: &str, policy: Policy) -> Result<Self, CgroupError> {
         let table = tree::read(Path::new("/proc/self/mountinfo"))?.unwrap_or_default();
         let layout = detect::parse(&table).ok_or(CgroupError::NotMounted)?;
         let degraded = match &layout {
-            Layout::V2 { root } => inspect_v2(root)?,
-            Layout::V1 { .. } => inspect_v1(&layout)?,
+            Layout::V2 { root } => inspect::inspect_v2(root)?,
+            Layout::V1 { .. } => inspect::inspect_v1(&layout)?,
+        };
+        let hugepages = match layout.has("hugetlb") {
+            true => inspect::hugepages(Path::new("/sys/kernel/mm/hugepages")),
+            false => BTreeMap::new(),
         };
         Ok(Self {
             shared: Arc::new(Shared {
                 layout,
                 base: base.to_owned(),
                 degraded,
+                policy,
+                hugepages,
                 requests: Mutex::default(),
+                pins: Mutex::default(),
             }),
         })
     }
@@ -136,6 +173,16 @@ impl Cgroups {
         &self.shared.degraded
     }
 
+    /// What the operator has set for all pods.
+    pub fn policy(&self) -> &Policy {
+        &self.shared.policy
+    }
+
+    /// Bytes of huge pages that pods may ask for, by page size.
+    pub fn hugepages(&self) -> &BTreeMap<u64, u64> {
+        &self.shared.hugepages
+    }
+
     /// The pod's cgroup, `/gantry/<qos>/pod<uid>`, whether or not it exists.
     pub fn pod_path(&self, uid: &PodUid, qos: QosClass) -> String {
         format!("{}/{}/pod{uid}", self.shared.base, qos.dir())
@@ -151,11 +198,29 @@ impl Cgroups {
         &self,
         uid: &PodUid,
         qos: QosClass,
-        limits: &PodLimits,
+        limits: &Limits,
     ) -> Result<String, CgroupError> {
         let (uid, limits) = (uid.clone(), limits.clone());
         self.blocking(move |this| this.ensure_pod_blocking(&uid, qos, &limits))
             .await
+    }
+
+    /// Makes a container's cgroup below its pod's and writes its limits, before its first process
+    /// or while it runs.
+    pub async fn ensure_container(
+        &self,
+        pod_path: &str,
+        name: &str,
+        limits: &Limits,
+    ) -> Result<String, CgroupError> {
+        let (path, limits) = (format!("{pod_path}/{name}"), limits.clone());
+        self.blocking(move |this| {
+            this.ensure_leaf(&path)?;
+            this.write_limits(&path, &limits)?;
+            this.pin_blocking(&path, limits.exclusive_cpus)?;
+            Ok(path)
+        })
+        .await
     }
 
     /// Kills what is left in the pod's cgroups, of whatever class, and removes them.
@@ -166,6 +231,7 @@ impl Cgroups {
                 this.remove_blocking(&this.pod_path(&uid, qos))?;
             }
             this.requests().remove(&uid);
+            this.unpin_blocking(&uid)?;
             this.weigh_levels()
         })
         .await
@@ -229,16 +295,16 @@ impl Cgroups {
         for level in &levels {
             self.ensure_dir(level)?;
         }
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u64;
-        self.write_shares(base, limits::cpu_shares(cpus * 1000))?;
-        self.weigh_levels()
+        self.limit_all_pods()?;
+        self.weigh_levels()?;
+        self.restore_pins()
     }
 
     fn ensure_pod_blocking(
         &self,
         uid: &PodUid,
         qos: QosClass,
-        limits: &PodLimits,
+        limits: &Limits,
     ) -> Result<String, CgroupError> {
         let path = self.pod_path(uid, qos);
         let dirs = self.dirs(&path)?;
@@ -246,22 +312,14 @@ impl Cgroups {
             self.ensure_root_blocking()?;
         }
         self.ensure_dir(&path)?;
-        let settings = match self.shared.layout {
-            Layout::V2 { .. } => limits::settings_v2(limits),
-            Layout::V1 { .. } => limits::settings_v1(limits),
+        self.write_limits(&path, limits)?;
+        let requested = Requested {
+            class: qos,
+            cpu_millicores: limits.cpu_request_millicores,
+            memory_min_bytes: limits.memory_min_bytes,
+            memory_low_bytes: limits.memory_low_bytes,
         };
-        for setting in settings {
-            let Some(root) = self.shared.layout.root_of(setting.controller) else {
-                continue; // refused by detect()
-            };
-            let file = join(root, &path).join(setting.file);
-            if !file.exists() && is_no_limit(&setting) {
-                continue; // e.g. a kernel without CFS bandwidth: there is nothing to lift
-            }
-            tree::write(&file, &setting.value)?;
-        }
-        let request = (qos, limits.cpu_request_millicores);
-        if self.requests().insert(uid.clone(), request) != Some(request) {
+        if self.requests().insert(uid.clone(), requested) != Some(requested) {
             self.weigh_levels()?;
         }
         Ok(path)
@@ -288,38 +346,12 @@ impl Cgroups {
         }
     }
 
-    /// A level weighs what its pods request, BestEffort the minimum, as the kubelet's do.
-    fn weigh_levels(&self) -> Result<(), CgroupError> {
-        let sum = |of: QosClass| -> u64 {
-            let requests = self.requests();
-            requests
-                .values()
-                .filter(|(q, _)| *q == of)
-                .map(|(_, millis)| millis)
-                .sum()
-        };
-        for qos in [QosClass::Guaranteed, QosClass::Burstable] {
-            let level = format!("{}/{}", self.shared.base, qos.dir());
-            self.write_shares(&level, limits::cpu_shares(sum(qos)))?;
-        }
-        let level = format!("{}/{}", self.shared.base, QosClass::BestEffort.dir());
-        self.write_shares(&level, limits::cpu_shares(0))
-    }
-
-    fn write_shares(&self, path: &str, shares: u64) -> Result<(), CgroupError> {
-        let Some(root) = self.shared.layout.root_of("cpu") else {
-            return Ok(());
-        };
-        let dir = join(root, path);
-        if !dir.is_dir() {
-            return Ok(()); // removed by `down` while the last pod went
-        }
-        match self.shared.layout {
-            Layout::V2 { .. } => tree::write(
-                &dir.join("cpu.weight"),
-                &limits::cpu_weight(shares).to_string(),
-            ),
-            Layout::V1 { .. } => tree::write(&dir.join("cpu.shares"), &shares.to_string()),
+    /// A container's cgroup. On v2 it enables nothing for children: it has processes of its own.
+    fn ensure_leaf(&self, path: &str) -> Result<(), CgroupError> {
+        self.dirs(path)?;
+        match &self.shared.layout {
+            Layout::V2 { root } => tree::mkdir(&join(root, path)),
+            Layout::V1 { .. } => self.ensure_dir(path),
         }
     }
 
@@ -348,7 +380,7 @@ impl Cgroups {
             .collect())
     }
 
-    fn requests(&self) -> std::sync::MutexGuard<'_, BTreeMap<PodUid, (QosClass, u64)>> {
+    fn requests(&self) -> std::sync::MutexGuard<'_, BTreeMap<PodUid, Requested>> {
         self.shared
             .requests
             .lock()
@@ -374,12 +406,6 @@ impl Cgroups {
 
 fn join(root: &Path, path: &str) -> PathBuf {
     root.join(path.trim_start_matches('/'))
-}
-
-fn is_no_limit(setting: &limits::Setting) -> bool {
-    matches!(setting.value.as_str(), "-1" | "max")
-        || setting.value.starts_with("max ")
-        || setting.file == "cpu.cfs_period_us"
 }
 
 /// Adds what is wanted and offered to the children's controllers; what is on stays on.
@@ -416,76 +442,6 @@ fn inherit_cpuset(dir: &Path) -> Result<(), CgroupError> {
         }
     }
     Ok(())
-}
-
-fn inspect_v2(root: &Path) -> Result<Vec<String>, CgroupError> {
-    let file = root.join("cgroup.controllers");
-    let offered = tree::read(&file)?.unwrap_or_default();
-    let offered: BTreeSet<&str> = offered.split_whitespace().collect();
-    for name in REQUIRED {
-        if !offered.contains(name) {
-            return Err(CgroupError::MissingController {
-                name: name.to_owned(),
-                place: file.display().to_string(),
-                hint: missing_hint(name),
-            });
-        }
-    }
-    let mut degraded = Vec::new();
-    if root.join("cgroup.type").exists() {
-        degraded.push(format!(
-            "{} is not the machine's root cgroup: controllers can only be enabled while no process \
-             is in it",
-            root.display()
-        ));
-    }
-    if !Path::new("/proc/pressure/memory").exists() {
-        degraded.push("no pressure information (PSI): boot with psi=1".to_owned());
-    }
-    for (name, loss) in [("cpuset", "no CPU pinning"), ("io", "no I/O limits")] {
-        if !offered.contains(name) {
-            degraded.push(format!("cgroup controller {name:?} is not there: {loss}"));
-        }
-    }
-    Ok(degraded)
-}
-
-fn inspect_v1(layout: &Layout) -> Result<Vec<String>, CgroupError> {
-    for name in REQUIRED {
-        if layout.root_of(name).is_none() {
-            return Err(CgroupError::MissingController {
-                name: name.to_owned(),
-                place: "/proc/self/mountinfo".to_owned(),
-                hint: missing_hint(name),
-            });
-        }
-    }
-    let mut degraded = vec![
-        "cgroup v1: no memory.high and no memory.min, so no soft memory protection".to_owned(),
-        "cgroup v1: no pressure information (PSI) per pod".to_owned(),
-        "cgroup v1: no cgroup.kill, so processes are killed one by one".to_owned(),
-    ];
-    if layout.unified().is_none() {
-        degraded.push(
-            "no cgroup2 mounted: socket load balancing has nowhere to attach; run: \
-             mkdir -p /sys/fs/cgroup/unified && mount -t cgroup2 none /sys/fs/cgroup/unified"
-                .to_owned(),
-        );
-    }
-    if layout.root_of("freezer").is_none() {
-        degraded.push("cgroup v1 without freezer: pods cannot be paused".to_owned());
-    }
-    Ok(degraded)
-}
-
-fn missing_hint(name: &str) -> String {
-    match name {
-        "memory" => "boot with cgroup_enable=memory swapaccount=1".to_owned(),
-        _ => format!(
-            "boot with a kernel that has it, or mount it: mount -t cgroup -o {name} none \
-             /sys/fs/cgroup/{name}"
-        ),
-    }
 }
 
 #[cfg(test)]

@@ -7,12 +7,16 @@ struct Scratch(Cgroups);
 
 impl Scratch {
     fn new(name: &str) -> Option<Self> {
+        Self::with(name, Policy::default())
+    }
+
+    fn with(name: &str, policy: Policy) -> Option<Self> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: cgroups need root");
             return None;
         }
         let base = format!("/gantry-test-{name}-{}", std::process::id());
-        match Cgroups::detect_at(&base) {
+        match Cgroups::detect_at(&base, policy) {
             Ok(cgroups) => {
                 for note in cgroups.degraded() {
                     eprintln!("degraded: {note}");
@@ -41,13 +45,17 @@ fn uid(text: &str) -> PodUid {
     PodUid::new(text).unwrap()
 }
 
-fn limits() -> PodLimits {
-    PodLimits {
+fn limits() -> Limits {
+    Limits {
         cpu_shares: 512,
         cpu_quota_us: Some(50_000),
         memory_limit_bytes: Some(64 << 20),
         pids_max: Some(32),
         cpu_request_millicores: 500,
+        memory_min_bytes: 0,
+        memory_low_bytes: 32 << 20,
+        oom_group: true,
+        ..Limits::default()
     }
 }
 
@@ -119,6 +127,50 @@ async fn pod_gets_its_limits_and_goes_with_all_processes() {
             "the level weighs what its pods request"
         );
     }
+    let all = limits();
+    let leaf = cgroups.ensure_container(&path, "c1", &all).await.unwrap();
+    let file = |v2: (&str, &str), v1: (&str, &str)| {
+        let (controller, file) = if cgroups.is_v2() { v2 } else { v1 };
+        let dir = join(cgroups.layout().root_of(controller).unwrap(), &leaf);
+        let text = tree::read(&dir.join(file)).unwrap();
+        text.map(|t| t.trim().to_owned())
+    };
+    let memory = file(
+        ("memory", "memory.max"),
+        ("memory", "memory.limit_in_bytes"),
+    );
+    assert_eq!(memory, Some((64 << 20).to_string()));
+    if cgroups.is_v2() {
+        assert_eq!(
+            file(("memory", "memory.oom.group"), ("", "")),
+            Some("1".into())
+        );
+        assert_eq!(
+            file(("memory", "memory.low"), ("", "")),
+            Some((32 << 20).to_string())
+        );
+    }
+    // Up and down again: v1 wants the two memory limits in another order each time.
+    for bytes in [128 << 20, 48 << 20] {
+        let other = Limits {
+            memory_limit_bytes: Some(bytes),
+            cpu_quota_us: Some(bytes >> 12),
+            cpu_burst_us: bytes >> 13,
+            ..limits()
+        };
+        let again = cgroups.ensure_container(&path, "c1", &other);
+        assert_eq!(again.await.unwrap(), leaf);
+        let memory = file(
+            ("memory", "memory.max"),
+            ("memory", "memory.memsw.limit_in_bytes"),
+        );
+        assert_eq!(memory.unwrap_or(bytes.to_string()), bytes.to_string());
+        let burst = file(("cpu", "cpu.max.burst"), ("cpu", "cpu.cfs_burst_us"));
+        assert_eq!(
+            burst.unwrap_or((bytes >> 13).to_string()),
+            (bytes >> 13).to_string()
+        );
+    }
     let mut child = occupy(cgroups, &path);
     assert!(
         cgroups
@@ -143,7 +195,7 @@ async fn oom_kills_are_counted_below_the_pod() {
         return;
     };
     let cgroups = &scratch.0;
-    let small = PodLimits {
+    let small = Limits {
         memory_limit_bytes: Some(16 << 20),
         ..limits()
     };
@@ -214,4 +266,58 @@ fn v2_kills_and_removes_by_the_kernels_own_means() {
     tree::remove(&dir, patience).unwrap();
     assert!(!reaper.join().unwrap().success());
     assert!(!dir.exists());
+}
+
+#[tokio::test]
+async fn whole_cpus_are_exclusive_across_a_restart_and_given_back() {
+    let policy = Policy {
+        exclusive_cpus: true,
+        ..Policy::default()
+    };
+    let Some(scratch) = Scratch::with("pins", policy) else {
+        return;
+    };
+    let cgroups = &scratch.0;
+    let online = std::thread::available_parallelism().unwrap().get();
+    let Some(root) = cgroups.layout().root_of("cpuset") else {
+        return eprintln!("skipped: no cpusets");
+    };
+    if online < 2 || !cgroups.layout().has("cpuset") {
+        return eprintln!("skipped: no cpusets, or one CPU only");
+    }
+    let set = |path: &str| {
+        let text = tree::read(&join(root, path).join("cpuset.cpus")).unwrap();
+        cpu_pinning::parse(&text.unwrap_or_default()).unwrap()
+    };
+    let (plain, class) = (limits(), QosClass::Guaranteed);
+    let one = Limits {
+        exclusive_cpus: 1,
+        ..limits()
+    };
+    let pod = cgroups.ensure_pod(&uid("a"), class, &one).await.unwrap();
+    let shared_pod = cgroups.ensure_pod(&uid("s"), class, &plain).await.unwrap();
+    let other = cgroups
+        .ensure_container(&shared_pod, "c", &plain)
+        .await
+        .unwrap();
+    let own = cgroups.ensure_container(&pod, "c", &one).await.unwrap();
+    let held = set(&own);
+    let best_effort = format!("{}/besteffort", cgroups.shared.base);
+    assert_eq!(held.len(), 1);
+    assert!(set(&best_effort).is_disjoint(&held) && set(&other).is_disjoint(&held));
+    assert_eq!(set(&best_effort).len(), online - 1);
+    // Another agent finds it so, and has no more than there is.
+    let again = Cgroups::detect_at(&cgroups.shared.base, policy).unwrap();
+    again.ensure_root_blocking().unwrap();
+    assert_eq!(set(&own), held);
+    let all = Limits {
+        exclusive_cpus: online,
+        ..limits()
+    };
+    let pod = again.ensure_pod(&uid("b"), class, &all).await.unwrap();
+    let refused = again.ensure_container(&pod, "c", &all).await;
+    assert!(matches!(refused, Err(CgroupError::NoExclusiveCpus { .. })));
+    again.remove_pod(&uid("a")).await.unwrap();
+    assert_eq!(set(&best_effort).len(), online);
+    assert_eq!(set(&other).len(), online);
 }

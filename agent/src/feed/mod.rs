@@ -119,6 +119,11 @@ pub trait TunnelTarget: Send + Sync + 'static {
         pod: PodUid,
     ) -> Result<BoxStream<'static, Result<Bytes, TunnelError>>, TunnelError>;
 
+    /// What this node and its pods use.
+    async fn usage(&self) -> Result<proto::NodeUsage, TunnelError> {
+        Err(TunnelError("this agent does not measure usage".into()))
+    }
+
     /// A command in a running container. Dropping the session kills it.
     async fn exec(&self, start: proto::ExecStart, pod: PodUid) -> Result<ExecSession, TunnelError>;
 }

@@ -1,37 +1,24 @@
 //! What this machine is: the Node object's labels and status, read from `/proc` and the links.
 //!
 //! Reading is thin; what is computed from the texts is pure and tested. Capacity is what the
-//! machine has; allocatable leaves out what [`Reserved`] keeps for the system and the agent.
+//! machine has; allocatable leaves out what is reserved for the system and the agent and the room
+//! that eviction defends. Pressure is judged elsewhere ([`crate::pressure`]) and shown here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
 use gantry_api::k8s_openapi::api::core::v1::{
-    Node, NodeAddress, NodeCondition, NodeStatus, NodeSystemInfo,
+    Node, NodeAddress, NodeCondition, NodeStatus, NodeSwapStatus, NodeSystemInfo,
 };
 use gantry_api::k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use crate::node::reservation::{Capacity, Reservation};
+use crate::pressure::thresholds::Resource;
+
 /// Pods per node unless configured otherwise: Kubernetes' default.
 pub const PODS_MAX_DEFAULT: u32 = 110;
-
-/// Less than this available means MemoryPressure: the kubelet's default eviction threshold
-/// (<https://kubernetes.io/docs/concepts/scheduling-eviction/node-pressure-eviction/#hard-eviction-thresholds>).
-const MEMORY_PRESSURE_BYTES: u64 = 100 << 20;
-/// Less than this share of the file system available means DiskPressure: the kubelet's default.
-const DISK_PRESSURE_PERCENT: u64 = 10;
-/// More than this share of the pids in use means PIDPressure.
-const PID_PRESSURE_PERCENT: u64 = 90;
-
-/// What allocatable leaves out.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Reserved {
-    /// 1000 = one CPU.
-    pub cpu_millicores: u64,
-    /// Memory for the system and the agent.
-    pub memory_bytes: u64,
-}
 
 /// Names and limits that are configured, not read.
 #[derive(Clone, Debug)]
@@ -42,8 +29,12 @@ pub struct NodeIdentity {
     pub address: Option<IpAddr>,
     /// status.capacity.pods
     pub pods_max: u32,
-    /// See [`Reserved`].
-    pub reserved: Reserved,
+    /// What allocatable leaves out: reserved, or defended by eviction.
+    pub reserved: Reservation,
+    /// Bytes of huge pages that can be limited, by page size.
+    pub hugepages: BTreeMap<u64, u64>,
+    /// What limits on this machine do not hold, one sentence each.
+    pub degraded: Vec<String>,
     /// Additional labels; those that Kubernetes defines are set from the machine.
     pub labels: BTreeMap<String, String>,
 }
@@ -55,7 +46,9 @@ impl NodeIdentity {
             name,
             address: None,
             pods_max: PODS_MAX_DEFAULT,
-            reserved: Reserved::default(),
+            reserved: Reservation::default(),
+            hugepages: BTreeMap::new(),
+            degraded: Vec::new(),
             labels: BTreeMap::new(),
         }
     }
@@ -66,11 +59,8 @@ impl NodeIdentity {
 struct Machine {
     cpu_count: u64,
     memory_bytes: u64,
-    memory_available_bytes: u64,
+    swap_bytes: u64,
     disk_bytes: u64,
-    disk_available_bytes: u64,
-    pid_count: u64,
-    pid_limit: u64,
     hostname: String,
     address: Option<IpAddr>,
     boot_id: String,
@@ -84,8 +74,32 @@ struct Machine {
 /// nodeInfo and conditions (without times: the control plane sets them).
 ///
 /// * `lib` – whose file system is the node's ephemeral storage.
-pub fn read(identity: &NodeIdentity, lib: &Path) -> Node {
-    node(identity, &Machine::read(lib))
+/// * `pressures` – what the node is short of.
+pub fn read(identity: &NodeIdentity, lib: &Path, pressures: &BTreeSet<Resource>) -> Node {
+    node(identity, &Machine::read(lib), pressures)
+}
+
+/// Cores and memory, before any flag is looked at.
+pub fn capacity(pods_max: u32) -> Capacity {
+    Capacity {
+        cpu_count: cpu_count(),
+        memory_bytes: memory(&text("/proc/meminfo")).0,
+        pods: u64::from(pods_max),
+    }
+}
+
+/// The highest process id, and so the most there can be; 0 when it cannot be read.
+pub fn pid_max() -> u64 {
+    text("/proc/sys/kernel/pid_max").parse().unwrap_or(0)
+}
+
+/// Size of the file system of a path.
+pub fn disk_bytes(path: &Path) -> u64 {
+    disk(path)
+}
+
+fn cpu_count() -> u64 {
+    std::thread::available_parallelism().map_or(1, |count| count.get() as u64)
 }
 
 fn text(path: &str) -> String {
@@ -96,16 +110,12 @@ fn text(path: &str) -> String {
 
 impl Machine {
     fn read(lib: &Path) -> Self {
-        let (memory_bytes, memory_available_bytes) = memory(&text("/proc/meminfo"));
-        let (disk_bytes, disk_available_bytes) = disk(lib);
+        let (memory_bytes, swap_bytes) = memory(&text("/proc/meminfo"));
         Self {
-            cpu_count: std::thread::available_parallelism().map_or(1, |count| count.get() as u64),
+            cpu_count: cpu_count(),
             memory_bytes,
-            memory_available_bytes,
-            disk_bytes,
-            disk_available_bytes,
-            pid_count: task_count(&text("/proc/loadavg")),
-            pid_limit: text("/proc/sys/kernel/pid_max").parse().unwrap_or(0),
+            swap_bytes,
+            disk_bytes: disk(lib),
             hostname: text("/proc/sys/kernel/hostname"),
             address: own_address(&text("/proc/net/route")),
             boot_id: text("/proc/sys/kernel/random/boot_id"),
@@ -117,34 +127,22 @@ impl Machine {
     }
 }
 
-/// Total and available, in bytes.
+/// Memory and swap of the machine, in bytes.
 fn memory(meminfo: &str) -> (u64, u64) {
     let field = |name: &str| {
         let line = meminfo.lines().find_map(|line| line.strip_prefix(name));
         let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
         kib.unwrap_or(0) * 1024
     };
-    (field("MemTotal:"), field("MemAvailable:"))
+    (field("MemTotal:"), field("SwapTotal:"))
 }
 
-/// Size and available bytes of the file system of a path, or of its nearest ancestor that exists.
-fn disk(path: &Path) -> (u64, u64) {
+/// Size of the file system of a path, or of its nearest ancestor that exists.
+fn disk(path: &Path) -> u64 {
     let stat = path
         .ancestors()
         .find_map(|path| nix::sys::statvfs::statvfs(path).ok());
-    stat.map_or((0, 0), |stat| {
-        let block = stat.fragment_size();
-        (stat.blocks() * block, stat.blocks_available() * block)
-    })
-}
-
-/// Tasks of the whole machine: the part after the slash of `0.00 0.01 0.05 2/340 1234`.
-fn task_count(loadavg: &str) -> u64 {
-    let tasks = loadavg
-        .split_whitespace()
-        .nth(3)
-        .and_then(|field| field.split('/').nth(1));
-    tasks.and_then(|count| count.parse().ok()).unwrap_or(0)
+    stat.map_or(0, |stat| stat.blocks() * stat.fragment_size())
 }
 
 fn os_image(os_release: &str) -> String {
@@ -213,18 +211,50 @@ fn pressure(kind: &str, pressed: bool, what: &str) -> NodeCondition {
     )
 }
 
-fn conditions(machine: &Machine) -> Vec<NodeCondition> {
-    let memory = machine.memory_bytes > 0 && machine.memory_available_bytes < MEMORY_PRESSURE_BYTES;
-    let disk = machine.disk_bytes > 0
-        && machine.disk_available_bytes * 100 < machine.disk_bytes * DISK_PRESSURE_PERCENT;
-    let pids =
-        machine.pid_limit > 0 && machine.pid_count * 100 > machine.pid_limit * PID_PRESSURE_PERCENT;
-    vec![
-        pressure("MemoryPressure", memory, "memory"),
-        pressure("DiskPressure", disk, "disk space"),
-        pressure("PIDPressure", pids, "process ids"),
-        condition("Ready", true, "AgentReady", "the agent is connected"),
-    ]
+fn conditions(
+    identity: &NodeIdentity,
+    machine: &Machine,
+    pressures: &BTreeSet<Resource>,
+) -> Vec<NodeCondition> {
+    let what = |resource| match resource {
+        Resource::Memory => "memory",
+        Resource::Disk => "disk space",
+        Resource::Pids => "process ids",
+    };
+    let mut all: Vec<NodeCondition> = Resource::ALL
+        .into_iter()
+        .map(|r| pressure(r.condition(), pressures.contains(&r), what(r)))
+        .collect();
+    all.push(limits_degraded(&identity.degraded));
+    all.push(swap(machine.swap_bytes));
+    all.push(condition(
+        "Ready",
+        true,
+        "AgentReady",
+        "the agent is connected",
+    ));
+    all
+}
+
+/// What `describe node` says about limits that this machine cannot hold.
+fn limits_degraded(sentences: &[String]) -> NodeCondition {
+    let kind = "LimitsDegraded";
+    match sentences.is_empty() {
+        true => condition(kind, false, "AllLimitsHold", "every limit is held"),
+        false => condition(kind, true, "KernelLacksSomething", &sentences.join("; ")),
+    }
+}
+
+/// Pods never swap: their memory limits would mean something else from machine to machine.
+fn swap(swap_bytes: u64) -> NodeCondition {
+    let message = match swap_bytes {
+        0 => "the machine has no swap".to_owned(),
+        bytes => format!(
+            "the machine has {} MiB of swap, of which pods get nothing (memory.swap.max is 0)",
+            bytes >> 20
+        ),
+    };
+    condition("PodsMaySwap", false, "NoSwap", &message)
 }
 
 /// Kubernetes' name of an architecture.
@@ -242,25 +272,35 @@ fn resources(
     cpu_millicores: u64,
     memory_bytes: u64,
     disk_bytes: u64,
-    pods_max: u32,
+    identity: &NodeIdentity,
 ) -> BTreeMap<String, Quantity> {
     let cpu = if cpu_millicores.is_multiple_of(1000) {
         (cpu_millicores / 1000).to_string()
     } else {
         format!("{cpu_millicores}m")
     };
+    let pages = identity.hugepages.iter().map(|(size, bytes)| {
+        let size = match size {
+            size if *size >= 1 << 30 => format!("{}Gi", size >> 30),
+            size if *size >= 1 << 20 => format!("{}Mi", size >> 20),
+            size => format!("{}Ki", size >> 10),
+        };
+        (format!("hugepages-{size}"), bytes.to_string())
+    });
     [
         ("cpu", cpu),
         ("memory", format!("{}Ki", memory_bytes / 1024)),
         ("ephemeral-storage", format!("{}Ki", disk_bytes / 1024)),
-        ("pods", pods_max.to_string()),
+        ("pods", identity.pods_max.to_string()),
     ]
     .into_iter()
-    .map(|(name, value)| (name.to_owned(), Quantity(value)))
+    .map(|(name, value)| (name.to_owned(), value))
+    .chain(pages)
+    .map(|(name, value)| (name, Quantity(value)))
     .collect()
 }
 
-fn node(identity: &NodeIdentity, machine: &Machine) -> Node {
+fn node(identity: &NodeIdentity, machine: &Machine, pressures: &BTreeSet<Resource>) -> Node {
     let arch = architecture(std::env::consts::ARCH);
     let hostname = if machine.hostname.is_empty() {
         &identity.name
@@ -277,6 +317,9 @@ fn node(identity: &NodeIdentity, machine: &Machine) -> Node {
     labels.insert("kubernetes.io/os".into(), "linux".into());
     let reserved = identity.reserved;
     let cpu_millicores = machine.cpu_count * 1000;
+    // Pages set aside as huge ones are no memory for anything else.
+    let hugepage_bytes: u64 = identity.hugepages.values().sum();
+    let memory_reserved = reserved.memory_bytes.saturating_add(hugepage_bytes);
     let version = concat!("gantry-", env!("CARGO_PKG_VERSION"));
     let named = |kind: &str, address: String| NodeAddress {
         type_: kind.into(),
@@ -287,19 +330,19 @@ fn node(identity: &NodeIdentity, machine: &Machine) -> Node {
             cpu_millicores,
             machine.memory_bytes,
             machine.disk_bytes,
-            identity.pods_max,
+            identity,
         )),
         allocatable: Some(resources(
             cpu_millicores.saturating_sub(reserved.cpu_millicores),
-            machine.memory_bytes.saturating_sub(reserved.memory_bytes),
-            machine.disk_bytes,
-            identity.pods_max,
+            machine.memory_bytes.saturating_sub(memory_reserved),
+            machine.disk_bytes.saturating_sub(reserved.disk_bytes),
+            identity,
         )),
         addresses: Some(vec![
             named("InternalIP", address.to_string()),
             named("Hostname", hostname.clone()),
         ]),
-        conditions: Some(conditions(machine)),
+        conditions: Some(conditions(identity, machine, pressures)),
         node_info: Some(NodeSystemInfo {
             architecture: arch.into(),
             boot_id: machine.boot_id.clone(),
@@ -311,7 +354,12 @@ fn node(identity: &NodeIdentity, machine: &Machine) -> Node {
             operating_system: "linux".into(),
             os_image: machine.os_image.clone(),
             system_uuid: machine.system_uuid.clone(),
-            ..Default::default()
+            swap: i64::try_from(machine.swap_bytes)
+                .ok()
+                .filter(|bytes| *bytes > 0)
+                .map(|bytes| NodeSwapStatus {
+                    capacity: Some(bytes),
+                }),
         }),
         ..Default::default()
     };
@@ -332,7 +380,7 @@ mod tests {
 
     #[test]
     fn meminfo_is_read_in_bytes() {
-        let meminfo = "MemTotal:  2048 kB\nMemFree: 1 kB\nMemAvailable:  1024 kB\n";
+        let meminfo = "MemTotal:  2048 kB\nMemFree: 1 kB\nSwapTotal:  1024 kB\n";
         assert_eq!(memory(meminfo), (2 << 20, 1 << 20));
         assert_eq!(memory(""), (0, 0));
     }
@@ -348,60 +396,59 @@ mod tests {
     }
 
     #[test]
-    fn pressure_conditions_follow_the_machine() {
-        let healthy = Machine {
-            memory_bytes: 8 << 30,
-            memory_available_bytes: 4 << 30,
-            disk_bytes: 100,
-            disk_available_bytes: 50,
-            pid_count: 10,
-            pid_limit: 1000,
+    fn conditions_say_what_is_short_and_what_does_not_hold() {
+        let mut identity = NodeIdentity::new("n".into());
+        identity.degraded = vec!["no PSI".into(), "no hugetlb".into()];
+        let machine = Machine {
+            swap_bytes: 2 << 30,
             ..Default::default()
         };
-        let status = |machine: &Machine, kind: &str| {
-            let all = conditions(machine);
-            all.into_iter()
-                .find(|c| c.type_ == kind)
-                .map(|c| c.status)
-                .unwrap()
+        let all = conditions(&identity, &machine, &[Resource::Disk].into());
+        let of = |kind: &str| {
+            let found = all.iter().find(|c| c.type_ == kind).unwrap();
+            (found.status.as_str(), found.message.clone().unwrap())
         };
-        for kind in ["MemoryPressure", "DiskPressure", "PIDPressure"] {
-            assert_eq!(status(&healthy, kind), "False");
-        }
-        let pressed = Machine {
-            memory_available_bytes: 1 << 20,
-            disk_available_bytes: 5,
-            pid_count: 950,
-            ..healthy
-        };
-        for kind in ["MemoryPressure", "DiskPressure", "PIDPressure", "Ready"] {
-            assert_eq!(status(&pressed, kind), "True");
-        }
+        assert_eq!(of("MemoryPressure").0, "False");
+        assert_eq!(of("DiskPressure").0, "True");
+        assert_eq!(of("PIDPressure").0, "False");
+        assert_eq!(of("Ready").0, "True");
+        assert_eq!(of("LimitsDegraded"), ("True", "no PSI; no hugetlb".into()));
+        assert!(of("PodsMaySwap").1.contains("2048 MiB of swap"));
     }
 
     #[test]
     fn allocatable_leaves_out_what_is_reserved() {
         let mut identity = NodeIdentity::new("n".into());
-        identity.reserved = Reserved {
+        identity.reserved = Reservation {
             cpu_millicores: 250,
             memory_bytes: 1 << 20,
+            disk_bytes: 1 << 20,
+            pids: 0,
         };
+        identity.hugepages = [(2 << 20, 2 << 20)].into();
         let machine = Machine {
             cpu_count: 2,
-            memory_bytes: 4 << 20,
+            memory_bytes: 6 << 20,
+            disk_bytes: 3 << 20,
             ..Default::default()
         };
-        let status = node(&identity, &machine).status.unwrap();
+        let status = node(&identity, &machine, &BTreeSet::new()).status.unwrap();
         assert_eq!(status.capacity.unwrap()["cpu"].0, "2");
         let allocatable = status.allocatable.unwrap();
         assert_eq!(allocatable["cpu"].0, "1750m");
         assert_eq!(allocatable["memory"].0, "3072Ki");
+        assert_eq!(allocatable["ephemeral-storage"].0, "2048Ki");
+        assert_eq!(allocatable["hugepages-2Mi"].0, "2097152");
         assert_eq!(allocatable["pods"].0, "110");
     }
 
     #[test]
     fn this_machine_can_be_read() {
-        let node = read(&NodeIdentity::new("n".into()), Path::new("/no/such/path"));
+        let node = read(
+            &NodeIdentity::new("n".into()),
+            Path::new("/no/such/path"),
+            &BTreeSet::new(),
+        );
         let status = node.status.unwrap();
         assert_ne!(status.capacity.unwrap()["memory"].0, "0Ki");
         assert_eq!(status.addresses.unwrap().len(), 2);

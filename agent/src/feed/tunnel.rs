@@ -43,6 +43,14 @@ pub(super) async fn serve(
     let (up, queue) = mpsc::channel(QUEUE);
     let mut client = FeedClient::new(channel);
     let id = open.id.clone();
+    if let (Some(open_tunnel::Target::Usage(_)), false) = (&open.target, busy) {
+        let answered = client.tunnel(ReceiverStream::new(queue));
+        let (_, down) = tokio::join!(tell_usage(target, open.id, up), answered);
+        if let Ok(down) = down {
+            closed(&mut down.into_inner()).await;
+        }
+        return;
+    }
     let produce = produce(target, open, up, busy);
     let answered = client.tunnel(ReceiverStream::new(queue));
     // The first message travels while the answer is awaited: both have to make progress.
@@ -53,6 +61,21 @@ pub(super) async fn serve(
     tracing::debug!(id, "tunnel open");
     work.run(down.into_inner()).await;
     tracing::debug!(id, "tunnel closed");
+}
+
+/// The whole node's usage: one message, no pod.
+async fn tell_usage(target: Arc<dyn TunnelTarget>, id: String, up: Up) {
+    let usage = target.usage().await;
+    let error = match &usage {
+        Ok(_) => String::new(),
+        Err(error) => error.to_string(),
+    };
+    let opened = tunnel_up::Message::Opened(proto::TunnelOpened { id, error });
+    if send(&up, opened).await
+        && let Ok(usage) = usage
+    {
+        send(&up, tunnel_up::Message::Usage(usage)).await;
+    }
 }
 
 /// An accepted target and the way up.
@@ -100,7 +123,9 @@ async fn produce(
                 .map(|exec| Work::Exec(exec, up.clone()))
                 .map_err(|error| error.to_string())
         }
-        (Ok(_), None) => Err("this agent does not know that kind of tunnel".into()),
+        (Ok(_), Some(open_tunnel::Target::Usage(_)) | None) => {
+            Err("this agent does not know that kind of tunnel".into())
+        }
     };
     let error = reached.as_ref().err().cloned().unwrap_or_default();
     let opened = proto::TunnelOpened { id: open.id, error };

@@ -14,7 +14,7 @@ use super::Node;
 use super::prepare::{Failure, etc, hostname, names};
 use super::timeline::timed;
 use super::worker::{Message, VolumePaths};
-use crate::cgroups::limits::qos_class;
+use crate::cgroups::limits::{container_limits, qos_class};
 use crate::ids::ContainerRun;
 use crate::images::auth::{self, RegistryAuth};
 use crate::images::{Image, PullPolicy};
@@ -65,6 +65,7 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
     .await;
     let rootfs = rootfs.map_err(|e| Failure::new("CreateContainerError", e))?;
     let _ = job.inputs.send(Message::Took("rootfs", took)).await;
+    limit(&job, &config).await?;
     let spec = tokio::task::spawn_blocking({
         let (image, rootfs) = (image.clone(), rootfs.clone());
         let job_parts = SpecParts::of(&job);
@@ -88,6 +89,18 @@ fn config<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
         .flatten()
         .chain(&spec.containers)
         .find(|c| c.name == name)
+}
+
+/// Makes the container's cgroup with all its limits before there is a process to limit.
+async fn limit(job: &Job, config: &Container) -> Result<(), Failure> {
+    let cgroups = &job.node.cgroups;
+    let pod_path = cgroups.pod_path(&job.run.pod, qos_class(&job.pod));
+    let limits = container_limits(&job.pod, config, cgroups.policy());
+    cgroups
+        .ensure_container(&pod_path, &config.name, &limits)
+        .await
+        .map(drop)
+        .map_err(|e| Failure::new("CreateContainerError", e))
 }
 
 async fn image(job: &Job, config: &Container) -> Result<Arc<Image>, Failure> {

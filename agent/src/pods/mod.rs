@@ -17,12 +17,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use gantry_api::k8s_openapi::api::core::v1::Node as ApiNode;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::cgroups::Cgroups;
+use crate::cgroups::requests::Amounts;
 use crate::dataplane::Dataplane;
 use crate::feed::Reporter;
 use crate::ids::PodUid;
@@ -38,6 +39,7 @@ mod launch;
 mod prepare;
 mod probes;
 mod records;
+pub mod resize;
 pub mod state;
 pub mod status;
 mod timeline;
@@ -77,6 +79,8 @@ pub struct Node {
     pub images: Arc<ImageStore>,
     /// Limits.
     pub cgroups: Arc<Cgroups>,
+    /// What pods may ask for of this node.
+    pub allocatable: Amounts,
     /// Where device rules are an eBPF program (pure cgroup v2): its exemptions.
     pub device_guard: Option<DeviceGuard>,
     /// Statuses and events to the control plane.
@@ -100,9 +104,33 @@ impl DeviceGuard {
     }
 }
 
+/// What other parts of the agent want of a pod.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Order {
+    /// End it: the node needs what it uses.
+    Fail {
+        /// Which pod.
+        pod: PodUid,
+        /// `Evicted`.
+        reason: &'static str,
+        /// Why this one, with the figures.
+        message: String,
+    },
+    /// A warning for its events.
+    Event {
+        /// Which pod.
+        pod: PodUid,
+        /// `OOMKilled`, ...
+        reason: &'static str,
+        /// What happened, to what, why.
+        message: String,
+    },
+}
+
 /// The owner of all workers.
 pub struct PodWorkers {
     node: Arc<Node>,
+    orders: mpsc::Receiver<Order>,
     view: watch::Receiver<Arc<View>>,
     found: HashMap<PodUid, ObservedSandbox>,
     handles: HashMap<PodUid, Handle>,
@@ -113,14 +141,17 @@ pub struct PodWorkers {
 }
 
 impl PodWorkers {
-    /// `found` is what the runtime lists at agent start: those pods are adopted.
+    /// * `found` – what the runtime lists at agent start: those pods are adopted.
+    /// * `orders` – what other parts of the agent want of pods.
     pub fn new(
         node: Arc<Node>,
         view: watch::Receiver<Arc<View>>,
         found: Vec<ObservedSandbox>,
+        orders: mpsc::Receiver<Order>,
     ) -> Self {
         Self {
             node,
+            orders,
             view,
             found: found.into_iter().map(|s| (s.pod.clone(), s)).collect(),
             handles: HashMap::new(),
@@ -147,6 +178,7 @@ impl PodWorkers {
                     Err(_) => return,
                 },
                 Some(event) = exits.recv() => self.route(event).await,
+                Some(order) = self.orders.recv() => self.pass_on(order).await,
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
                     match ended {
                         Ok(uid) => self.ended(uid),
@@ -235,6 +267,25 @@ impl PodWorkers {
                 let _ = handle.inputs.send(Message::Input(input)).await;
             }
             None => info!(%run, code = exit.code, "a container of no known pod has ended"),
+        }
+    }
+
+    /// A pod that has gone meanwhile needs no order.
+    async fn pass_on(&self, order: Order) {
+        let (pod, message) = match order {
+            Order::Fail {
+                pod,
+                reason,
+                message,
+            } => (pod, Message::Input(state::Input::Fail(reason, message))),
+            Order::Event {
+                pod,
+                reason,
+                message,
+            } => (pod, Message::Warning(reason, message)),
+        };
+        if let Some(handle) = self.handles.get(&pod) {
+            let _ = handle.inputs.send(message).await;
         }
     }
 

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use super::Node;
 use super::timeline::timed;
 use super::worker::{Message, VolumePaths};
-use crate::cgroups::limits::{POD_PIDS_MAX, pod_limits, qos_class};
+use crate::cgroups::limits::{container_limits, pod_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
 use crate::network::{self, PodNetwork, PodNetworkSpec};
 use crate::runtime::{ObservedSandbox, SandboxSpec};
@@ -77,7 +77,7 @@ pub async fn sandbox(
         .is_some_and(|s| s.host_network == Some(true));
     let cgroup = node
         .cgroups
-        .ensure_pod(uid, qos_class(pod), &pod_limits(pod, Some(POD_PIDS_MAX)))
+        .ensure_pod(uid, qos_class(pod), &pod_limits(pod, node.cgroups.policy()))
         .await
         .map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
     let user_range = user_range(node, uid, pod)?;
@@ -125,6 +125,53 @@ fn user_range(node: &Node, uid: &PodUid, pod: &Pod) -> Result<Option<Range>, Fai
     range
         .map(Some)
         .map_err(|e| Failure::new("FailedCreatePodSandBox", e))
+}
+
+/// The pod's granted resources into the files of its cgroups, while it runs. Containers that do not
+/// run, or are about to be started anew, get theirs at their start.
+pub async fn write_limits(
+    node: &Arc<Node>,
+    uid: &PodUid,
+    pod: &Pod,
+    restarting: &[String],
+) -> Result<(), String> {
+    let (class, policy) = (qos_class(pod), *node.cgroups.policy());
+    let whole = pod_limits(pod, &policy);
+    let path = node.cgroups.pod_path(uid, class);
+    if !node.cgroups.has_pod(uid) {
+        return Ok(()); // the sandbox is made with them
+    }
+    let spec = pod.spec.iter();
+    let containers = spec.flat_map(|s| s.init_containers.iter().flatten().chain(&s.containers));
+    let mut limits = Vec::new();
+    for container in containers.filter(|c| !restarting.contains(&c.name)) {
+        let usage = node.cgroups.stats(&format!("{path}/{}", container.name));
+        let Some(usage) = usage.map_err(|e| e.to_string())? else {
+            continue;
+        };
+        let wanted = container_limits(pod, container, &policy);
+        if let Some(limit) = wanted.memory_limit_bytes
+            && limit < usage.memory_working_set_bytes
+        {
+            // The kernel would kill it; a resize is not meant to.
+            return Err(format!(
+                "container {}: memory limit {limit} is below what it uses, {} bytes; it is tried again",
+                container.name, usage.memory_working_set_bytes
+            ));
+        }
+        limits.push((container.name.clone(), wanted));
+    }
+    // v1 refuses a child more CPU than its parent: a pod that grows goes first, one that shrinks last.
+    let first = node.cgroups.ensure_pod(uid, class, &whole).await;
+    for (name, limits) in &limits {
+        let written = node.cgroups.ensure_container(&path, name, limits).await;
+        written.map_err(|e| e.to_string())?;
+    }
+    if first.is_err() {
+        let again = node.cgroups.ensure_pod(uid, class, &whole).await;
+        again.map_err(|e| e.to_string())?;
+    }
+    Ok(())
 }
 
 /// The directory of the pod's own /etc/hosts, /etc/hostname and /etc/resolv.conf.

@@ -30,6 +30,10 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// A SIGKILL is repeated at this pace while the container does not end (it may be in a D state).
 const KILL_AGAIN: Duration = Duration::from_secs(5);
 
+/// SIGKILL follows this long after SIGTERM when the node ends a pod, as with the kubelet's
+/// evictions: what it uses too much of is wanted back.
+const FAIL_GRACE_S: u64 = 1;
+
 /// Where the worker stands. Ordered: it only moves right.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Phase {
@@ -146,6 +150,8 @@ pub struct PodState {
     pub grace_s: u64,
     /// A tear-down is in flight, or retried at that time.
     pub tear_down: TearDown,
+    /// The node has ended the pod: reason and words of its status.
+    pub failed: Option<(&'static str, String)>,
 }
 
 /// Progress of the tear-down.
@@ -196,8 +202,12 @@ pub enum Input {
     StartFailed(ContainerRun, String, String),
     /// Init ended.
     Exited(ContainerRun, Exit),
+    /// The node ends the pod (`Evicted`): reason and words. It is Failed when it has stopped.
+    Fail(&'static str, String),
     /// A probe crossed its threshold.
     Probe(ContainerRun, ProbeKind, bool),
+    /// The run has to end and start anew: why.
+    Restart(ContainerRun, String),
     /// Sandbox, layers and volumes are gone.
     TornDown,
     /// Something is left; it is tried again.
@@ -272,6 +282,7 @@ impl PodState {
             deleted: false,
             grace_s,
             tear_down: TearDown::Due(Duration::ZERO, 0),
+            failed: None,
         }
     }
 
@@ -345,6 +356,12 @@ impl PodState {
             Input::Probe(run, kind, healthy) => {
                 self.probed(&run, kind, healthy, now, &mut actions);
             }
+            Input::Restart(run, words) => {
+                if let Some(index) = self.current(&run) {
+                    self.stop_for_restart(index, words, now, &mut actions);
+                }
+            }
+            Input::Fail(reason, message) => self.fail(reason, message, now, &mut actions),
             Input::TornDown => {
                 if self.phase == Phase::TearingDown {
                     self.phase = Phase::Terminated;
@@ -387,6 +404,21 @@ impl PodState {
             if let Stop::Asked(kill_at) = &mut container.stop {
                 *kill_at = (*kill_at).min(end);
             }
+        }
+    }
+
+    /// The first reason stays; what is ending anyway ends as it would have.
+    fn fail(
+        &mut self,
+        reason: &'static str,
+        message: String,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        if self.failed.is_none() && self.phase == Phase::Syncing && !self.deleted {
+            actions.push(Action::Event(reason, message.clone(), true));
+            self.failed = Some((reason, message));
+            self.shrink_grace(FAIL_GRACE_S, now);
         }
     }
 
@@ -579,7 +611,6 @@ impl PodState {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
-        let grace_s = self.grace_s;
         let Some(index) = self.current(run) else {
             return;
         };
@@ -598,11 +629,6 @@ impl PodState {
             }
             (ProbeKind::Liveness, true) => {}
             (ProbeKind::Liveness | ProbeKind::Startup, false) => {
-                if container.stop != Stop::No {
-                    return;
-                }
-                container.ready = false;
-                container.stop = Stop::Asked(now + Duration::from_secs(grace_s));
                 let which = if kind == ProbeKind::Liveness {
                     "liveness"
                 } else {
@@ -612,17 +638,36 @@ impl PodState {
                     "Container {} failed {which} probe, will be restarted",
                     run.name
                 );
-                actions.push(Action::Event("Killing", words, false));
-                actions.push(Action::StopProbes(run.clone()));
-                actions.push(Action::Stop(run.clone()));
+                self.stop_for_restart(index, words, now, actions);
             }
         }
+    }
+
+    /// Asks a running container to stop; its exit then starts the next run.
+    fn stop_for_restart(
+        &mut self,
+        index: usize,
+        words: String,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
+        let run = self.run_of(index);
+        let grace = Duration::from_secs(self.grace_s);
+        let container = &mut self.containers[index];
+        if !matches!(container.run, Run::Running { .. }) || container.stop != Stop::No {
+            return;
+        }
+        container.ready = false;
+        container.stop = Stop::Asked(now + grace);
+        actions.push(Action::Event("Killing", words, false));
+        actions.push(Action::StopProbes(run.clone()));
+        actions.push(Action::Stop(run));
     }
 
     /// Looks at what is and asks for what is missing. Idempotent.
     fn advance(&mut self, now: Duration, actions: &mut Vec<Action>) {
         if self.phase == Phase::Syncing {
-            if self.deleted || self.ended_by_itself() {
+            if self.deleted || self.failed.is_some() || self.ended_by_itself() {
                 self.begin_termination(actions);
             } else {
                 self.sync(now, actions);

@@ -338,6 +338,7 @@ proptest! {
         init in 0usize..3,
         steps in prop::collection::vec((0usize..1000, any::<bool>(), 0u64..40), 1..120),
         delete_at in 0usize..120,
+        fail_at in 0usize..240,
     ) {
         let spec = web(policy, init);
         let mut state = PodState::new(uid(), spec.clone());
@@ -350,6 +351,8 @@ proptest! {
             now += secs(wait);
             let input = if index == delete_at {
                 Input::Spec(deleted(&spec, 5))
+            } else if index == fail_at {
+                Input::Fail("Evicted", "too much".into())
             } else {
                 machine.answer(pick, good)
             };

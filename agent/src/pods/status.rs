@@ -13,6 +13,7 @@ use gantry_api::k8s_openapi::api::core::v1::{
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use jiff::Timestamp;
 
+use super::resize::{Pending, Progress};
 use super::state::{Container, Phase, PodState, Run, Sandbox};
 use crate::cgroups::limits::qos_class;
 use crate::ids::ContainerRun;
@@ -25,6 +26,8 @@ pub struct Surroundings {
     pub host_addresses: Vec<IpAddr>,
     /// Now, by the wall clock.
     pub now: Timestamp,
+    /// A resize that is asked for and not done.
+    pub resize: Option<Progress>,
 }
 
 /// Renders the status. `previous` is what was reported last (or what the API held at agent start).
@@ -75,9 +78,11 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
         condition(previous, around, "Ready", all_ready, not_ready.clone()),
         condition(previous, around, "ContainersReady", all_ready, not_ready),
     ];
+    conditions.extend(resize_condition(previous, around));
     // PodScheduled and foreign conditions belong to others.
     for other in previous.conditions.iter().flatten() {
-        if !conditions.iter().any(|c| c.type_ == other.type_) {
+        let over = [RESIZE_PENDING, RESIZE_IN_PROGRESS].contains(&other.type_.as_str());
+        if !over && !conditions.iter().any(|c| c.type_ == other.type_) {
             conditions.push(other.clone());
         }
     }
@@ -85,11 +90,15 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
         Sandbox::Ready(network) if !ended => network.addresses.clone(),
         _ => Vec::new(),
     };
-    let failure = match &state.sandbox {
-        Sandbox::Absent {
-            failure: Some((reason, message)),
-            ..
-        } => Some((reason, message)),
+    let failure = match (&state.failed, &state.sandbox) {
+        (Some((reason, message)), _) => Some((*reason, message.as_str())),
+        (
+            None,
+            Sandbox::Absent {
+                failure: Some((reason, message)),
+                ..
+            },
+        ) => Some((reason.as_str(), message.as_str())),
         _ => None,
     };
     let pod_ips: Vec<PodIP> = addresses
@@ -104,8 +113,8 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
     PodStatus {
         phase: Some(phase.into()),
         conditions: Some(conditions),
-        message: failure.map(|(_, message)| message.clone()),
-        reason: failure.map(|(reason, _)| reason.clone()),
+        message: failure.map(|(_, message)| message.into()),
+        reason: failure.map(|(reason, _)| reason.into()),
         host_ip: host_ips.first().map(|ip| ip.ip.clone()),
         host_ips: (!host_ips.is_empty()).then_some(host_ips),
         pod_ip: pod_ips.first().map(|ip| ip.ip.clone()),
@@ -118,6 +127,21 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
         container_statuses: Some(main.iter().map(|c| container_status(state, c)).collect()),
         ..PodStatus::default()
     }
+}
+
+const RESIZE_PENDING: &str = "PodResizePending";
+const RESIZE_IN_PROGRESS: &str = "PodResizeInProgress";
+
+/// Kubernetes' conditions of an in-place resize: there while it is not done, and only then.
+fn resize_condition(previous: &PodStatus, around: &Surroundings) -> Option<PodCondition> {
+    let (type_, reason, message) = match around.resize.clone()? {
+        Progress::Pending(Pending::Deferred(words)) => (RESIZE_PENDING, "Deferred", words),
+        Progress::Pending(Pending::Infeasible(words)) => (RESIZE_PENDING, "Infeasible", words),
+        Progress::InProgress(None) => (RESIZE_IN_PROGRESS, "", String::new()),
+        Progress::InProgress(Some(words)) => (RESIZE_IN_PROGRESS, "Error", words),
+    };
+    let why = (!reason.is_empty()).then_some((reason, message));
+    Some(condition(previous, around, type_, true, why))
 }
 
 /// Is this status the last word on the pod: nothing of it will ever run again?
@@ -138,6 +162,9 @@ fn phase(state: &PodState) -> &'static str {
         .iter()
         .any(|c| c.init && exit(c).is_some_and(|code| code != 0));
     let stopped = state.phase >= Phase::Terminating && !alive;
+    if stopped && state.failed.is_some() {
+        return "Failed";
+    }
     if init_failed && stopped {
         return "Failed";
     }
@@ -224,10 +251,9 @@ fn container_status(state: &PodState, container: &Container) -> ContainerStatus 
         (_, Some((attempt, _))) => Some(id(*attempt)),
         _ => None,
     };
-    let image = state
-        .config(&container.name)
-        .and_then(|c| c.image.clone())
-        .unwrap_or_default();
+    let config = state.config(&container.name);
+    let image = config.and_then(|c| c.image.clone()).unwrap_or_default();
+    let resources = config.and_then(|c| c.resources.clone());
     // The attempt is the restart count; while a first start is tried nothing was restarted.
     ContainerStatus {
         name: container.name.clone(),
@@ -243,6 +269,8 @@ fn container_status(state: &PodState, container: &Container) -> ContainerStatus 
         container_id,
         state: Some(current),
         last_state: Some(last.unwrap_or_default()),
+        allocated_resources: resources.as_ref().and_then(|r| r.requests.clone()),
+        resources,
         ..ContainerStatus::default()
     }
 }

@@ -22,6 +22,7 @@ fn around(second: i64) -> Surroundings {
     Surroundings {
         host_addresses: vec![IpAddr::from([192, 168, 1, 2])],
         now: Timestamp::from_second(second).unwrap(),
+        resize: None,
     }
 }
 
@@ -107,4 +108,42 @@ fn a_waiting_restart_is_no_restart_yet() {
     assert_eq!((last.exit_code, last.reason.as_deref()), (1, Some("Error")));
     assert_eq!(status.phase.as_deref(), Some("Running"));
     assert!(!is_final(&status));
+}
+
+#[test]
+fn a_resize_shows_while_it_is_not_done_and_only_then() {
+    let state = PodState::new(PodUid::new("u").unwrap(), Arc::new(resized_pod()));
+    let mut surroundings = around(1);
+    let words = "Node didn't have enough resource: cpu".to_owned();
+    surroundings.resize = Some(Progress::Pending(Pending::Deferred(words.clone())));
+    let first = render(&state, &PodStatus::default(), &surroundings);
+    let of = |status: &PodStatus, type_: &str| {
+        let all = status.conditions.clone().unwrap_or_default();
+        all.into_iter().find(|c| c.type_ == type_)
+    };
+    let pending = of(&first, "PodResizePending").unwrap();
+    assert_eq!(pending.reason.as_deref(), Some("Deferred"));
+    assert_eq!(pending.message, Some(words));
+    let held = &first.container_statuses.as_ref().unwrap()[0];
+    assert_eq!(held.allocated_resources.as_ref().unwrap()["cpu"].0, "250m");
+    assert_eq!(
+        held.resources.as_ref().unwrap().limits.as_ref().unwrap()["cpu"].0,
+        "500m"
+    );
+    surroundings.resize = Some(Progress::InProgress(None));
+    let second = render(&state, &first, &surroundings);
+    assert!(of(&second, "PodResizePending").is_none());
+    assert!(of(&second, "PodResizeInProgress").is_some());
+    surroundings.resize = None;
+    let third = render(&state, &second, &surroundings);
+    assert!(of(&third, "PodResizeInProgress").is_none());
+}
+
+fn resized_pod() -> Pod {
+    serde_json::from_value(
+        serde_json::json!({"metadata": {"name": "p"}, "spec": {"containers": [{
+            "name": "a", "resources": {"requests": {"cpu": "250m"}, "limits": {"cpu": "500m"}},
+        }]}}),
+    )
+    .unwrap()
 }

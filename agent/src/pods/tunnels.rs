@@ -15,17 +15,23 @@ use crate::ids::{ContainerRun, PodUid};
 use crate::paths::Paths;
 use crate::runtime::logs::{self, LogOptions};
 use crate::runtime::{ExecSession, ExecSpec, Runtime};
+use crate::stats::Collector;
 
 /// The pods of this node, as tunnels see them: through the runtime's records and log files.
 pub struct PodTunnels {
     paths: Paths,
     runtime: Arc<dyn Runtime>,
+    usage: Collector,
 }
 
 impl PodTunnels {
     /// Needs only what survives an agent restart.
-    pub fn new(paths: Paths, runtime: Arc<dyn Runtime>) -> Self {
-        Self { paths, runtime }
+    pub fn new(paths: Paths, runtime: Arc<dyn Runtime>, usage: Collector) -> Self {
+        Self {
+            paths,
+            runtime,
+            usage,
+        }
     }
 
     /// The newest started run of a container.
@@ -65,6 +71,10 @@ impl TunnelTarget for PodTunnels {
         Ok(stream
             .map(|item| item.map_err(|e| TunnelError(e.to_string())))
             .boxed())
+    }
+
+    async fn usage(&self) -> Result<proto::NodeUsage, TunnelError> {
+        Ok(self.usage.usage().await)
     }
 
     async fn exec(&self, start: proto::ExecStart, pod: PodUid) -> Result<ExecSession, TunnelError> {

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::probes::Prober;
+use super::resize::{self, Allocated, Progress, Room};
 use super::state::{Action, Input, Phase, PodState, ProbeKind, Run, Sandbox};
 use super::timeline::Timeline;
 use super::{Node, launch, prepare, records, status};
@@ -37,6 +38,9 @@ const INPUTS_MAX: usize = 64;
 /// Two Unhealthy events of one container are at least this far apart.
 const UNHEALTHY_EVENT_EVERY: Duration = Duration::from_secs(10);
 
+/// A resize that was not possible is looked at again this much later.
+const RESIZE_AGAIN: Duration = Duration::from_secs(5);
+
 /// What a sandbox has besides its network: where its volumes are.
 pub type VolumePaths = BTreeMap<String, PathBuf>;
 
@@ -47,6 +51,12 @@ pub enum Message {
     Input(Input),
     /// A phase of the start took that long.
     Took(&'static str, Duration),
+    /// The kernel's files have the granted resources, or why not.
+    Resized(Result<(), String>),
+    /// A resize that could not be granted or done may be possible now.
+    Reconsider,
+    /// Something to warn of: reason and words.
+    Warning(&'static str, String),
     /// One failed check, for an event.
     Unhealthy(ProbeKind, String),
     /// Some ConfigMap or Secret of this node's pods has changed.
@@ -73,6 +83,8 @@ pub struct Worker {
     volumes: Arc<ArcSwapOption<VolumePaths>>,
     probes: HashMap<String, AbortHandle>,
     reported: PodStatus,
+    allocated: Allocated,
+    resize: Option<Progress>,
     timeline: Timeline,
     unhealthy_at: HashMap<&'static str, Instant>,
 }
@@ -94,6 +106,8 @@ impl Worker {
             .clone()
             .or_else(|| pod.status.clone())
             .unwrap_or_default();
+        let allocated = resize::allocated(&pod, &reported);
+        let pod = Arc::new(resize::with(&pod, &allocated));
         let mut state = match ended.is_some() || status::is_final(&reported) {
             true => PodState::ended(uid, pod),
             false => PodState::new(uid, pod),
@@ -111,6 +125,8 @@ impl Worker {
             volumes: Arc::default(),
             probes: HashMap::new(),
             reported,
+            allocated,
+            resize: None,
             timeline: Timeline::new(),
             unhealthy_at: HashMap::new(),
             state: state.clone(),
@@ -153,7 +169,11 @@ impl Worker {
                 changed = self.newest.changed() => match changed {
                     Ok(()) => {
                         let newest = self.newest.borrow_and_update().clone();
-                        self.turn(newest.map_or(Input::Gone, Input::Spec));
+                        let input = match newest {
+                            Some(pod) => self.grant(pod),
+                            None => Input::Gone,
+                        };
+                        self.turn(input);
                     }
                     // The owner is gone: the agent shuts down, the pod goes on without it.
                     Err(_) => return,
@@ -180,6 +200,15 @@ impl Worker {
         match message {
             Message::Input(input) => self.turn(input),
             Message::Took(phase, took) => self.timeline.add(phase, took),
+            Message::Resized(result) => self.resized(result),
+            Message::Reconsider => {
+                let newest = self.newest.borrow().clone();
+                if let (Some(pod), true) = (newest, self.resize.is_some()) {
+                    let input = self.grant(pod);
+                    self.turn(input);
+                }
+            }
+            Message::Warning(reason, words) => self.event(reason, words, true),
             Message::Unhealthy(kind, words) => self.unhealthy(kind, &words),
             Message::Blobs => {
                 self.turn(Input::Retry);
@@ -201,6 +230,89 @@ impl Worker {
                 debug!(%error, "refresh volumes");
             }
         });
+    }
+
+    /// The newest pod with what this node grants of it; begins a resize that is granted.
+    fn grant(&mut self, newest: Arc<Pod>) -> Input {
+        let view = self.view.borrow().clone();
+        let others = view.pods.iter().filter(|(uid, _)| **uid != self.state.uid);
+        let room = Room {
+            allocatable: self.node.allocatable,
+            taken: resize::taken(others.map(|(_, pod)| &**pod)),
+        };
+        let decision = resize::decide(&newest, &self.allocated, &room);
+        let retry = matches!(self.resize, Some(Progress::InProgress(Some(_))));
+        if let Some(pending) = decision.pending {
+            self.resize = Some(Progress::Pending(pending));
+            self.reconsider();
+        } else if !decision.changes.is_empty() || retry {
+            self.allocated = resize::allocated(&decision.pod, &PodStatus::default());
+            self.resize = Some(Progress::InProgress(None));
+            self.actuate(&decision.pod, &decision.changes);
+        } else if matches!(self.resize, Some(Progress::Pending(_))) {
+            self.resize = None; // taken back
+        }
+        Input::Spec(Arc::new(decision.pod))
+    }
+
+    fn reconsider(&self) {
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(RESIZE_AGAIN).await;
+            let _ = inputs.send(Message::Reconsider).await;
+        });
+    }
+
+    /// Writes granted resources into the kernel's files; containers that want a restart get one.
+    fn actuate(&self, pod: &Pod, changes: &[resize::Change]) {
+        let (node, inputs) = (self.node.clone(), self.inputs.clone());
+        let (uid, pod) = (self.state.uid.clone(), pod.clone());
+        let restarts: Vec<ContainerRun> = changes
+            .iter()
+            .filter(|change| change.restart)
+            .filter_map(|change| {
+                let known = self.state.containers.iter();
+                let container = known.clone().find(|c| c.name == change.container)?;
+                Some(ContainerRun {
+                    pod: uid.clone(),
+                    name: container.name.clone(),
+                    attempt: container.attempt,
+                })
+            })
+            .collect();
+        let restarting: Vec<String> = restarts.iter().map(|run| run.name.clone()).collect();
+        tokio::spawn(async move {
+            let written = prepare::write_limits(&node, &uid, &pod, &restarting).await;
+            for run in restarts {
+                let words = format!(
+                    "Container {} resize requires restart: its resizePolicy says so",
+                    run.name
+                );
+                let _ = inputs
+                    .send(Message::Input(Input::Restart(run, words)))
+                    .await;
+            }
+            let _ = inputs.send(Message::Resized(written)).await;
+        });
+    }
+
+    fn resized(&mut self, result: Result<(), String>) {
+        if !matches!(self.resize, Some(Progress::InProgress(_))) {
+            return;
+        }
+        match result {
+            Ok(()) => {
+                self.resize = None;
+                let words = "The pod's new resources are in force".to_owned();
+                self.event("ResizeCompleted", words, false);
+            }
+            Err(words) => {
+                self.event("ResizeError", words.clone(), true);
+                self.resize = Some(Progress::InProgress(Some(words)));
+                self.reconsider();
+            }
+        }
+        self.report(false);
     }
 
     fn turn(&mut self, input: Input) {
@@ -405,6 +517,7 @@ impl Worker {
         let around = status::Surroundings {
             host_addresses: self.node.host_addresses.clone(),
             now: now(),
+            resize: self.resize.clone(),
         };
         // What an ended pod was is known; its containers are not looked at any more.
         let ended_before =

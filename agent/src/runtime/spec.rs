@@ -361,7 +361,7 @@ fn namespaces(input: &SpecInput<'_>, pod: &PodSpec) -> Value {
 }
 
 fn resources(input: &SpecInput<'_>, privileged: bool) -> Value {
-    let limits = limits::container_limits(input.container);
+    let limits = limits::container_limits(input.pod, input.container, &limits::Policy::default());
     let mut cpu = json!({ "shares": limits.cpu_shares });
     if let Some(quota) = limits.cpu_quota_us {
         cpu["quota"] = json!(quota);

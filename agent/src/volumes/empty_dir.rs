@@ -8,7 +8,7 @@ use gantry_api::k8s_openapi::api::core::v1::{EmptyDirVolumeSource, Volume};
 use gantry_api::quantity::Quantity;
 
 use super::{Context, VolumeError, tmpfs};
-use crate::cgroups::limits::pod_limits;
+use crate::cgroups::limits::{Policy, pod_limits};
 
 pub(super) fn ensure(
     context: &Context<'_>,
@@ -37,7 +37,7 @@ pub(super) fn ensure(
                 None => None,
             };
             // More than the pod may use would only move the failure from ENOSPC to the OOM killer.
-            let allowed = pod_limits(context.pod, None).memory_limit_bytes;
+            let allowed = pod_limits(context.pod, &Policy::default()).memory_limit_bytes;
             let size = match (asked, allowed) {
                 (Some(a), Some(b)) => Some(a.min(b)),
                 (a, b) => a.or(b),

@@ -114,6 +114,14 @@ pub static POD_SPEC: &[Rule] = &[
     warn("preemptionPolicy", &["\"PreemptLowerPriority\""], PLACEMENT),
     warn("priority", &[], PLACEMENT),
     warn("priorityClassName", &[], PLACEMENT),
+    listed("resources"),
+    yes("resources.limits"),
+    yes("resources.requests"),
+    no(
+        "resources.claims",
+        &[],
+        "there is no dynamic resource allocation",
+    ),
     yes("restartPolicy"),
     warn(
         "schedulerName",
@@ -212,11 +220,7 @@ pub static CONTAINER: &[Rule] = &[
         &[],
         "there is no dynamic resource allocation",
     ),
-    no(
-        "resizePolicy",
-        &[],
-        "resources are fixed for the life of a pod",
-    ),
+    yes("resizePolicy"),
     no(
         "restartPolicy",
         &[],
@@ -463,13 +467,16 @@ fn check_resources(container: &Value, path: &Path, findings: &mut Findings) {
             let path = path.child("resources").child(list).key(name);
             match name.as_str() {
                 "cpu" | "memory" => {}
+                // Offered where the node can limit them: elsewhere the pod waits for such a node.
+                pages if pages.starts_with("hugepages-") => {}
                 "ephemeral-storage" => {
                     findings
                         .warnings
                         .push(format!("{path}: local storage is not limited yet"));
                 }
                 _ => {
-                    let note = "not supported by Gantry yet: nodes offer cpu and memory";
+                    let note =
+                        "not supported by Gantry yet: nodes offer cpu, memory and huge pages";
                     findings.errors.push(FieldError::forbidden(&path, note));
                 }
             }

@@ -6,6 +6,7 @@ use crate::kubeconfig::{self, Access};
 use gantry_api::kinds::Kind;
 use gantry_api::proto::objects_client::ObjectsClient;
 use gantry_api::proto::pods_client::PodsClient;
+use gantry_api::proto::stats_client::StatsClient;
 use gantry_api::proto::{
     DeleteRequest, GetRequest, ListRequest, ObjectKey, PatchRequest, TableReply, WriteReply,
     patch_request,
@@ -22,6 +23,7 @@ const MESSAGE_BYTES_MAX: usize = 256 * 1024 * 1024;
 pub(crate) struct Session {
     pub(crate) objects: ObjectsClient<Channel>,
     pub(crate) pods: PodsClient<Channel>,
+    pub(crate) stats: StatsClient<Channel>,
     /// `-n`, or the context's namespace.
     pub(crate) namespace: String,
     /// Whether `-n` was given.
@@ -49,7 +51,8 @@ impl Session {
         Self {
             objects: ObjectsClient::new(channel.clone())
                 .max_decoding_message_size(MESSAGE_BYTES_MAX),
-            pods: PodsClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            pods: PodsClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            stats: StatsClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
             namespace_given: namespace.is_some(),
             namespace: namespace.unwrap_or_else(|| access.namespace.clone()),
             server: access.server.clone(),

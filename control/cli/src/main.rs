@@ -24,6 +24,7 @@ mod names;
 mod output;
 mod rollout;
 mod scale;
+mod top;
 mod version;
 mod wait;
 
@@ -79,6 +80,9 @@ enum Verb {
     Exec(exec::Exec),
     /// Set the number of replicas
     Scale(scale::Scale),
+    /// Show what nodes and pods use now
+    #[command(subcommand)]
+    Top(top::Top),
     /// Follow or restart a rollout
     #[command(subcommand)]
     Rollout(rollout::Rollout),
@@ -137,6 +141,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Logs(verb) => verb.run(&global).await.map(done),
         Verb::Exec(verb) => verb.run(&global).await,
         Verb::Scale(verb) => verb.run(&global).await.map(done),
+        Verb::Top(verb) => verb.run(&global).await.map(done),
         Verb::Rollout(verb) => verb.run(&global).await.map(done),
         Verb::Events(verb) => verb.run(&global).await.map(done),
         Verb::Wait(verb) => verb.run(&global).await.map(done),
@@ -175,6 +180,8 @@ mod tests {
             "exec -it web -- sh -c 'exit 3'",
             "exec deploy/web -c nginx -- ls -l",
             "scale deploy/web --replicas=3 --current-replicas=2",
+            "top pods -A --containers --sort-by=cpu -o wide",
+            "top node node-1",
             "rollout status deploy/web --timeout=60s",
             "rollout restart deployment web",
             "rollout history deploy/web",

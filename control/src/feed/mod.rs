@@ -34,6 +34,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use gantry_api::proto;
 use gantry_api::proto::feed_server::FeedServer;
 use gantry_api::proto::pods_server::PodsServer;
+use gantry_api::proto::stats_server::StatsServer;
 use ipnet::Ipv4Net;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -48,12 +49,14 @@ mod pods;
 mod register;
 mod service;
 mod session;
+mod stats;
 mod status;
 mod token;
 mod tunnels;
 mod view;
 
 pub use pods::PodStreams;
+pub use stats::NodeStats;
 
 use floor::Floors;
 use tunnels::Tunnels;
@@ -177,6 +180,11 @@ impl Feed {
     /// Logs and exec, for users.
     pub fn pods_server(&self) -> PodsServer<PodStreams> {
         PodsServer::new(PodStreams::new(self.clone()))
+    }
+
+    /// What nodes and pods use, for users.
+    pub fn stats_server(&self) -> StatsServer<NodeStats> {
+        StatsServer::new(NodeStats::new(self.clone()))
     }
 
     /// Whether the agent of a node has a stream now.

@@ -129,6 +129,9 @@ impl Inner {
     }
 }
 
+/// Conditions of the agent's own that are over when it reports them no more.
+const OVER_WHEN_GONE: [&str; 2] = ["PodResizePending", "PodResizeInProgress"];
+
 /// The status to store: the agent's, with what others wrote beside it. A pod that has ended stays
 /// so, whatever an agent that lost its memory says.
 fn merge(old: &Value, new: &Value) -> Value {
@@ -141,7 +144,12 @@ fn merge(old: &Value, new: &Value) -> Value {
         .map(|condition| condition["type"].clone())
         .collect();
     // PodScheduled is the scheduler's, readiness gates are their owners'.
-    let kept = conditions(old).filter(|condition| !types.contains(&condition["type"]));
+    let kept = conditions(old).filter(|condition| {
+        let over = OVER_WHEN_GONE
+            .iter()
+            .any(|type_| condition["type"] == *type_);
+        !over && !types.contains(&condition["type"])
+    });
     let all: Vec<Value> = kept.chain(conditions(new)).cloned().collect();
     if !all.is_empty() {
         merged["conditions"] = Value::Array(all);

@@ -16,6 +16,7 @@ mod object;
 mod objects;
 mod qos;
 pub mod registry;
+mod resize;
 mod rules;
 mod scale;
 mod service;
@@ -120,6 +121,10 @@ impl Server {
             .add_service(InterceptedService::new(
                 feed.pods_server(),
                 authenticator.for_service(Service::Pods),
+            ))
+            .add_service(InterceptedService::new(
+                feed.stats_server(),
+                Authorize(Service::Pods),
             ))
             .add_service(InterceptedService::new(
                 feed.feed_server(),

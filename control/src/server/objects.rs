@@ -25,7 +25,7 @@ use super::table::Renderer;
 use super::tokens::{self, Tokens};
 use super::view::{View, kind_of_key};
 use super::write::{WriteOptions, Written};
-use super::{scale, watch};
+use super::{resize, scale, watch};
 
 /// What one write may take: a store that does not answer within it has failed.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -123,7 +123,7 @@ impl ObjectsService {
     }
 
     async fn update_object(&self, request: WriteRequest) -> Result<Written, Status> {
-        refuse_subresource(&request.subresource, &["status", "scale"])?;
+        refuse_subresource(&request.subresource, &["status", "scale", "resize"])?;
         let object = decode::parse(&request.json)?;
         let target = Target::new(request.key, &object)?;
         let name = target.required_name()?;
@@ -139,6 +139,13 @@ impl ObjectsService {
                 .change_value(kind, namespace, name, Part::Object, &options, change)
                 .await?;
             return scale::written(kind, written);
+        }
+        if request.subresource == "resize" {
+            let change = |old: &Value| resize::applied(kind, old, &object);
+            return self
+                .registry
+                .change_value(kind, namespace, name, Part::Object, &options, change)
+                .await;
         }
         let part = part_of(&request.subresource);
         self.registry
@@ -162,7 +169,7 @@ impl ObjectsService {
     }
 
     async fn patch_object(&self, request: PatchRequest) -> Result<Written, Status> {
-        refuse_subresource(&request.subresource, &["status", "scale"])?;
+        refuse_subresource(&request.subresource, &["status", "scale", "resize"])?;
         let patch = Patch::parse(request.r#type(), &request.patch)?;
         let target = Target::new(request.key, &Value::Null)?;
         let name = target.required_name()?;
@@ -182,7 +189,14 @@ impl ObjectsService {
                 .await?;
             return scale::written(kind, written);
         }
-        let change = |old: &Value| patch.applied(old);
+        let resizes = request.subresource == "resize";
+        let change = |old: &Value| {
+            let wanted = patch.applied(old)?;
+            match resizes {
+                true => resize::applied(kind, old, &wanted),
+                false => Ok(wanted),
+            }
+        };
         let part = part_of(&request.subresource);
         self.registry
             .change_value(kind, namespace, name, part, &options, change)

@@ -56,12 +56,21 @@ fn class_follows_requests_and_limits() {
 #[test]
 fn pod_has_a_ceiling_only_when_every_container_has_one() {
     let limited = json!({"name": "a", "resources": {"limits": {"cpu": "500m", "memory": "64Mi"}}});
-    let one = pod_limits(&pod(json!({"containers": [limited]})), Some(64));
+    let one = pod_limits(
+        &pod(json!({"containers": [limited]})),
+        &Policy {
+            pod_pids_max: Some(64),
+            ..Policy::default()
+        },
+    );
     assert_eq!(one.cpu_quota_us, Some(50_000));
     assert_eq!(one.memory_limit_bytes, Some(64 << 20));
     assert_eq!(one.cpu_shares, 512);
     assert_eq!(one.pids_max, Some(64));
-    let two = pod_limits(&pod(json!({"containers": [limited, {"name": "b"}]})), None);
+    let two = pod_limits(
+        &pod(json!({"containers": [limited, {"name": "b"}]})),
+        &Policy::default(),
+    );
     assert_eq!((two.cpu_quota_us, two.memory_limit_bytes), (None, None));
     assert_eq!(two.cpu_shares, 512);
 }
@@ -81,38 +90,55 @@ fn init_containers_count_at_their_peak_and_sidecars_always() {
 }
 
 #[test]
-fn settings_are_one_file_each() {
-    let limits = PodLimits {
-        cpu_shares: 512,
-        cpu_quota_us: Some(50_000),
-        memory_limit_bytes: Some(1 << 20),
-        pids_max: None,
-        cpu_request_millicores: 500,
+fn protection_is_tiered_and_throttling_is_asked_for() {
+    let of = |r: Value, policy: &Policy| {
+        let p = pod(json!({"containers": [{"name": "a", "resources": r}]}));
+        let container = p.spec.as_ref().unwrap().containers[0].clone();
+        container_limits(&p, &container, policy)
     };
-    let show = |s: Vec<Setting>| -> Vec<String> {
-        s.into_iter()
-            .map(|s| format!("{}={}", s.file, s.value))
-            .collect()
+    let plain = Policy::default();
+    let throttling = Policy {
+        memory_throttling_percent: 90,
+        memory_allocatable_bytes: 1 << 30,
+        ..plain
     };
-    assert_eq!(
-        show(settings_v2(&limits)),
-        [
-            "cpu.weight=59",
-            "cpu.max=50000 100000",
-            "memory.max=1048576",
-            "pids.max=max"
-        ]
-    );
-    assert_eq!(
-        show(settings_v1(&limits)),
-        [
-            "cpu.shares=512",
-            "cpu.cfs_period_us=100000",
-            "cpu.cfs_quota_us=50000",
-            "memory.limit_in_bytes=1048576",
-            "pids.max=max"
-        ]
-    );
+    let guaranteed = json!({"limits": {"cpu": "1", "memory": "64Mi"}});
+    let one = of(guaranteed.clone(), &throttling);
+    assert_eq!((one.memory_min_bytes, one.memory_low_bytes), (64 << 20, 0));
+    assert_eq!(one.memory_high_bytes, None);
+    let burstable = resources(json!({"memory": "100Mi"}), json!({"memory": "200Mi"}));
+    let one = of(burstable.clone(), &throttling);
+    assert_eq!((one.memory_min_bytes, one.memory_low_bytes), (0, 100 << 20));
+    assert_eq!(one.memory_high_bytes, Some(190 * (1 << 20) / 4096 * 4096));
+    assert_eq!(of(burstable, &plain).memory_high_bytes, None);
+    let best_effort = of(json!({}), &throttling);
+    let high = best_effort.memory_high_bytes.unwrap();
+    assert!(high < (1 << 30) && high > (1 << 30) / 10 * 8);
+    assert!(one.oom_group && one.hugepages.is_empty());
+}
+
+#[test]
+fn burst_is_a_part_of_the_quota() {
+    let mut p = pod(json!({"containers": [{"name": "a", "resources": {"limits": {"cpu": "1"}}}]}));
+    let burst = |p: &Pod| pod_limits(p, &Policy::default()).cpu_burst_us;
+    assert_eq!(burst(&p), 0);
+    let annotation = |value: &str| Some([(CPU_BURST_ANNOTATION.into(), value.into())].into());
+    p.metadata.annotations = annotation("40");
+    assert_eq!(burst(&p), 40_000);
+    p.metadata.annotations = annotation("4000");
+    assert_eq!(burst(&p), 100_000);
+}
+
+#[test]
+fn huge_pages_are_summed_by_size() {
+    let pages = |amount: &str| json!({"limits": {"hugepages-2Mi": amount, "memory": "1Mi"}});
+    let p = pod(json!({
+        "containers": [{"name": "a", "resources": pages("4Mi")}, {"name": "b", "resources": pages("2Mi")}],
+        "initContainers": [{"name": "i", "resources": pages("8Mi")}],
+    }));
+    assert_eq!(pod_hugepages(&p), [(2 << 20, 8 << 20)].into());
+    let limits = pod_limits(&p, &Policy::default());
+    assert_eq!(limits.hugepages, [(2 << 20, 8 << 20)].into());
 }
 
 #[test]
@@ -162,9 +188,9 @@ proptest! {
             c
         }).collect();
         let p = pod(json!({"containers": regular, "initContainers": early}));
-        let whole = pod_limits(&p, None);
+        let whole = pod_limits(&p, &Policy::default());
         for c in all_containers(p.spec.as_ref().unwrap()) {
-            let own = container_limits(c);
+            let own = container_limits(&p, c, &Policy::default());
             prop_assert!(own.cpu_shares <= whole.cpu_shares);
             if let (Some(own), Some(all)) = (own.cpu_quota_us, whole.cpu_quota_us) {
                 prop_assert!(own <= all);

@@ -117,6 +117,13 @@ impl Host {
     }
 }
 
+impl Host {
+    /// The kernel lets only CAP_SYS_RESOURCE lower an oom_score_adj.
+    pub fn may_lower_oom_score(&self) -> bool {
+        self.capabilities.contains(&Cap::CAP_SYS_RESOURCE.index())
+    }
+}
+
 /// Device nodes below `directory`, without those that every container gets of its own.
 fn devices(directory: &Path, depth: u32) -> Vec<LinuxDevice> {
     const OWN: [&str; 5] = ["pts", "shm", "mqueue", "fd", "console"];

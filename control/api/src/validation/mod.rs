@@ -5,6 +5,7 @@
 
 pub mod names;
 mod pod;
+mod resources;
 mod security;
 mod service;
 mod workload;

@@ -25,12 +25,17 @@ const FIELD_PATHS: &[&str] = &[
     "status.podIPs",
 ];
 
+/// A pod with this annotation may save up unused CPU quota: percent of the quota.
+pub(super) const CPU_BURST_ANNOTATION: &str = "gantry.dev/cpu-burst-percent";
+
 /// A Pod.
 pub fn pod(pod: &Pod) -> Vec<FieldError> {
-    match &pod.spec {
+    let mut errors = match &pod.spec {
         Some(spec) => pod_spec(spec, &Path::new("spec")),
         None => vec![FieldError::required(&Path::new("spec"), "")],
-    }
+    };
+    super::resources::burst(pod.metadata.annotations.as_ref(), &mut errors);
+    errors
 }
 
 /// A PodSpec at `path`.
@@ -126,6 +131,7 @@ pub fn pod_spec(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
             }
         }
     }
+    super::resources::spec(spec, path, &mut errors);
     errors
 }
 
@@ -541,7 +547,11 @@ fn quantity(path: &Path, text: &str, errors: &mut Vec<FieldError>) -> Option<Qua
     }
 }
 
-fn resources(resources: &ResourceRequirements, path: &Path, errors: &mut Vec<FieldError>) {
+pub(super) fn resources(
+    resources: &ResourceRequirements,
+    path: &Path,
+    errors: &mut Vec<FieldError>,
+) {
     for (name, limit) in resources.limits.iter().flatten() {
         quantity(&path.child("limits").key(name), &limit.0, errors);
     }
@@ -671,6 +681,7 @@ pub fn pod_update(new: &Pod, old: &Pod) -> Vec<FieldError> {
     for (old, new) in init.zip(new_spec.init_containers.iter().flatten()) {
         old.image.clone_from(&new.image);
     }
+    super::resources::allow(new_spec, old_spec, &mut allowed, &mut errors);
     // A binding: the registry's `bind` sets it once.
     if old_spec.node_name.as_ref().is_none_or(String::is_empty) {
         allowed.node_name.clone_from(&new_spec.node_name);
@@ -686,6 +697,7 @@ pub fn pod_update(new: &Pod, old: &Pod) -> Vec<FieldError> {
     if allowed != *new_spec {
         let detail = "pod updates may not change fields other than \
                       `spec.containers[*].image`,`spec.initContainers[*].image`,\
+                      `spec.containers[*].resources` (cpu and memory),\
                       `spec.activeDeadlineSeconds`,`spec.tolerations` (only additions to existing \
                       tolerations)";
         errors.push(FieldError::forbidden(&path, detail));

@@ -1,0 +1,174 @@
+//! The agent's flags about resources, and what they mean on this machine.
+
+use std::time::Duration;
+
+use super::reservation::{Capacity, Reservation, default_agent, default_system};
+use crate::cgroups::limits::{POD_PIDS_MAX, Policy};
+use crate::feed::node_info::PODS_MAX_DEFAULT;
+use crate::pressure;
+use crate::pressure::thresholds::{self, Signal, Thresholds};
+
+/// Flags about resources.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ResourceFlags {
+    /// Kept for the system's own processes: cpu=100m,memory=200Mi,ephemeral-storage=1Gi,pid=1000
+    /// [default: computed from the machine]
+    #[arg(long, value_name = "AMOUNTS")]
+    pub system_reserved: Option<Reservation>,
+    /// Kept for the agent and the pods' shims, written as above [default: computed]
+    #[arg(long, value_name = "AMOUNTS", visible_alias = "kube-reserved")]
+    pub agent_reserved: Option<Reservation>,
+    /// Pods on this node at most
+    #[arg(long, value_name = "COUNT", default_value_t = PODS_MAX_DEFAULT)]
+    pub max_pods: u32,
+    /// Processes and threads of one pod at most; -1: no limit
+    #[arg(long, value_name = "COUNT", default_value_t = POD_PIDS_MAX as i64, allow_hyphen_values = true)]
+    pub pod_max_pids: i64,
+    /// static: a Guaranteed container with whole CPUs gets them for itself
+    #[arg(long, value_name = "POLICY", default_value = "none", value_parser = ["none", "static"])]
+    pub cpu_manager_policy: String,
+    /// Evict pods when one of these is met
+    #[arg(long, value_name = "THRESHOLDS", default_value = thresholds::DEFAULT)]
+    pub eviction_hard: Thresholds,
+    /// How long a pressure condition stays after its threshold was met last
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = duration)]
+    pub eviction_pressure_transition_period: Duration,
+    /// Slow a container down from this part of the way between its memory request and its limit
+    /// (memory.high, cgroup v2); 0: never, it is killed at its limit
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=100))]
+    pub memory_throttling_percent: u64,
+}
+
+/// `90s`, `5m`, `1h`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?}: want a number and s, m or h, for example 5m");
+    let split = text.len().checked_sub(1).ok_or_else(wrong)?;
+    let (number, unit) = text.split_at_checked(split).ok_or_else(wrong)?;
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let factor = match unit {
+        "s" => 1,
+        "m" => 60,
+        "h" => 3600,
+        _ => return Err(wrong()),
+    };
+    Ok(Duration::from_secs(number.saturating_mul(factor)))
+}
+
+impl ResourceFlags {
+    /// What system and agent keep of this machine.
+    pub fn reserved(&self, capacity: &Capacity) -> Reservation {
+        let system = self.system_reserved;
+        let agent = self.agent_reserved;
+        system
+            .unwrap_or_else(|| default_system(capacity))
+            .plus(agent.unwrap_or_else(|| default_agent(capacity)))
+    }
+
+    /// Memory and disk that pods may ask for, but that eviction defends: allocatable leaves it out.
+    pub fn eviction_room(&self, capacity: &Capacity, disk_bytes: u64) -> Reservation {
+        let of = |signal: Signal, whole: u64| {
+            let amount = self.eviction_hard.0.get(&signal);
+            let room = amount.map_or(0, |amount| amount.of(whole));
+            // A large disk's share is not needed: see DISK_ENOUGH_BYTES.
+            match signal {
+                Signal::Nodefs => room.min(thresholds::DISK_ENOUGH_BYTES),
+                _ => room,
+            }
+        };
+        Reservation {
+            memory_bytes: of(Signal::Memory, capacity.memory_bytes),
+            disk_bytes: of(Signal::Nodefs, disk_bytes),
+            ..Reservation::default()
+        }
+    }
+
+    /// What all pods are held to.
+    pub fn policy(&self, capacity: &Capacity, pid_max: u64) -> Policy {
+        let reserved = self.reserved(capacity);
+        Policy {
+            pod_pids_max: u64::try_from(self.pod_max_pids).ok().filter(|max| *max > 0),
+            memory_throttling_percent: self.memory_throttling_percent,
+            memory_allocatable_bytes: capacity.memory_bytes.saturating_sub(reserved.memory_bytes),
+            cpu_allocatable_millicores: (capacity.cpu_count * 1000)
+                .saturating_sub(reserved.cpu_millicores),
+            exclusive_cpus: self.cpu_manager_policy == "static",
+            reserved_cpu_count: usize::try_from(reserved.cpu_millicores.div_ceil(1000))
+                .unwrap_or(usize::MAX)
+                .max(1),
+            pids_allocatable: pid_max.checked_sub(reserved.pids).filter(|pids| *pids > 0),
+        }
+    }
+
+    /// For the watch over pressure.
+    pub fn pressure(&self) -> pressure::Config {
+        pressure::Config {
+            thresholds: self.eviction_hard.clone(),
+            transition: self.eviction_pressure_transition_period,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        flags: ResourceFlags,
+    }
+
+    fn parse(words: &str) -> Result<ResourceFlags, String> {
+        let words = std::iter::once("agent").chain(words.split_whitespace());
+        let line = Line::try_parse_from(words).map_err(|e| e.to_string())?;
+        Ok(line.flags)
+    }
+
+    const MACHINE: Capacity = Capacity {
+        cpu_count: 4,
+        memory_bytes: 16 << 30,
+        pods: 110,
+    };
+
+    #[test]
+    fn flags_become_what_the_kernel_holds_pods_to() {
+        let flags = parse(
+            "--system-reserved cpu=500m,memory=1Gi,pid=100 --kube-reserved memory=1Gi \
+             --pod-max-pids 64 --memory-throttling-percent 90",
+        )
+        .unwrap();
+        let policy = flags.policy(&MACHINE, 32_768);
+        assert_eq!(policy.memory_allocatable_bytes, 14 << 30);
+        assert_eq!(policy.cpu_allocatable_millicores, 3500);
+        assert_eq!(policy.pids_allocatable, Some(32_668));
+        assert_eq!(policy.pod_pids_max, Some(64));
+        let unlimited = parse("--pod-max-pids -1").unwrap();
+        assert_eq!(unlimited.policy(&MACHINE, 0).pod_pids_max, None);
+        assert_eq!(unlimited.policy(&MACHINE, 0).pids_allocatable, None);
+    }
+
+    #[test]
+    fn the_eviction_threshold_is_no_room_for_pods() {
+        let flags = parse("").unwrap();
+        let room = flags.eviction_room(&MACHINE, 20 << 30);
+        assert_eq!(
+            (room.memory_bytes, room.disk_bytes),
+            (100 << 20, (20 << 30) / 100 * 10)
+        );
+        let large = flags.eviction_room(&MACHINE, 1000 << 30);
+        assert_eq!(large.disk_bytes, 8 << 30);
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for line in [
+            "--system-reserved disk=1",
+            "--eviction-hard memory<1",
+            "--eviction-pressure-transition-period 5",
+            "--memory-throttling-percent 101",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! What this node has for pods: what it keeps back, what is left, and who watches that it lasts.
+//!
+//! ```text
+//! flags ─► reservation (pure) ─┬─► cgroups: limits of all pods
+//!                              ├─► node_info: capacity, allocatable, conditions ◄─┐
+//!                              └─► pressure::Monitor ──── what is short ──────────┘
+//!                                  oom::Watcher ───► orders ──► pod workers
+//! ```
+
+pub mod flags;
+pub mod reservation;
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::warn;
+
+use self::flags::ResourceFlags;
+use crate::cgroups::Cgroups;
+use crate::cgroups::requests::Amounts;
+use crate::feed::NodeInfoSource;
+use crate::feed::node_info::{self, NodeIdentity};
+use crate::images::ImageStore;
+use crate::oom;
+use crate::paths::Paths;
+use crate::pods::Order;
+use crate::pressure::thresholds::Resource;
+use crate::pressure::{Monitor, signals::Sources};
+use crate::runtime::spec::security::Host;
+use crate::stats::{self, Collector, metrics::AgentFigures};
+use crate::view::View;
+
+/// Orders to pods that may wait for the workers.
+const ORDERS_MAX: usize = 256;
+
+/// The node's resources from the flags on.
+pub struct NodeResources {
+    flags: ResourceFlags,
+    cgroups: Cgroups,
+    paths: Paths,
+    identity: Arc<NodeIdentity>,
+    usage: Collector,
+    pressures: watch::Sender<BTreeSet<Resource>>,
+}
+
+impl NodeResources {
+    /// Looks at what the machine has. `cgroups` were made with [`ResourceFlags::policy`].
+    pub fn new(
+        flags: ResourceFlags,
+        node_name: &str,
+        cgroups: &Cgroups,
+        host: &Host,
+        paths: &Paths,
+    ) -> Self {
+        let capacity = node_info::capacity(flags.max_pods);
+        let room = flags.eviction_room(&capacity, node_info::disk_bytes(&paths.lib));
+        let mut identity = NodeIdentity::new(node_name.to_owned());
+        identity.pods_max = flags.max_pods;
+        identity.reserved = flags.reserved(&capacity).plus(room);
+        identity.hugepages = cgroups.hugepages().clone();
+        identity.degraded = cgroups.degraded().to_vec();
+        if !host.may_lower_oom_score() {
+            identity.degraded.push(
+                "the agent lacks CAP_SYS_RESOURCE: containers keep the agent's oom_score_adj where \
+                 theirs would be lower"
+                    .to_owned(),
+            );
+        }
+        let (pressures, _) = watch::channel(BTreeSet::new());
+        Self {
+            flags,
+            cgroups: cgroups.clone(),
+            paths: paths.clone(),
+            identity: Arc::new(identity),
+            usage: Collector::new(node_name.to_owned(), cgroups.clone(), paths.clone()),
+            pressures,
+        }
+    }
+
+    /// What limits on this machine do not hold.
+    pub fn degraded(&self) -> &[String] {
+        &self.identity.degraded
+    }
+
+    /// The Node object's side of it, read anew at each call.
+    pub fn info(&self) -> NodeInfoSource {
+        let (identity, lib) = (self.identity.clone(), self.paths.lib.clone());
+        let pressures = self.pressures.subscribe();
+        Arc::new(move || node_info::read(&identity, &lib, &pressures.borrow()))
+    }
+
+    /// What pods may ask for.
+    pub fn allocatable(&self) -> Amounts {
+        let capacity = node_info::capacity(self.flags.max_pods);
+        let kept = self.identity.reserved;
+        Amounts {
+            cpu_millicores: Some((capacity.cpu_count * 1000).saturating_sub(kept.cpu_millicores)),
+            memory_bytes: Some(capacity.memory_bytes.saturating_sub(kept.memory_bytes)),
+        }
+    }
+
+    /// Readings of what everything uses.
+    pub fn usage(&self) -> Collector {
+        self.usage.clone()
+    }
+
+    /// Starts watching for pressure and hit limits, and serving metrics; returns what they want of
+    /// pods.
+    pub fn watch(
+        self,
+        images: &Arc<ImageStore>,
+        view: &watch::Receiver<Arc<View>>,
+        tasks: &TaskTracker,
+        shutdown: &CancellationToken,
+    ) -> mpsc::Receiver<Order> {
+        let (orders, ordered) = mpsc::channel(ORDERS_MAX);
+        self.usage.follow(view.clone());
+        let (usage, socket) = (self.usage.clone(), self.paths.run.join("metrics.sock"));
+        let pressures = self.pressures.subscribe();
+        let sources = Sources {
+            lib: self.paths.lib.clone(),
+            images: self.paths.lib.join("images"),
+            cgroups: self.cgroups.clone(),
+        };
+        let monitor = Monitor::new(
+            self.flags.pressure(),
+            sources,
+            self.paths,
+            images.clone(),
+            view.clone(),
+            orders.clone(),
+            self.pressures,
+        );
+        let figures = figures(monitor.eviction_count(), pressures, view.clone());
+        match stats::socket::listen(&socket) {
+            Ok(listener) => {
+                tasks.spawn(stats::socket::serve(
+                    listener,
+                    usage,
+                    figures,
+                    shutdown.clone(),
+                ));
+            }
+            // Pods do not need it.
+            Err(error) => warn!(%error, socket = %socket.display(), "metrics are not served"),
+        }
+        tasks.spawn(monitor.run(shutdown.clone()));
+        let watcher = oom::Watcher::new(self.cgroups, view.clone(), orders);
+        tasks.spawn(watcher.run(shutdown.clone()));
+        ordered
+    }
+}
+
+/// What the agent counts itself, for the metrics.
+fn figures(
+    evictions: Arc<AtomicU64>,
+    pressures: watch::Receiver<BTreeSet<Resource>>,
+    view: watch::Receiver<Arc<View>>,
+) -> stats::socket::Figures {
+    Arc::new(move || AgentFigures {
+        evictions: evictions.load(Ordering::Relaxed),
+        pressures: Resource::ALL.map(|r| pressures.borrow().contains(&r)),
+        resident_bytes: stats::socket::resident_bytes(),
+        revision: view.borrow().rev,
+    })
+}

@@ -1,0 +1,101 @@
+//! What nodes and pods use, for `gantry top`: every agent is asked on its own stream, side by side.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use gantry_api::k8s_openapi::api::core::v1::Node;
+use gantry_api::proto;
+use gantry_api::proto::open_tunnel::Target;
+use gantry_api::proto::{stats_server, tunnel_up};
+use gantry_api::quantity::Quantity;
+use gantry_api::status::Status;
+use tokio::time::timeout;
+use tonic::{Request, Response};
+
+use super::Feed;
+
+/// An agent takes a second for its rates, and a reading.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The `Stats` service.
+pub struct NodeStats {
+    feed: Feed,
+}
+
+impl NodeStats {
+    pub(super) fn new(feed: Feed) -> Self {
+        Self { feed }
+    }
+
+    async fn ask(&self, node: &Node) -> Result<proto::NodeUsage, Status> {
+        let name = node.metadata.name.as_deref().unwrap_or_default();
+        let target = Target::Usage(proto::UsageRequest {
+            node: name.to_owned(),
+        });
+        let mut tunnel = self.feed.inner.open_tunnel(name, "", target).await?;
+        let answer = timeout(ANSWER_TIMEOUT, tunnel.up.message()).await;
+        let answer = answer.map_err(|_| Status::timeout("no answer in 10 s"))?;
+        match answer {
+            Ok(Some(proto::TunnelUp {
+                message: Some(tunnel_up::Message::Usage(mut usage)),
+            })) => {
+                // The agent says what it measured; who it is, the control plane knows.
+                name.clone_into(&mut usage.node);
+                fill_in(&mut usage, node);
+                Ok(usage)
+            }
+            _ => Err(Status::unavailable("the agent answered something else")),
+        }
+    }
+}
+
+/// What pods may ask for of the node.
+fn fill_in(usage: &mut proto::NodeUsage, node: &Node) {
+    let allocatable = node.status.as_ref().and_then(|s| s.allocatable.as_ref());
+    let of = |name: &str| Quantity::parse(&allocatable?.get(name)?.0).ok();
+    let positive = |amount: i64| u64::try_from(amount).unwrap_or(0);
+    usage.allocatable_cpu_millicores = of("cpu").map_or(0, |q| positive(q.milli()));
+    usage.allocatable_memory_bytes = of("memory").map_or(0, |q| positive(q.units()));
+}
+
+#[tonic::async_trait]
+impl stats_server::Stats for NodeStats {
+    async fn usage(
+        &self,
+        request: Request<proto::UsageRequest>,
+    ) -> Result<Response<proto::UsageReply>, tonic::Status> {
+        let wanted = request.into_inner().node;
+        let (_, mut nodes) = self.feed.inner.registry.list::<Node>(None)?;
+        nodes.retain(|n| wanted.is_empty() || n.metadata.name.as_deref() == Some(&*wanted));
+        let answers = join_all(nodes.iter().map(|node| self.ask(node))).await;
+        let mut reply = proto::UsageReply::default();
+        for (node, answer) in nodes.iter().zip(answers) {
+            let name = node.metadata.name.as_deref().unwrap_or_default();
+            match answer {
+                Ok(usage) => reply.nodes.push(usage),
+                Err(status) => reply.missing.push(format!("{name}: {}", status.message)),
+            }
+        }
+        Ok(Response::new(reply))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_of_what_pods_may_ask_for() {
+        let node: Node = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "n"},
+            "status": {"allocatable": {"cpu": "1900m", "memory": "1Gi"}},
+        }))
+        .unwrap();
+        let mut usage = proto::NodeUsage::default();
+        fill_in(&mut usage, &node);
+        assert_eq!(usage.allocatable_cpu_millicores, 1900);
+        assert_eq!(usage.allocatable_memory_bytes, 1 << 30);
+        fill_in(&mut usage, &Node::default());
+        assert_eq!(usage.allocatable_cpu_millicores, 0);
+    }
+}
