@@ -139,11 +139,7 @@ pub static POD_SPEC: &[Rule] = &[
     // --- security of the pod
     yes("securityContext.appArmorProfile"),
     yes("securityContext.fsGroup"),
-    warn(
-        "securityContext.fsGroupChangePolicy",
-        &["\"Always\""],
-        "volumes are always changed",
-    ),
+    yes("securityContext.fsGroupChangePolicy"),
     yes("securityContext.runAsGroup"),
     yes("securityContext.runAsNonRoot"),
     yes("securityContext.runAsUser"),
@@ -161,6 +157,7 @@ pub static POD_SPEC: &[Rule] = &[
     yes("volumes[].configMap"),
     yes("volumes[].emptyDir"),
     yes("volumes[].hostPath"),
+    yes("volumes[].image"),
     yes("volumes[].secret"),
     no("volumes[].csi", &[], "there are no CSI drivers yet"),
     yes("volumes[].downwardAPI"),
@@ -262,11 +259,7 @@ pub static CONTAINER: &[Rule] = &[
     yes("volumeMounts[].mountPropagation"),
     yes("volumeMounts[].name"),
     yes("volumeMounts[].readOnly"),
-    no(
-        "volumeMounts[].recursiveReadOnly",
-        &["\"Disabled\""],
-        "use readOnly",
-    ),
+    yes("volumeMounts[].recursiveReadOnly"),
     yes("volumeMounts[].subPath"),
     yes("volumeMounts[].subPathExpr"),
     yes("workingDir"),

@@ -8,6 +8,7 @@ mod pod;
 mod resources;
 mod security;
 mod service;
+mod volume;
 mod workload;
 
 pub use pod::{pod, pod_spec, pod_update};

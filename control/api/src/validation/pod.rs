@@ -1,11 +1,9 @@
 //! Rules for Pods and pod templates.
 
-use super::{IMMUTABLE, each, names, not_negative, one_of, security};
+use super::{IMMUTABLE, each, names, not_negative, one_of, security, volume};
 use crate::field::{FieldError, Path};
 use crate::quantity::Quantity;
-use k8s_openapi::api::core::v1::{
-    Container, EnvVar, KeyToPath, Pod, PodSpec, Probe, ResourceRequirements, Volume, VolumeMount,
-};
+use k8s_openapi::api::core::v1::{Container, EnvVar, Pod, PodSpec, Probe, ResourceRequirements};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use std::collections::BTreeSet;
 
@@ -92,7 +90,7 @@ pub fn pod_spec(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
         &path.child("nodeSelector"),
     ));
     security::pod(spec, path, &mut errors);
-    let volumes = volumes(
+    let volumes = volume::volumes(
         spec.volumes.as_deref().unwrap_or_default(),
         path,
         &mut errors,
@@ -140,137 +138,6 @@ pub fn pod_spec(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
 struct Seen<'a> {
     containers: BTreeSet<&'a str>,
     host_ports: BTreeSet<(i32, &'a str)>,
-}
-
-fn volumes<'a>(
-    volumes: &'a [Volume],
-    path: &Path,
-    errors: &mut Vec<FieldError>,
-) -> BTreeSet<&'a str> {
-    let mut seen = BTreeSet::new();
-    for (i, volume) in volumes.iter().enumerate() {
-        let path = path.child("volumes").index(i);
-        let name = &path.child("name");
-        if volume.name.is_empty() {
-            errors.push(FieldError::required(name, ""));
-        } else {
-            each(
-                name,
-                &volume.name,
-                names::dns1123_label(&volume.name),
-                errors,
-            );
-        }
-        if !seen.insert(volume.name.as_str()) {
-            errors.push(FieldError::duplicate(name, volume.name.as_str()));
-        }
-        volume_source(volume, &path, errors);
-    }
-    seen
-}
-
-fn volume_source(volume: &Volume, path: &Path, errors: &mut Vec<FieldError>) {
-    let sources = [
-        volume.config_map.is_some(),
-        volume.downward_api.is_some(),
-        volume.projected.is_some(),
-        volume.empty_dir.is_some(),
-        volume.host_path.is_some(),
-        volume.secret.is_some(),
-    ];
-    if sources.iter().filter(|set| **set).count() > 1 {
-        let detail = "may not specify more than 1 volume type";
-        errors.push(FieldError::forbidden(path, detail));
-    }
-    if let Some(source) = &volume.config_map {
-        let path = path.child("configMap");
-        if source.name.is_empty() {
-            errors.push(FieldError::required(&path.child("name"), ""));
-        }
-        items(source.items.as_deref(), source.default_mode, &path, errors);
-    }
-    if let Some(source) = &volume.secret {
-        let path = path.child("secret");
-        if source.secret_name.as_ref().is_none_or(String::is_empty) {
-            errors.push(FieldError::required(&path.child("secretName"), ""));
-        }
-        items(source.items.as_deref(), source.default_mode, &path, errors);
-    }
-    if let Some(source) = &volume.host_path {
-        let path = path.child("hostPath");
-        if source.path.is_empty() {
-            errors.push(FieldError::required(&path.child("path"), ""));
-        } else {
-            inner_path(&path.child("path"), &source.path, true, errors);
-        }
-        let types = [
-            "DirectoryOrCreate",
-            "Directory",
-            "FileOrCreate",
-            "File",
-            "Socket",
-            "CharDevice",
-            "BlockDevice",
-        ];
-        one_of(&path.child("type"), source.type_.as_deref(), &types, errors);
-    }
-    if let Some(source) = &volume.empty_dir {
-        let path = path.child("emptyDir");
-        one_of(
-            &path.child("medium"),
-            source.medium.as_deref(),
-            &["Memory"],
-            errors,
-        );
-        if let Some(limit) = &source.size_limit {
-            quantity(&path.child("sizeLimit"), &limit.0, errors);
-        }
-    }
-}
-
-fn items(
-    items: Option<&[KeyToPath]>,
-    mode: Option<i32>,
-    path: &Path,
-    errors: &mut Vec<FieldError>,
-) {
-    file_mode(&path.child("defaultMode"), mode, errors);
-    for (i, item) in items.unwrap_or_default().iter().enumerate() {
-        let path = path.child("items").index(i);
-        if item.key.is_empty() {
-            errors.push(FieldError::required(&path.child("key"), ""));
-        }
-        if item.path.is_empty() {
-            errors.push(FieldError::required(&path.child("path"), ""));
-        } else {
-            inner_path(&path.child("path"), &item.path, false, errors);
-        }
-        file_mode(&path.child("mode"), item.mode, errors);
-    }
-}
-
-fn file_mode(path: &Path, mode: Option<i32>, errors: &mut Vec<FieldError>) {
-    if let Some(mode) = mode.filter(|m| !(0..=0o777).contains(m)) {
-        let detail = "must be a number between 0 and 0777 (octal), both inclusive";
-        errors.push(FieldError::invalid(path, mode, detail));
-    }
-}
-
-/// A path that stays inside its volume: no `..`, and relative unless `absolute`.
-fn inner_path(field: &Path, text: &str, absolute: bool, errors: &mut Vec<FieldError>) {
-    if !absolute && text.starts_with('/') {
-        errors.push(FieldError::invalid(field, text, "must be a relative path"));
-    }
-    if text.split('/').any(|part| part == "..") {
-        errors.push(FieldError::invalid(field, text, "must not contain '..'"));
-    }
-    if text.contains('\0') {
-        errors.push(FieldError::invalid(
-            field,
-            text,
-            "must not contain a NUL byte",
-        ));
-    }
 }
 
 fn container<'a>(
@@ -345,12 +212,7 @@ fn container<'a>(
             _ => {}
         }
     }
-    mounts(
-        one.volume_mounts.as_deref().unwrap_or_default(),
-        path,
-        volumes,
-        errors,
-    );
+    volume::mounts(one, path, volumes, errors);
     if let Some(resources) = &one.resources {
         self::resources(resources, &path.child("resources"), errors);
     }
@@ -490,50 +352,7 @@ fn field_path(text: &str, path: &Path, errors: &mut Vec<FieldError>) {
     }
 }
 
-fn mounts(
-    mounts: &[VolumeMount],
-    path: &Path,
-    volumes: &BTreeSet<&str>,
-    errors: &mut Vec<FieldError>,
-) {
-    let mut seen = BTreeSet::new();
-    for (i, mount) in mounts.iter().enumerate() {
-        let path = path.child("volumeMounts").index(i);
-        if mount.name.is_empty() {
-            errors.push(FieldError::required(&path.child("name"), ""));
-        } else if !volumes.contains(mount.name.as_str()) {
-            errors.push(FieldError::not_found(
-                &path.child("name"),
-                mount.name.as_str(),
-            ));
-        }
-        let mount_path = &path.child("mountPath");
-        if mount.mount_path.is_empty() {
-            errors.push(FieldError::required(mount_path, ""));
-        } else if !seen.insert(mount.mount_path.trim_end_matches('/')) {
-            let detail = "must be unique";
-            errors.push(FieldError::invalid(
-                mount_path,
-                mount.mount_path.as_str(),
-                detail,
-            ));
-        }
-        if mount.mount_path.contains(':') {
-            let detail = "must not contain ':'";
-            errors.push(FieldError::invalid(
-                mount_path,
-                mount.mount_path.as_str(),
-                detail,
-            ));
-        }
-        inner_path(mount_path, &mount.mount_path, true, errors);
-        if let Some(sub_path) = mount.sub_path.as_deref().filter(|p| !p.is_empty()) {
-            inner_path(&path.child("subPath"), sub_path, false, errors);
-        }
-    }
-}
-
-fn quantity(path: &Path, text: &str, errors: &mut Vec<FieldError>) -> Option<Quantity> {
+pub(super) fn quantity(path: &Path, text: &str, errors: &mut Vec<FieldError>) -> Option<Quantity> {
     match Quantity::parse(text) {
         Ok(value) if value.is_negative() => {
             errors.push(FieldError::invalid(path, text, super::NOT_NEGATIVE));
