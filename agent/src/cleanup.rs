@@ -86,6 +86,12 @@ pub async fn run(paths: &Paths) -> Result<()> {
     }
     let released = Ranges::new(&paths.run).retain(&HashSet::new());
     note("id ranges".into(), released.map_err(|e| e.to_string()));
+    let secrets = paths.run.join("secrets");
+    if let Err(error) = std::fs::remove_dir_all(&secrets)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        note(secrets.display().to_string(), Err(error.to_string()));
+    }
     let unmounted = run_directory::remove(&paths.run);
     note(
         paths.run.display().to_string(),

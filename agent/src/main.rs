@@ -174,12 +174,7 @@ async fn agent(run: Run) -> Result<()> {
     }
     let node_info = resources.info();
     let host_addresses = pods::node_addresses(&node_info());
-    let config = feed::Config::new(
-        run.server,
-        run.credentials,
-        node_name.clone(),
-        paths.lib.clone(),
-    );
+    let config = feed::Config::new(run.server, run.credentials, node_name.clone(), &paths);
     let target = Arc::new(PodTunnels::new(
         paths.clone(),
         runtime.clone(),
@@ -209,6 +204,7 @@ async fn agent(run: Run) -> Result<()> {
         allocatable: resources.allocatable(),
         device_guard,
         reporter: link.reporter.clone(),
+        tokens: Arc::new(link.tokens),
     });
     let resolver = dns::Resolver::start(resolver, link.view.clone(), shutdown.clone()).await?;
     let tasks = tokio_util::task::TaskTracker::new();

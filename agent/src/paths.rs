@@ -56,6 +56,11 @@ impl Paths {
         self.lib.join("pods").join(pod.as_str())
     }
 
+    /// `/var/lib/gantry/pods/<uid>/volume-subpaths`: mounts of parts of volumes.
+    pub fn volume_sub_paths(&self, pod: &PodUid) -> PathBuf {
+        self.pod_lib(pod).join("volume-subpaths")
+    }
+
     /// `/var/lib/gantry/pods/<uid>/containers/<container>/<attempt>`: overlay upper, work, rootfs.
     pub fn container_layers(&self, run: &ContainerRun) -> PathBuf {
         self.pod_lib(&run.pod)

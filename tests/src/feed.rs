@@ -11,6 +11,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::BoxStream;
 use gantry_agent::feed::{self, Link, TunnelError, TunnelTarget, node_info};
 use gantry_agent::ids::PodUid;
+use gantry_agent::paths::Paths;
 use gantry_agent::runtime::ExecSession;
 use gantry_agent::view::View;
 use gantry_api::digest::{Digest, item_hash};
@@ -250,8 +251,9 @@ impl Agent {
     }
 
     fn with_credentials(server: &str, node: &str, lib: &Path, credentials: &Path) -> Self {
-        let mut config =
-            feed::Config::new(server.into(), credentials.into(), node.into(), lib.into());
+        let mut paths = Paths::standard(lib.join("bin"));
+        (paths.lib, paths.run) = (lib.into(), lib.join("run"));
+        let mut config = feed::Config::new(server.into(), credentials.into(), node.into(), &paths);
         config.beat = Duration::from_millis(200);
         config.backoff_max = Duration::from_millis(300);
         let identity = node_info::NodeIdentity::new(node.into());
@@ -857,18 +859,18 @@ impl feed_server::Feed for HandFed {
         Ok(tonic::Response::new(ReceiverStream::new(stream)))
     }
 
-    async fn issue_token(
-        &self,
-        _: tonic::Request<proto::TokenRequest>,
-    ) -> Result<tonic::Response<proto::IssuedToken>, tonic::Status> {
-        Err(tonic::Status::unimplemented("no tokens here"))
-    }
-
     async fn tunnel(
         &self,
         _: tonic::Request<tonic::Streaming<proto::TunnelUp>>,
     ) -> Result<tonic::Response<Self::TunnelStream>, tonic::Status> {
         Err(tonic::Status::unimplemented("no tunnels here"))
+    }
+
+    async fn issue_token(
+        &self,
+        _: tonic::Request<proto::TokenRequest>,
+    ) -> Result<tonic::Response<proto::IssuedToken>, tonic::Status> {
+        Err(tonic::Status::unimplemented("no tokens here"))
     }
 }
 

@@ -19,6 +19,7 @@ use gantry_api::proto;
 use gantry_api::proto::item::Value;
 use prost::Message as _;
 
+use super::secrets::{self, Withheld};
 use crate::ids::PodUid;
 use crate::view::{BlobKey, ServiceName, Settings, View};
 
@@ -68,6 +69,12 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
+    /// Whether a Secret comes, changes or goes.
+    pub(super) fn changes_secrets(&self) -> bool {
+        let from = self.changes.range(secrets::PREFIX.to_owned()..).next();
+        from.is_some_and(|(key, _)| key.starts_with(secrets::PREFIX))
+    }
+
     /// The pods that this batch adds or changes.
     pub(super) fn pods(&self) -> BTreeSet<PodUid> {
         let uids = self
@@ -126,14 +133,27 @@ impl Content {
     }
 
     /// Checks what `items` would lead to against `commit`.
-    ///
-    /// * `full` – the items are everything; else they are the difference to the content held.
-    /// * `same_lineage` – the content held is of the commit's lineage, so revisions may not fall.
     pub(super) fn prepare(
         &self,
         full: bool,
         same_lineage: bool,
         items: &[Bytes],
+        commit: &proto::Commit,
+    ) -> Result<Prepared, Mismatch> {
+        self.prepare_with(full, same_lineage, items, &[], commit)
+    }
+
+    /// The same for a commit from the disk, of which some Secrets may be missing: they count in the
+    /// digest. [`Content::forget_missing`] follows.
+    ///
+    /// * `full` – the items are everything; else they are the difference to the content held.
+    /// * `same_lineage` – the content held is of the commit's lineage, so revisions may not fall.
+    pub(super) fn prepare_with(
+        &self,
+        full: bool,
+        same_lineage: bool,
+        items: &[Bytes],
+        missing: &[Withheld],
         commit: &proto::Commit,
     ) -> Result<Prepared, Mismatch> {
         if same_lineage && commit.rev < self.rev() {
@@ -162,6 +182,15 @@ impl Content {
             };
             wanted.insert(item.key, value);
         }
+        for secret in missing {
+            let (hash, rev) = (secret.hash, secret.rev);
+            let item = proto::Item {
+                key: secret.key.clone(),
+                rev,
+                value: None,
+            };
+            wanted.insert(secret.key.clone(), Some((Held { hash, rev }, item)));
+        }
         let (mut common, mut private) = (self.common, self.private);
         wanted.retain(|key, new| {
             let old = self.entries.get(key);
@@ -182,6 +211,33 @@ impl Content {
             private,
             rev: commit.rev,
         })
+    }
+
+    /// The hashes of the Secrets held.
+    pub(super) fn secret_hashes(&self) -> BTreeSet<u64> {
+        self.secrets().map(|(_, held)| held.hash).collect()
+    }
+
+    fn secrets(&self) -> impl Iterator<Item = (&String, &Held)> {
+        let from = self.entries.range(secrets::PREFIX.to_owned()..);
+        from.take_while(|(key, _)| key.starts_with(secrets::PREFIX))
+    }
+
+    /// Takes out the Secrets whose value was not found: they are asked for again.
+    pub(super) fn forget_missing(&mut self) {
+        let held = |key: &str| match Key::parse(key) {
+            Some(Key::Blob(blob)) => self.view.blobs.contains_key(&blob),
+            _ => false,
+        };
+        let missing: Vec<_> = self
+            .secrets()
+            .filter(|(key, _)| !held(key))
+            .map(|(key, held)| (key.clone(), held.hash))
+            .collect();
+        for (key, hash) in missing {
+            self.entries.remove(&key);
+            self.private.toggle(hash);
+        }
     }
 
     /// Makes a prepared batch the content. Returns the keys whose value could not be understood:

@@ -7,12 +7,13 @@
 //! gives the state at the last whole record. A record is written before its commit is applied; one
 //! with a new pod is also on the disk (fdatasync), since a pod must not run that a power cut
 //! un-assigns. The others follow within a second.
+//! Secrets are not in it ([`super::secrets`]).
 //! When the file has grown to several times its content it is rewritten beside itself and renamed.
 //!
 //! Invariants: a torn or damaged tail costs the records after it and never the file; every replayed
 //! commit passes the same digest check as one from the network.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -24,6 +25,7 @@ use gantry_api::proto;
 use prost::Message;
 
 use super::content::Content;
+use super::secrets::{self, SecretFiles, Withheld};
 use super::settings_of;
 
 const MAGIC: &[u8; 16] = b"gantry-feed-v1\n\0";
@@ -72,6 +74,9 @@ pub(super) struct Record {
     /// The session's settings.
     #[prost(message, optional, tag = "5")]
     pub(super) welcome: Option<proto::Welcome>,
+    /// What stands for the Secrets among the items; filled by [`Log::append`].
+    #[prost(message, repeated, tag = "6")]
+    pub(super) withheld: Vec<Withheld>,
 }
 
 /// The open file.
@@ -81,6 +86,7 @@ pub(super) struct Log {
     len: u64,
     compacted_len: u64,
     unsynced: bool,
+    secrets: SecretFiles,
 }
 
 /// What the file held.
@@ -92,10 +98,10 @@ pub(super) struct Loaded {
 
 impl Log {
     /// Opens or creates `<dir>/state`, replays it and cuts off what is damaged.
-    pub(super) fn open(dir: &Path) -> Result<(Self, Loaded), DiskError> {
+    pub(super) fn open(dir: &Path, secrets: SecretFiles) -> Result<(Self, Loaded), DiskError> {
         std::fs::create_dir_all(dir).map_err(at("create", dir))?;
         let path = dir.join("state");
-        // Secrets are inside: for root alone.
+        // Which pods run and what they are told is for root alone.
         let mut options = OpenOptions::new();
         options
             .read(true)
@@ -107,13 +113,18 @@ impl Log {
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(at("read", &path))?;
         let found = bytes.len() as u64;
-        let (loaded, good) = replay(Bytes::from(bytes));
+        let bytes = Bytes::from(bytes);
+        let inline = records(bytes.clone()).any(|(r, _)| !secrets::withhold(r.items).1.is_empty());
+        let (mut loaded, good) = replay(bytes, &secrets);
+        loaded.content.forget_missing();
+        secrets.retain(&loaded.content.secret_hashes());
         let mut log = Self {
             path,
             file,
             len: good,
             compacted_len: good,
             unsynced: false,
+            secrets,
         };
         if good < found {
             tracing::warn!(path = %log.path.display(), good, found, "cutting off a damaged tail");
@@ -123,6 +134,9 @@ impl Log {
             log.append_bytes(MAGIC)?;
         } else {
             log.truncate(good)?;
+        }
+        if inline {
+            log.compact()?; // an earlier version wrote Secrets here
         }
         Ok((log, loaded))
     }
@@ -149,12 +163,29 @@ impl Log {
     }
 
     /// Writes one commit, before it is applied. With `sync` it is on the disk when this returns.
-    pub(super) fn append(&mut self, record: &Record, sync: bool) -> Result<(), DiskError> {
-        self.append_bytes(&frame(record))?;
+    pub(super) fn append(&mut self, record: Record, sync: bool) -> Result<(), DiskError> {
+        let record = self.withhold(record);
+        self.append_bytes(&frame(&record))?;
         if self.len > COMPACT_BYTES_MIN && self.len / COMPACT_RATIO > self.compacted_len {
             return self.compact();
         }
         if sync { self.sync() } else { Ok(()) }
+    }
+
+    /// Puts the Secrets of a record into their own files.
+    fn withhold(&self, mut record: Record) -> Record {
+        let (items, secrets) = secrets::withhold(record.items);
+        record.items = items;
+        for (withheld, item) in secrets {
+            self.secrets.keep(&withheld, &item);
+            record.withheld.push(withheld);
+        }
+        record
+    }
+
+    /// The Secrets that the content holds now: the files of others go.
+    pub(super) fn retain_secrets(&self, hashes: &BTreeSet<u64>) {
+        self.secrets.retain(hashes);
     }
 
     /// Brings what was appended to the disk.
@@ -176,27 +207,38 @@ impl Log {
             .map_err(at("read", &self.path))?;
         let mut last = Record::default();
         let mut live = BTreeMap::new();
+        let mut withheld = BTreeMap::new();
         for (record, _) in records(Bytes::from(bytes)) {
+            let record = self.withhold(record);
             if record.full {
                 live.clear();
+                withheld.clear();
             }
             for item in &record.items {
                 let Ok(decoded) = proto::Item::decode(item.clone()) else {
                     continue;
                 };
                 match decoded.value {
-                    None | Some(proto::item::Value::Deleted(_)) => live.remove(&decoded.key),
+                    None | Some(proto::item::Value::Deleted(_)) => {
+                        withheld.remove(&decoded.key);
+                        live.remove(&decoded.key)
+                    }
                     Some(_) => live.insert(decoded.key, item.clone()),
                 };
             }
+            for secret in &record.withheld {
+                withheld.insert(secret.key.clone(), secret.clone());
+            }
             last = Record {
                 items: Vec::new(),
+                withheld: Vec::new(),
                 ..record
             };
         }
         let everything = Record {
             full: true,
             items: live.into_values().collect(),
+            withheld: withheld.into_values().collect(),
             ..last
         };
         let mut content = MAGIC.to_vec();
@@ -267,20 +309,27 @@ fn records(mut bytes: Bytes) -> impl Iterator<Item = (Record, u64)> {
 }
 
 /// The state after the last good record, and where that record ends (0: nothing is usable).
-fn replay(bytes: Bytes) -> (Loaded, u64) {
+fn replay(bytes: Bytes, secrets: &SecretFiles) -> (Loaded, u64) {
     let mut good = if bytes.starts_with(MAGIC) {
         MAGIC.len() as u64
     } else {
         0
     };
     let mut loaded = Loaded::default();
-    for (record, end) in records(bytes) {
+    for (mut record, end) in records(bytes) {
         let Some(commit) = &record.commit else { break };
         let same_lineage = loaded.lineage == record.lineage;
-        match loaded
-            .content
-            .prepare(record.full, same_lineage, &record.items, commit)
-        {
+        record.withheld.retain(|secret| match secrets.read(secret) {
+            Some(item) => {
+                record.items.push(item);
+                false
+            }
+            None => true,
+        });
+        let (full, items) = (record.full, &record.items);
+        let missing = &record.withheld;
+        let content = &loaded.content;
+        match content.prepare_with(full, same_lineage, items, missing, commit) {
             Ok(prepared) => loaded.content.apply(prepared),
             Err(mismatch) => {
                 tracing::warn!(%mismatch, "the feed's file holds a commit that does not add up");

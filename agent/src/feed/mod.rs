@@ -29,9 +29,11 @@ use gantry_api::k8s_openapi::api::core::v1::{Event, Node, PodStatus};
 use gantry_api::proto;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
 
 use crate::dataplane::StuckService;
 use crate::ids::PodUid;
+use crate::paths::Paths;
 use crate::runtime::ExecSession;
 use crate::view::{Settings, View};
 
@@ -41,11 +43,14 @@ mod finals;
 mod log;
 pub mod node_info;
 mod reports;
+mod secrets;
 mod session;
+mod tokens;
 mod tunnel;
 
 use finals::Finals;
 use reports::{Reports, Status};
+pub use tokens::ControlPlaneTokens;
 
 /// Events that wait for the stream; more push out the oldest, and their number is logged.
 const EVENTS_MAX: usize = 1_000;
@@ -63,6 +68,8 @@ pub struct Config {
     pub node: String,
     /// `/var/lib/gantry`: the feed keeps its files in `feed/` below it.
     pub lib: PathBuf,
+    /// `/run/gantry`, on tmpfs: Secrets are kept in `secrets/` below it.
+    pub run: PathBuf,
     /// Time between beats; the control plane gives a node up after 40 s without one.
     pub beat: Duration,
     /// The longest wait between two dials.
@@ -71,13 +78,15 @@ pub struct Config {
 
 impl Config {
     /// The standard intervals: a beat every 5 s, at most 10 s between dials.
-    pub fn new(server: String, credentials: PathBuf, node: String, lib: PathBuf) -> Self {
+    pub fn new(server: String, credentials: PathBuf, node: String, paths: &Paths) -> Self {
+        let (lib, run) = (paths.lib.clone(), paths.run.clone());
         let (beat, backoff_max) = (Duration::from_secs(5), Duration::from_secs(10));
         Self {
             server,
             credentials,
             node,
             lib,
+            run,
             beat,
             backoff_max,
         }
@@ -157,6 +166,8 @@ pub struct Handle {
     pub link: watch::Receiver<Link>,
     /// The way up.
     pub reporter: Reporter,
+    /// Tokens of service accounts.
+    pub tokens: ControlPlaneTokens,
     /// Ends after the shutdown signal, when the files are on the disk.
     pub task: tokio::task::JoinHandle<()>,
 }
@@ -171,6 +182,8 @@ struct Shared {
     persist: Notify,
     /// A final status was written to disk.
     persisted: watch::Sender<u64>,
+    /// The connection of the open stream.
+    channel: Mutex<Option<Channel>>,
 }
 
 #[derive(Default)]
@@ -315,7 +328,8 @@ pub fn run(
     let dir = config.lib.join("feed");
     let incarnation = finals::next_incarnation(&dir).map_err(disk)?;
     let (files, records) = Finals::open(&dir).map_err(disk)?;
-    let (log, loaded) = log::Log::open(&dir).map_err(disk)?;
+    let secrets = secrets::SecretFiles::open(&config.run.join("secrets"));
+    let (log, loaded) = log::Log::open(&dir, secrets).map_err(disk)?;
     tracing::info!(
         rev = loaded.content.rev(),
         incarnation,
@@ -328,6 +342,7 @@ pub fn run(
         wake: Notify::new(),
         persist: Notify::new(),
         persisted: watch::Sender::new(0),
+        channel: Mutex::default(),
     });
     let (view_tx, view) = watch::channel(loaded.content.view());
     let (link_tx, link) = watch::channel(Link::Offline);
@@ -355,7 +370,10 @@ pub fn run(
     Ok(Handle {
         view,
         link,
-        reporter: Reporter { shared },
+        reporter: Reporter {
+            shared: shared.clone(),
+        },
+        tokens: ControlPlaneTokens { shared },
         task,
     })
 }

@@ -77,10 +77,13 @@ impl Driver {
             Ok(open) => open,
             Err(ended) => return ended,
         };
-        match self.serve(&mut stream, &mut inbound).await {
+        *lock(&self.shared.channel) = Some(stream.channel.clone());
+        let ended = match self.serve(&mut stream, &mut inbound).await {
             Ok(never) => match never {},
             Err(ended) => ended,
-        }
+        };
+        *lock(&self.shared.channel) = None;
+        ended
     }
 
     async fn dial(&self) -> Result<Channel, Ended> {
@@ -370,13 +373,18 @@ impl Driver {
             items,
             commit: Some(commit),
             welcome: Some(stream.welcome.clone()),
+            withheld: Vec::new(),
         };
         // Memory goes on without the disk, and the next stream asks for everything, which makes
         // the file whole again.
         self.resync = !self.write(record, sync).await;
 
+        let secrets_changed = prepared.changes_secrets();
         for key in self.content.apply(prepared) {
             tracing::error!(key, "an item of the feed is not understood and left out");
+        }
+        if secrets_changed {
+            lock(&self.log).retain_secrets(&self.content.secret_hashes());
         }
         if !stream.same_lineage && self.lineage.is_some() {
             lock(&self.shared.reports).new_lineage();
@@ -391,7 +399,7 @@ impl Driver {
     /// False: the record is not on disk.
     async fn write(&self, record: Record, sync: bool) -> bool {
         let log = self.log.clone();
-        let written = tokio::task::spawn_blocking(move || lock(&log).append(&record, sync)).await;
+        let written = tokio::task::spawn_blocking(move || lock(&log).append(record, sync)).await;
         match written {
             Ok(Ok(())) => return true,
             Ok(Err(error)) => {

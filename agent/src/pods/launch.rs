@@ -7,24 +7,23 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Context;
-use gantry_api::k8s_openapi::api::core::v1::{Container, Pod, Secret};
+use gantry_api::k8s_openapi::api::core::v1::{Container, Pod};
 use tokio::sync::mpsc;
 
 use super::Node;
-use super::prepare::{Failure, etc, hostname, names};
+use super::prepare::{Failure, credentials, etc, hostname, names};
 use super::timeline::timed;
-use super::worker::{Message, VolumePaths};
+use super::worker::Message;
 use crate::cgroups::limits::{container_limits, qos_class};
 use crate::ids::ContainerRun;
-use crate::images::auth::{self, RegistryAuth};
 use crate::images::{Image, PullPolicy};
 use crate::network::PodNetwork;
 use crate::paths::Paths;
-use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, app_armor, identity, mounts};
+use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, app_armor, identity};
 use crate::runtime::{ContainerSpec, RuntimeError};
 use crate::user_namespaces::idmap;
-use crate::view::{BlobKey, View};
-use crate::volumes::env;
+use crate::view::View;
+use crate::volumes::{ReadyVolume, ReadyVolumes, env, sub_path};
 
 /// SIGTERM, unless the image says otherwise.
 const SIGTERM: i32 = 15;
@@ -40,7 +39,7 @@ pub struct Job {
     /// Its network.
     pub network: PodNetwork,
     /// Its volumes.
-    pub volumes: Arc<VolumePaths>,
+    pub volumes: Arc<ReadyVolumes>,
     /// For ConfigMaps, Secrets and Services.
     pub view: Arc<View>,
     /// Durations of phases go here.
@@ -106,7 +105,7 @@ async fn limit(job: &Job, config: &Container) -> Result<(), Failure> {
 async fn image(job: &Job, config: &Container) -> Result<Arc<Image>, Failure> {
     let reference = config.image.as_deref().unwrap_or_default();
     let policy = PullPolicy::of(config.image_pull_policy.as_deref(), reference);
-    let credentials = credentials(job);
+    let credentials = credentials(&job.pod, &job.view);
     job.node
         .images
         .ensure(reference, policy, &credentials)
@@ -115,36 +114,6 @@ async fn image(job: &Job, config: &Container) -> Result<Arc<Image>, Failure> {
             reason: error.reason(),
             message: error.to_string(),
         })
-}
-
-/// The registries' credentials that the pod names; an unreadable Secret is none.
-fn credentials(job: &Job) -> Vec<RegistryAuth> {
-    let namespace = names(&job.pod).0;
-    let secrets = job
-        .pod
-        .spec
-        .iter()
-        .flat_map(|s| s.image_pull_secrets.iter().flatten());
-    let mut found = Vec::new();
-    for reference in secrets {
-        let key = BlobKey {
-            plural: "secrets".into(),
-            namespace: namespace.into(),
-            name: reference.name.clone(),
-        };
-        let Some(value) = job.view.blobs.get(&key) else {
-            continue;
-        };
-        let parsed = serde_json::from_value::<Secret>(value.as_ref().clone())
-            .map_err(|e| e.to_string())
-            .and_then(|secret| auth::from_secret(&secret));
-        match parsed {
-            Ok(credentials) => found.extend(credentials),
-            // The words name the Secret, never its content.
-            Err(words) => tracing::warn!(run = %job.run, "imagePullSecrets: {words}"),
-        }
-    }
-    found
 }
 
 /// Runs before this one are over: their layers and records go (a run shares its cgroup's name with
@@ -179,7 +148,7 @@ struct SpecParts {
     run: ContainerRun,
     pod: Arc<Pod>,
     network: PodNetwork,
-    volumes: Arc<VolumePaths>,
+    volumes: Arc<ReadyVolumes>,
     view: Arc<View>,
 }
 
@@ -229,6 +198,7 @@ impl SpecParts {
             .node
             .cgroups
             .pod_path(&self.run.pod, qos_class(&self.pod));
+        let sub_paths = self.node.paths.volume_sub_paths(&self.run.pod);
         let input = SpecInput {
             pod: &self.pod,
             container: config,
@@ -238,7 +208,7 @@ impl SpecParts {
             env: &env,
             hostname: &host_name,
             volumes: &volumes,
-            resolve_sub_path: mounts::resolve_sub_path,
+            mount_sub_path: &|part| sub_path::mount(&sub_paths, part),
             files: PodFiles {
                 hosts: Some(&hosts),
                 hostname: Some(&host_file),
@@ -311,10 +281,10 @@ impl SpecParts {
     fn with_pod_ids(
         &self,
         config: &Container,
-    ) -> Result<(std::path::PathBuf, VolumePaths), idmap::IdmapError> {
+    ) -> Result<(std::path::PathBuf, ReadyVolumes), idmap::IdmapError> {
         let etc = etc(&self.node, &self.run.pod);
         let Some(user) = &self.network.userns else {
-            return Ok((etc, VolumePaths::clone(&self.volumes)));
+            return Ok((etc, ReadyVolumes::clone(&self.volumes)));
         };
         let directory = idmap::directory(&self.node.paths.run, &self.run.pod);
         let show =
@@ -325,10 +295,12 @@ impl SpecParts {
             .flatten()
             .map(|m| m.name.as_str())
             .collect();
-        let mut volumes = VolumePaths::new();
-        for (name, path) in self.volumes.iter() {
+        let mut volumes = ReadyVolumes::new();
+        for (name, volume) in self.volumes.iter() {
             if mounted.contains(name.as_str()) {
-                volumes.insert(name.clone(), show(path, &format!("volume-{name}"))?);
+                let path = show(&volume.path, &format!("volume-{name}"))?;
+                let access = volume.access;
+                volumes.insert(name.clone(), ReadyVolume { path, access });
             }
         }
         Ok((show(&etc, "etc")?, volumes))

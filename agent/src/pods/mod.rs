@@ -33,6 +33,7 @@ use crate::paths::Paths;
 use crate::runtime::spec::security::Host;
 use crate::runtime::{ObservedSandbox, Runtime, RuntimeEvent};
 use crate::view::View;
+use crate::volumes::token::TokenSource;
 
 pub mod backoff;
 mod launch;
@@ -85,6 +86,8 @@ pub struct Node {
     pub device_guard: Option<DeviceGuard>,
     /// Statuses and events to the control plane.
     pub reporter: Reporter,
+    /// Who issues tokens of service accounts.
+    pub tokens: Arc<dyn TokenSource>,
 }
 
 /// Who exempts privileged containers from the device rules.

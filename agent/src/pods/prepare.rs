@@ -7,19 +7,20 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use gantry_api::k8s_openapi::api::core::v1::Pod;
+use gantry_api::k8s_openapi::api::core::v1::{Pod, Secret};
 use tokio::sync::{mpsc, watch};
 
 use super::Node;
 use super::timeline::timed;
-use super::worker::{Message, VolumePaths};
+use super::worker::Message;
 use crate::cgroups::limits::{container_limits, pod_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
+use crate::images::auth::{self, RegistryAuth};
 use crate::network::{self, PodNetwork, PodNetworkSpec};
 use crate::runtime::{ObservedSandbox, SandboxSpec};
 use crate::user_namespaces::{Range, Ranges, idmap};
-use crate::view::{Settings, View};
-use crate::volumes;
+use crate::view::{BlobKey, Settings, View};
+use crate::volumes::{self, ReadyVolumes, VolumeError};
 
 /// Why something could not be made: Kubernetes' reason and the words for a person.
 #[derive(Debug)]
@@ -68,7 +69,7 @@ pub async fn sandbox(
     pod: &Pod,
     view: &watch::Receiver<Arc<View>>,
     inputs: &mpsc::Sender<Message>,
-) -> Result<(PodNetwork, VolumePaths), Failure> {
+) -> Result<(PodNetwork, ReadyVolumes), Failure> {
     let view = view.borrow().clone();
     let (namespace, name) = names(pod);
     let host_network = pod
@@ -97,10 +98,10 @@ pub async fn sandbox(
     };
     let ((network, network_took), (volumes, volumes_took), (shim, shim_took)) = tokio::join!(
         timed(node.network.ensure(&network_spec)),
-        timed(volumes::ensure(pod, &view.blobs, &node.paths)),
+        timed(volumes(node, uid, pod, &view)),
         timed(node.runtime.ensure_sandbox(&sandbox_spec)),
     );
-    let volumes = volumes.map_err(|e| Failure::new("FailedMount", e))?;
+    let volumes = volumes.map_err(|e| Failure::new(e.reason(), e))?;
     let network = network.map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
     shim.map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
     write_etc(node, uid, pod, &network, &view)
@@ -172,6 +173,48 @@ pub async fn write_limits(
         again.map_err(|e| e.to_string())?;
     }
     Ok(())
+}
+
+async fn volumes(
+    node: &Node,
+    uid: &PodUid,
+    pod: &Pod,
+    view: &View,
+) -> Result<ReadyVolumes, VolumeError> {
+    let mut ready = volumes::ensure(pod, &view.blobs, &node.paths, node.tokens.as_ref()).await?;
+    let credentials = credentials(pod, view);
+    let images = volumes::image::ensure(pod, uid, &node.paths, &node.images, &credentials);
+    ready.extend(images.await?);
+    Ok(ready)
+}
+
+/// The registries' credentials that the pod names; an unreadable Secret is none.
+pub fn credentials(pod: &Pod, view: &View) -> Vec<RegistryAuth> {
+    let (namespace, pod_name) = names(pod);
+    let secrets = pod
+        .spec
+        .iter()
+        .flat_map(|s| s.image_pull_secrets.iter().flatten());
+    let mut found = Vec::new();
+    for reference in secrets {
+        let key = BlobKey {
+            plural: "secrets".into(),
+            namespace: namespace.into(),
+            name: reference.name.clone(),
+        };
+        let Some(value) = view.blobs.get(&key) else {
+            continue;
+        };
+        let parsed = serde_json::from_value::<Secret>(value.as_ref().clone())
+            .map_err(|e| e.to_string())
+            .and_then(|secret| auth::from_secret(&secret));
+        match parsed {
+            Ok(credentials) => found.extend(credentials),
+            // The words name the Secret, never its content.
+            Err(words) => tracing::warn!(namespace, pod_name, "imagePullSecrets: {words}"),
+        }
+    }
+    found
 }
 
 /// The directory of the pod's own /etc/hosts, /etc/hostname and /etc/resolv.conf.

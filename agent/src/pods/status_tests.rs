@@ -6,7 +6,7 @@ use gantry_api::k8s_openapi::api::core::v1::Pod;
 use super::*;
 use crate::ids::PodUid;
 use crate::network::PodNetwork;
-use crate::pods::state::Input;
+use crate::pods::state::{Action, Input};
 
 fn web() -> Arc<Pod> {
     Arc::new(
@@ -146,4 +146,30 @@ fn resized_pod() -> Pod {
         }]}}),
     )
     .unwrap()
+}
+
+#[test]
+fn a_pod_that_the_node_ends_stops_and_has_failed_with_the_reason() {
+    let mut state = running();
+    let second = Duration::from_secs(1);
+    let actions = state.next(Input::Fail("Evicted", "too much".into()), second);
+    assert!(actions.contains(&Action::Event("Evicted", "too much".into(), true)));
+    assert!(actions.contains(&Action::Stop(run())));
+    assert_eq!(state.wake_at(), Some(second * 2), "killed after one second");
+    let status = render(&state, &PodStatus::default(), &around(2000));
+    assert_eq!(status.phase.as_deref(), Some("Running"));
+    let exit = Exit {
+        code: 0,
+        signal: 0,
+        oom_killed: false,
+        started_at: SystemTime::UNIX_EPOCH,
+        finished_at: SystemTime::UNIX_EPOCH,
+        unknown: false,
+    };
+    let actions = state.next(Input::Exited(run(), exit), second * 2);
+    assert!(actions.contains(&Action::TearDown));
+    let status = render(&state, &PodStatus::default(), &around(2001));
+    assert_eq!(status.phase.as_deref(), Some("Failed"));
+    assert_eq!(status.reason.as_deref(), Some("Evicted"));
+    assert_eq!(status.message.as_deref(), Some("too much"));
 }

@@ -9,8 +9,7 @@
 //! Whatever takes time runs in a task of its own and comes back as an input, so the worker itself
 //! never waits for the machine. The pod arrives in a slot that keeps only the newest.
 
-use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ use super::{Node, launch, prepare, records, status};
 use crate::ids::{ContainerRun, PodUid};
 use crate::runtime::ObservedContainer;
 use crate::view::View;
-use crate::volumes;
+use crate::volumes::{self, ReadyVolumes};
 
 /// Inputs that may wait for the worker; senders wait beyond that.
 const INPUTS_MAX: usize = 64;
@@ -41,8 +40,8 @@ const UNHEALTHY_EVENT_EVERY: Duration = Duration::from_secs(10);
 /// A resize that was not possible is looked at again this much later.
 const RESIZE_AGAIN: Duration = Duration::from_secs(5);
 
-/// What a sandbox has besides its network: where its volumes are.
-pub type VolumePaths = BTreeMap<String, PathBuf>;
+/// A token is looked at this often: the shortest lives 10 minutes and is renewed after 8.
+const TOKEN_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What comes back from the tasks that do the work.
 #[derive(Debug)]
@@ -61,6 +60,8 @@ pub enum Message {
     Unhealthy(ProbeKind, String),
     /// Some ConfigMap or Secret of this node's pods has changed.
     Blobs,
+    /// A token may be due for renewal.
+    Tokens,
 }
 
 /// How the owner of all workers reaches one.
@@ -80,7 +81,9 @@ pub struct Worker {
     view: watch::Receiver<Arc<View>>,
     inputs: mpsc::Sender<Message>,
     inbox: mpsc::Receiver<Message>,
-    volumes: Arc<ArcSwapOption<VolumePaths>>,
+    volumes: Arc<ArcSwapOption<ReadyVolumes>>,
+    /// Volumes have one writer at a time.
+    refresh: Arc<tokio::sync::Mutex<()>>,
     probes: HashMap<String, AbortHandle>,
     reported: PodStatus,
     allocated: Allocated,
@@ -123,6 +126,7 @@ impl Worker {
             inputs: inputs.clone(),
             inbox,
             volumes: Arc::default(),
+            refresh: Arc::default(),
             probes: HashMap::new(),
             reported,
             allocated,
@@ -169,11 +173,16 @@ impl Worker {
                 changed = self.newest.changed() => match changed {
                     Ok(()) => {
                         let newest = self.newest.borrow_and_update().clone();
+                        let before = self.state.pod.clone();
                         let input = match newest {
                             Some(pod) => self.grant(pod),
                             None => Input::Gone,
                         };
                         self.turn(input);
+                        let (old, new) = (&before.metadata, &self.state.pod.metadata);
+                        if old.labels != new.labels || old.annotations != new.annotations {
+                            self.refresh_volumes(); // the downward API shows them
+                        }
                     }
                     // The owner is gone: the agent shuts down, the pod goes on without it.
                     Err(_) => return,
@@ -214,6 +223,7 @@ impl Worker {
                 self.turn(Input::Retry);
                 self.refresh_volumes();
             }
+            Message::Tokens => self.refresh_volumes(),
         }
     }
 
@@ -223,9 +233,13 @@ impl Worker {
             return;
         }
         let (node, pod) = (self.node.clone(), self.state.pod.clone());
-        let view = self.view.borrow().clone();
+        let (views, one_at_a_time) = (self.view.clone(), self.refresh.clone());
         tokio::spawn(async move {
-            if let Err(error) = volumes::ensure(&pod, &view.blobs, &node.paths).await {
+            let _turn = one_at_a_time.lock().await;
+            let view = views.borrow().clone();
+            if let Err(error) =
+                volumes::ensure(&pod, &view.blobs, &node.paths, node.tokens.as_ref()).await
+            {
                 // The mounted copy stays as it is: an object deleted later takes nothing away.
                 debug!(%error, "refresh volumes");
             }
@@ -366,11 +380,18 @@ impl Worker {
     fn prepare(&self) {
         let (node, inputs) = (self.node.clone(), self.inputs.clone());
         let (uid, pod) = (self.state.uid.clone(), self.state.pod.clone());
-        let (view, volumes) = (self.view.clone(), self.volumes.clone());
+        let (view, stored) = (self.view.clone(), self.volumes.clone());
         tokio::spawn(async move {
             let input = match prepare::sandbox(&node, &uid, &pod, &view, &inputs).await {
-                Ok((network, paths)) => {
-                    volumes.store(Some(Arc::new(paths)));
+                Ok((network, ready)) => {
+                    let limited = volumes::usage::limited(&pod, &ready);
+                    if !limited.is_empty() {
+                        tokio::spawn(watch_usage(limited, inputs.clone()));
+                    }
+                    if volumes::token::wanted(&pod) {
+                        tokio::spawn(look_at_tokens(inputs.clone()));
+                    }
+                    stored.store(Some(Arc::new(ready)));
                     Input::SandboxReady(network)
                 }
                 Err(failure) => Input::SandboxFailed(failure.reason.into(), failure.message),
@@ -574,6 +595,36 @@ impl Worker {
             count: Some(1),
             ..Event::default()
         });
+    }
+}
+
+/// Has the tokens looked at until the worker ends. Pods of one moment ask at different ones.
+async fn look_at_tokens(inputs: mpsc::Sender<Message>) {
+    loop {
+        let jitter = TOKEN_INTERVAL.mul_f64(rand::random::<f64>() / 4.0);
+        tokio::time::sleep(TOKEN_INTERVAL + jitter).await;
+        if inputs.send(Message::Tokens).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Measures volumes with a limit until the worker ends, or one is over it.
+async fn watch_usage(volumes: Vec<volumes::usage::Limited>, inputs: mpsc::Sender<Message>) {
+    let volumes = Arc::new(volumes);
+    loop {
+        tokio::select! {
+            // Cancel-safe: a timer, and waiting for the end.
+            () = tokio::time::sleep(volumes::usage::INTERVAL) => {}
+            () = inputs.closed() => return,
+        }
+        let measured = volumes.clone();
+        let look = move || volumes::usage::exceeded(&measured);
+        if let Ok(Some(words)) = tokio::task::spawn_blocking(look).await {
+            let input = Input::Fail("Evicted", words);
+            let _ = inputs.send(Message::Input(input)).await;
+            return;
+        }
     }
 }
 

@@ -39,6 +39,10 @@ use self::security::Host;
 use super::Seccomp;
 use crate::cgroups::limits;
 use crate::user_namespaces::{RANGE_LENGTH, UserNamespace};
+use crate::volumes::ReadyVolume;
+#[cfg(doc)]
+use crate::volumes::sub_path;
+use crate::volumes::sub_path::SubPath;
 
 /// `PATH` of an image that sets none, as Docker's.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -61,10 +65,10 @@ pub struct SpecInput<'a> {
     pub env: &'a [(String, String)],
     /// The pod's host name (the node's with host network).
     pub hostname: &'a str,
-    /// Host path of each volume of the pod, by name.
-    pub volumes: &'a BTreeMap<String, PathBuf>,
-    /// How `subPath` becomes a path: [`mounts::resolve_sub_path`] (acting) or a fake.
-    pub resolve_sub_path: fn(&Path, &str) -> std::io::Result<PathBuf>,
+    /// The pod's volumes, by name.
+    pub volumes: &'a BTreeMap<String, ReadyVolume>,
+    /// How `subPath` becomes a path of the host: [`sub_path::mount`] (acting) or a fake.
+    pub mount_sub_path: &'a dyn Fn(&SubPath<'_>) -> std::io::Result<PathBuf>,
     /// The files the agent keeps for the pod.
     pub files: PodFiles<'a>,
     /// The pinned namespaces; none means the host's.

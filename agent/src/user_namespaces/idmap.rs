@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
-use rustix::mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
 use super::UserNamespace;
 use crate::ids::PodUid;
@@ -187,6 +187,12 @@ pub fn remove_all(run: &Path) -> Result<(), IdmapError> {
 }
 
 fn unmount(path: &Path) -> Result<(), IdmapError> {
+    // Mounts below may be peers of the host's, which would go with them.
+    let all = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    match rustix::mount::mount_change(path, all) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+        Err(errno) => return Err(IdmapError::new(path, io::Error::from(errno))),
+    }
     for _ in 0..UNMOUNT_COUNT_MAX {
         match rustix::mount::unmount(path, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
             Ok(()) => {}

@@ -11,8 +11,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{self, ErrorKind};
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown, symlink};
+use std::io::{self, ErrorKind, Write as _};
+use std::os::unix::fs::{
+    MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, chown, symlink,
+};
 use std::path::Path;
 
 use super::VolumeError;
@@ -106,12 +108,19 @@ fn fill(version: &Path, payload: &Payload, fs_group: Option<u32>) -> io::Result<
                 own_directory(&parent)?;
             }
         }
-        fs::write(&path, &file.data)?;
-        chown(&path, None, fs_group)?;
+        write_new(&path, &file.data)?;
+        chown(&path, file.user, fs_group)?;
         let mode = final_mode(file.mode, fs_group);
         fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
     }
     Ok(())
+}
+
+/// Nobody but root reads it before it has its owner and mode.
+fn write_new(path: &Path, data: &[u8]) -> io::Result<()> {
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    options.open(path)?.write_all(data)
 }
 
 fn is_current(version: &Path, payload: &Payload, fs_group: Option<u32>) -> bool {
@@ -122,6 +131,7 @@ fn is_current(version: &Path, payload: &Payload, fs_group: Option<u32>) -> bool 
             m.is_file()
                 && m.mode() & 0o777 == final_mode(file.mode, fs_group)
                 && fs_group.is_none_or(|g| m.gid() == g)
+                && file.user.is_none_or(|u| m.uid() == u)
         }) && fs::read(&path).is_ok_and(|data| data == file.data)
     });
     same && count_files(version) == Some(payload.len())
@@ -153,12 +163,21 @@ fn link_names(directory: &Path, payload: &Payload) -> io::Result<()> {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if !name.starts_with("..") && !wanted.contains(name.as_ref()) {
+        if name.starts_with("..") || wanted.contains(name.as_ref()) {
+            continue;
+        }
+        if entry.file_type()?.is_dir() {
+            // Made for a subPath of a key that is not there; in use, or empty.
+            let _ = fs::remove_dir(entry.path());
+        } else {
             fs::remove_file(entry.path())?;
         }
     }
     for name in wanted {
         let link = directory.join(name);
+        if fs::symlink_metadata(&link).is_ok_and(|meta| meta.is_dir()) {
+            fs::remove_dir(&link)?;
+        }
         if fs::symlink_metadata(&link).is_err() {
             symlink(Path::new(DATA).join(name), &link)?;
         }

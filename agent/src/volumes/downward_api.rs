@@ -54,13 +54,7 @@ pub(super) fn files(
             (None, None) => return Err(invalid(format!("item {path:?} names no field"))),
         };
         let mode = payload::mode(item.mode, default_mode);
-        payload.insert(
-            path,
-            PayloadFile {
-                data: text.into_bytes(),
-                mode,
-            },
-        );
+        payload.insert(path, PayloadFile::new(text.into_bytes(), mode));
     }
     Ok(payload)
 }

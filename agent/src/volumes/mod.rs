@@ -6,7 +6,9 @@
 //!                            ├─ kubernetes.io~secret/<name>        the same on tmpfs: never on a disk
 //!                            ├─ kubernetes.io~downward-api/<name>
 //!                            └─ kubernetes.io~projected/<name>     tmpfs: may hold secrets
-//! hostPath: the host's own path, checked
+//! <lib>/pods/<uid>/volume-subpaths/<volume>/<container>/<n>         mounts of parts ([`sub_path`])
+//! <lib>/pods/<uid>/containers/volume~<name>/0                       an image's files ([`image`])
+//! hostPath, persistentVolumeClaim: the host's own path, checked
 //! ```
 //! [`ensure`] is idempotent and is called again when a ConfigMap or Secret changed: a reader sees
 //! the old files or the new ones, never a mixture. [`remove`] unmounts first, follows no symlink,
@@ -16,6 +18,7 @@
 //! ([`hosts`]).
 
 mod atomic;
+mod claim;
 mod config_map;
 mod downward_api;
 mod empty_dir;
@@ -23,26 +26,69 @@ pub mod env;
 mod field;
 mod host_path;
 pub mod hosts;
+pub mod image;
+mod ownership;
 mod payload;
 mod projected;
 mod secret;
+pub mod sub_path;
 mod tmpfs;
+pub mod token;
 pub(crate) mod tree;
+pub mod usage;
+mod walk;
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use gantry_api::k8s_openapi::api::core::v1::{Pod, Volume};
+use gantry_api::k8s_openapi::api::core::v1::{Pod, PodSpec, Volume};
 use serde_json::Value;
 
+use self::token::TokenSource;
 use crate::ids::PodUid;
+use crate::images::ImageError;
 use crate::paths::Paths;
 use crate::view::BlobKey;
 
 /// The ConfigMaps and Secrets this node knows.
 pub type Blobs = BTreeMap<BlobKey, Arc<Value>>;
+
+/// What a container may do with a volume at most, whatever its mount says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// Anything, unless the mount is read-only.
+    ReadWrite,
+    /// Its files are written by the agent: ConfigMap, Secret and their like.
+    ReadOnly,
+    /// An image's files.
+    ReadOnlyNoExec,
+}
+
+/// A volume that is there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ReadyVolume {
+    /// Where it is on this host.
+    pub path: PathBuf,
+    /// What its mounts may be at most.
+    pub access: Access,
+}
+
+impl ReadyVolume {
+    fn writable(path: PathBuf) -> Self {
+        let access = Access::ReadWrite;
+        Self { path, access }
+    }
+
+    fn read_only(path: PathBuf) -> Self {
+        let access = Access::ReadOnly;
+        Self { path, access }
+    }
+}
+
+/// The pod's volumes, by spec.volumes[].name.
+pub type ReadyVolumes = BTreeMap<String, ReadyVolume>;
 
 /// Why a volume is not ready.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +112,14 @@ pub enum VolumeError {
         /// The source's field name.
         kind: String,
     },
+    /// The image of an image volume is not there.
+    #[error("volume {volume:?}: {source}")]
+    Image {
+        /// spec.volumes[].name
+        volume: String,
+        /// Why.
+        source: Box<ImageError>,
+    },
     /// A system call failed.
     #[error("{context}: {source}")]
     Io {
@@ -77,6 +131,14 @@ pub enum VolumeError {
 }
 
 impl VolumeError {
+    /// Kubernetes' reason.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Image { source, .. } => source.reason(),
+            _ => "FailedMount",
+        }
+    }
+
     fn io(context: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let context = context.into();
         move |source| Self::Io { context, source }
@@ -92,24 +154,55 @@ struct Context<'a> {
     root: &'a Path,
     /// spec.securityContext.fsGroup: group of the files, as the kubelet does it.
     fs_group: Option<u32>,
+    /// fsGroupChangePolicy: OnRootMismatch.
+    on_root_mismatch: bool,
+    /// The user of every container, where it is one.
+    fs_user: Option<u32>,
+    /// Tokens of service accounts that the pod's volumes hold.
+    tokens: &'a token::Tokens,
 }
 
 impl Context<'_> {
-    /// `<root>/kubernetes.io~<plugin>/<name>`; a volume name is a DNS label, so it is one component.
     fn directory(&self, plugin: &str, volume: &Volume) -> Result<PathBuf, VolumeError> {
-        let name = volume.name.as_str();
-        let label = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
-        if name.is_empty() || name.len() > 63 || !name.bytes().all(label) {
-            return Err(VolumeError::Invalid {
-                volume: name.to_owned(),
-                reason: "its name is no DNS label".to_owned(),
-            });
-        }
-        Ok(self.root.join(format!("kubernetes.io~{plugin}")).join(name))
+        directory(self.root, plugin, &volume.name)
     }
 }
 
-/// Makes or updates every volume of the pod. Returns where each one is on this host.
+/// `<root>/kubernetes.io~<plugin>/<name>`.
+fn directory(root: &Path, plugin: &str, name: &str) -> Result<PathBuf, VolumeError> {
+    check_name(name)?;
+    Ok(root.join(format!("kubernetes.io~{plugin}")).join(name))
+}
+
+/// A volume's name is a DNS label, so it is one component of a path.
+fn check_name(name: &str) -> Result<(), VolumeError> {
+    let label = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-';
+    if name.is_empty() || name.len() > 63 || !name.bytes().all(label) {
+        return Err(VolumeError::Invalid {
+            volume: name.to_owned(),
+            reason: "its name is no DNS label".to_owned(),
+        });
+    }
+    Ok(())
+}
+
+/// The user that every container of the pod runs as, when all of them say the same.
+fn fs_user(spec: &PodSpec) -> Option<u32> {
+    let pods = spec.security_context.as_ref().and_then(|c| c.run_as_user);
+    let mut users = spec
+        .containers
+        .iter()
+        .chain(spec.init_containers.iter().flatten())
+        .map(|c| {
+            let own = c.security_context.as_ref().and_then(|c| c.run_as_user);
+            own.or(pods)
+        });
+    let first = users.next()??;
+    let same = users.all(|user| user == Some(first));
+    same.then_some(first).and_then(|u| u32::try_from(u).ok())
+}
+
+/// Makes or updates every volume of the pod; those of images: [`image::ensure`].
 ///
 /// # Errors
 /// The first volume that is not ready; those before it are. Call again: nothing is redone.
@@ -117,9 +210,14 @@ pub async fn ensure(
     pod: &Pod,
     blobs: &Blobs,
     paths: &Paths,
-) -> Result<BTreeMap<String, PathBuf>, VolumeError> {
-    let (pod, blobs, paths) = (pod.clone(), needed(pod, blobs), paths.clone());
-    blocking(move || ensure_blocking(&pod, &blobs, &paths)).await
+    tokens: &dyn TokenSource,
+) -> Result<ReadyVolumes, VolumeError> {
+    let uid = pod.metadata.uid.as_deref().unwrap_or("");
+    let uid = PodUid::new(uid).map_err(|e| VolumeError::io("pod")(io::Error::other(e)))?;
+    let root = paths.pod_lib(&uid).join("volumes");
+    let tokens = token::gather(pod, &root, tokens).await?;
+    let (pod, blobs) = (pod.clone(), needed(pod, blobs));
+    blocking(move || ensure_blocking(&pod, &blobs, &root, &tokens)).await
 }
 
 /// Unmounts and deletes everything below the pod's directory. Idempotent.
@@ -140,10 +238,12 @@ async fn blocking<T: Send + 'static>(
         .unwrap_or_else(|e| Err(VolumeError::io("volume task")(io::Error::other(e))))
 }
 
-/// The pod's namespace only: cheap, the objects themselves are shared.
+/// The pod's namespace and what has none: cheap, the objects themselves are shared.
 fn needed(pod: &Pod, blobs: &Blobs) -> Blobs {
     let namespace = pod.metadata.namespace.as_deref().unwrap_or("default");
-    let own = blobs.iter().filter(|(key, _)| key.namespace == namespace);
+    let own = blobs
+        .iter()
+        .filter(|(key, _)| key.namespace == namespace || key.namespace.is_empty());
     own.map(|(key, value)| (key.clone(), Arc::clone(value)))
         .collect()
 }
@@ -151,41 +251,53 @@ fn needed(pod: &Pod, blobs: &Blobs) -> Blobs {
 fn ensure_blocking(
     pod: &Pod,
     blobs: &Blobs,
-    paths: &Paths,
-) -> Result<BTreeMap<String, PathBuf>, VolumeError> {
-    let uid = pod.metadata.uid.as_deref().unwrap_or("");
-    let uid = PodUid::new(uid).map_err(|e| VolumeError::io("pod")(io::Error::other(e)))?;
+    root: &Path,
+    tokens: &token::Tokens,
+) -> Result<ReadyVolumes, VolumeError> {
     let spec = pod.spec.as_ref();
     let security = spec.and_then(|s| s.security_context.as_ref());
+    let policy = security.and_then(|s| s.fs_group_change_policy.as_deref());
     let context = Context {
         pod,
         namespace: pod.metadata.namespace.as_deref().unwrap_or("default"),
         blobs,
-        root: &paths.pod_lib(&uid).join("volumes"),
+        root,
         fs_group: security
             .and_then(|s| s.fs_group)
             .and_then(|g| u32::try_from(g).ok()),
+        on_root_mismatch: policy == Some("OnRootMismatch"),
+        fs_user: spec.and_then(fs_user),
+        tokens,
     };
     let mut ready = BTreeMap::new();
     for volume in spec.and_then(|s| s.volumes.as_ref()).into_iter().flatten() {
+        if volume.image.is_some() {
+            continue;
+        }
         ready.insert(volume.name.clone(), ensure_volume(&context, volume)?);
     }
     Ok(ready)
 }
 
-fn ensure_volume(context: &Context<'_>, volume: &Volume) -> Result<PathBuf, VolumeError> {
+fn ensure_volume(context: &Context<'_>, volume: &Volume) -> Result<ReadyVolume, VolumeError> {
     if let Some(source) = &volume.empty_dir {
-        empty_dir::ensure(context, volume, source)
+        empty_dir::ensure(context, volume, source).map(ReadyVolume::writable)
     } else if let Some(source) = &volume.config_map {
-        config_map::ensure(context, volume, source)
+        config_map::ensure(context, volume, source).map(ReadyVolume::read_only)
     } else if let Some(source) = &volume.secret {
-        secret::ensure(context, volume, source)
+        secret::ensure(context, volume, source).map(ReadyVolume::read_only)
     } else if let Some(source) = &volume.host_path {
-        host_path::ensure(volume, source)
+        host_path::ensure(volume, source).map(ReadyVolume::writable)
     } else if let Some(source) = &volume.downward_api {
-        downward_api::ensure(context, volume, source)
+        downward_api::ensure(context, volume, source).map(ReadyVolume::read_only)
     } else if let Some(source) = &volume.projected {
-        projected::ensure(context, volume, source)
+        projected::ensure(context, volume, source).map(ReadyVolume::read_only)
+    } else if let Some(source) = &volume.persistent_volume_claim {
+        let read_only = source.read_only.unwrap_or(false);
+        claim::ensure(context, volume, &source.claim_name, read_only)
+    } else if volume.ephemeral.is_some() {
+        let name = claim::ephemeral_name(context, volume);
+        claim::ensure(context, volume, &name, false)
     } else {
         // The name of whatever source is set: the one key besides the volume's name.
         let value = serde_json::to_value(volume).unwrap_or_default();
@@ -198,7 +310,9 @@ fn ensure_volume(context: &Context<'_>, volume: &Volume) -> Result<PathBuf, Volu
                 kind,
             }),
             // No source at all: Kubernetes makes it an emptyDir.
-            None => empty_dir::ensure(context, volume, &Default::default()),
+            None => {
+                empty_dir::ensure(context, volume, &Default::default()).map(ReadyVolume::writable)
+            }
         }
     }
 }

@@ -21,6 +21,15 @@ pub(super) struct PayloadFile {
     pub(super) data: Vec<u8>,
     /// Permission bits.
     pub(super) mode: u32,
+    /// Owner; none: root.
+    pub(super) user: Option<u32>,
+}
+
+impl PayloadFile {
+    pub(super) fn new(data: Vec<u8>, mode: u32) -> Self {
+        let user = None;
+        Self { data, mode, user }
+    }
 }
 
 /// By path relative to the volume.
@@ -116,13 +125,7 @@ pub(super) fn of_object(
     let Some(items) = selection.items.filter(|i| !i.is_empty()) else {
         for (key, data) in entries {
             let path = check_path(&key).map_err(&invalid)?;
-            payload.insert(
-                path,
-                PayloadFile {
-                    data,
-                    mode: default_mode,
-                },
-            );
+            payload.insert(path, PayloadFile::new(data, default_mode));
         }
         return Ok(payload);
     };
@@ -131,13 +134,7 @@ pub(super) fn of_object(
         match entries.get_mut(&item.key) {
             Some(data) => {
                 let mode = mode(item.mode, default_mode);
-                payload.insert(
-                    path,
-                    PayloadFile {
-                        data: data.clone(),
-                        mode,
-                    },
-                );
+                payload.insert(path, PayloadFile::new(data.clone(), mode));
             }
             None if selection.optional => {}
             // The key may come with the object's next version: the pod waits.

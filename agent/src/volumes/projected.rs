@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 
-use gantry_api::k8s_openapi::api::core::v1::{ProjectedVolumeSource, Volume};
+use gantry_api::k8s_openapi::api::core::v1::{
+    ProjectedVolumeSource, ServiceAccountTokenProjection, Volume,
+};
 
-use super::payload::{self, DEFAULT_MODE, Payload, Selection};
+use super::payload::{self, DEFAULT_MODE, Payload, PayloadFile, Selection};
 use super::{Context, VolumeError, atomic, downward_api, tmpfs};
 
 pub(super) fn ensure(
@@ -37,6 +39,8 @@ pub(super) fn ensure(
             let items = part.items.as_deref().unwrap_or_default();
             let mode = payload::mode(source.default_mode, DEFAULT_MODE);
             downward_api::files(context, volume, items, mode)?
+        } else if let Some(part) = &part.service_account_token {
+            token(context, volume, source, part)?
         } else {
             let value = serde_json::to_value(part).unwrap_or_default();
             let kind = value.as_object().and_then(|o| o.keys().next().cloned());
@@ -50,4 +54,28 @@ pub(super) fn ensure(
     tmpfs::ensure(&directory, None)?;
     atomic::write(&directory, &payload, context.fs_group)?;
     Ok(directory)
+}
+
+/// The user that all containers run as may read its token, or the pod's group; else the mode says.
+fn token(
+    context: &Context<'_>,
+    volume: &Volume,
+    source: &ProjectedVolumeSource,
+    part: &ServiceAccountTokenProjection,
+) -> Result<Payload, VolumeError> {
+    let path = payload::check_path(&part.path).map_err(|reason| VolumeError::Invalid {
+        volume: volume.name.clone(),
+        reason,
+    })?;
+    let token = context.tokens.get(&(volume.name.clone(), path.clone()));
+    let token = token
+        .ok_or_else(|| VolumeError::Waiting(format!("volume {:?}: no token yet", volume.name)))?;
+    let mode = if context.fs_group.is_some() || context.fs_user.is_some() {
+        0o600
+    } else {
+        payload::mode(source.default_mode, DEFAULT_MODE)
+    };
+    let mut file = PayloadFile::new(token.clone().into_bytes(), mode);
+    file.user = context.fs_user;
+    Ok(Payload::from([(path, file)]))
 }

@@ -4,6 +4,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use proptest::prelude::*;
 use serde_json::json;
 
+use super::token::tests::{Issuer, token};
 use super::*;
 
 /// A pod's directories in a temporary place; unmounted at the end whatever happens.
@@ -11,6 +12,7 @@ struct Node {
     dir: tempfile::TempDir,
     paths: Paths,
     blobs: Blobs,
+    issuer: Issuer,
 }
 
 impl Drop for Node {
@@ -37,6 +39,7 @@ impl Node {
             dir,
             paths,
             blobs: Blobs::new(),
+            issuer: Issuer::default(),
         })
     }
 
@@ -62,7 +65,11 @@ impl Node {
 
     async fn ensure(&self, volume: serde_json::Value) -> Result<PathBuf, VolumeError> {
         let pod = self.pod(volume, json!({}));
-        Ok(ensure(&pod, &self.blobs, &self.paths).await?["vol"].clone())
+        Ok(
+            ensure(&pod, &self.blobs, &self.paths, &self.issuer).await?["vol"]
+                .path
+                .clone(),
+        )
     }
 
     async fn remove(&self) {
@@ -162,8 +169,16 @@ async fn secret_is_on_tmpfs_and_belongs_to_the_group() {
     node.put("secrets", "pass", json!({"data": {"word": "aHVudGVy"}}));
     let volume = json!({"secret": {"secretName": "pass", "defaultMode": 0o400}});
     let pod = node.pod(volume, json!({"fsGroup": 4242}));
-    let dir = ensure(&pod, &node.blobs, &node.paths).await.unwrap()["vol"].clone();
-    let again = ensure(&pod, &node.blobs, &node.paths).await.unwrap()["vol"].clone();
+    let dir = ensure(&pod, &node.blobs, &node.paths, &node.issuer)
+        .await
+        .unwrap()["vol"]
+        .path
+        .clone();
+    let again = ensure(&pod, &node.blobs, &node.paths, &node.issuer)
+        .await
+        .unwrap()["vol"]
+        .path
+        .clone();
     assert_eq!(dir, again);
     assert_eq!(read(dir.join("word")), "hunter");
     assert_eq!(
@@ -283,12 +298,9 @@ async fn pod_fields_and_projections_become_files() {
         (read(dir.join("a")), read(dir.join("b"))),
         ("1".to_owned(), "2".to_owned())
     );
-    let claim = json!({"persistentVolumeClaim": {"claimName": "x"}});
+    let claim = json!({"csi": {"driver": "x"}});
     let error = node.ensure(claim).await.unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "volume \"vol\": persistentVolumeClaim is not supported"
-    );
+    assert_eq!(error, "volume \"vol\": csi is not supported");
     node.remove().await;
 }
 
@@ -349,7 +361,7 @@ proptest! {
                 continue;
             }
             let wanted: payload::Payload = version.iter().map(|(k, v)| {
-                (k.clone(), payload::PayloadFile { data: v.clone().into_bytes(), mode: 0o644 })
+                (k.clone(), payload::PayloadFile::new(v.clone().into_bytes(), 0o644))
             }).collect();
             atomic::write(&dir, &wanted, None).unwrap();
             for (name, file) in &wanted {
@@ -370,4 +382,118 @@ proptest! {
             prop_assert!(clean.split('/').all(|p| !p.is_empty() && p != ".." && p != "."));
         }
     }
+}
+
+#[tokio::test]
+async fn a_token_is_renewed_in_time_and_stays_when_nobody_answers() {
+    let Some(node) = Node::new() else { return };
+    let volume = json!({"projected": {"defaultMode": 0o644, "sources": [
+        {"serviceAccountToken": {"path": "token", "expirationSeconds": 3607}},
+        {"downwardAPI": {"items": [
+            {"path": "namespace", "fieldRef": {"fieldPath": "metadata.namespace"}}]}}]}});
+    let error = node.ensure(volume.clone()).await.unwrap_err().to_string();
+    let words = "volume \"vol\": no token of service account \"default\": offline";
+    assert_eq!(error, words);
+    let now = jiff::Timestamp::now().as_second();
+    let (old, new) = (token(now - 3000, now + 607), token(now, now + 3607));
+    *node.issuer.tokens.lock().unwrap() = vec![new.clone(), old.clone()];
+    let dir = node.ensure(volume.clone()).await.unwrap();
+    assert_eq!(read(dir.join("token")), old);
+    assert_eq!(
+        fs::metadata(dir.join("token")).unwrap().mode() & 0o777,
+        0o644
+    );
+    assert_eq!(read(dir.join("namespace")), "shop");
+    assert_eq!(
+        rustix::fs::statfs(&dir).unwrap().f_type,
+        0x0102_1994,
+        "on tmpfs"
+    );
+    // 80 % of its life is over: the next look renews it, the one after that does not.
+    node.ensure(volume.clone()).await.unwrap();
+    assert_eq!(read(dir.join("token")), new);
+    node.ensure(volume.clone()).await.unwrap();
+    assert_eq!(node.issuer.asked.lock().unwrap().len(), 3);
+    assert_eq!(node.issuer.asked.lock().unwrap()[2].expiration_s, 3607);
+    // One user, or a group: they alone read it.
+    *node.issuer.tokens.lock().unwrap() = vec![old.clone()];
+    node.remove().await;
+    let pod = node.pod(volume, json!({"runAsUser": 1234, "fsGroup": 99}));
+    ensure(&pod, &node.blobs, &node.paths, &node.issuer)
+        .await
+        .unwrap();
+    let meta = fs::metadata(dir.join("token")).unwrap();
+    assert_eq!(
+        (meta.uid(), meta.gid(), meta.mode() & 0o777),
+        (1234, 99, 0o640)
+    );
+    // Due and nobody there: a pod that runs keeps what it has.
+    ensure(&pod, &node.blobs, &node.paths, &node.issuer)
+        .await
+        .unwrap();
+    assert_eq!(read(dir.join("token")), old);
+    node.remove().await;
+}
+
+#[tokio::test]
+async fn a_claim_leads_to_its_volume_and_the_data_stays() {
+    let Some(mut node) = Node::new() else { return };
+    let data = node.dir.path().join("disk");
+    let volume = json!({"persistentVolumeClaim": {"claimName": "data"}});
+    let waits = |error: VolumeError, words: &str| {
+        assert!(matches!(&error, VolumeError::Waiting(_)), "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+    };
+    waits(
+        node.ensure(volume.clone()).await.unwrap_err(),
+        "\"data\" not found",
+    );
+    let claim = |phase: &str| {
+        json!({"metadata": {"name": "data", "namespace": "shop", "uid": "c-1"},
+            "spec": {"volumeName": "pv-1"}, "status": {"phase": phase}})
+    };
+    node.put("persistentvolumeclaims", "data", claim("Pending"));
+    waits(node.ensure(volume.clone()).await.unwrap_err(), "not bound");
+    node.put("persistentvolumeclaims", "data", claim("Bound"));
+    waits(
+        node.ensure(volume.clone()).await.unwrap_err(),
+        "\"pv-1\" not found",
+    );
+    let put_volume = |node: &mut Node, uid: &str| {
+        let key = BlobKey {
+            plural: "persistentvolumes".into(),
+            namespace: String::new(),
+            name: "pv-1".into(),
+        };
+        let object = json!({"metadata": {"name": "pv-1"},
+            "spec": {"local": {"path": &data}, "claimRef": {"uid": uid}}});
+        node.blobs.insert(key, Arc::new(object));
+    };
+    put_volume(&mut node, "c-2");
+    let error = node.ensure(volume.clone()).await.unwrap_err().to_string();
+    assert!(error.contains("belongs to another claim"), "{error}");
+    put_volume(&mut node, "c-1");
+    waits(
+        node.ensure(volume.clone()).await.unwrap_err(),
+        "No such file",
+    );
+    fs::create_dir(&data).unwrap();
+    fs::write(data.join("file"), "kept").unwrap();
+    let pod = node.pod(volume.clone(), json!({"fsGroup": 99}));
+    let ready = ensure(&pod, &node.blobs, &node.paths, &node.issuer)
+        .await
+        .unwrap();
+    assert_eq!(
+        (&ready["vol"].path, ready["vol"].access),
+        (&data, Access::ReadWrite)
+    );
+    assert_eq!(fs::metadata(data.join("file")).unwrap().gid(), 99);
+    let read_only = json!({"persistentVolumeClaim": {"claimName": "data", "readOnly": true}});
+    let pod = node.pod(read_only, json!({}));
+    let ready = ensure(&pod, &node.blobs, &node.paths, &node.issuer)
+        .await
+        .unwrap();
+    assert_eq!(ready["vol"].access, Access::ReadOnly);
+    node.remove().await;
+    assert_eq!(read(data.join("file")), "kept");
 }

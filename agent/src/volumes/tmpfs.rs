@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount,
+};
 
 use super::VolumeError;
 
@@ -66,13 +68,27 @@ fn mounts_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
 }
 
 /// Unmounts everything at or below `directory`; what is still in use is detached.
+///
+/// A mount below may be a peer of one of the host's (a hostPath's part, what a container with
+/// Bidirectional propagation has bound): it becomes private first, so that nothing of the host's
+/// goes with it.
 pub(super) fn unmount_below(directory: &Path) -> Result<(), VolumeError> {
     // The table has resolved paths.
     let Ok(directory) = directory.canonicalize() else {
         return Ok(()); // nothing there
     };
     let list = || mounts_below(&directory).map_err(VolumeError::io("read the mount table"));
-    for point in list()? {
+    let points = list()?;
+    for point in points.iter().rev() {
+        match mount_change(point, MountPropagationFlags::PRIVATE) {
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(e) => {
+                let context = format!("make mount {} private", point.display());
+                return Err(VolumeError::io(context)(e.into()));
+            }
+        }
+    }
+    for point in points {
         let result = match unmount(&point, UnmountFlags::NOFOLLOW) {
             Err(Errno::BUSY) => unmount(&point, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH),
             other => other,

@@ -206,7 +206,7 @@ impl Fixture {
             env: &[],
             hostname: "test",
             volumes: &BTreeMap::new(),
-            resolve_sub_path: spec::mounts::resolve_sub_path,
+            mount_sub_path: &|_| Err(std::io::Error::other("no volumes here")),
             files: PodFiles::default(),
             namespaces: Namespaces {
                 net: Some(net),

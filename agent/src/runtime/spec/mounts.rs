@@ -2,14 +2,17 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use gantry_api::k8s_openapi::api::core::v1::{Container, VolumeMount};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::mount::MountPropagationFlags;
 use serde_json::{Value, json};
 
 use super::{SpecError, SpecInput};
+use crate::volumes::Access;
+use crate::volumes::sub_path::SubPath;
 
 /// Where `terminationMessagePath` points by default.
 const TERMINATION_LOG: &str = "/dev/termination-log";
@@ -61,10 +64,10 @@ pub(super) fn list(input: &SpecInput<'_>) -> Result<Value, SpecError> {
             .is_none_or(|d| d == "/dev" || !covered_system(m, wanted))
     });
     // Parents before children, whatever the order in the manifest.
-    let mut volumes: Vec<&VolumeMount> = wanted.iter().collect();
-    volumes.sort_by_key(|m| Path::new(&m.mount_path).components().count());
-    for mount in volumes {
-        mounts.push(volume(input, mount)?);
+    let mut volumes: Vec<(usize, &VolumeMount)> = wanted.iter().enumerate().collect();
+    volumes.sort_by_key(|(_, m)| Path::new(&m.mount_path).components().count());
+    for (index, mount) in volumes {
+        mounts.push(volume(input, index, mount)?);
     }
     Ok(Value::Array(mounts))
 }
@@ -150,9 +153,9 @@ fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {
     })
 }
 
-fn volume(input: &SpecInput<'_>, mount: &VolumeMount) -> Result<Value, SpecError> {
+fn volume(input: &SpecInput<'_>, index: usize, mount: &VolumeMount) -> Result<Value, SpecError> {
     let field = || format!("volumeMounts[{}]", mount.name);
-    let source = input.volumes.get(&mount.name).ok_or_else(|| {
+    let volume = input.volumes.get(&mount.name).ok_or_else(|| {
         SpecError::invalid(
             field(),
             "names a volume that the pod does not have or that is not ready",
@@ -172,36 +175,40 @@ fn volume(input: &SpecInput<'_>, mount: &VolumeMount) -> Result<Value, SpecError
         .filter(|p| !p.is_empty())
         .map(|text| sub_path_expr(text, input.env))
         .transpose()?;
-    let source = match expanded
-        .as_deref()
-        .or(mount.sub_path.as_deref())
-        .filter(|p| !p.is_empty())
-    {
-        Some(sub) => sub_path(input, mount, source, sub)?,
-        None => source.clone(),
+    let sub = expanded.as_deref().or(mount.sub_path.as_deref());
+    let source = match sub.filter(|p| !p.is_empty()) {
+        Some(sub) => sub_path(input, index, mount, &volume.path, sub)?,
+        None => volume.path.clone(),
     };
-    let access = match (
-        mount.read_only.unwrap_or(false),
-        mount.recursive_read_only.as_deref(),
-    ) {
-        (true, Some("Enabled" | "IfPossible")) => "rro",
-        (true, _) => "ro",
-        (false, _) => "rw",
-    };
-    let propagation = match mount.mount_propagation.as_deref() {
+    let mut options = vec!["rbind", propagation(mount)];
+    options.extend(access(mount, volume.access));
+    Ok(bind(&source, &mount.mount_path, &options))
+}
+
+fn propagation(mount: &VolumeMount) -> &'static str {
+    match mount.mount_propagation.as_deref() {
         Some("HostToContainer") => "rslave",
         Some("Bidirectional") => "rshared",
         _ => "rprivate",
-    };
-    Ok(bind(
-        &source,
-        &mount.mount_path,
-        &["rbind", propagation, access],
-    ))
+    }
+}
+
+/// What the volume forbids, no mount of it allows.
+fn access(mount: &VolumeMount, volume: Access) -> &'static [&'static str] {
+    let read_only = mount.read_only.unwrap_or(false) || volume != Access::ReadWrite;
+    // Every kernel that runs Gantry has it (5.12), so IfPossible is Enabled.
+    let recursive = mount.recursive_read_only.as_deref();
+    match (read_only, recursive, volume) {
+        (false, ..) => &["rw"],
+        (true, _, Access::ReadOnlyNoExec) => &["ro", "rro", "noexec", "nosuid", "nodev"],
+        (true, Some("Enabled" | "IfPossible"), _) => &["ro", "rro"],
+        (true, ..) => &["ro"],
+    }
 }
 
 fn sub_path(
     input: &SpecInput<'_>,
+    index: usize,
     mount: &VolumeMount,
     volume: &Path,
     sub: &str,
@@ -213,7 +220,19 @@ fn sub_path(
             format!("{sub:?} must be relative, without \"..\""),
         ));
     }
-    (input.resolve_sub_path)(volume, sub).map_err(|source| SpecError::Io {
+    let sub_path = SubPath {
+        volume,
+        volume_name: &mount.name,
+        container: &input.container.name,
+        index,
+        sub,
+        propagation: match propagation(mount) {
+            "rslave" => MountPropagationFlags::DOWNSTREAM,
+            "rshared" => MountPropagationFlags::SHARED,
+            _ => MountPropagationFlags::PRIVATE,
+        },
+    };
+    (input.mount_sub_path)(&sub_path).map_err(|source| SpecError::Io {
         context: format!("{}: {sub:?} in {}", field(), volume.display()),
         source,
     })
@@ -252,25 +271,6 @@ pub(super) fn rootfs_propagation(container: &Container) -> &'static str {
     } else {
         "private"
     }
-}
-
-/// Where `sub` is inside `volume`, with symbolic links resolved inside the volume and never out
-/// of it; a missing directory is made, as kubelet does.
-///
-/// The returned path is free of links now. That nobody swaps a component before the mount is not
-/// promised by a path; a descriptor would have to travel to the mount for that.
-pub fn resolve_sub_path(volume: &Path, sub: &str) -> io::Result<PathBuf> {
-    let root = open_directory(volume)?;
-    ensure_directories(&root, Path::new(sub)).or_else(|error| {
-        // The sub path may name a file: then it must exist, and its parents do.
-        if open_in_root(&root, Path::new(sub)).is_ok() {
-            Ok(())
-        } else {
-            Err(error)
-        }
-    })?;
-    let found = open_in_root(&root, Path::new(sub))?;
-    fs::read_link(format!("/proc/self/fd/{}", found.as_raw_fd()))
 }
 
 /// Makes `path` inside `root`, wherever the image's own symbolic links lead: for a working

@@ -1,6 +1,7 @@
 //! The spec builder against Kubernetes' rules.
 
 use super::*;
+use crate::volumes::{Access, ReadyVolume};
 use gantry_api::k8s_openapi::api::core::v1::Pod;
 use oci_spec::runtime::Capability;
 use proptest::prelude::*;
@@ -38,14 +39,22 @@ fn host() -> Host {
     }
 }
 
-fn join(volume: &Path, sub: &str) -> std::io::Result<PathBuf> {
-    Ok(volume.join(sub))
+fn join(part: &SubPath<'_>) -> std::io::Result<PathBuf> {
+    Ok(part.volume.join(part.sub))
 }
 
 fn built(pod: &Pod, image: &ImageConfiguration) -> Result<Spec, SpecError> {
     let container = &pod.spec.as_ref().unwrap().containers[0];
     let identity = identity::decide(pod, container, image, PASSWD, GROUP)?;
-    let volumes = BTreeMap::from([("data".to_owned(), PathBuf::from("/vol/data"))]);
+    let volume = |name: &str, access| {
+        let path = PathBuf::from("/vol").join(name);
+        (name.to_owned(), ReadyVolume { path, access })
+    };
+    let volumes = BTreeMap::from([
+        volume("data", Access::ReadWrite),
+        volume("settings", Access::ReadOnly),
+        volume("model", Access::ReadOnlyNoExec),
+    ]);
     build(&SpecInput {
         pod,
         container,
@@ -55,7 +64,7 @@ fn built(pod: &Pod, image: &ImageConfiguration) -> Result<Spec, SpecError> {
         env: &[("A".into(), "1".into()), ("PATH".into(), "/own".into())],
         hostname: "web",
         volumes: &volumes,
-        resolve_sub_path: join,
+        mount_sub_path: &join,
         files: PodFiles {
             hosts: Some(Path::new("/f/hosts")),
             ..PodFiles::default()
@@ -293,6 +302,19 @@ fn volumes_are_mounted_read_only_and_by_sub_path() {
         mounts_at(&spec, "/d")[0].source().as_deref(),
         Some(Path::new("/vol/data/x/1"))
     );
+    let options = |mount: serde_json::Value| {
+        let spec = with(mount).unwrap();
+        mounts_at(&spec, "/d")[0].options().clone().unwrap()
+    };
+    let recursive = json!({"name": "data", "mountPath": "/d", "readOnly": true,
+        "recursiveReadOnly": "Enabled"});
+    assert_eq!(options(recursive), ["rbind", "rprivate", "ro", "rro"]);
+    // What the agent writes is never written by a container, and an image's files never run.
+    let settings =
+        json!({"name": "settings", "mountPath": "/d", "mountPropagation": "HostToContainer"});
+    assert_eq!(options(settings), ["rbind", "rslave", "ro"]);
+    let model = options(json!({"name": "model", "mountPath": "/d"}));
+    assert!(model.contains(&"rro".into()) && model.contains(&"noexec".into()));
     let spec = with(json!({"name": "data", "mountPath": "/etc/hosts"})).unwrap();
     assert_eq!(mounts_at(&spec, "/etc/hosts").len(), 1);
     for bad in [
@@ -357,27 +379,6 @@ fn limits_become_resources() {
         (cpu.shares(), cpu.quota(), cpu.period()),
         (Some(512), Some(100_000), Some(100_000))
     );
-}
-
-#[test]
-fn a_sub_path_never_leaves_its_volume() {
-    let directory = tempfile::tempdir().unwrap();
-    let volume = directory.path().join("volume");
-    std::fs::create_dir_all(volume.join("real")).unwrap();
-    std::fs::write(volume.join("file"), "x").unwrap();
-    std::os::unix::fs::symlink("/etc", volume.join("out")).unwrap();
-    std::os::unix::fs::symlink("../../../../etc", volume.join("up")).unwrap();
-    let inside = |sub: &str| mounts::resolve_sub_path(&volume, sub);
-    assert_eq!(inside("real").unwrap(), volume.join("real"));
-    assert_eq!(inside("file").unwrap(), volume.join("file"));
-    assert_eq!(inside("new/deep").unwrap(), volume.join("new/deep"));
-    for escape in ["out/new", "up/new", "out", "up"] {
-        match inside(escape) {
-            Ok(path) => assert!(path.starts_with(&volume), "{escape} -> {}", path.display()),
-            Err(_) => assert!(!Path::new("/etc/new").exists()),
-        }
-    }
-    assert!(inside("../x").is_err());
 }
 
 proptest! {

@@ -1,0 +1,185 @@
+//! Tokens of service accounts in projected volumes: asked for, renewed in time, never on a disk.
+//!
+//! ```text
+//! the volume's file ─► renewal due? ─ no ─► the same token again
+//!   (none, or old)          └─ yes ─► TokenSource ─► new token   (refused, offline: the old one stays)
+//! ```
+//! The token in the volume is all the state there is: when it was issued and when it ends stand in
+//! it. So an agent that was away renews what is due, and one without a control plane changes
+//! nothing. Renewed at 80 % of its life, or after 24 h. Source: kubelet `pkg/kubelet/token`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use async_trait::async_trait;
+use base64::Engine as _;
+use base64::prelude::BASE64_URL_SAFE_NO_PAD;
+use gantry_api::k8s_openapi::api::core::v1::{Pod, ServiceAccountTokenProjection};
+use jiff::Timestamp;
+
+use super::{VolumeError, payload};
+
+/// `expirationSeconds` where nothing is said.
+const LIFE_S: i64 = 3600;
+/// A token is renewed when it is this old, however long it lives.
+const AGE_S_MAX: i64 = 24 * 3600;
+
+/// What a token shall be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TokenRequest {
+    /// metadata.namespace of the pod.
+    pub namespace: String,
+    /// metadata.name of the pod.
+    pub pod: String,
+    /// metadata.uid of the pod: the token ends with it.
+    pub uid: String,
+    /// Whom it is for; none: the API server.
+    pub audience: Option<String>,
+    /// Seconds it shall live.
+    pub expiration_s: i64,
+}
+
+/// Who issues tokens: the control plane; a fake in tests.
+#[async_trait]
+pub trait TokenSource: Send + Sync + 'static {
+    /// A new token, or why there is none.
+    async fn token(&self, request: &TokenRequest) -> Result<String, String>;
+}
+
+/// Tokens by volume and path in it.
+pub(super) type Tokens = BTreeMap<(String, String), String>;
+
+/// Whether a pod has tokens, which have to be looked at from time to time.
+pub fn wanted(pod: &Pod) -> bool {
+    projections(pod).next().is_some()
+}
+
+fn projections(pod: &Pod) -> impl Iterator<Item = (&str, &ServiceAccountTokenProjection)> {
+    let volumes = pod.spec.iter().flat_map(|s| s.volumes.iter().flatten());
+    volumes.flat_map(|volume| {
+        let sources = volume.projected.iter().flat_map(|p| p.sources.iter());
+        sources
+            .flatten()
+            .filter_map(|s| s.service_account_token.as_ref())
+            .map(|token| (volume.name.as_str(), token))
+    })
+}
+
+/// Every token of the pod: the one in its file, or a new one. `root` holds the pod's volumes.
+pub(super) async fn gather(
+    pod: &Pod,
+    root: &Path,
+    source: &dyn TokenSource,
+) -> Result<Tokens, VolumeError> {
+    let mut tokens = Tokens::new();
+    for (volume, projection) in projections(pod) {
+        let path = payload::check_path(&projection.path).map_err(|reason| {
+            let volume = volume.to_owned();
+            VolumeError::Invalid { volume, reason }
+        })?;
+        let directory = super::directory(root, "projected", volume)?;
+        let file = directory.join("..data").join(&path);
+        let held = tokio::fs::read_to_string(file).await.ok();
+        let token = match held {
+            Some(held) if !is_due(&held, Timestamp::now().as_second()) => held,
+            held => match (source.token(&request(pod, projection)).await, held) {
+                (Ok(token), _) => token,
+                (Err(words), Some(held)) => {
+                    tracing::warn!(volume, "a token is due and stays for now: {words}");
+                    held
+                }
+                (Err(words), None) => {
+                    let account = pod
+                        .spec
+                        .as_ref()
+                        .and_then(|s| s.service_account_name.clone());
+                    let account = account.unwrap_or_else(|| "default".into());
+                    return Err(VolumeError::Waiting(format!(
+                        "volume {volume:?}: no token of service account {account:?}: {words}"
+                    )));
+                }
+            },
+        };
+        tokens.insert((volume.to_owned(), path), token);
+    }
+    Ok(tokens)
+}
+
+fn request(pod: &Pod, projection: &ServiceAccountTokenProjection) -> TokenRequest {
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    TokenRequest {
+        namespace: text(&pod.metadata.namespace),
+        pod: text(&pod.metadata.name),
+        uid: text(&pod.metadata.uid),
+        audience: projection.audience.clone().filter(|a| !a.is_empty()),
+        expiration_s: projection.expiration_seconds.unwrap_or(LIFE_S),
+    }
+}
+
+/// Whether a token has to be renewed; what cannot be read has to.
+fn is_due(token: &str, now_s: i64) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Claims {
+        iat: i64,
+        exp: i64,
+    }
+    let claims = token
+        .split('.')
+        .nth(1)
+        .and_then(|part| BASE64_URL_SAFE_NO_PAD.decode(part).ok())
+        .and_then(|json| serde_json::from_slice::<Claims>(&json).ok());
+    let Some(Claims { iat, exp }) = claims else {
+        return true;
+    };
+    let life_s = exp.saturating_sub(iat).max(0);
+    let age_s = now_s.saturating_sub(iat);
+    // A clock that was set back makes no token young for ever: it is due before its end.
+    age_s < 0 || age_s >= (life_s / 5 * 4).min(AGE_S_MAX)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+    use std::sync::Mutex;
+
+    /// A token like the control plane's, without a signature.
+    pub(in crate::volumes) fn token(iat: i64, exp: i64) -> String {
+        let part = |json: serde_json::Value| BASE64_URL_SAFE_NO_PAD.encode(json.to_string());
+        format!(
+            "{}.{}.x",
+            part(json!({})),
+            part(json!({"iat": iat, "exp": exp}))
+        )
+    }
+
+    /// Hands out what it was given, and notes what was asked for.
+    #[derive(Default)]
+    pub(in crate::volumes) struct Issuer {
+        pub(in crate::volumes) tokens: Mutex<Vec<String>>,
+        pub(in crate::volumes) asked: Mutex<Vec<TokenRequest>>,
+    }
+
+    #[async_trait]
+    impl TokenSource for Issuer {
+        async fn token(&self, request: &TokenRequest) -> Result<String, String> {
+            self.asked.lock().unwrap().push(request.clone());
+            self.tokens.lock().unwrap().pop().ok_or("offline".into())
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_token_is_renewed_before_its_end_and_not_at_once(
+            iat in 0i64..1 << 40, life in 600i64..1 << 33, age in 0i64..1 << 33,
+        ) {
+            let due = is_due(&token(iat, iat + life), iat + age);
+            prop_assert!(due || age < life, "past its end");
+            prop_assert_eq!(due, age >= (life / 5 * 4).min(AGE_S_MAX));
+        }
+
+        #[test]
+        fn any_text_is_survived(text in ".*") { let _ = is_due(&text, 0); }
+    }
+}
