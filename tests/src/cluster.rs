@@ -261,6 +261,13 @@ impl Cluster {
         Ok(is_ready(&self.get(&["node", NODE])?))
     }
 
+    /// Everything that a program of ours has logged.
+    pub fn log(&self, program: &str) -> Result<Vec<u8>> {
+        Ok(std::fs::read(
+            self.logs.path().join(format!("{program}.log")),
+        )?)
+    }
+
     /// The ends of both logs.
     pub fn last_words(&self) -> String {
         let mut words = String::new();

@@ -17,6 +17,7 @@ mod main_job;
 mod probes;
 mod security;
 mod streams;
+mod volumes;
 
 /// A named scenario.
 pub struct Scenario {
@@ -48,6 +49,7 @@ pub const ALL: &[Scenario] = &[
     scenario("logs-and-exec", streams::logs_and_exec),
     scenario("security", security::security),
     scenario("user-namespaces", security::user_namespaces),
+    scenario("volumes", volumes::volumes),
 ];
 
 impl Scenario {

@@ -50,4 +50,5 @@ scenarios! {
     logs_and_exec: logs_follow_and_exec_returns_the_exit_code,
     security: users_profiles_and_sysctls_hold_and_refusals_say_why,
     user_namespaces: root_inside_is_nobody_outside_and_no_two_pods_share_ids,
+    volumes: volumes_are_what_the_kernel_shows_and_secrets_are_on_no_disk,
 }
