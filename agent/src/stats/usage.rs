@@ -174,7 +174,7 @@ mod tests {
             pods: vec![pod(2_000_000_000, (30, 5), 5000)],
         };
         let got = between("n", &before, &now);
-        let usage = got.pods[0].usage.clone().unwrap();
+        let usage = got.pods[0].usage.unwrap();
         assert_eq!(usage.cpu_nanocores, 500_000_000);
         assert_eq!(usage.throttled_percent, 25);
         assert_eq!(usage.disk_bytes, Some(11));
@@ -192,7 +192,7 @@ mod tests {
             },
             &now,
         );
-        assert_eq!(fresh.pods[0].usage.clone().unwrap().cpu_nanocores, 0);
+        assert_eq!(fresh.pods[0].usage.unwrap().cpu_nanocores, 0);
         // Restarted meanwhile.
         let restarted = between(
             "n",

@@ -124,7 +124,7 @@ impl Server {
             ))
             .add_service(InterceptedService::new(
                 feed.stats_server(),
-                Authorize(Service::Pods),
+                authenticator.for_service(Service::Pods),
             ))
             .add_service(InterceptedService::new(
                 feed.feed_server(),
