@@ -19,12 +19,19 @@ use crate::kinds::Kind;
 use crate::merge;
 use crate::status::Status;
 use crate::{defaults, support, validation};
-use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use k8s_openapi::api::apps::v1::{
+    ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet,
+};
+use k8s_openapi::api::batch::v1::{CronJob, Job};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Event, Namespace, Node, Pod, Secret, Service, ServiceAccount,
+    ConfigMap, Event, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod,
+    ReplicationController, Secret, Service, ServiceAccount,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
+use k8s_openapi::api::scheduling::v1::PriorityClass;
+use k8s_openapi::api::storage::v1::StorageClass;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -292,6 +299,134 @@ impl Served for ReplicaSet {
     }
 }
 
+impl Served for ControllerRevision {}
+
+impl Served for DaemonSet {
+    fn set_defaults(&mut self) {
+        defaults::daemon_set(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::daemon_set(self)
+    }
+
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        validation::daemon_set_update(self, old)
+    }
+}
+
+impl Served for StatefulSet {
+    fn set_defaults(&mut self) {
+        defaults::stateful_set(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::stateful_set(self)
+    }
+
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        validation::stateful_set_update(self, old)
+    }
+}
+
+impl Served for ReplicationController {
+    fn set_defaults(&mut self) {
+        defaults::replication_controller(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::replication_controller(self)
+    }
+}
+
+impl Served for Job {
+    fn set_defaults(&mut self) {
+        defaults::job(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::job(self)
+    }
+
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        validation::job_update(self, old)
+    }
+}
+
+impl Served for CronJob {
+    fn set_defaults(&mut self) {
+        defaults::cron_job(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::cron_job(self)
+    }
+}
+
+impl Served for PersistentVolume {
+    fn set_defaults(&mut self) {
+        defaults::persistent_volume(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::persistent_volume(self)
+    }
+
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        validation::persistent_volume_update(self, old)
+    }
+}
+
+impl Served for PersistentVolumeClaim {
+    fn set_defaults(&mut self) {
+        defaults::persistent_volume_claim(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::persistent_volume_claim(self)
+    }
+
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        validation::persistent_volume_claim_update(self, old)
+    }
+}
+
+impl Served for StorageClass {
+    fn set_defaults(&mut self) {
+        defaults::storage_class(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::storage_class(self)
+    }
+
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        validation::storage_class_update(self, old)
+    }
+}
+
+impl Served for PriorityClass {
+    fn set_defaults(&mut self) {
+        defaults::priority_class(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::priority_class(self)
+    }
+
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        validation::priority_class_update(self, old)
+    }
+}
+
+impl Served for Role {}
+
+impl Served for RoleBinding {}
+
+impl Served for ClusterRole {}
+
+impl Served for ClusterRoleBinding {}
+
 /// [`Served`] without its type, so that a kind is looked up once.
 trait Pipeline: Sync {
     fn prepare(
@@ -419,6 +554,20 @@ fn served(kind: &Kind) -> Result<&'static dyn Pipeline, Status> {
         "ServiceAccount" => of!(ServiceAccount),
         "Deployment" => of!(Deployment),
         "ReplicaSet" => of!(ReplicaSet),
+        "DaemonSet" => of!(DaemonSet),
+        "StatefulSet" => of!(StatefulSet),
+        "ControllerRevision" => of!(ControllerRevision),
+        "ReplicationController" => of!(ReplicationController),
+        "Job" => of!(Job),
+        "CronJob" => of!(CronJob),
+        "PersistentVolume" => of!(PersistentVolume),
+        "PersistentVolumeClaim" => of!(PersistentVolumeClaim),
+        "StorageClass" => of!(StorageClass),
+        "PriorityClass" => of!(PriorityClass),
+        "Role" => of!(Role),
+        "RoleBinding" => of!(RoleBinding),
+        "ClusterRole" => of!(ClusterRole),
+        "ClusterRoleBinding" => of!(ClusterRoleBinding),
         "Lease" => of!(Lease),
         "EndpointSlice" => of!(EndpointSlice),
         other => {

@@ -77,6 +77,37 @@ pub static KINDS: &[Kind] = &[
         in_all: true,
         ..core("Pod", "pods", "pod", &["po"], true)
     },
+    Kind {
+        has_status: true,
+        in_all: true,
+        ..core(
+            "ReplicationController",
+            "replicationcontrollers",
+            "replicationcontroller",
+            &["rc"],
+            true,
+        )
+    },
+    Kind {
+        has_status: true,
+        ..core(
+            "PersistentVolumeClaim",
+            "persistentvolumeclaims",
+            "persistentvolumeclaim",
+            &["pvc"],
+            true,
+        )
+    },
+    Kind {
+        has_status: true,
+        ..core(
+            "PersistentVolume",
+            "persistentvolumes",
+            "persistentvolume",
+            &["pv"],
+            false,
+        )
+    },
     core("Secret", "secrets", "secret", &[], true),
     Kind {
         has_status: true,
@@ -105,6 +136,87 @@ pub static KINDS: &[Kind] = &[
         has_status: true,
         in_all: true,
         ..grouped("apps", "ReplicaSet", "replicasets", "replicaset", &["rs"])
+    },
+    Kind {
+        has_status: true,
+        in_all: true,
+        ..grouped("apps", "DaemonSet", "daemonsets", "daemonset", &["ds"])
+    },
+    Kind {
+        has_status: true,
+        in_all: true,
+        ..grouped(
+            "apps",
+            "StatefulSet",
+            "statefulsets",
+            "statefulset",
+            &["sts"],
+        )
+    },
+    grouped(
+        "apps",
+        "ControllerRevision",
+        "controllerrevisions",
+        "controllerrevision",
+        &[],
+    ),
+    Kind {
+        has_status: true,
+        in_all: true,
+        ..grouped("batch", "Job", "jobs", "job", &[])
+    },
+    Kind {
+        has_status: true,
+        in_all: true,
+        ..grouped("batch", "CronJob", "cronjobs", "cronjob", &["cj"])
+    },
+    Kind {
+        namespaced: false,
+        ..grouped(
+            "scheduling.k8s.io",
+            "PriorityClass",
+            "priorityclasses",
+            "priorityclass",
+            &["pc"],
+        )
+    },
+    Kind {
+        namespaced: false,
+        ..grouped(
+            "storage.k8s.io",
+            "StorageClass",
+            "storageclasses",
+            "storageclass",
+            &["sc"],
+        )
+    },
+    grouped("rbac.authorization.k8s.io", "Role", "roles", "role", &[]),
+    grouped(
+        "rbac.authorization.k8s.io",
+        "RoleBinding",
+        "rolebindings",
+        "rolebinding",
+        &[],
+    ),
+    Kind {
+        namespaced: false,
+        ..grouped(
+            "rbac.authorization.k8s.io",
+            "ClusterRole",
+            "clusterroles",
+            "clusterrole",
+            &[],
+        )
+    },
+    Kind {
+        namespaced: false,
+        ..grouped(
+            "rbac.authorization.k8s.io",
+            "ClusterRoleBinding",
+            "clusterrolebindings",
+            "clusterrolebinding",
+            &[],
+        )
     },
     grouped("coordination.k8s.io", "Lease", "leases", "lease", &[]),
     grouped(
@@ -255,7 +367,7 @@ mod tests {
         assert_eq!(resolve("deployments.v1.apps"), deployment);
         assert_eq!(resolve("deployments.batch"), None);
         assert_eq!(resolve("Pod.v1."), by_gvk("", "v1", "Pod"));
-        assert_eq!(resolve("cronjobs"), None);
+        assert_eq!(resolve("ingresses"), None);
         assert_eq!(of::<k8s_openapi::api::apps::v1::Deployment>(), deployment);
     }
 

@@ -79,7 +79,6 @@ const fn no(path: &'static str, except: &'static [&'static str], note: &'static 
 }
 
 const TOKENS: &str = "tokens are mounted where a projected volume asks for one";
-const PLACEMENT: &str = "the scheduler does not read it yet";
 const LIFECYCLE: &str = "hooks do not run yet";
 
 /// Fields of a PodSpec.
@@ -89,11 +88,7 @@ pub static POD_SPEC: &[Rule] = &[
         &[],
         "deadlines are not enforced yet",
     ),
-    warn(
-        "affinity",
-        &[],
-        "required node affinity is honoured; preferences and pod affinity are not read yet",
-    ),
+    yes("affinity"),
     warn("automountServiceAccountToken", &[], TOKENS),
     listed("containers"),
     yes("dnsConfig"),
@@ -111,9 +106,9 @@ pub static POD_SPEC: &[Rule] = &[
     yes("nodeName"),
     yes("nodeSelector"),
     no("os", &["{\"name\":\"linux\"}"], "nodes run Linux only"),
-    warn("preemptionPolicy", &["\"PreemptLowerPriority\""], PLACEMENT),
-    warn("priority", &[], PLACEMENT),
-    warn("priorityClassName", &[], PLACEMENT),
+    yes("preemptionPolicy"),
+    yes("priority"),
+    yes("priorityClassName"),
     listed("resources"),
     yes("resources.limits"),
     yes("resources.requests"),
@@ -123,18 +118,15 @@ pub static POD_SPEC: &[Rule] = &[
         "there is no dynamic resource allocation",
     ),
     yes("restartPolicy"),
-    warn(
-        "schedulerName",
-        &["\"default-scheduler\""],
-        "there is one scheduler",
-    ),
+    yes("schedulerName"),
+    yes("schedulingGates"),
     listed("securityContext"),
     warn("serviceAccount", &["\"default\""], TOKENS),
     warn("serviceAccountName", &["\"default\""], TOKENS),
     yes("subdomain"),
     yes("terminationGracePeriodSeconds"),
     yes("tolerations"),
-    warn("topologySpreadConstraints", &[], PLACEMENT),
+    yes("topologySpreadConstraints"),
     listed("volumes"),
     // --- security of the pod
     yes("securityContext.appArmorProfile"),
@@ -165,7 +157,7 @@ pub static POD_SPEC: &[Rule] = &[
     no(
         "volumes[].persistentVolumeClaim",
         &[],
-        "there are no claims yet; use hostPath",
+        "claims are bound, and not mounted into pods yet; use hostPath",
     ),
     listed("volumes[].projected"),
     yes("volumes[].projected.defaultMode"),
@@ -351,6 +343,120 @@ pub static REPLICA_SET_SPEC: &[Rule] = &[
     yes("template"),
 ];
 
+/// Fields of a DaemonSet's spec, beside its template.
+pub static DAEMON_SET_SPEC: &[Rule] = &[
+    yes("minReadySeconds"),
+    yes("revisionHistoryLimit"),
+    yes("selector"),
+    yes("template"),
+    yes("updateStrategy"),
+];
+
+/// Fields of a StatefulSet's spec, beside its template.
+pub static STATEFUL_SET_SPEC: &[Rule] = &[
+    yes("minReadySeconds"),
+    yes("ordinals"),
+    yes("persistentVolumeClaimRetentionPolicy"),
+    yes("podManagementPolicy"),
+    yes("replicas"),
+    yes("revisionHistoryLimit"),
+    yes("selector"),
+    yes("serviceName"),
+    yes("template"),
+    yes("updateStrategy.type"),
+    listed("updateStrategy"),
+    listed("updateStrategy.rollingUpdate"),
+    yes("updateStrategy.rollingUpdate.partition"),
+    warn(
+        "updateStrategy.rollingUpdate.maxUnavailable",
+        &["1"],
+        "pods are replaced one at a time",
+    ),
+    no(
+        "volumeClaimTemplates",
+        &[],
+        "claims are bound, and not mounted into pods yet; use hostPath",
+    ),
+];
+
+/// Fields of a ReplicationController's spec, beside its template.
+pub static REPLICATION_CONTROLLER_SPEC: &[Rule] = REPLICA_SET_SPEC;
+
+/// Fields of a Job's spec, beside its template.
+pub static JOB_SPEC: &[Rule] = &[
+    yes("activeDeadlineSeconds"),
+    yes("backoffLimit"),
+    no("backoffLimitPerIndex", &[], "use backoffLimit"),
+    yes("completionMode"),
+    yes("completions"),
+    no(
+        "managedBy",
+        &["\"kubernetes.io/job-controller\""],
+        "Jobs are run by Gantry",
+    ),
+    yes("manualSelector"),
+    no("maxFailedIndexes", &[], "use backoffLimit"),
+    yes("parallelism"),
+    no("podFailurePolicy", &[], "every failed pod counts"),
+    yes("podReplacementPolicy"),
+    yes("selector"),
+    no("successPolicy", &[], "all completions are needed"),
+    yes("suspend"),
+    yes("template"),
+    yes("ttlSecondsAfterFinished"),
+];
+
+/// Fields of a CronJob's spec, beside its template.
+pub static CRON_JOB_SPEC: &[Rule] = &[
+    yes("concurrencyPolicy"),
+    yes("failedJobsHistoryLimit"),
+    yes("jobTemplate"),
+    yes("schedule"),
+    yes("startingDeadlineSeconds"),
+    yes("successfulJobsHistoryLimit"),
+    yes("suspend"),
+    yes("timeZone"),
+];
+
+/// Fields of a PersistentVolume's spec.
+pub static PERSISTENT_VOLUME_SPEC: &[Rule] = &[
+    yes("accessModes"),
+    yes("capacity"),
+    yes("claimRef"),
+    yes("hostPath"),
+    yes("local.path"),
+    listed("local"),
+    warn("mountOptions", &[], "directories are mounted as they are"),
+    yes("nodeAffinity"),
+    warn(
+        "persistentVolumeReclaimPolicy",
+        &["\"Retain\""],
+        "a released volume stays until its directory and its object are removed by hand",
+    ),
+    yes("storageClassName"),
+    no(
+        "volumeMode",
+        &["\"Filesystem\""],
+        "there are no block volumes yet",
+    ),
+];
+
+/// Fields of a PersistentVolumeClaim's spec.
+pub static PERSISTENT_VOLUME_CLAIM_SPEC: &[Rule] = &[
+    yes("accessModes"),
+    no("dataSource", &[], "volumes start empty"),
+    no("dataSourceRef", &[], "volumes start empty"),
+    yes("resources"),
+    yes("selector"),
+    yes("storageClassName"),
+    no(
+        "volumeMode",
+        &["\"Filesystem\""],
+        "there are no block volumes yet",
+    ),
+    yes("volumeName"),
+];
+
 /// What the support table says about one object.
 #[derive(Debug, Default)]
 pub struct Findings {
@@ -374,28 +480,56 @@ static PROBE_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(PROBE));
 static SERVICE_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(SERVICE_SPEC));
 static DEPLOYMENT_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(DEPLOYMENT_SPEC));
 static REPLICA_SET_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(REPLICA_SET_SPEC));
+static DAEMON_SET_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(DAEMON_SET_SPEC));
+static STATEFUL_SET_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(STATEFUL_SET_SPEC));
+static VOLUME_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(PERSISTENT_VOLUME_SPEC));
+static CLAIM_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(PERSISTENT_VOLUME_CLAIM_SPEC));
+static JOB_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(JOB_SPEC));
+static CRON_JOB_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(CRON_JOB_SPEC));
+
+/// The table of a workload's spec.
+fn workload_table(kind: &Kind) -> Option<&'static Table> {
+    Some(match kind.kind {
+        "Deployment" => &DEPLOYMENT_TABLE,
+        "ReplicaSet" | "ReplicationController" => &REPLICA_SET_TABLE,
+        "DaemonSet" => &DAEMON_SET_TABLE,
+        "StatefulSet" => &STATEFUL_SET_TABLE,
+        "Job" => &JOB_TABLE,
+        "CronJob" => &CRON_JOB_TABLE,
+        "PersistentVolume" => &VOLUME_TABLE,
+        "PersistentVolumeClaim" => &CLAIM_TABLE,
+        _ => return None,
+    })
+}
+
+/// A workload's own fields, then those of its pods. The templates themselves are honoured as a whole.
+fn check_workload(table: &Table, spec: &Value, path: &Path, findings: &mut Findings) {
+    walk(table, "", spec, path, Level::Listed, findings);
+    if let Some(pod) = spec.pointer("/template/spec") {
+        check_pod_spec(pod, &path.child("template").child("spec"), findings);
+    }
+    if let Some(job) = spec.pointer("/jobTemplate/spec") {
+        let path = path.child("jobTemplate").child("spec");
+        check_workload(&JOB_TABLE, job, &path, findings);
+    }
+}
 
 /// Judges a decoded object (unknown fields are already gone) by the table.
 #[must_use]
 pub fn check(kind: &Kind, object: &Value) -> Findings {
     let mut findings = Findings::default();
+    if kind.group == "rbac.authorization.k8s.io" {
+        findings.warnings.push(
+            "roles: accepted without effect: service accounts have no rights at the API yet"
+                .to_owned(),
+        );
+    }
     let Some(spec) = object.get("spec") else {
         return findings;
     };
     let path = Path::new("spec");
     match kind.kind {
         "Pod" => check_pod_spec(spec, &path, &mut findings),
-        "Deployment" | "ReplicaSet" => {
-            let table = if kind.kind == "Deployment" {
-                &DEPLOYMENT_TABLE
-            } else {
-                &REPLICA_SET_TABLE
-            };
-            walk(table, "", spec, &path, Level::Listed, &mut findings);
-            if let Some(pod) = spec.pointer("/template/spec") {
-                check_pod_spec(pod, &path.child("template").child("spec"), &mut findings);
-            }
-        }
         "Service" => walk(
             &SERVICE_TABLE,
             "",
@@ -404,7 +538,11 @@ pub fn check(kind: &Kind, object: &Value) -> Findings {
             Level::Listed,
             &mut findings,
         ),
-        _ => {}
+        _ => {
+            if let Some(table) = workload_table(kind) {
+                check_workload(table, spec, &path, &mut findings);
+            }
+        }
     }
     findings
 }
@@ -549,13 +687,20 @@ fn judge(table: &Table, at: &str, value: &Value, path: &Path, level: Level, out:
 #[must_use]
 pub fn matrix() -> String {
     let mut text = String::from("| Field | Gantry | Note |\n|---|---|---|\n");
-    let parts: [(&str, &[Rule]); 6] = [
+    let parts: [(&str, &[Rule]); 13] = [
         ("pod.spec", POD_SPEC),
         ("pod.spec.containers[]", CONTAINER),
         ("pod.spec.containers[].*Probe", PROBE),
         ("service.spec", SERVICE_SPEC),
         ("deployment.spec", DEPLOYMENT_SPEC),
         ("replicaset.spec", REPLICA_SET_SPEC),
+        ("replicationcontroller.spec", REPLICATION_CONTROLLER_SPEC),
+        ("daemonset.spec", DAEMON_SET_SPEC),
+        ("statefulset.spec", STATEFUL_SET_SPEC),
+        ("job.spec", JOB_SPEC),
+        ("cronjob.spec", CRON_JOB_SPEC),
+        ("persistentvolume.spec", PERSISTENT_VOLUME_SPEC),
+        ("persistentvolumeclaim.spec", PERSISTENT_VOLUME_CLAIM_SPEC),
     ];
     for (prefix, rules) in parts {
         for rule in rules.iter().filter(|r| r.level != Level::Listed) {
@@ -630,13 +775,13 @@ mod tests {
     fn harmless_fields_warn_and_defaults_do_not() {
         let findings = pod(&json!({
             "affinity": {"nodeAffinity": {"x": 1}}, "priorityClassName": "high",
-            "serviceAccountName": "default", "schedulerName": "default-scheduler",
-            "automountServiceAccountToken": false, "hostPID": false, "securityContext": {},
+            "serviceAccountName": "web", "schedulerName": "mine",
+            "automountServiceAccountToken": true, "hostPID": false, "securityContext": {},
             "containers": [{"name": "a", "terminationMessagePath": "/dev/termination-log"}]
         }));
         assert!(findings.errors.is_empty(), "{:?}", findings.errors);
         assert_eq!(findings.warnings.len(), 2, "{:?}", findings.warnings);
-        assert!(findings.warnings[0].starts_with("spec.affinity: "));
+        assert!(findings.warnings[0].starts_with("spec.automountServiceAccountToken: "));
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! `<unknown>`, so an object of any age and origin has a row.
 
 mod pod;
+mod storage;
+mod workload;
 
 pub use pod::{PodSummary, summarize as pod_summary};
 
@@ -90,6 +92,83 @@ fn names(kind: &Kind) -> (&'static [&'static str], &'static [&'static str]) {
                 "CONTAINER-RUNTIME",
             ],
         ),
+        "DaemonSet" => (
+            &[
+                "NAME",
+                "DESIRED",
+                "CURRENT",
+                "READY",
+                "UP-TO-DATE",
+                "AVAILABLE",
+                "NODE SELECTOR",
+                "AGE",
+            ],
+            &["CONTAINERS", "IMAGES", "SELECTOR"],
+        ),
+        "StatefulSet" => (&["NAME", "READY", "AGE"], &["CONTAINERS", "IMAGES"]),
+        "ReplicationController" => (
+            &["NAME", "DESIRED", "CURRENT", "READY", "AGE"],
+            &["CONTAINERS", "IMAGES", "SELECTOR"],
+        ),
+        "Job" => (
+            &["NAME", "STATUS", "COMPLETIONS", "DURATION", "AGE"],
+            &["CONTAINERS", "IMAGES", "SELECTOR"],
+        ),
+        "CronJob" => (
+            &[
+                "NAME",
+                "SCHEDULE",
+                "TIMEZONE",
+                "SUSPEND",
+                "ACTIVE",
+                "LAST SCHEDULE",
+                "AGE",
+            ],
+            &["CONTAINERS", "IMAGES", "SELECTOR"],
+        ),
+        "PersistentVolumeClaim" => (
+            &[
+                "NAME",
+                "STATUS",
+                "VOLUME",
+                "CAPACITY",
+                "ACCESS MODES",
+                "STORAGECLASS",
+                "AGE",
+            ],
+            &["VOLUMEMODE"],
+        ),
+        "PersistentVolume" => (
+            &[
+                "NAME",
+                "CAPACITY",
+                "ACCESS MODES",
+                "RECLAIM POLICY",
+                "STATUS",
+                "CLAIM",
+                "STORAGECLASS",
+                "REASON",
+                "AGE",
+            ],
+            &["VOLUMEMODE"],
+        ),
+        "StorageClass" => (
+            &[
+                "NAME",
+                "PROVISIONER",
+                "RECLAIMPOLICY",
+                "VOLUMEBINDINGMODE",
+                "ALLOWVOLUMEEXPANSION",
+                "AGE",
+            ],
+            &[],
+        ),
+        "PriorityClass" => (
+            &["NAME", "VALUE", "GLOBAL-DEFAULT", "AGE", "PREEMPTIONPOLICY"],
+            &[],
+        ),
+        "ControllerRevision" => (&["NAME", "CONTROLLER", "REVISION", "AGE"], &[]),
+        "ServiceAccount" => (&["NAME", "AGE"], &[]),
         "EndpointSlice" => (&["NAME", "ADDRESSTYPE", "PORTS", "ENDPOINTS", "AGE"], &[]),
         "Event" => (
             &["LAST SEEN", "TYPE", "REASON", "OBJECT", "MESSAGE"],
@@ -118,6 +197,16 @@ pub fn row(kind: &Kind, object: &Value, now: Timestamp, wide: bool, namespace: b
         "Pod" => cells.extend(pod::cells(object, now, wide)),
         "Deployment" => cells.extend(deployment(object, &age, wide)),
         "ReplicaSet" => cells.extend(replica_set(object, &age, wide)),
+        "DaemonSet" => cells.extend(workload::daemon_set(object, age, wide)),
+        "StatefulSet" => cells.extend(workload::stateful_set(object, age, wide)),
+        "ReplicationController" => cells.extend(workload::replication(object, age, wide)),
+        "Job" => cells.extend(workload::job(object, age, now, wide)),
+        "CronJob" => cells.extend(workload::cron_job(object, age, now, wide)),
+        "PersistentVolumeClaim" => cells.extend(storage::claim(object, age, wide)),
+        "PersistentVolume" => cells.extend(storage::volume(object, age, wide)),
+        "StorageClass" => cells.extend(storage::class(object, age)),
+        "PriorityClass" => cells.extend(storage::priority(object, age)),
+        "ControllerRevision" => cells.extend(workload::revision(object, age)),
         "Service" => cells.extend(service(object, age, wide)),
         "Node" => cells.extend(node(object, age, wide)),
         "EndpointSlice" => cells.extend(endpoint_slice(object, age)),

@@ -4,7 +4,9 @@
 //! `pods/timeline.rs`).
 
 mod pod;
+mod storage;
 mod text;
+mod workload;
 
 use crate::Global;
 use crate::connection::{Session, key};
@@ -106,6 +108,13 @@ async fn describe(session: &Session, kind: &Kind, object: &Value) -> Result<Stri
         }
         "Deployment" => deployment(object, &mut text),
         "ReplicaSet" => replica_set(object, &mut text),
+        "DaemonSet" => workload::daemon_set(object, &mut text),
+        "StatefulSet" => workload::stateful_set(object, &mut text),
+        "ReplicationController" => replica_set(object, &mut text),
+        "Job" => workload::job(object, &mut text),
+        "CronJob" => workload::cron_job(object, &mut text),
+        "PersistentVolumeClaim" => storage::claim(object, &mut text),
+        "PersistentVolume" => storage::volume(object, &mut text),
         "ConfigMap" => config_map(object, &mut text),
         "Secret" => secret(object, &mut text),
         _ => generic(kind, object, &mut text),

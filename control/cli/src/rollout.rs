@@ -1,4 +1,5 @@
-//! `gantry rollout`: follow, restart, pause, resume a Deployment's rollout, and its history.
+//! `gantry rollout`: follow and restart a Deployment's, DaemonSet's or StatefulSet's rollout; pause,
+//! resume and list a Deployment's.
 
 use crate::Global;
 use crate::connection::{Session, key};
@@ -32,7 +33,7 @@ pub(crate) enum Rollout {
 
 #[derive(Args, Debug)]
 pub(crate) struct Names {
-    /// A Deployment: deploy/web
+    /// A Deployment, DaemonSet or StatefulSet: deploy/web
     #[arg(required = true)]
     words: Vec<String>,
 }
@@ -63,6 +64,20 @@ impl Names {
     }
 }
 
+impl Names {
+    /// What rolls out by itself.
+    fn workload(&self) -> Result<(&'static Kind, String), Failure> {
+        let (kind, name) = names::one(&self.words, None)?;
+        if matches!(kind.kind, "Deployment" | "DaemonSet" | "StatefulSet") {
+            return Ok((kind, name));
+        }
+        Err(Failure::local(format!(
+            "{} has no rollout: name a Deployment, a DaemonSet or a StatefulSet",
+            kind.qualified_resource()
+        )))
+    }
+}
+
 impl Rollout {
     pub(crate) async fn run(&self, global: &Global) -> Result<(), Failure> {
         match self {
@@ -72,21 +87,27 @@ impl Rollout {
                 let annotations = json!({"kubectl.kubernetes.io/restartedAt": now});
                 let template = json!({"metadata": {"annotations": annotations}});
                 let patch = json!({"spec": {"template": template}});
-                change(names, global, &patch, "restarted").await
+                change(names.workload()?, global, &patch, "restarted").await
             }
             Self::Pause(names) => {
-                change(names, global, &json!({"spec": {"paused": true}}), "paused").await
+                let patch = json!({"spec": {"paused": true}});
+                change(names.deployment()?, global, &patch, "paused").await
             }
             Self::Resume(names) => {
-                change(names, global, &json!({"spec": {"paused": null}}), "resumed").await
+                let patch = json!({"spec": {"paused": null}});
+                change(names.deployment()?, global, &patch, "resumed").await
             }
             Self::History(names) => history(names, global).await,
         }
     }
 }
 
-async fn change(names: &Names, global: &Global, patch: &Value, done: &str) -> Result<(), Failure> {
-    let (kind, name) = names.deployment()?;
+async fn change(
+    (kind, name): (&'static Kind, String),
+    global: &Global,
+    patch: &Value,
+    done: &str,
+) -> Result<(), Failure> {
     let session = Session::open(global).await?;
     session
         .patch(session.key(kind, &name), Type::Strategic, patch)
@@ -200,15 +221,108 @@ fn progress(deployment: &Value) -> Progress {
     Progress::Done(format!("deployment {name:?} successfully rolled out"))
 }
 
+fn counted(object: &Value) -> impl Fn(&str) -> i64 + '_ {
+    |pointer| object.pointer(pointer).and_then(Value::as_i64).unwrap_or(0)
+}
+
+/// A DaemonSet's rollout.
+fn daemon_set_progress(set: &Value) -> Progress {
+    let name = set.pointer("/metadata/name").and_then(Value::as_str);
+    let (name, number) = (name.unwrap_or_default(), counted(set));
+    let strategy = set
+        .pointer("/spec/updateStrategy/type")
+        .and_then(Value::as_str);
+    if strategy == Some("OnDelete") {
+        let text = "rollout status is only available for RollingUpdate strategy type";
+        return Progress::Failed(text.to_owned());
+    }
+    if number("/metadata/generation") > number("/status/observedGeneration") {
+        return Progress::Going("Waiting for daemon set spec update to be observed...".to_owned());
+    }
+    let waiting = format!("Waiting for daemon set {name:?} rollout to finish:");
+    let desired = number("/status/desiredNumberScheduled");
+    let updated = number("/status/updatedNumberScheduled");
+    let available = number("/status/numberAvailable");
+    if updated < desired {
+        return Progress::Going(format!(
+            "{waiting} {updated} out of {desired} new pods have been updated..."
+        ));
+    }
+    if available < desired {
+        return Progress::Going(format!(
+            "{waiting} {available} of {desired} updated pods are available..."
+        ));
+    }
+    Progress::Done(format!("daemon set {name:?} successfully rolled out"))
+}
+
+/// A StatefulSet's rollout; below a partition old pods stay.
+fn stateful_set_progress(set: &Value) -> Progress {
+    let number = counted(set);
+    let strategy = set
+        .pointer("/spec/updateStrategy/type")
+        .and_then(Value::as_str);
+    if strategy == Some("OnDelete") {
+        let text = "rollout status is only available for RollingUpdate strategy type";
+        return Progress::Failed(text.to_owned());
+    }
+    let observed = number("/status/observedGeneration");
+    if observed == 0 || number("/metadata/generation") > observed {
+        return Progress::Going("Waiting for statefulset spec update to be observed...".to_owned());
+    }
+    let replicas = number("/spec/replicas");
+    let ready = number("/status/readyReplicas");
+    if ready < replicas {
+        return Progress::Going(format!(
+            "Waiting for {} pods to be ready...",
+            replicas - ready
+        ));
+    }
+    let updated = number("/status/updatedReplicas");
+    let partition = number("/spec/updateStrategy/rollingUpdate/partition");
+    if partition > 0 {
+        let wanted = (replicas - partition).max(0);
+        if updated < wanted {
+            return Progress::Going(format!(
+                "Waiting for partitioned roll out to finish: {updated} out of {wanted} new pods \
+                 have been updated..."
+            ));
+        }
+        return Progress::Done(format!(
+            "partitioned roll out complete: {updated} new pods have been updated..."
+        ));
+    }
+    let revision = |field: &str| {
+        set.pointer(field)
+            .and_then(Value::as_str)
+            .unwrap_or_default()
+    };
+    let new = revision("/status/updateRevision");
+    if new != revision("/status/currentRevision") {
+        return Progress::Going(format!(
+            "waiting for statefulset rolling update to complete {updated} pods at revision {new}..."
+        ));
+    }
+    let current = number("/status/currentReplicas");
+    Progress::Done(format!(
+        "statefulset rolling update complete {current} pods at revision {new}..."
+    ))
+}
+
 impl Status {
     async fn run(&self, global: &Global) -> Result<(), Failure> {
-        let (kind, name) = self.names.deployment()?;
+        let (kind, name) = self.names.workload()?;
         let session = Session::open(global).await?;
+        let judge = match kind.kind {
+            "DaemonSet" => daemon_set_progress,
+            "StatefulSet" => stateful_set_progress,
+            _ => progress,
+        };
         let deadline = (!self.timeout.is_zero()).then(|| Instant::now() + self.timeout);
         let mut said = String::new();
         loop {
             let deployment = session.get(session.key(kind, &name)).await?;
-            match progress(&deployment) {
+            match judge(&deployment) {
                 Progress::Done(text) => return output::print(&format!("{text}\n")),
                 Progress::Failed(text) => return Err(Failure::Local(text)),
                 Progress::Going(text) if text != said => {
@@ -231,6 +345,24 @@ impl Status {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sets_are_done_when_every_pod_is_new_and_serves() {
+        let mut set = json!({"metadata": {"name": "d", "generation": 1}, "status": {
+            "observedGeneration": 1, "desiredNumberScheduled": 2, "updatedNumberScheduled": 1}});
+        let text = "Waiting for daemon set \"d\" rollout to finish: 1 out of 2 new pods have been \
+                    updated...";
+        assert_eq!(daemon_set_progress(&set), Progress::Going(text.to_owned()));
+        set["status"]["updatedNumberScheduled"] = json!(2);
+        set["status"]["numberAvailable"] = json!(2);
+        assert!(matches!(daemon_set_progress(&set), Progress::Done(_)));
+        let mut set = json!({"metadata": {"name": "s", "generation": 1}, "spec": {"replicas": 2},
+            "status": {"observedGeneration": 1, "readyReplicas": 2, "updatedReplicas": 1,
+                "currentRevision": "s-a", "updateRevision": "s-b"}});
+        assert!(matches!(stateful_set_progress(&set), Progress::Going(_)));
+        set["status"]["currentRevision"] = json!("s-b");
+        assert!(matches!(stateful_set_progress(&set), Progress::Done(_)));
+    }
 
     #[test]
     fn progress_is_told_in_kubectls_sentences() {

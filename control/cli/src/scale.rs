@@ -31,10 +31,12 @@ impl Scale {
                 "name the objects to scale, for example deploy/web",
             ));
         }
-        if let Some(t) = targets
-            .iter()
-            .find(|t| !matches!(t.kind.kind, "Deployment" | "ReplicaSet"))
-        {
+        if let Some(t) = targets.iter().find(|t| {
+            !matches!(
+                t.kind.kind,
+                "Deployment" | "ReplicaSet" | "StatefulSet" | "ReplicationController"
+            )
+        }) {
             let text = format!("{} cannot be scaled", t.kind.qualified_resource());
             return Err(Failure::Local(text));
         }

@@ -14,18 +14,25 @@
 //! caches show everything it wrote before; every action is idempotent; a failed key comes back with
 //! back-off and starves nobody.
 
+mod cron_job;
+mod daemon_set;
 mod deployment;
 mod endpointslice;
 mod garbage;
 pub(crate) mod informer;
+mod job;
 mod namespace;
 mod node_health;
+mod owned;
 mod pod_cidr;
 mod pod_garbage;
 pub(crate) mod pods;
 pub(crate) mod queue;
 mod replicaset;
+mod revision;
 mod service_account;
+mod stateful_set;
+mod volume_binder;
 
 #[cfg(test)]
 mod tests;
@@ -39,12 +46,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
-use gantry_api::k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
+use gantry_api::k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
+use gantry_api::k8s_openapi::api::batch::v1::{CronJob, Job};
 use gantry_api::k8s_openapi::api::coordination::v1::Lease;
 use gantry_api::k8s_openapi::api::core::v1::{
-    Event, EventSource, Namespace, Node, ObjectReference, Pod, Service, ServiceAccount,
+    Event, EventSource, Namespace, Node, ObjectReference, PersistentVolume, PersistentVolumeClaim,
+    Pod, ReplicationController, Service, ServiceAccount,
 };
 use gantry_api::k8s_openapi::api::discovery::v1::EndpointSlice;
+use gantry_api::k8s_openapi::api::storage::v1::StorageClass;
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{
     LabelSelector, OwnerReference, Time,
 };
@@ -57,6 +67,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::server::registry::{Registry, Resource};
 pub(crate) use node_health::is_ready as node_is_ready;
+pub(crate) use volume_binder::{PROVISIONER, satisfies as volume_satisfies};
 
 use informer::{Cache, Informer, ObjectKey, Sink};
 use queue::WorkQueue;
@@ -93,6 +104,14 @@ struct Caches {
     pods: Arc<Cache<Pod>>,
     replica_sets: Arc<Cache<ReplicaSet>>,
     deployments: Arc<Cache<Deployment>>,
+    daemon_sets: Arc<Cache<DaemonSet>>,
+    stateful_sets: Arc<Cache<StatefulSet>>,
+    replication_controllers: Arc<Cache<ReplicationController>>,
+    jobs: Arc<Cache<Job>>,
+    cron_jobs: Arc<Cache<CronJob>>,
+    claims: Arc<Cache<PersistentVolumeClaim>>,
+    volumes: Arc<Cache<PersistentVolume>>,
+    storage_classes: Arc<Cache<StorageClass>>,
     services: Arc<Cache<Service>>,
     service_accounts: Arc<Cache<ServiceAccount>>,
     endpoint_slices: Arc<Cache<EndpointSlice>>,
@@ -109,6 +128,14 @@ impl Caches {
             pods: Cache::new(pods::node),
             replica_sets: Cache::new(|_| None),
             deployments: Cache::new(|_| None),
+            daemon_sets: Cache::new(|_| None),
+            stateful_sets: Cache::new(|_| None),
+            replication_controllers: Cache::new(|_| None),
+            jobs: Cache::new(|_| None),
+            cron_jobs: Cache::new(|_| None),
+            claims: Cache::new(|_| None),
+            volumes: Cache::new(|_| None),
+            storage_classes: Cache::new(|_| None),
             services: Cache::new(|_| None),
             service_accounts: Cache::new(|_| None),
             endpoint_slices: Cache::new(|_| None),
@@ -124,6 +151,14 @@ impl Caches {
             Arc::clone(&self.pods) as Arc<dyn Sink>,
             Arc::clone(&self.replica_sets) as Arc<dyn Sink>,
             Arc::clone(&self.deployments) as Arc<dyn Sink>,
+            Arc::clone(&self.daemon_sets) as Arc<dyn Sink>,
+            Arc::clone(&self.stateful_sets) as Arc<dyn Sink>,
+            Arc::clone(&self.replication_controllers) as Arc<dyn Sink>,
+            Arc::clone(&self.jobs) as Arc<dyn Sink>,
+            Arc::clone(&self.cron_jobs) as Arc<dyn Sink>,
+            Arc::clone(&self.claims) as Arc<dyn Sink>,
+            Arc::clone(&self.volumes) as Arc<dyn Sink>,
+            Arc::clone(&self.storage_classes) as Arc<dyn Sink>,
             Arc::clone(&self.services) as Arc<dyn Sink>,
             Arc::clone(&self.service_accounts) as Arc<dyn Sink>,
             Arc::clone(&self.endpoint_slices) as Arc<dyn Sink>,
@@ -177,7 +212,13 @@ pub async fn run(registry: Registry, settings: Settings, shutdown: CancellationT
     });
     let mut tasks = JoinSet::new();
     // Handlers first: the informer's first list then fills every queue.
-    replicaset::start(&context, &mut tasks, &shutdown);
+    replicaset::start::<ReplicaSet>(&context, &mut tasks, &shutdown);
+    replicaset::start::<ReplicationController>(&context, &mut tasks, &shutdown);
+    daemon_set::start(&context, &mut tasks, &shutdown);
+    stateful_set::start(&context, &mut tasks, &shutdown);
+    job::start(&context, &mut tasks, &shutdown);
+    cron_job::start(&context, &mut tasks, &shutdown);
+    volume_binder::start(&context, &mut tasks, &shutdown);
     deployment::start(&context, &mut tasks, &shutdown);
     endpointslice::start(&context, &mut tasks, &shutdown);
     namespace::start(&context, &mut tasks, &shutdown);

@@ -68,6 +68,26 @@ pub(crate) fn until_available(pod: &Pod, min_ready_s: i32, now: Timestamp) -> Op
     Some(wanted.saturating_sub(passed))
 }
 
+/// The claims that a pod uses, by name.
+pub(crate) fn claims(pod: &Pod) -> Vec<String> {
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    let volumes = pod
+        .spec
+        .iter()
+        .flat_map(|spec| spec.volumes.iter().flatten());
+    volumes
+        .filter_map(|volume| {
+            if let Some(source) = &volume.persistent_volume_claim {
+                return Some(source.claim_name.clone());
+            }
+            volume
+                .ephemeral
+                .as_ref()
+                .map(|_| format!("{name}-{}", volume.name))
+        })
+        .collect()
+}
+
 /// The owner reference whose `controller` is true.
 pub(crate) fn controller_of(metadata: &ObjectMeta) -> Option<&OwnerReference> {
     metadata

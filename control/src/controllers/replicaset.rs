@@ -1,4 +1,4 @@
-//! ReplicaSets: as many pods as asked for.
+//! ReplicaSets and ReplicationControllers: as many pods as asked for.
 //!
 //! ```text
 //!  pods of the namespace ─► claim: adopt matching orphans, release what no longer matches
@@ -14,6 +14,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashMap};
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,22 +22,116 @@ use futures_util::future::join_all;
 use gantry_api::k8s_openapi::api::apps::v1::{
     ReplicaSet, ReplicaSetCondition, ReplicaSetSpec, ReplicaSetStatus,
 };
-use gantry_api::k8s_openapi::api::core::v1::Pod;
-use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use gantry_api::k8s_openapi::api::core::v1::{
+    Pod, ReplicationController, ReplicationControllerCondition, ReplicationControllerStatus,
+};
+use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta, Time};
 use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::status::{Reason, Status};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::informer::{Delta, ObjectKey};
+use super::informer::{Cache, Delta, ObjectKey};
 use super::queue::WorkQueue;
-use super::{Context, Controller, EventType, WORKER_COUNT, pods, selects};
-use crate::server::registry::DeleteOptions;
+use super::{Caches, Context, Controller, EventType, WORKER_COUNT, pods, selects};
+use crate::server::registry::{DeleteOptions, Resource};
 
 /// Most pods created or deleted in one pass over one ReplicaSet, as in Kubernetes.
 const BURST_COUNT_MAX: usize = 500;
 /// Annotation by which a user says which pods to keep: lower goes first.
 const DELETION_COST: &str = "controller.kubernetes.io/pod-deletion-cost";
+
+/// A kind that is a ReplicaSet in all but the name: it is decided about as one.
+pub(super) trait Replicated: Resource {
+    /// The controller's name.
+    const CONTROLLER: &'static str;
+    fn cache(caches: &Caches) -> &Arc<Cache<Self>>;
+    fn to_set(&self) -> ReplicaSet;
+    /// The metadata and the status of a set.
+    fn from_set(set: &ReplicaSet) -> Self;
+}
+
+impl Replicated for ReplicaSet {
+    const CONTROLLER: &'static str = "replicaset-controller";
+
+    fn cache(caches: &Caches) -> &Arc<Cache<Self>> {
+        &caches.replica_sets
+    }
+
+    fn to_set(&self) -> ReplicaSet {
+        self.clone()
+    }
+
+    fn from_set(set: &ReplicaSet) -> Self {
+        set.clone()
+    }
+}
+
+impl Replicated for ReplicationController {
+    const CONTROLLER: &'static str = "replication-controller";
+
+    fn cache(caches: &Caches) -> &Arc<Cache<Self>> {
+        &caches.replication_controllers
+    }
+
+    fn to_set(&self) -> ReplicaSet {
+        let spec = self.spec.clone().unwrap_or_default();
+        let status = self.status.clone().unwrap_or_default();
+        let condition = |old: ReplicationControllerCondition| ReplicaSetCondition {
+            type_: old.type_,
+            status: old.status,
+            reason: old.reason,
+            message: old.message,
+            last_transition_time: old.last_transition_time,
+        };
+        let conditions = status.conditions;
+        ReplicaSet {
+            metadata: self.metadata.clone(),
+            spec: Some(ReplicaSetSpec {
+                min_ready_seconds: spec.min_ready_seconds,
+                replicas: spec.replicas,
+                selector: LabelSelector {
+                    match_labels: spec.selector,
+                    match_expressions: None,
+                },
+                template: spec.template,
+            }),
+            status: Some(ReplicaSetStatus {
+                replicas: status.replicas,
+                fully_labeled_replicas: status.fully_labeled_replicas,
+                ready_replicas: status.ready_replicas,
+                available_replicas: status.available_replicas,
+                terminating_replicas: None,
+                observed_generation: status.observed_generation,
+                conditions: conditions.map(|all| all.into_iter().map(condition).collect()),
+            }),
+        }
+    }
+
+    fn from_set(set: &ReplicaSet) -> Self {
+        let status = set.status.clone().unwrap_or_default();
+        let condition = |new: ReplicaSetCondition| ReplicationControllerCondition {
+            type_: new.type_,
+            status: new.status,
+            reason: new.reason,
+            message: new.message,
+            last_transition_time: new.last_transition_time,
+        };
+        let conditions = status.conditions;
+        ReplicationController {
+            metadata: set.metadata.clone(),
+            spec: None,
+            status: Some(ReplicationControllerStatus {
+                replicas: status.replicas,
+                fully_labeled_replicas: status.fully_labeled_replicas,
+                ready_replicas: status.ready_replicas,
+                available_replicas: status.available_replicas,
+                observed_generation: status.observed_generation,
+                conditions: conditions.map(|all| all.into_iter().map(condition).collect()),
+            }),
+        }
+    }
+}
 
 /// What to do about one ReplicaSet.
 #[derive(Debug, Default)]
@@ -230,7 +325,7 @@ fn failure_condition(
 }
 
 /// A pod of this set, for the registry to name.
-fn pod_of(set: &ReplicaSet) -> Pod {
+fn pod_of<K: Replicated>(set: &ReplicaSet) -> Pod {
     let template = set
         .spec
         .as_ref()
@@ -247,7 +342,7 @@ fn pod_of(set: &ReplicaSet) -> Pod {
             labels: metadata.labels,
             annotations: metadata.annotations,
             finalizers: metadata.finalizers,
-            owner_references: Some(vec![super::controller_reference(set)]),
+            owner_references: Some(vec![super::controller_reference(&K::from_set(set))]),
             ..ObjectMeta::default()
         },
         spec: template.spec,
@@ -255,11 +350,12 @@ fn pod_of(set: &ReplicaSet) -> Pod {
     }
 }
 
-struct ReplicaSets {
+struct Replicas<K> {
     context: Arc<Context>,
+    kind: PhantomData<fn() -> K>,
 }
 
-impl ReplicaSets {
+impl<K: Replicated> Replicas<K> {
     fn crowd(&self, set: &ReplicaSet) -> HashMap<String, usize> {
         let mut crowd = HashMap::new();
         let caches = &self.context.caches;
@@ -291,9 +387,10 @@ impl ReplicaSets {
         }
         let key = ObjectKey::of(&set.metadata);
         let registry = &self.context.registry;
-        let live: Option<ReplicaSet> = registry.get(&key.namespace, &key.name)?;
+        let live: Option<K> = registry.get(&key.namespace, &key.name)?;
         let same = live.is_some_and(|live| {
-            live.metadata.uid == set.metadata.uid && live.metadata.deletion_timestamp.is_none()
+            let live = live.metadata();
+            live.uid == set.metadata.uid && live.deletion_timestamp.is_none()
         });
         if !same {
             return Err(Status::new(
@@ -304,7 +401,7 @@ impl ReplicaSets {
         for pod in &plan.adopt {
             let mut pod = Pod::clone(pod);
             let owners = pod.metadata.owner_references.get_or_insert_default();
-            owners.push(super::controller_reference(set));
+            owners.push(super::controller_reference(&K::from_set(set)));
             registry.update(&pod).await?;
         }
         for pod in &plan.release {
@@ -320,7 +417,7 @@ impl ReplicaSets {
     /// Creates in batches of 1, 2, 4, …: a quota or a broken template costs one request, not 500.
     async fn create(&self, set: &ReplicaSet, total: usize) -> (Vec<Arc<Pod>>, Option<Status>) {
         let mut created = Vec::new();
-        let template = pod_of(set);
+        let template = pod_of::<K>(set);
         let mut batch = 1.min(total);
         while batch > 0 {
             let requests = (0..batch).map(|_| self.context.registry.create(&template));
@@ -383,7 +480,7 @@ impl ReplicaSets {
     }
 
     async fn event(&self, set: &ReplicaSet, type_: EventType, reason: &str, message: String) {
-        let event = super::event_about(set, Self::NAME, type_, reason, message);
+        let event = super::event_about(&K::from_set(set), Self::NAME, type_, reason, message);
         self.context.registry.event(event).await;
     }
 
@@ -393,19 +490,25 @@ impl ReplicaSets {
         }
         let mut set = set.clone();
         set.status = Some(new);
-        super::ignore_not_found(self.context.registry.update_status(&set).await)
+        super::ignore_not_found(
+            self.context
+                .registry
+                .update_status(&K::from_set(&set))
+                .await,
+        )
     }
 }
 
-impl Controller for ReplicaSets {
-    const NAME: &'static str = "replicaset-controller";
+impl<K: Replicated> Controller for Replicas<K> {
+    const NAME: &'static str = K::CONTROLLER;
     type Key = ObjectKey;
 
     async fn reconcile(&self, key: &ObjectKey) -> Result<Option<Duration>, Status> {
         let caches = &self.context.caches;
-        let Some(set) = caches.replica_sets.get(key) else {
+        let Some(object) = K::cache(caches).get(key) else {
             return Ok(None);
         };
+        let set = object.to_set();
         let uid = set.metadata.uid.as_deref().unwrap_or_default();
         let mut owned = caches.pods.owned_by(uid);
         owned.retain(|pod| pods::controller_of(&pod.metadata).is_some_and(|c| c.uid == uid));
@@ -441,17 +544,21 @@ impl Controller for ReplicaSets {
 }
 
 /// Starts the workers.
-pub(super) fn start(context: &Arc<Context>, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) {
+pub(super) fn start<K: Replicated>(
+    context: &Arc<Context>,
+    tasks: &mut JoinSet<()>,
+    shutdown: &CancellationToken,
+) {
     let queue: WorkQueue<ObjectKey> = WorkQueue::new();
     let caches = &context.caches;
     let sets = queue.clone();
-    caches.replica_sets.on_change(move |delta| {
-        sets.add(ObjectKey::of(&delta.object().metadata));
+    K::cache(caches).on_change(move |delta| {
+        sets.add(ObjectKey::of(delta.object().metadata()));
     });
     let (owners, weak) = (queue.clone(), Arc::downgrade(context));
     caches.pods.on_change(move |delta: &Delta<Pod>| {
         for pod in delta.states() {
-            if let Some(key) = super::controller_key::<ReplicaSet, Pod>(&**pod) {
+            if let Some(key) = super::controller_key::<K, Pod>(&**pod) {
                 owners.add(key);
             }
         }
@@ -464,15 +571,17 @@ pub(super) fn start(context: &Arc<Context>, tasks: &mut JoinSet<()>, shutdown: &
             return;
         };
         let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-        for set in context.caches.replica_sets.in_namespace(namespace) {
+        for object in K::cache(&context.caches).in_namespace(namespace) {
+            let set = object.to_set();
             let selector = set.spec.as_ref().map(|spec| &spec.selector);
             if selector.is_some_and(|s| selects(s, pod.metadata.labels.as_ref())) {
                 owners.add(ObjectKey::of(&set.metadata));
             }
         }
     });
-    let controller = ReplicaSets {
+    let controller = Replicas::<K> {
         context: Arc::clone(context),
+        kind: PhantomData,
     };
     super::spawn_workers(controller, &queue, WORKER_COUNT, context, tasks, shutdown);
 }

@@ -4,6 +4,7 @@
 use super::*;
 
 use gantry_api::k8s_openapi::api::core::v1::{ConfigMap, PodCondition, PodIP};
+use gantry_api::k8s_openapi::api::scheduling::v1::PriorityClass;
 use serde_json::json;
 
 use crate::server::registry::{DeleteOptions, Propagation, Settings as RegistrySettings};
@@ -136,6 +137,14 @@ async fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
+fn ends_by_itself(pod: &Pod) -> bool {
+    let policy = pod
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.restart_policy.as_deref());
+    policy != Some("Always")
+}
+
 /// What an agent does, for all nodes at once.
 async fn fake_agent(registry: Registry) {
     let mut next_address = 1_u32;
@@ -151,6 +160,11 @@ async fn fake_agent(registry: Registry) {
                     .remove_pod(&key.namespace, &key.name, &uid)
                     .await
                     .unwrap();
+            } else if ends_by_itself(&pod) {
+                if !pods::is_finished(&pod) {
+                    pod.status.get_or_insert_default().phase = Some("Succeeded".to_owned());
+                    let _ = registry.update_status(&pod).await;
+                }
             } else if !pods::is_ready(&pod) {
                 let status = pod.status.get_or_insert_default();
                 let address = std::net::Ipv4Addr::from(0x0af4_0000 + next_address).to_string();
@@ -574,6 +588,311 @@ async fn a_replica_set_adopts_releases_and_repairs() {
     let _: Pod = cluster.create(orphan).await;
     eventually("collected", || {
         cluster.get::<Pod>("default", "orphan").is_none()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_important_pod_gets_the_room_of_a_lesser_one() {
+    let cluster = Cluster::start().await;
+    cluster.node("n1", "1").await;
+    let _: PriorityClass = cluster
+        .create(json!({
+            "apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass",
+            "metadata": {"name": "high"}, "value": 1000,
+        }))
+        .await;
+    let pod = |name: &str, class: Option<&str>| {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": name, "namespace": "default"},
+            "spec": {"priorityClassName": class, "containers": [{"name": "c", "image": "a:1",
+                "resources": {"requests": {"cpu": "800m"}}}]},
+        })
+    };
+    let _: Pod = cluster.create(pod("lesser", None)).await;
+    eventually("the first runs", || {
+        cluster
+            .get::<Pod>("default", "lesser")
+            .is_some_and(|pod| pods::is_ready(&pod))
+    })
+    .await;
+    let _: Pod = cluster.create(pod("important", Some("high"))).await;
+    eventually("the second runs", || {
+        cluster
+            .get::<Pod>("default", "important")
+            .is_some_and(|pod| pods::is_ready(&pod))
+    })
+    .await;
+    assert!(cluster.get::<Pod>("default", "lesser").is_none());
+    let told = cluster.events("Preempted");
+    assert!(
+        told.iter().any(|text| text.contains("default/important")),
+        "{told:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_counts_each_of_its_ends_once() {
+    let cluster = Cluster::start().await;
+    cluster.node("n1", "4").await;
+    let _: Job = cluster
+        .create(json!({
+            "apiVersion": "batch/v1", "kind": "Job",
+            "metadata": {"name": "j", "namespace": "default"},
+            "spec": {"completions": 5, "parallelism": 2, "completionMode": "Indexed",
+                "template": {"spec": {"restartPolicy": "Never",
+                    "containers": [{"name": "c", "image": "a:1"}]}}},
+        }))
+        .await;
+    eventually("the Job is complete", || {
+        let job: Job = cluster.get("default", "j").unwrap();
+        job.status.is_some_and(|status| {
+            status.completion_time.is_some()
+                && status.succeeded == Some(5)
+                && status.completed_indexes.as_deref() == Some("0-4")
+        })
+    })
+    .await;
+    let pods: Vec<Pod> = cluster.list("default");
+    assert_eq!(pods.len(), 5, "no index ran twice");
+    assert!(
+        pods.iter()
+            .all(|pod| pod.metadata.finalizers.as_ref().is_none_or(Vec::is_empty))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_important_pod_gets_the_room_of_a_lesser_one() {
+    let cluster = Cluster::start().await;
+    cluster.node("n1", "1").await;
+    let _: PriorityClass = cluster
+        .create(json!({
+            "apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass",
+            "metadata": {"name": "high"}, "value": 1000,
+        }))
+        .await;
+    let pod = |name: &str, class: Option<&str>| {
+        json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": name, "namespace": "default"},
+            "spec": {"priorityClassName": class, "containers": [{"name": "c", "image": "a:1",
+                "resources": {"requests": {"cpu": "800m"}}}]},
+        })
+    };
+    let _: Pod = cluster.create(pod("lesser", None)).await;
+    eventually("the first runs", || {
+        cluster
+            .get::<Pod>("default", "lesser")
+            .is_some_and(|pod| pods::is_ready(&pod))
+    })
+    .await;
+    let _: Pod = cluster.create(pod("important", Some("high"))).await;
+    eventually("the second runs", || {
+        cluster
+            .get::<Pod>("default", "important")
+            .is_some_and(|pod| pods::is_ready(&pod))
+    })
+    .await;
+    assert!(cluster.get::<Pod>("default", "lesser").is_none());
+    let told = cluster.events("Preempted");
+    assert!(
+        told.iter().any(|text| text.contains("default/important")),
+        "{told:?}"
+    );
+}
+
+fn template(app: &str) -> serde_json::Value {
+    json!({
+        "metadata": {"labels": {"app": app}},
+        "spec": {"containers": [{"name": "c", "image": "a:1"}]},
+    })
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_counts_each_of_its_ends_once() {
+    let cluster = Cluster::start().await;
+    cluster.node("n1", "4").await;
+    let _: Job = cluster
+        .create(json!({
+            "apiVersion": "batch/v1", "kind": "Job",
+            "metadata": {"name": "j", "namespace": "default"},
+            "spec": {"completions": 5, "parallelism": 2, "completionMode": "Indexed",
+                "template": {"spec": {"restartPolicy": "Never",
+                    "containers": [{"name": "c", "image": "a:1"}]}}},
+        }))
+        .await;
+    eventually("the Job is complete", || {
+        let job: Job = cluster.get("default", "j").unwrap();
+        job.status.is_some_and(|status| {
+            status.completion_time.is_some()
+                && status.succeeded == Some(5)
+                && status.completed_indexes.as_deref() == Some("0-4")
+        })
+    })
+    .await;
+    let pods: Vec<Pod> = cluster.list("default");
+    assert_eq!(pods.len(), 5, "no index ran twice");
+    assert!(
+        pods.iter()
+            .all(|pod| pod.metadata.finalizers.as_ref().is_none_or(Vec::is_empty))
+    );
+
+    let _: DaemonSet = cluster
+        .create(json!({
+            "apiVersion": "apps/v1", "kind": "DaemonSet",
+            "metadata": {"name": "d", "namespace": "default"},
+            "spec": {"selector": {"matchLabels": {"app": "d"}}, "template": template("d")},
+        }))
+        .await;
+    let on_nodes = || {
+        let pods = cluster.list::<Pod>("default").into_iter();
+        let own = pods.filter(|pod| super::controller_key::<DaemonSet, Pod>(pod).is_some());
+        let mut nodes: Vec<String> = own
+            .filter(pods::is_ready)
+            .filter_map(|pod| pods::node(&pod).map(str::to_owned))
+            .collect();
+        nodes.sort();
+        nodes
+    };
+    eventually("on the first node", || on_nodes() == ["n1"]).await;
+    cluster.node("n2", "4").await;
+    eventually("on the new node", || on_nodes() == ["n1", "n2"]).await;
+    let set: DaemonSet = cluster.get("default", "d").unwrap();
+    assert_eq!(set.status.unwrap().desired_number_scheduled, 2);
+    cluster
+        .change("default", "d", |d: &mut DaemonSet| {
+            let spec = d.spec.as_mut().unwrap();
+            spec.template.spec.as_mut().unwrap().containers[0].image = Some("b:1".to_owned());
+        })
+        .await;
+    eventually("rolled out", || {
+        let set: DaemonSet = cluster.get("default", "d").unwrap();
+        let generation = set.metadata.generation;
+        set.status.is_some_and(|status| {
+            status.observed_generation == generation
+                && status.updated_number_scheduled == Some(2)
+                && status.number_available == Some(2)
+        })
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stateful_sets_pods_have_names_and_an_order() {
+    let cluster = Cluster::start().await;
+    cluster.node("n1", "4").await;
+    let _: StatefulSet = cluster
+        .create(json!({
+            "apiVersion": "apps/v1", "kind": "StatefulSet",
+            "metadata": {"name": "s", "namespace": "default"},
+            "spec": {"replicas": 2, "serviceName": "s",
+                "selector": {"matchLabels": {"app": "s"}}, "template": template("s")},
+        }))
+        .await;
+    let serves = |name: &str| {
+        let pod: Option<Pod> = cluster.get("default", name);
+        pod.is_some_and(|pod| pods::is_ready(&pod) && !pods::is_terminating(&pod))
+    };
+    eventually("both serve", || {
+        assert!(!serves("s-1") || serves("s-0"), "s-1 before s-0");
+        serves("s-0") && serves("s-1")
+    })
+    .await;
+    let done = |image: &str| {
+        let set: StatefulSet = cluster.get("default", "s").unwrap();
+        let status = set.status.unwrap();
+        let pods: Vec<Pod> = cluster.list("default");
+        let new = pods
+            .iter()
+            .all(|pod| pod.spec.as_ref().unwrap().containers[0].image.as_deref() == Some(image));
+        new && status.current_revision == status.update_revision && status.ready_replicas == Some(2)
+    };
+    cluster
+        .change("default", "s", |s: &mut StatefulSet| {
+            let spec = s.spec.as_mut().unwrap();
+            spec.template.spec.as_mut().unwrap().containers[0].image = Some("b:1".to_owned());
+        })
+        .await;
+    eventually("rolled out", || done("b:1")).await;
+    cluster
+        .delete::<StatefulSet>("default", "s", Propagation::Background)
+        .await;
+    eventually("the pods go", || cluster.list::<Pod>("default").is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_is_bound_to_the_smallest_volume_that_serves_it() {
+    let cluster = Cluster::start().await;
+    for (name, size) in [("large", "9Gi"), ("small", "2Gi"), ("tiny", "1Mi")] {
+        let _: PersistentVolume = cluster
+            .create(json!({
+                "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
+                "spec": {"capacity": {"storage": size}, "accessModes": ["ReadWriteOnce"],
+                    "storageClassName": "by-hand", "hostPath": {"path": format!("/srv/{name}")}},
+            }))
+            .await;
+    }
+    let _: PersistentVolumeClaim = cluster
+        .create(json!({
+            "apiVersion": "v1", "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "c", "namespace": "default"},
+            "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "by-hand",
+                "resources": {"requests": {"storage": "1Gi"}}},
+        }))
+        .await;
+    let claim = || {
+        cluster
+            .get::<PersistentVolumeClaim>("default", "c")
+            .unwrap()
+    };
+    let volume = |name: &str| cluster.get::<PersistentVolume>("", name).unwrap();
+    let phase = |name: &str| volume(name).status.and_then(|status| status.phase);
+    // No class of that name: only what is there can serve.
+    eventually("bound", || {
+        claim().status.and_then(|s| s.phase).as_deref() == Some("Bound")
+    })
+    .await;
+    assert_eq!(claim().spec.unwrap().volume_name.as_deref(), Some("small"));
+    eventually("the volume says so", || {
+        phase("small").as_deref() == Some("Bound")
+    })
+    .await;
+    eventually("the others are free", || {
+        phase("large").as_deref() == Some("Available")
+    })
+    .await;
+    cluster
+        .delete::<PersistentVolumeClaim>("default", "c", Propagation::Background)
+        .await;
+    eventually("released", || phase("small").as_deref() == Some("Released")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replication_controller_keeps_its_count() {
+    let cluster = Cluster::start().await;
+    cluster.node("n1", "4").await;
+    let _: ReplicationController = cluster
+        .create(json!({
+            "apiVersion": "v1", "kind": "ReplicationController",
+            "metadata": {"name": "rc", "namespace": "default"},
+            "spec": {"replicas": 2, "template": template("rc")},
+        }))
+        .await;
+    let ready = || {
+        let rc: ReplicationController = cluster.get("default", "rc").unwrap();
+        rc.status.and_then(|status| status.ready_replicas)
+    };
+    eventually("two are ready", || ready() == Some(2)).await;
+    let pods: Vec<Pod> = cluster.list("default");
+    let owner = pods[0].metadata.owner_references.as_ref().unwrap();
+    assert_eq!(owner[0].kind, "ReplicationController");
+    let name = pods[0].metadata.name.clone().unwrap();
+    cluster
+        .delete::<Pod>("default", &name, Propagation::Background)
+        .await;
+    eventually("it was replaced", || {
+        cluster.get::<Pod>("default", &name).is_none() && ready() == Some(2)
     })
     .await;
 }

@@ -19,10 +19,14 @@ use gantry_api::k8s_openapi::api::core::v1 as core;
 use gantry_api::k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use gantry_api::proto;
 
+use crate::controllers::pods;
+
 /// `namespace` and `name`.
 pub(super) type Name = (String, String);
 
 const SERVICE_NAME_LABEL: &str = "kubernetes.io/service-name";
+/// The plural of claims; a claim brings its volume along.
+pub(super) const CLAIMS: &str = "persistentvolumeclaims";
 const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 
 /// Who an endpoint is.
@@ -325,6 +329,12 @@ impl PodFacts {
             .and_then(|spec| spec.node_name.clone())
             .unwrap_or_default();
         let wants_blobs = !ended && !node.is_empty();
+        let claims = if wants_blobs {
+            pods::claims(pod)
+        } else {
+            Vec::new()
+        };
+        let claims = claims.into_iter().map(|name| (CLAIMS, name));
         Self {
             uid: pod.metadata.uid.clone().unwrap_or_default(),
             deleting: pod.metadata.deletion_timestamp.is_some(),
@@ -338,7 +348,10 @@ impl PodFacts {
                 .as_ref()
                 .filter(|_| wants_blobs)
                 .map(pod_blobs)
-                .unwrap_or_default(),
+                .into_iter()
+                .flatten()
+                .chain(claims)
+                .collect(),
             node,
         }
     }

@@ -23,8 +23,10 @@ use gantry_api::proto::item::Value;
 use prost::Message as _;
 use serde::de::DeserializeOwned;
 
-use super::join::{self, EndpointId, Name, NodeFacts, PodFacts, PodOnNode, SliceFacts};
+use super::join::{self, CLAIMS, EndpointId, Name, NodeFacts, PodFacts, PodOnNode, SliceFacts};
 use super::latest::{Encoded, Latest, TOMBSTONES_MAX};
+
+const VOLUMES: &str = "persistentvolumes";
 
 /// Plural, namespace, name.
 type BlobName = (String, String, String);
@@ -102,6 +104,9 @@ pub(super) struct Index {
     pods_by_node: BTreeMap<String, BTreeSet<Name>>,
     blobs: BTreeMap<BlobName, Document>,
     blob_users: BTreeMap<BlobName, BTreeSet<Name>>,
+    /// The volume of each claim that has one, and the other way round.
+    claim_volumes: BTreeMap<BlobName, String>,
+    volume_claims: BTreeMap<String, BTreeSet<BlobName>>,
     nodes: BTreeMap<String, NodeFacts>,
     /// The revision of the last change of each node's private part.
     private_changed_at: BTreeMap<String, u64>,
@@ -126,6 +131,8 @@ impl Index {
             pods_by_node: BTreeMap::new(),
             blobs: BTreeMap::new(),
             blob_users: BTreeMap::new(),
+            claim_volumes: BTreeMap::new(),
+            volume_claims: BTreeMap::new(),
             nodes: BTreeMap::new(),
             private_changed_at: BTreeMap::new(),
             touched: BTreeSet::new(),
@@ -184,6 +191,14 @@ impl Index {
                 });
                 self.apply_pod((first.into(), name.into()), slot, rev);
             }
+            ("persistentvolumes", None) => {
+                self.apply_blob((plural.into(), String::new(), first.into()), value, rev);
+            }
+            (CLAIMS, Some(name)) => {
+                let claim = (plural.into(), first.into(), name.into());
+                self.apply_claim(&claim, parse(key, value));
+                self.apply_blob(claim, value, rev);
+            }
             ("configmaps" | "secrets", Some(name)) => {
                 self.apply_blob((plural.into(), first.into(), name.into()), value, rev);
             }
@@ -204,7 +219,10 @@ impl Index {
         let blobs = self
             .blobs
             .keys()
-            .map(|(plural, namespace, name)| named(plural, &(namespace.clone(), name.clone())));
+            .map(|(plural, namespace, name)| match namespace.as_str() {
+                "" => format!("/registry/{plural}/{name}"),
+                _ => named(plural, &(namespace.clone(), name.clone())),
+            });
         let held = nodes.chain(services).chain(slices).chain(pods).chain(blobs);
         let gone: Vec<String> = held.filter(|key| !entries.contains_key(&**key)).collect();
         for key in gone {
@@ -323,8 +341,33 @@ impl Index {
         self.refresh_pod(&name, rev);
     }
 
+    /// Which volume a claim has, so that a pod's node gets both.
+    fn apply_claim(&mut self, name: &BlobName, claim: Option<core::PersistentVolumeClaim>) {
+        let volume = claim.and_then(|claim| claim.spec?.volume_name);
+        if let Some(old) = self.claim_volumes.remove(name) {
+            remove_from(&mut self.volume_claims, &old, name);
+        }
+        if let Some(volume) = volume.filter(|volume| !volume.is_empty()) {
+            self.volume_claims
+                .entry(volume.clone())
+                .or_default()
+                .insert(name.clone());
+            self.claim_volumes.insert(name.clone(), volume);
+        }
+    }
+
+    /// The pods that use an object: a volume is used through its claims.
+    fn users_of(&self, name: &BlobName) -> BTreeSet<Name> {
+        if name.0 != VOLUMES {
+            return self.blob_users.get(name).cloned().unwrap_or_default();
+        }
+        let claims = self.volume_claims.get(&name.2).into_iter().flatten();
+        let users = claims.filter_map(|claim| self.blob_users.get(claim));
+        users.flatten().cloned().collect()
+    }
+
     fn apply_blob(&mut self, name: BlobName, json: Option<&Bytes>, rev: u64) {
-        for pod in self.blob_users.get(&name).cloned().unwrap_or_default() {
+        for pod in self.users_of(&name) {
             if let Some(node) = self.pods.get(&pod).map(|pod| pod.facts.node.clone()) {
                 self.touch(&node, rev);
             }
@@ -441,12 +484,16 @@ impl Index {
             items.insert(key, (slot.document.rev, encoded));
             for (plural, blob) in &slot.facts.blobs {
                 let blob = ((*plural).to_owned(), name.0.clone(), blob.clone());
-                let Some(document) = self.blobs.get(&blob) else {
-                    continue;
-                };
-                let key = format!("blob/{}/{}/{}", blob.0, blob.1, blob.2);
-                let encoded = document.encoded(&key, Value::BlobJson);
-                items.insert(key, (document.rev, encoded));
+                let volume = self.claim_volumes.get(&blob);
+                let volume = volume.map(|v| (VOLUMES.to_owned(), String::new(), v.clone()));
+                for blob in [Some(blob), volume].into_iter().flatten() {
+                    let Some(document) = self.blobs.get(&blob) else {
+                        continue;
+                    };
+                    let key = format!("blob/{}/{}/{}", blob.0, blob.1, blob.2);
+                    let encoded = document.encoded(&key, Value::BlobJson);
+                    items.insert(key, (document.rev, encoded));
+                }
             }
         }
         items

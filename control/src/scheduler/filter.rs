@@ -3,17 +3,22 @@
 //! The checks and the wording of their reasons are those of Kubernetes' scheduler plugins
 //! NodeUnschedulable, TaintToleration, NodeAffinity, NodePorts and NodeResourcesFit, in its order:
 //! the first that fails gives the node's reason. One difference: a node that is not ready is
-//! refused by its condition, not by a taint.
+//! refused by its condition, as if it had the taint that Kubernetes sets.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use gantry_api::k8s_openapi::api::core::v1::{
-    NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Taint, Toleration,
+    Node, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint, Toleration,
 };
 
 use super::nodes::NodeState;
 use super::request::PodRequest;
+
+/// The taint of a cordoned node.
+const UNSCHEDULABLE: &str = "node.kubernetes.io/unschedulable";
+/// The taint of a node that is not ready.
+const NOT_READY: &str = "node.kubernetes.io/not-ready";
 
 /// Why a node cannot take a pod, as it is printed after the count.
 pub(super) type Reason = Cow<'static, str>;
@@ -23,18 +28,38 @@ pub(super) type Reason = Cow<'static, str>;
 pub(super) struct Blocked {
     /// Some node lacks only room: another pod that goes can help.
     pub(super) by_room: bool,
+    /// Other pods are in the way, or missing: any that comes or goes can help.
+    pub(super) by_peers: bool,
+}
+
+impl Blocked {
+    /// Only room is lacking.
+    pub(super) const ROOM: Self = Self {
+        by_room: true,
+        by_peers: false,
+    };
+}
+
+/// How many taints the pod would rather avoid.
+pub(super) fn unwanted_taints(node: &NodeState, pod: &PodRequest) -> i64 {
+    let soft = node
+        .taints
+        .iter()
+        .filter(|taint| taint.effect == "PreferNoSchedule");
+    let unwanted = soft.filter(|taint| !pod.tolerations.iter().any(|t| tolerates(t, taint)));
+    i64::try_from(unwanted.count()).unwrap_or(i64::MAX)
 }
 
 /// Whether the pod fits; else why not.
 pub(super) fn check(node: &NodeState, pod: &PodRequest) -> Result<(), (Vec<Reason>, Blocked)> {
     let refused = |reason: Reason| Err((vec![reason], Blocked::default()));
-    if node.is_cordoned {
-        return refused("node(s) were unschedulable".into());
-    }
-    if !node.is_ready {
-        return refused("node(s) were not ready".into());
-    }
-    if let Some(taint) = untolerated(&node.taints, &pod.tolerations) {
+    let effects = ["NoSchedule", "NoExecute"];
+    if let Some(taint) = untolerated(node, &pod.tolerations, &effects) {
+        match taint.key.as_str() {
+            UNSCHEDULABLE => return refused("node(s) were unschedulable".into()),
+            NOT_READY => return refused("node(s) were not ready".into()),
+            _ => {}
+        }
         let value = taint.value.as_deref().unwrap_or_default();
         let text = format!("node(s) had untolerated taint {{{}: {value}}}", taint.key);
         return refused(text.into());
@@ -42,16 +67,26 @@ pub(super) fn check(node: &NodeState, pod: &PodRequest) -> Result<(), (Vec<Reaso
     if !matches_affinity(node, pod) {
         return refused("node(s) didn't match Pod's node affinity/selector".into());
     }
+    for need in &pod.volumes {
+        let here = |alternative: &Option<NodeSelector>| {
+            alternative
+                .as_ref()
+                .is_none_or(|selector| matches_any(node, selector))
+        };
+        if !need.alternatives.iter().any(here) {
+            return refused(need.refusal.into());
+        }
+    }
     let taken = |port| node.host_ports.iter().any(|held| held.conflicts_with(port));
     if pod.host_ports.iter().any(taken) {
         let reason = "node(s) didn't have free ports for the requested pod ports";
-        return Err((vec![reason.into()], Blocked { by_room: true }));
+        return Err((vec![reason.into()], Blocked::ROOM));
     }
     let lacking = lacking(node, pod);
     if lacking.is_empty() {
         Ok(())
     } else {
-        Err((lacking, Blocked { by_room: true }))
+        Err((lacking, Blocked::ROOM))
     }
 }
 
@@ -85,11 +120,55 @@ fn lacking(node: &NodeState, pod: &PodRequest) -> Vec<Reason> {
     reasons
 }
 
-/// The first taint that keeps the pod away.
-fn untolerated<'a>(taints: &'a [Taint], tolerations: &[Toleration]) -> Option<&'a Taint> {
-    let mut strict = taints
-        .iter()
-        .filter(|taint| matches!(&*taint.effect, "NoSchedule" | "NoExecute"));
+/// Whether a node is among those that a selector names: where a volume may be used.
+pub(crate) fn node_satisfies(node: &Node, selector: &NodeSelector) -> bool {
+    matches_any(&NodeState::of(node), selector)
+}
+
+/// Whether a node suits pods that every suiting node gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Suits {
+    /// A new one may start there.
+    pub(crate) may_start: bool,
+    /// One that runs there may stay.
+    pub(crate) may_stay: bool,
+}
+
+/// Judges a node by what concerns the node alone: affinity and taints, not what is left of it.
+pub(crate) fn suits(node: &Node, pod: &Pod) -> Suits {
+    let state = NodeState::of(node);
+    let mut pod = pod.clone();
+    // A template's pod has no uid yet; the request is not kept.
+    pod.metadata.uid.get_or_insert_default();
+    let Some(request) = PodRequest::of(&pod) else {
+        return Suits {
+            may_start: false,
+            may_stay: false,
+        };
+    };
+    let matches = matches_affinity(&state, &request);
+    let tolerates = |effects: &[&str]| untolerated(&state, &request.tolerations, effects).is_none();
+    Suits {
+        may_start: matches && tolerates(&["NoSchedule", "NoExecute"]),
+        may_stay: matches && tolerates(&["NoExecute"]),
+    }
+}
+
+/// The first taint that keeps the pod away. A cordon and a node that is not ready count as the taints
+/// that Kubernetes sets for them.
+fn untolerated(node: &NodeState, tolerations: &[Toleration], effects: &[&str]) -> Option<Taint> {
+    let taint = |key: &str, effect: &str| Taint {
+        key: key.to_owned(),
+        effect: effect.to_owned(),
+        ..Taint::default()
+    };
+    let cordon = node.is_cordoned.then(|| taint(UNSCHEDULABLE, "NoSchedule"));
+    let sick = (!node.is_ready).then(|| taint(NOT_READY, "NoExecute"));
+    let all = cordon
+        .into_iter()
+        .chain(sick)
+        .chain(node.taints.iter().cloned());
+    let mut strict = all.filter(|taint| effects.contains(&&*taint.effect));
     strict.find(|taint| {
         !tolerations
             .iter()
@@ -111,7 +190,7 @@ fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
     }
 }
 
-fn matches_affinity(node: &NodeState, pod: &PodRequest) -> bool {
+pub(super) fn matches_affinity(node: &NodeState, pod: &PodRequest) -> bool {
     let selected = pod
         .node_selector
         .iter()
@@ -129,10 +208,11 @@ fn matches_any(node: &NodeState, selector: &NodeSelector) -> bool {
     selector
         .node_selector_terms
         .iter()
-        .any(|term| matches_term(node, term))
+        .any(|term| matches_node(node, term))
 }
 
-fn matches_term(node: &NodeState, term: &NodeSelectorTerm) -> bool {
+/// Whether one term names this node.
+pub(super) fn matches_node(node: &NodeState, term: &NodeSelectorTerm) -> bool {
     let labels = term.match_expressions.as_deref().unwrap_or_default();
     let fields = term.match_fields.as_deref().unwrap_or_default();
     let field = |requirement: &NodeSelectorRequirement| {

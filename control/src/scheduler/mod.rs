@@ -11,15 +11,18 @@
 //! of a node when its binding is decided, not when it is seen: nothing is promised twice.
 //!
 //! Invariants: only pods of [`SCHEDULER_NAME`] without a node are decided about; a binding is a
-//! compare-and-set from unbound; a decision looks at nodes, never at pods.
+//! compare-and-set from unbound; a victim of preemption has a lower priority and gets its grace.
 //!
 //! Source: Kubernetes `pkg/scheduler` (schedule_one.go).
 
 mod filter;
 mod nodes;
+mod peers;
 mod pending;
+mod preempt;
 mod request;
 mod score;
+mod volumes;
 
 #[cfg(test)]
 mod tests;
@@ -36,13 +39,16 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub(crate) use self::filter::{Suits, node_satisfies, suits};
 use self::nodes::Nodes;
 use self::pending::{Pending, Wake};
+use self::preempt::Preemption;
 use self::request::PodRequest;
 use self::score::Decision;
+use self::volumes::Volumes;
 use crate::controllers::informer::{REGISTRY_PREFIX, parse_store_key};
 use crate::controllers::{EventType, event_about, pods};
-use crate::server::registry::{Registry, decode};
+use crate::server::registry::{DeleteOptions, Registry, decode};
 use crate::store::{Change, Entry, Watch};
 
 /// Pods with another `schedulerName` are left alone.
@@ -76,9 +82,12 @@ struct Scheduler {
     registry: Registry,
     nodes: Nodes,
     pending: Pending,
+    volumes: Volumes,
     reports: HashMap<Arc<str>, Report>,
     /// Store key to uid, of every pod that is counted or waits: a deletion names only the key.
     uids: HashMap<Arc<str>, Arc<str>>,
+    /// Pods that were told to go for a more important one.
+    leaving: HashSet<Arc<str>>,
     tasks: JoinSet<Outcome>,
     /// Where the next search for a node starts.
     start: usize,
@@ -90,8 +99,10 @@ pub async fn run(registry: Registry, shutdown: CancellationToken) {
         registry,
         nodes: Nodes::default(),
         pending: Pending::default(),
+        volumes: Volumes::default(),
         reports: HashMap::new(),
         uids: HashMap::new(),
+        leaving: HashSet::new(),
         tasks: JoinSet::new(),
         start: 0,
     };
@@ -113,13 +124,18 @@ impl Scheduler {
         let (revision, entries) = self.registry.store().list(REGISTRY_PREFIX);
         let mut seen: HashSet<Arc<str>> = HashSet::new();
         let mut node_names: HashSet<String> = HashSet::new();
+        self.volumes.clear();
         for entry in &entries {
             match parse_store_key(&entry.key) {
                 Some(("nodes", key)) => {
                     node_names.insert(key.name);
                 }
                 Some(("pods", _)) => {}
-                _ => continue,
+                Some((plural, key)) => {
+                    self.volumes.apply(plural, key, Some(entry));
+                    continue;
+                }
+                None => continue,
             }
             self.apply_put(entry);
             seen.extend(self.uids.get(&entry.key).cloned());
@@ -194,7 +210,16 @@ impl Scheduler {
                 Ok(pod) => self.apply_pod(&entry.key, &pod),
                 Err(status) => tracing::error!(%status, "cannot read a pod"),
             },
-            _ => {}
+            _ => self.apply_other(&entry.key, Some(entry)),
+        }
+    }
+
+    /// Kinds that limit where pods may go.
+    fn apply_other(&mut self, store_key: &str, entry: Option<&Entry>) {
+        if let Some((plural, key)) = parse_store_key(store_key)
+            && self.volumes.apply(plural, key, entry)
+        {
+            self.pending.wake(Wake::Node, Instant::now());
         }
     }
 
@@ -216,6 +241,7 @@ impl Scheduler {
             self.pending.remove(&request.uid);
             self.reports.remove(&request.uid);
             self.nodes.confirm(Arc::new(request), node);
+            self.pending.wake(Wake::Placed, Instant::now());
             return;
         }
         let name = pod
@@ -240,7 +266,7 @@ impl Scheduler {
                     self.forget(&uid);
                 }
             }
-            _ => {}
+            _ => self.apply_other(store_key, None),
         }
     }
 
@@ -248,6 +274,7 @@ impl Scheduler {
     fn forget(&mut self, uid: &Arc<str>) {
         self.pending.remove(uid);
         self.reports.remove(uid);
+        self.leaving.remove(uid);
         if self.nodes.forget(uid) {
             self.pending.wake(Wake::Room, Instant::now());
         }
@@ -259,6 +286,15 @@ impl Scheduler {
         while self.tasks.len() < IN_FLIGHT_COUNT_MAX {
             let Some(request) = self.pending.take(now) else {
                 break;
+            };
+            let request = match self.with_volumes(request) {
+                Ok(request) => request,
+                Err((request, message)) => {
+                    let blocked = filter::Blocked::default();
+                    self.pending.file_unschedulable(&request.uid, blocked, now);
+                    self.report(request, message, now);
+                    continue;
+                }
             };
             let nodes = self.nodes.states();
             let (decision, looked_at) = score::decide(nodes, &request, self.start);
@@ -279,8 +315,51 @@ impl Scheduler {
                 }
                 Decision::Unschedulable(message, blocked) => {
                     self.pending.file_unschedulable(&request.uid, blocked, now);
+                    let preemption = preempt::choose(self.nodes.states(), &request);
+                    if let Some(preemption) = preemption {
+                        self.preempt(&request, preemption);
+                    }
                     self.report(request, message, now);
                 }
+            }
+        }
+    }
+
+    /// Starts the deletion of the victims, once each.
+    fn preempt(&mut self, request: &Arc<PodRequest>, preemption: Preemption) {
+        let Preemption { node, victims } = preemption;
+        // While earlier victims use their grace, nobody else has to go for the same pod.
+        if victims
+            .iter()
+            .any(|victim| self.leaving.contains(&victim.uid))
+        {
+            return;
+        }
+        self.leaving
+            .extend(victims.iter().map(|victim| Arc::clone(&victim.uid)));
+        let (registry, request) = (self.registry.clone(), Arc::clone(request));
+        self.tasks.spawn(async move {
+            make_room(&registry, &request, &node, &victims).await;
+            Outcome::Reported
+        });
+    }
+
+    /// The request with where its volumes are; else why it waits.
+    fn with_volumes(
+        &self,
+        request: Arc<PodRequest>,
+    ) -> Result<Arc<PodRequest>, (Arc<PodRequest>, String)> {
+        if request.claims.is_empty() {
+            return Ok(request);
+        }
+        match self.volumes.needs(&request) {
+            Ok(volumes) => Ok(Arc::new(PodRequest {
+                volumes,
+                ..PodRequest::clone(&request)
+            })),
+            Err(why) => {
+                let count = self.nodes.states().len();
+                Err((request, format!("0/{count} nodes are available: {why}.")))
             }
         }
     }
@@ -349,6 +428,53 @@ async fn bind(registry: &Registry, request: &PodRequest, node: &str) -> Result<(
     );
     registry.event(event).await;
     Ok(())
+}
+
+/// Deletes the victims, with their grace, and notes for whom.
+async fn make_room(
+    registry: &Registry,
+    request: &PodRequest,
+    node: &str,
+    victims: &[Arc<PodRequest>],
+) {
+    let key = &request.key;
+    match registry.get::<Pod>(&key.namespace, &key.name) {
+        Ok(Some(mut pod)) if pod.metadata.uid.as_deref() == Some(&*request.uid) => {
+            let status = pod.status.get_or_insert_default();
+            status.nominated_node_name = Some(node.to_owned());
+            if let Err(status) = registry.update_status(&pod).await {
+                tracing::debug!(pod = %key, %status, "cannot nominate a node");
+            }
+        }
+        _ => return,
+    }
+    for victim in victims {
+        let other = &victim.key;
+        let mut about = Pod::default();
+        about.metadata.namespace = Some(other.namespace.clone());
+        about.metadata.name = Some(other.name.clone());
+        about.metadata.uid = Some(victim.uid.to_string());
+        let options = DeleteOptions {
+            uid: Some(victim.uid.to_string()),
+            ..DeleteOptions::default()
+        };
+        match registry
+            .delete::<Pod>(&other.namespace, &other.name, &options)
+            .await
+        {
+            Ok(()) => {
+                let message = format!(
+                    "Preempted by pod {key} (priority {} over {}) on node {node}",
+                    request.priority, victim.priority
+                );
+                let (type_, reason) = (EventType::Normal, "Preempted");
+                let event = event_about(&about, SCHEDULER_NAME, type_, reason, message);
+                registry.event(event).await;
+            }
+            Err(status) if status.reason == Reason::NotFound => {}
+            Err(status) => tracing::warn!(pod = %other, %status, "cannot preempt"),
+        }
+    }
 }
 
 /// Writes the event and the condition of a pod that fits nowhere.

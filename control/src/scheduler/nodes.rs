@@ -31,6 +31,8 @@ pub(super) struct NodeState {
     pub(super) scored: Resources,
     pub(super) pod_count: i64,
     pub(super) host_ports: Vec<HostPort>,
+    /// Its pods.
+    pub(super) pods: Vec<Arc<PodRequest>>,
 }
 
 impl NodeState {
@@ -57,17 +59,22 @@ impl NodeState {
             scored: Resources::default(),
             pod_count: 0,
             host_ports: Vec::new(),
+            pods: Vec::new(),
         }
     }
 
-    fn add(&mut self, request: &PodRequest) {
+    pub(super) fn add(&mut self, request: &Arc<PodRequest>) {
+        self.pods.push(Arc::clone(request));
         self.used.add(&request.resources);
         self.scored.add(&request.scored);
         self.pod_count += 1;
         self.host_ports.extend(request.host_ports.iter().cloned());
     }
 
-    fn subtract(&mut self, request: &PodRequest) {
+    pub(super) fn subtract(&mut self, request: &PodRequest) {
+        if let Some(index) = self.pods.iter().position(|pod| pod.uid == request.uid) {
+            self.pods.swap_remove(index);
+        }
         self.used.subtract(&request.resources);
         self.scored.subtract(&request.scored);
         self.pod_count -= 1;
@@ -128,6 +135,7 @@ impl Nodes {
             new.scored = std::mem::take(&mut old.scored);
             new.pod_count = old.pod_count;
             new.host_ports = std::mem::take(&mut old.host_ports);
+            new.pods = std::mem::take(&mut old.pods);
             *old = new;
             return more;
         }
@@ -220,6 +228,7 @@ impl Nodes {
 
 #[cfg(test)]
 mod tests {
+    use super::super::peers::Rules;
     use super::*;
     use proptest::prelude::*;
 
@@ -248,6 +257,10 @@ mod tests {
             node_selector: BTreeMap::new(),
             required_affinity: None,
             tolerations: Vec::new(),
+            never_preempts: false,
+            rules: Rules::default(),
+            claims: Vec::new(),
+            volumes: Vec::new(),
             is_gated: false,
         })
     }

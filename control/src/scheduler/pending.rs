@@ -39,6 +39,8 @@ pub(super) enum Wake {
     Node,
     /// A pod left its node.
     Room,
+    /// A pod got a node.
+    Placed,
 }
 
 /// Where a pod is.
@@ -197,8 +199,15 @@ impl Pending {
     /// Something happened: every pod that it could help comes back, after what is left of its
     /// back-off.
     pub(super) fn wake(&mut self, wake: Wake, now: Instant) {
+        if self.timed.is_empty() {
+            return;
+        }
         let helped = |waiting: &&Waiting| match waiting.place {
-            Place::Unschedulable { blocked, .. } => wake == Wake::Node || blocked.by_room,
+            Place::Unschedulable { blocked, .. } => match wake {
+                Wake::Node => true,
+                Wake::Room => blocked.by_room || blocked.by_peers,
+                Wake::Placed => blocked.by_peers,
+            },
             _ => false,
         };
         let uids: Vec<Arc<str>> = self

@@ -9,7 +9,10 @@ use gantry_api::k8s_openapi::api::core::v1::{Container, NodeSelector, Pod, PodSp
 use gantry_api::k8s_openapi::apimachinery::pkg::api::resource::Quantity as ApiQuantity;
 use gantry_api::quantity::Quantity;
 
+use super::peers::Rules;
+use super::volumes::VolumeNeed;
 use crate::controllers::informer::ObjectKey;
+use crate::controllers::pods;
 
 /// CPU that a pod without a request is scored with, so that such pods spread too.
 const CPU_MILLICORES_UNASKED: i64 = 100;
@@ -101,6 +104,14 @@ pub(super) struct PodRequest {
     pub(super) node_selector: BTreeMap<String, String>,
     pub(super) required_affinity: Option<NodeSelector>,
     pub(super) tolerations: Vec<Toleration>,
+    /// It waits rather than push others out.
+    pub(super) never_preempts: bool,
+    /// Its labels, and what it says about other pods.
+    pub(super) rules: Rules,
+    /// The claims it uses, by name.
+    pub(super) claims: Vec<String>,
+    /// Where their volumes are: looked up anew for every decision.
+    pub(super) volumes: Vec<VolumeNeed>,
     /// Somebody must take these away before the pod may be scheduled.
     pub(super) is_gated: bool,
 }
@@ -134,6 +145,14 @@ impl PodRequest {
                     .clone()
             }),
             tolerations: spec.tolerations.clone().unwrap_or_default(),
+            never_preempts: spec.preemption_policy.as_deref() == Some("Never"),
+            rules: Rules::of(
+                spec,
+                pod.metadata.namespace.as_deref().unwrap_or_default(),
+                pod.metadata.labels.clone().unwrap_or_default(),
+            ),
+            claims: pods::claims(pod),
+            volumes: Vec::new(),
             is_gated: spec
                 .scheduling_gates
                 .as_ref()

@@ -220,7 +220,7 @@ fn waiting_pods_come_back_by_time_or_when_something_helps() {
     );
     let low = pending.take(start).unwrap();
     assert!(pending.take(start).is_none());
-    let by_room = Blocked { by_room: true };
+    let by_room = Blocked::ROOM;
     pending.file_unschedulable(&low.uid, by_room, start);
     pending.wake(Wake::Room, start + second / 2);
     assert!(
@@ -249,4 +249,153 @@ fn waiting_pods_come_back_by_time_or_when_something_helps() {
     pending.remove(&low.uid);
     pending.remove("urgent");
     assert!(pending.waiting().is_empty() && pending.next_due().is_none());
+}
+
+fn labelled(name: &str, app: &str, extra: serde_json::Value) -> PodRequest {
+    let mut spec = json!({"containers": [{"name": "c"}]});
+    spec.as_object_mut()
+        .unwrap()
+        .extend(extra.as_object().unwrap().clone());
+    let pod: Pod = serde_json::from_value(json!({
+        "metadata": {"name": name, "namespace": "default", "uid": name, "labels": {"app": app}},
+        "spec": spec,
+    }))
+    .unwrap();
+    PodRequest::of(&pod).unwrap()
+}
+
+fn zoned(name: &str, zone: &str) -> Node {
+    let mut node = node(name, "16");
+    let labels = node.metadata.labels.get_or_insert_default();
+    labels.insert("zone".to_owned(), zone.to_owned());
+    node
+}
+
+/// The third of three replicas waits on two nodes, and says why.
+#[test]
+fn required_anti_affinity_keeps_replicas_apart_both_ways() {
+    let mut nodes = cluster(&[node("a", "16"), node("b", "16")]);
+    let apart = json!({"affinity": {"podAntiAffinity": {
+        "requiredDuringSchedulingIgnoredDuringExecution": [{
+            "topologyKey": "kubernetes.io/hostname",
+            "labelSelector": {"matchLabels": {"app": "web"}}}]}}});
+    for index in 0..2 {
+        let pod = labelled(&format!("web-{index}"), "web", apart.clone());
+        let name = chosen(&nodes, &pod).unwrap();
+        nodes.assume(Arc::new(pod), &name);
+    }
+    assert_eq!(
+        chosen(&nodes, &labelled("web-2", "web", apart)).unwrap_err(),
+        "0/2 nodes are available: 2 node(s) didn't match pod anti-affinity rules."
+    );
+    // A pod without rules of its own is kept away by those that run.
+    assert_eq!(
+        chosen(&nodes, &labelled("plain", "web", json!({}))).unwrap_err(),
+        "0/2 nodes are available: 2 node(s) didn't satisfy existing pods anti-affinity rules."
+    );
+    assert!(chosen(&nodes, &labelled("other", "db", json!({}))).is_ok());
+}
+
+#[test]
+fn affinity_follows_its_peer_and_the_first_of_a_kind_may_start() {
+    let mut nodes = cluster(&[zoned("a", "x"), zoned("b", "y")]);
+    let near = |app: &str| {
+        json!({"affinity": {"podAffinity": {
+        "requiredDuringSchedulingIgnoredDuringExecution": [{
+            "topologyKey": "zone", "labelSelector": {"matchLabels": {"app": app}}}]}}})
+    };
+    let lonely = chosen(&nodes, &labelled("p", "web", near("db"))).unwrap_err();
+    assert!(
+        lonely.contains("didn't match pod affinity rules"),
+        "{lonely}"
+    );
+    assert!(chosen(&nodes, &labelled("first", "web", near("web"))).is_ok());
+    nodes.assume(Arc::new(labelled("db", "db", json!({}))), "b");
+    assert_eq!(
+        chosen(&nodes, &labelled("p", "web", near("db"))),
+        Ok("b".to_owned())
+    );
+}
+
+#[test]
+fn preferences_decide_between_nodes_that_fit() {
+    let mut nodes = cluster(&[zoned("a", "x"), zoned("b", "y")]);
+    let preferred = json!({"affinity": {"nodeAffinity": {
+        "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "preference": {
+            "matchExpressions": [{"key": "zone", "operator": "In", "values": ["y"]}]}}]}}});
+    assert_eq!(
+        chosen(&nodes, &labelled("p", "web", preferred)),
+        Ok("b".to_owned())
+    );
+    nodes.assume(Arc::new(labelled("noisy", "noisy", json!({}))), "b");
+    nodes.assume(Arc::new(labelled("busy", "x", json!({}))), "a");
+    let away = json!({"affinity": {"podAntiAffinity": {
+        "preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 100, "podAffinityTerm": {
+            "topologyKey": "zone", "labelSelector": {"matchLabels": {"app": "noisy"}}}}]}}});
+    assert_eq!(
+        chosen(&nodes, &labelled("p", "web", away)),
+        Ok("a".to_owned())
+    );
+}
+
+#[test]
+fn spread_never_exceeds_its_skew() {
+    let all = [zoned("a", "x"), zoned("b", "x"), zoned("c", "y")];
+    let mut nodes = cluster(&all);
+    let spread = json!({"topologySpreadConstraints": [{"maxSkew": 1, "topologyKey": "zone",
+        "whenUnsatisfiable": "DoNotSchedule", "labelSelector": {"matchLabels": {"app": "web"}}}]});
+    let mut per_zone = BTreeMap::from([("x", 0_i64), ("y", 0)]);
+    for index in 0..8 {
+        let pod = labelled(&format!("w{index}"), "web", spread.clone());
+        let name = chosen(&nodes, &pod).unwrap();
+        *per_zone
+            .get_mut(if name == "c" { "y" } else { "x" })
+            .unwrap() += 1;
+        assert!((per_zone["x"] - per_zone["y"]).abs() <= 1, "{per_zone:?}");
+        nodes.assume(Arc::new(pod), &name);
+    }
+    let unlabelled = cluster(&[node("d", "16")]);
+    let refused = chosen(&unlabelled, &labelled("p", "web", spread)).unwrap_err();
+    assert!(refused.contains("missing required label"), "{refused}");
+}
+
+proptest::proptest! {
+    /// Victims have lower priorities, all of them are needed, and without them the pod fits.
+    #[test]
+    fn preemption_takes_no_more_than_needed(
+        placed in proptest::collection::vec((0_usize..3, 0_i32..5, 1_u32..5), 0..14),
+        priority in 0_i32..6, wanted in 1_u32..8,
+    ) {
+        let mut nodes = cluster(&[node("n0", "8"), node("n1", "8"), node("n2", "8")]);
+        for (index, (at, own, cpu)) in placed.iter().enumerate() {
+            let mut pod = wants_cpu(&format!("p{index}"), &cpu.to_string());
+            pod.priority = *own;
+            nodes.assume(Arc::new(pod), &format!("n{at}"));
+        }
+        let mut pod = wants_cpu("important", &wanted.to_string());
+        pod.priority = priority;
+        proptest::prop_assume!(chosen(&nodes, &pod).is_err());
+        let fits_without = |gone: &[Arc<PodRequest>], node: &str| {
+            let mut state = nodes.states().iter().find(|n| *n.name == *node).unwrap().clone();
+            gone.iter().for_each(|victim| state.subtract(victim));
+            filter::check(&state, &pod).is_ok()
+        };
+        match super::preempt::choose(nodes.states(), &pod) {
+            Some(found) => {
+                proptest::prop_assert!(found.victims.iter().all(|v| v.priority < priority));
+                proptest::prop_assert!(fits_without(&found.victims, &found.node));
+                for kept in 0..found.victims.len() {
+                    let mut fewer = found.victims.clone();
+                    fewer.remove(kept);
+                    proptest::prop_assert!(!fits_without(&fewer, &found.node));
+                }
+            }
+            None => for state in nodes.states() {
+                let lower: Vec<_> = state.pods.iter().filter(|p| p.priority < priority).cloned().collect();
+                proptest::prop_assert!(!fits_without(&lower, &state.name));
+            },
+        }
+        pod.never_preempts = true;
+        proptest::prop_assert!(super::preempt::choose(nodes.states(), &pod).is_none());
+    }
 }

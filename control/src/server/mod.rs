@@ -14,6 +14,7 @@ pub mod identity;
 mod merge;
 mod object;
 mod objects;
+mod pod_admission;
 mod qos;
 pub mod registry;
 mod resize;

@@ -28,6 +28,7 @@ use serde_json::{Value, json};
 use super::allocation::Allocator;
 use super::event::Events;
 use super::object;
+use super::pod_admission;
 use super::rules::Part;
 use super::service;
 use super::write::WriteOptions;
@@ -114,6 +115,17 @@ impl Registry {
                 json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
             self.create_value(kind, "", object, &WriteOptions::default())
                 .await?;
+        }
+        for (plural, object) in pod_admission::default_classes() {
+            let kind = kind_named(plural)?;
+            let name = object["metadata"]["name"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned();
+            if self.get_entry(kind, "", &name).is_none() {
+                self.create_value(kind, "", object, &WriteOptions::default())
+                    .await?;
+            }
         }
         Ok(())
     }

@@ -110,7 +110,8 @@ pub(crate) fn generated_name(prefix: &str) -> String {
 
 /// Whether the kind counts changes of its wanted state in `metadata.generation`.
 fn has_generation(kind: &Kind) -> bool {
-    kind.has_status && (kind.group == "apps" || kind.kind == "Pod")
+    let core = ["Pod", "ReplicationController"];
+    kind.has_status && (["apps", "batch"].contains(&kind.group) || core.contains(&kind.kind))
 }
 
 /// Gives a new object what only the server sets. The name is already there.
@@ -143,9 +144,29 @@ pub(crate) fn prepare_create(kind: &Kind, object: &mut Value, uid: &str, now: Ti
             object["spec"]["finalizers"] = json!([NAMESPACE_FINALIZER]);
             object["status"] = json!({"phase": "Active"});
         }
+        "Job" => {
+            object["status"] = json!({});
+            tie_job_to_its_pods(object, &name, uid);
+        }
         _ if kind.has_status => object["status"] = json!({}),
         _ => {}
     }
+}
+
+/// A Job's pods are told from all others by its uid, unless the user chose a selector.
+fn tie_job_to_its_pods(job: &mut Value, name: &str, uid: &str) {
+    if job["spec"]["manualSelector"] == json!(true) {
+        return;
+    }
+    let labels = &mut job["spec"]["template"]["metadata"]["labels"];
+    if !labels.is_object() {
+        *labels = json!({});
+    }
+    for prefix in ["", "batch.kubernetes.io/"] {
+        labels[format!("{prefix}controller-uid")] = json!(uid);
+        labels[format!("{prefix}job-name")] = json!(name);
+    }
+    job["spec"]["selector"] = json!({"matchLabels": {"batch.kubernetes.io/controller-uid": uid}});
 }
 
 /// The revision that a write expects; `None` when it does not say.

@@ -9,7 +9,10 @@ use super::object::metadata_text;
 use super::write::Written;
 
 fn check_kind(kind: &Kind) -> Result<(), Status> {
-    if matches!(kind.kind, "Deployment" | "ReplicaSet") {
+    if matches!(
+        kind.kind,
+        "Deployment" | "ReplicaSet" | "StatefulSet" | "ReplicationController"
+    ) {
         return Ok(());
     }
     let text = format!("{} have no scale subresource", kind.qualified_resource());

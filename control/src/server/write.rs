@@ -94,6 +94,7 @@ impl Registry {
             mut object,
             warnings,
         } = prepared;
+        self.admit(kind, &mut object)?;
         let generate = metadata_text(&object, "generateName").to_owned();
         let drawn = metadata_text(&object, "name").is_empty() && !generate.is_empty();
         let uid = uuid::Uuid::new_v4().to_string();

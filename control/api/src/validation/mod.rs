@@ -3,16 +3,28 @@
 //! Pure functions from a defaulted object to [`FieldError`]s; the texts are Kubernetes'
 //! (`pkg/apis/*/validation/validation.go`). `admission` calls them; nothing else needs to.
 
+mod batch;
 pub mod names;
 mod pod;
 mod resources;
 mod security;
 mod service;
+mod sets;
+mod storage;
 mod volume;
 mod workload;
 
+pub use batch::{cron_job, job, job_update};
 pub use pod::{pod, pod_spec, pod_update};
 pub use service::{endpoint_slice, service, service_update};
+pub use sets::{
+    daemon_set, daemon_set_update, replication_controller, stateful_set, stateful_set_update,
+};
+pub use storage::{
+    SYSTEM_PRIORITIES, claim_spec, persistent_volume, persistent_volume_claim,
+    persistent_volume_claim_update, persistent_volume_update, priority_class,
+    priority_class_update, storage_class, storage_class_update,
+};
 pub use workload::{deployment, deployment_update, replica_set, replica_set_update};
 
 use crate::field::{FieldError, Path};
@@ -109,6 +121,8 @@ fn object_name(kind: &Kind, name: &str) -> Vec<String> {
     match kind.kind {
         "Namespace" => names::dns1123_label(name),
         "Service" => names::dns1035_label(name),
+        // Roles may be called `system:node`: any one part of a path is a name.
+        "Role" | "RoleBinding" | "ClusterRole" | "ClusterRoleBinding" => names::path_segment(name),
         _ => names::dns1123_subdomain(name),
     }
 }

@@ -48,6 +48,24 @@ pub fn dns1035_label(text: &str) -> Vec<String> {
     broken
 }
 
+/// A name that is one part of a path: what RBAC's objects are called.
+#[must_use]
+pub fn path_segment(text: &str) -> Vec<String> {
+    let mut broken = Vec::new();
+    if matches!(text, "." | "..") {
+        broken.push(format!("may not be '{text}'"));
+    }
+    for illegal in ["/", "%"] {
+        if text.contains(illegal) {
+            broken.push(format!("may not contain '{illegal}'"));
+        }
+    }
+    if text.len() > 253 {
+        broken.push("must be no more than 253 bytes".to_owned());
+    }
+    broken
+}
+
 /// A label or annotation key: an optional DNS prefix, `/`, and a name of at most 63 bytes.
 #[must_use]
 pub fn qualified_name(text: &str) -> Vec<String> {

@@ -42,7 +42,12 @@ pub fn deployment(deployment: &Deployment) -> Vec<FieldError> {
         ));
     }
     selector(&spec.selector, Some(&spec.template), &path, &mut errors);
-    template(Some(&spec.template), &path.child("template"), &mut errors);
+    template(
+        Some(&spec.template),
+        &path.child("template"),
+        &["Always"],
+        &mut errors,
+    );
     if let Some(strategy) = &spec.strategy {
         self::strategy(strategy, &path.child("strategy"), &mut errors);
     }
@@ -64,11 +69,16 @@ pub fn replica_set(set: &ReplicaSet) -> Vec<FieldError> {
     let seconds = spec.min_ready_seconds.map(i64::from);
     not_negative(&path.child("minReadySeconds"), seconds, &mut errors);
     selector(&spec.selector, spec.template.as_ref(), &path, &mut errors);
-    template(spec.template.as_ref(), &path.child("template"), &mut errors);
+    template(
+        spec.template.as_ref(),
+        &path.child("template"),
+        &["Always"],
+        &mut errors,
+    );
     errors
 }
 
-fn selector(
+pub(super) fn selector(
     selector: &LabelSelector,
     template: Option<&PodTemplateSpec>,
     path: &Path,
@@ -116,7 +126,13 @@ fn selector(
     }
 }
 
-fn template(template: Option<&PodTemplateSpec>, path: &Path, errors: &mut Vec<FieldError>) {
+/// A pod template whose pods restart by one of `policies`.
+pub(super) fn template(
+    template: Option<&PodTemplateSpec>,
+    path: &Path,
+    policies: &[&str],
+    errors: &mut Vec<FieldError>,
+) {
     let labels = template.and_then(|t| t.metadata.as_ref()?.labels.as_ref());
     errors.extend(super::labels(
         labels,
@@ -129,7 +145,7 @@ fn template(template: Option<&PodTemplateSpec>, path: &Path, errors: &mut Vec<Fi
     };
     errors.extend(super::pod_spec(spec, &path));
     let policy = spec.restart_policy.as_deref();
-    one_of(&path.child("restartPolicy"), policy, &["Always"], errors);
+    one_of(&path.child("restartPolicy"), policy, policies, errors);
 }
 
 fn strategy(strategy: &DeploymentStrategy, path: &Path, errors: &mut Vec<FieldError>) {
@@ -178,7 +194,11 @@ fn strategy(strategy: &DeploymentStrategy, path: &Path, errors: &mut Vec<FieldEr
 }
 
 /// The number in `3` or `25%`.
-fn count(value: Option<&IntOrString>, path: &Path, errors: &mut Vec<FieldError>) -> Option<i64> {
+pub(super) fn count(
+    value: Option<&IntOrString>,
+    path: &Path,
+    errors: &mut Vec<FieldError>,
+) -> Option<i64> {
     match value? {
         IntOrString::Int(number) => {
             not_negative(path, Some(i64::from(*number)), errors);
@@ -212,7 +232,10 @@ pub fn replica_set_update(new: &ReplicaSet, old: &ReplicaSet) -> Vec<FieldError>
     same_selector(selector(new), selector(old))
 }
 
-fn same_selector(new: Option<LabelSelector>, old: Option<LabelSelector>) -> Vec<FieldError> {
+pub(super) fn same_selector(
+    new: Option<LabelSelector>,
+    old: Option<LabelSelector>,
+) -> Vec<FieldError> {
     if new == old {
         return Vec::new();
     }

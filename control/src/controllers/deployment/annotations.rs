@@ -128,7 +128,10 @@ fn without_hash(template: &PodTemplateSpec) -> PodTemplateSpec {
 /// The hash that names a template: FNV-1a (32 bits) of its JSON and the collision count, in
 /// [`SAFE_DIGITS`]. Equal templates give equal hashes because the schema's fields and maps have one
 /// order; the value differs from Kubernetes', which hashes a Go struct dump.
-pub(super) fn template_hash(template: &PodTemplateSpec, collision_count: Option<i32>) -> String {
+pub(in crate::controllers) fn template_hash(
+    template: &PodTemplateSpec,
+    collision_count: Option<i32>,
+) -> String {
     let json = serde_json::to_vec(&without_hash(template)).unwrap_or_default();
     let suffix = collision_count.map(i32::to_le_bytes);
     let bytes = json.iter().chain(suffix.iter().flatten());

@@ -23,6 +23,7 @@ use gantry_api::status::{Reason, Status};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+pub(super) use self::annotations::template_hash;
 use self::plan::{Observed, Plan};
 use super::informer::{Delta, ObjectKey};
 use super::queue::WorkQueue;

@@ -1,0 +1,213 @@
+//! Admission that looks at other objects: what a pod's account, class of priority and a claim's class say.
+//!
+//! | object | gets |
+//! |---|---|
+//! | Pod | `serviceAccountName`, the account's pull secrets, `priority` and `preemptionPolicy` of its class |
+//! | PersistentVolumeClaim | the default class when it names none |
+//!
+//! Pure but for the look-ups. Source: Kubernetes' plugins ServiceAccount, Priority, DefaultStorageClass.
+
+use gantry_api::k8s_openapi::api::core::v1::ServiceAccount;
+use gantry_api::k8s_openapi::api::scheduling::v1::PriorityClass;
+use gantry_api::k8s_openapi::api::storage::v1::StorageClass;
+use gantry_api::kinds::Kind;
+use gantry_api::status::Status;
+use gantry_api::validation::SYSTEM_PRIORITIES;
+use serde_json::{Value, json};
+
+use super::object::metadata_text;
+use super::registry::Registry;
+use crate::controllers::PROVISIONER;
+
+/// The account of pods that name none; the one account that may still be missing.
+const DEFAULT_ACCOUNT: &str = "default";
+/// The annotation of the class of claims that name none.
+const DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
+/// The class whose volumes are directories of a node.
+const LOCAL_CLASS: &str = "local";
+
+/// Classes that every cluster has from its first start: plural and object.
+pub(super) fn default_classes() -> Vec<(&'static str, Value)> {
+    let mut classes = vec![(
+        "storageclasses",
+        json!({
+            "apiVersion": "storage.k8s.io/v1", "kind": "StorageClass",
+            "metadata": {"name": LOCAL_CLASS, "annotations": {DEFAULT_CLASS: "true"}},
+            "provisioner": PROVISIONER, "reclaimPolicy": "Retain",
+            "volumeBindingMode": "WaitForFirstConsumer",
+        }),
+    )];
+    classes.extend(SYSTEM_PRIORITIES.iter().map(|(name, value)| {
+        let class = json!({
+            "apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass",
+            "metadata": {"name": name}, "value": value,
+        });
+        ("priorityclasses", class)
+    }));
+    classes
+}
+
+/// What a pod gets from its class of priority.
+fn set_priority(
+    kind: &Kind,
+    pod: &mut Value,
+    named: Option<&PriorityClass>,
+    default: Option<&PriorityClass>,
+) -> Result<(), Status> {
+    let pod_name = metadata_text(pod, "name").to_owned();
+    let spec = &mut pod["spec"];
+    let asked = spec["priorityClassName"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned();
+    let class = match (asked.as_str(), named) {
+        ("", _) => default,
+        (_, Some(class)) => Some(class),
+        (asked, None) => {
+            let detail = format!("no PriorityClass with name {asked} was found");
+            return Err(Status::forbidden(kind, &pod_name, &detail));
+        }
+    };
+    let value = class.and_then(|class| class.value).unwrap_or(0);
+    // A number of the pod's own is only accepted when it is the class's.
+    if spec["priority"]
+        .as_i64()
+        .is_some_and(|own| own != i64::from(value))
+    {
+        let detail = format!(
+            "the integer value of priority ({}) must not be provided in pod spec; priority admission \
+             controller computed {value} from the given PriorityClass name",
+            spec["priority"]
+        );
+        return Err(Status::forbidden(kind, &pod_name, &detail));
+    }
+    spec["priority"] = json!(value);
+    if let Some(class) = class {
+        spec["priorityClassName"] = json!(class.metadata.name);
+    }
+    if spec["preemptionPolicy"].is_null() {
+        let policy = class.and_then(|class| class.preemption_policy.clone());
+        spec["preemptionPolicy"] = json!(policy.as_deref().unwrap_or("PreemptLowerPriority"));
+    }
+    Ok(())
+}
+
+/// What a pod gets from its account.
+fn set_account(pod: &mut Value, name: &str, account: Option<&ServiceAccount>) {
+    let spec = &mut pod["spec"];
+    spec["serviceAccountName"] = json!(name);
+    spec["serviceAccount"] = json!(name);
+    let secrets = account.and_then(|account| account.image_pull_secrets.as_ref());
+    let own = spec["imagePullSecrets"]
+        .as_array()
+        .is_some_and(|own| !own.is_empty());
+    if let Some(secrets) = secrets.filter(|_| !own) {
+        spec["imagePullSecrets"] = json!(secrets);
+    }
+}
+
+impl Registry {
+    /// Completes a new object by what other objects say.
+    pub(super) fn admit(&self, kind: &'static Kind, object: &mut Value) -> Result<(), Status> {
+        match kind.kind {
+            "Pod" => self.admit_pod(kind, object),
+            "PersistentVolumeClaim" => self.admit_claim(object),
+            _ => Ok(()),
+        }
+    }
+
+    fn admit_pod(&self, kind: &Kind, pod: &mut Value) -> Result<(), Status> {
+        let namespace = metadata_text(pod, "namespace").to_owned();
+        let text = |field: &str| pod["spec"][field].as_str().unwrap_or_default().to_owned();
+        let mut name = text("serviceAccountName");
+        if name.is_empty() {
+            DEFAULT_ACCOUNT.clone_into(&mut name);
+        }
+        let account: Option<ServiceAccount> = self.get(&namespace, &name)?;
+        // Account `default` of a new namespace comes a moment later; the pod's token waits for it.
+        if account.is_none() && name != DEFAULT_ACCOUNT {
+            let detail = format!(
+                "error looking up service account {namespace}/{name}: serviceaccount {name:?} not found"
+            );
+            return Err(Status::forbidden(kind, metadata_text(pod, "name"), &detail));
+        }
+        let class = text("priorityClassName");
+        let named: Option<PriorityClass> = match class.as_str() {
+            "" => None,
+            class => self.get("", class)?,
+        };
+        let default = if class.is_empty() {
+            let classes = self.list::<PriorityClass>(None)?.1.into_iter();
+            let defaults = classes.filter(|class| class.global_default == Some(true));
+            defaults.min_by_key(|class| class.value)
+        } else {
+            None
+        };
+        set_account(pod, &name, account.as_ref());
+        set_priority(kind, pod, named.as_ref(), default.as_ref())
+    }
+
+    fn admit_claim(&self, claim: &mut Value) -> Result<(), Status> {
+        if !claim["spec"]["storageClassName"].is_null() {
+            return Ok(());
+        }
+        let classes = self.list::<StorageClass>(None)?.1.into_iter();
+        let is_default = |class: &StorageClass| {
+            let annotations = class.metadata.annotations.as_ref();
+            annotations
+                .and_then(|all| all.get(DEFAULT_CLASS))
+                .is_some_and(|v| v == "true")
+        };
+        // Of several the newest, as in Kubernetes.
+        let newest = classes
+            .filter(is_default)
+            .max_by_key(|class| class.metadata.creation_timestamp.clone());
+        if let Some(name) = newest.and_then(|class| class.metadata.name) {
+            claim["spec"]["storageClassName"] = json!(name);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gantry_api::kinds::resolve;
+
+    fn class(name: &str, value: i32) -> PriorityClass {
+        let class =
+            json!({"metadata": {"name": name}, "value": value, "preemptionPolicy": "Never"});
+        serde_json::from_value(class).unwrap()
+    }
+
+    #[test]
+    fn a_class_gives_its_number_and_a_pod_cannot_give_its_own() {
+        let kind = resolve("pod").unwrap();
+        let (high, normal) = (class("high", 1000), class("normal", 5));
+        let mut pod = json!({"metadata": {"name": "p"}, "spec": {"priorityClassName": "high"}});
+        set_priority(kind, &mut pod, Some(&high), Some(&normal)).unwrap();
+        assert_eq!(pod["spec"]["priority"], 1000);
+        assert_eq!(pod["spec"]["preemptionPolicy"], "Never");
+        let mut plain = json!({"metadata": {"name": "p"}, "spec": {}});
+        set_priority(kind, &mut plain, None, Some(&normal)).unwrap();
+        assert_eq!(plain["spec"]["priorityClassName"], "normal");
+        let mut own = json!({"metadata": {"name": "p"}, "spec": {"priority": 7}});
+        assert!(set_priority(kind, &mut own, None, Some(&normal)).is_err());
+        let mut missing = json!({"metadata": {"name": "p"}, "spec": {"priorityClassName": "x"}});
+        let status = set_priority(kind, &mut missing, None, None).unwrap_err();
+        assert!(
+            status.message.contains("no PriorityClass with name x"),
+            "{status}"
+        );
+    }
+
+    #[test]
+    fn an_account_gives_its_pull_secrets_to_pods_without_any() {
+        let account = json!({"metadata": {"name": "a"}, "imagePullSecrets": [{"name": "s"}]});
+        let account: ServiceAccount = serde_json::from_value(account).unwrap();
+        let mut pod = json!({"spec": {}});
+        set_account(&mut pod, "a", Some(&account));
+        assert_eq!(pod["spec"]["serviceAccountName"], "a");
+        assert_eq!(pod["spec"]["imagePullSecrets"][0]["name"], "s");
+    }
+}
