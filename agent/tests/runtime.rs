@@ -110,6 +110,35 @@ async fn isolation_is_dockers() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn links_of_an_image_lead_no_mount_outside() {
+    with_fixture!(fx, {
+        let outside = fx.outside();
+        for name in ["proc", "sys", "dev"] {
+            fx.link_in_image(name, Some(&outside));
+            let error = fx.run("true", json!({})).await.unwrap_err().to_string();
+            let wanted = format!("mount /{name}: the image has a symbolic link there");
+            assert!(error.contains(&wanted), "{error}");
+            fx.link_in_image(name, None);
+        }
+        // The place of a file that the agent brings: the link leads to where it would lead if the
+        // image were the whole machine.
+        let up =
+            std::path::PathBuf::from("../../../../../..").join(outside.strip_prefix("/").unwrap());
+        for target in [outside.clone(), up] {
+            fx.link_in_image("etc", Some(&target));
+            let run = fx.run("cat /etc/hosts", json!({})).await.unwrap();
+            assert_eq!(fx.exit(&run).await.code, 0, "{}", fx.text(&run));
+            assert_eq!(fx.text(&run), "of the pod\n");
+            fx.link_in_image("etc", None);
+        }
+        assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
+        // None of it has hurt the next one.
+        let run = fx.run("cat /etc/hosts", json!({})).await.unwrap();
+        assert_eq!(fx.exit(&run).await.code, 0);
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn limits_are_in_the_cgroup_and_oom_is_told() {
     with_fixture!(fx, {
         let resources =

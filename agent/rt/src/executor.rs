@@ -38,6 +38,8 @@ pub(crate) struct Workload {
     keep_capabilities: Option<u64>,
     /// For a command in a container with a user namespace.
     entry: Option<Rc<Entry>>,
+    /// Bit n - 1: signal n is not as it is by default. execve resets what is handled.
+    ignored_signals: u64,
 }
 
 impl Workload {
@@ -64,6 +66,7 @@ impl Workload {
             filters: Rc::new(filters),
             keep_capabilities,
             entry: None,
+            ignored_signals: ignored_signals(),
         })
     }
 
@@ -77,7 +80,7 @@ impl Workload {
     }
 
     fn prepare(&self) -> Result<(), String> {
-        reset_signals();
+        reset_signals(self.ignored_signals);
         if let Some(entry) = &self.entry {
             entry.enter()?;
         }
@@ -167,8 +170,23 @@ fn parse_filters(bytes: &[u8]) -> anyhow::Result<Vec<Vec<libc::sock_filter>>> {
     Ok(filters)
 }
 
+/// By the host's /proc, as long as it is in sight; all of them when it does not tell.
+fn ignored_signals() -> u64 {
+    fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|status| mask_of(&status))
+        .unwrap_or(u64::MAX)
+}
+
+fn mask_of(status: &str) -> Option<u64> {
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))?;
+    u64::from_str_radix(mask.trim(), 16).ok()
+}
+
 /// Rust ignores SIGPIPE and the shim ignores or blocks more; a container starts as from a shell.
-fn reset_signals() {
+fn reset_signals(ignored: u64) {
     // The kernel's own sigaction (handler, flags, restorer, mask): all zero is SIG_DFL. libc's
     // wrapper refuses 32 and 33, which a container must not inherit as ignored either.
     let default = [0u64; 4];
@@ -177,7 +195,7 @@ fn reset_signals() {
     // SAFETY: the kernel reads 32 and 8 bytes of two locals and writes nothing through null;
     // this process has one thread and ends in execve, so libc's view of them does not matter.
     unsafe {
-        for signal in 1..=64 {
+        for signal in (1..=64).filter(|signal| ignored & (1 << (signal - 1)) != 0) {
             // SIGKILL and SIGSTOP are refused, which is what they should be.
             let null = std::ptr::null_mut::<u64>();
             libc::syscall(
@@ -280,6 +298,17 @@ fn keep_capabilities(mask: u64) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ignored_signals_are_read() {
+        assert_eq!(
+            mask_of("Name:\tx\nSigIgn:\t0000000000001000\n"),
+            Some(0x1000)
+        );
+        assert_eq!(mask_of("Name:\tx\n"), None);
+        // Rust's own.
+        assert!(ignored_signals() & (1 << (libc::SIGPIPE - 1)) != 0);
+    }
 
     #[test]
     fn filter_files_are_checked() {

@@ -17,12 +17,18 @@
 //! fail for the container's own sake is left except the final execve, whose error goes to the
 //! container's stderr and exit code 255, as with runc. One spawn is saved.
 
+mod cgroup;
+mod create;
 mod executable;
 mod executor;
 mod namespaces;
+mod inside;
+mod mount;
 mod permitted;
+mod process;
 mod report;
 mod user_namespace;
+mod rootfs;
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -128,13 +134,16 @@ fn run(arguments: &Arguments) -> anyhow::Result<(i32, u128)> {
     let builder = ContainerBuilder::new(STATE.to_owned(), SyscallType::default())
         .with_root_path(&arguments.root)?
         .with_console_socket(arguments.console.as_ref())
-        .with_executor(workload);
+        .with_executor(workload.clone());
     if arguments.create {
         if permitted::restrict_spec(&mut spec)? {
             spec.save(&config)
                 .with_context(|| format!("cannot rewrite {}", config.display()))?;
         }
-        create(builder, &arguments.bundle)
+        if create::is_enough_for(&spec) {
+            return create::create(spec, &arguments.bundle, &arguments.root, workload);
+        }
+        create_by_library(builder, &arguments.bundle)
     } else {
         let process = arguments
             .process
@@ -172,7 +181,7 @@ fn give_streams(spec: &Spec) {
     }
 }
 
-fn create(builder: ContainerBuilder, bundle: &Path) -> anyhow::Result<(i32, u128)> {
+fn create_by_library(builder: ContainerBuilder, bundle: &Path) -> anyhow::Result<(i32, u128)> {
     let mut container = builder
         .as_init(bundle)
         .with_systemd(false)

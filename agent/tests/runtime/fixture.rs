@@ -85,6 +85,8 @@ impl Fixture {
             directory,
         };
         make_rootfs(&fixture.rootfs());
+        fs::create_dir(fixture.outside()).unwrap();
+        fs::write(fixture.directory.path().join("hosts"), "of the pod\n").unwrap();
         fs::create_dir_all(fixture.namespaces()).unwrap();
         pin_namespaces(&fixture.namespaces());
         fixture
@@ -106,6 +108,26 @@ impl Fixture {
 
     fn rootfs(&self) -> PathBuf {
         self.directory.path().join("rootfs")
+    }
+
+    /// A directory that no container may reach.
+    pub(crate) fn outside(&self) -> PathBuf {
+        self.directory.path().join("outside")
+    }
+
+    /// The image has a link where it had a directory; back to a directory without a target.
+    pub(crate) fn link_in_image(&self, name: &str, target: Option<&Path>) {
+        let path = self.rootfs().join(name);
+        match target {
+            Some(target) => {
+                fs::rename(&path, path.with_extension("before")).unwrap();
+                symlink(target, path).unwrap();
+            }
+            None => {
+                fs::remove_file(&path).unwrap();
+                fs::rename(path.with_extension("before"), path).unwrap();
+            }
+        }
     }
 
     fn namespaces(&self) -> PathBuf {
@@ -207,7 +229,10 @@ impl Fixture {
             hostname: "test",
             volumes: &BTreeMap::new(),
             mount_sub_path: &|_| Err(std::io::Error::other("no volumes here")),
-            files: PodFiles::default(),
+            files: PodFiles {
+                hosts: Some(&self.directory.path().join("hosts")),
+                ..PodFiles::default()
+            },
             namespaces: Namespaces {
                 net: Some(net),
                 ipc: Some(&namespaces.join("ipc")),
