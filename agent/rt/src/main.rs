@@ -21,14 +21,14 @@ mod cgroup;
 mod create;
 mod executable;
 mod executor;
-mod namespaces;
 mod inside;
 mod mount;
+mod namespaces;
 mod permitted;
 mod process;
 mod report;
-mod user_namespace;
 mod rootfs;
+mod user_namespace;
 
 use std::fs;
 use std::os::fd::AsFd;

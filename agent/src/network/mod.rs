@@ -1,7 +1,7 @@
 //! Pod networks: namespaces pinned without a process, attached by CNI, routed without NAT.
 //!
 //! ```text
-//! pod worker ─► PodNetworks ─┬► namespaces   (user,) net, ipc, uts pinned by bind mounts
+//! pod worker ─► PodNetworks ─┬► namespaces   (user,) net, ipc, uts pinned by bind mounts, from the pool
 //!                            ├► gantry-cni   the default: bridge, veth, lease, routes, in process
 //!                            └► chain        or whatever /etc/cni/net.d says, by running plugins
 //! ```
@@ -13,6 +13,7 @@ mod chain;
 mod forwarding;
 mod namespaces;
 mod pod_networks;
+mod pool;
 mod record;
 mod resolv;
 

@@ -1,7 +1,8 @@
 //! A pod's namespaces, pinned by bind mounts: no pause process.
 //!
 //! ```text
-//! thread: unshare(net, ipc, uts) ─► sethostname ─► mount /proc/thread-self/ns/X on <dir>/X ─► ends
+//! thread: unshare(net, ipc, uts), or enter a ready set of the pool
+//!         ─► sethostname ─► mount /proc/thread-self/ns/X on <dir>/X ─► ends
 //! ```
 //! With a user namespace (`hostUsers: false`) a process of `gantry-rt` takes the thread's place: it
 //! makes the user namespace first, which then owns the others.
@@ -22,6 +23,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::unistd::sethostname;
 
 use super::NetworkError;
+use super::pool::Ready;
 use crate::user_namespaces::Range;
 
 /// The kernel's limit (`__NEW_UTS_LEN`), in bytes.
@@ -47,7 +49,7 @@ pub(super) enum Kinds {
 }
 
 impl Kinds {
-    fn names(&self) -> &'static [&'static str] {
+    pub(super) fn names(&self) -> &'static [&'static str] {
         match self {
             Self::Mapped { .. } => &ALL,
             Self::Own => &["net", "ipc", "uts"],
@@ -55,7 +57,7 @@ impl Kinds {
         }
     }
 
-    fn flags(&self) -> CloneFlags {
+    pub(super) fn flags(&self) -> CloneFlags {
         match self {
             Self::HostNetwork => CloneFlags::CLONE_NEWIPC,
             _ => CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS,
@@ -67,11 +69,13 @@ fn io_error(context: String) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Io { context, source }
 }
 
-/// Pins the namespaces in `dir` unless they are. Returns whether they are new.
+/// Pins the namespaces in `dir` unless they are. Returns whether they are new. `ready` gives a set
+/// made in advance, if there is one.
 pub(super) async fn ensure(
     dir: PathBuf,
     kinds: Kinds,
     hostname: String,
+    ready: impl FnOnce() -> Option<Ready>,
 ) -> Result<bool, NetworkError> {
     if kinds.names().iter().all(|name| is_pinned(&dir.join(name))) {
         return Ok(false);
@@ -82,13 +86,14 @@ pub(super) async fn ensure(
             source: ErrorKind::InvalidInput.into(),
         });
     }
+    let ready = if kinds == Kinds::Own { ready() } else { None };
     let (sender, receiver) = tokio::sync::oneshot::channel();
     // Never on a worker of the runtime, nor on its blocking pool: those threads are used again.
     std::thread::Builder::new()
         .name("namespaces".into())
         .stack_size(128 * 1024)
         .spawn(move || {
-            let result = remove(&dir).and_then(|()| pin(&dir, &kinds, &hostname));
+            let result = remove(&dir).and_then(|()| pin(&dir, &kinds, &hostname, ready));
             // Nobody listens when the caller was cancelled; the next call finds the pins.
             drop(sender.send(result));
         })
@@ -102,13 +107,24 @@ pub(super) async fn ensure(
     }
 }
 
-fn pin(dir: &Path, kinds: &Kinds, hostname: &str) -> Result<(), NetworkError> {
+fn pin(
+    dir: &Path,
+    kinds: &Kinds,
+    hostname: &str,
+    ready: Option<Ready>,
+) -> Result<(), NetworkError> {
     fs::create_dir_all(dir).map_err(io_error(format!("create {}", dir.display())))?;
     if let Kinds::Mapped { range, rt } = kinds {
         return pin_mapped(dir, *range, rt, hostname);
     }
-    unshare(kinds.flags())
-        .map_err(|errno| io_error(format!("unshare {}", kinds.names().join(", ")))(errno.into()))?;
+    match &ready {
+        Some(ready) => ready
+            .enter()
+            .map_err(io_error("enter ready namespaces".into()))?,
+        None => unshare(kinds.flags()).map_err(|errno| {
+            io_error(format!("unshare {}", kinds.names().join(", ")))(errno.into())
+        })?,
+    }
     if *kinds == Kinds::Own {
         sethostname(hostname)
             .map_err(|errno| io_error(format!("set hostname {hostname}"))(errno.into()))?;

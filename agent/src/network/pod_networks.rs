@@ -29,6 +29,7 @@ use tokio::sync::watch;
 
 use super::chain::{self, IFNAME, NetworkList, Runner, Subject, pod_addresses};
 use super::namespaces::{self, Kinds};
+use super::pool::Pool;
 use super::record::{Record, Wiring};
 use super::{Network, NetworkError, PodNetwork, PodNetworkSpec, forwarding};
 use crate::ids::PodUid;
@@ -68,6 +69,7 @@ pub struct PodNetworks {
     config: NetworkConfig,
     runner: Runner,
     view: watch::Receiver<Arc<View>>,
+    pool: Arc<Pool>,
 }
 
 impl PodNetworks {
@@ -82,6 +84,7 @@ impl PodNetworks {
             config,
             runner,
             view,
+            pool: Arc::default(),
         }
     }
 
@@ -249,7 +252,8 @@ impl Network for PodNetworks {
         let dir = self.paths.namespaces(&spec.pod);
         let ipcns = dir.join("ipc");
         if spec.host_network {
-            namespaces::ensure(dir, Kinds::HostNetwork, spec.hostname.clone()).await?;
+            let hostname = spec.hostname.clone();
+            namespaces::ensure(dir, Kinds::HostNetwork, hostname, || None).await?;
             return Ok(PodNetwork {
                 addresses: self.config.node_addresses.clone(),
                 netns: None,
@@ -274,7 +278,9 @@ impl Network for PodNetworks {
             },
             None => Kinds::Own,
         };
-        let new = namespaces::ensure(dir, kinds, spec.hostname.clone()).await?;
+        let (hostname, pool) = (spec.hostname.clone(), &self.pool);
+        let new = namespaces::ensure(dir, kinds, hostname, || pool.take()).await?;
+        pool.fill();
         let addresses = self.attach(spec, &netns, new).await?;
         Ok(PodNetwork {
             addresses,
@@ -309,6 +315,7 @@ impl Network for PodNetworks {
     }
 
     async fn retain(&self, live: &HashSet<PodUid>) -> Result<(), NetworkError> {
+        self.pool.fill();
         let mut first = Ok(());
         let found = self.found().await?;
         let dead = found.iter().filter(|pod| !live.contains(*pod));

@@ -15,7 +15,7 @@ use super::prepare::{Failure, credentials, etc, hostname, names};
 use super::timeline::timed;
 use super::worker::Message;
 use crate::cgroups::limits::{container_limits, qos_class};
-use crate::ids::ContainerRun;
+use crate::ids::{ContainerRun, PodUid};
 use crate::images::{Image, PullPolicy};
 use crate::network::PodNetwork;
 use crate::paths::Paths;
@@ -79,6 +79,42 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
     })?;
     let _ = job.inputs.send(Message::Took("create", took)).await;
     Ok((at, image.image_id()))
+}
+
+/// Mounts the root file systems of the containers that start first, beside the sandbox: they need
+/// nothing of it. Only what takes no network; [`container`] makes whatever is not there, and tells
+/// the errors.
+pub async fn roots_in_advance(node: &Arc<Node>, uid: &PodUid, pod: &Pod, is_new: bool) {
+    let Some(spec) = pod.spec.as_ref().filter(|_| is_new) else {
+        return;
+    };
+    if spec.host_users == Some(false) {
+        return; // its root file systems are mapped to the pod's ids
+    }
+    let first = match spec.init_containers.as_deref() {
+        Some([first, ..]) => std::slice::from_ref(first),
+        _ => &spec.containers,
+    };
+    let mount = |config: &Container| {
+        let reference = config.image.clone().unwrap_or_default();
+        let policy = PullPolicy::of(config.image_pull_policy.as_deref(), &reference);
+        let run = ContainerRun {
+            pod: uid.clone(),
+            name: config.name.clone(),
+            attempt: 0,
+        };
+        async move {
+            // The registry may name another image: not to be guessed.
+            if policy == PullPolicy::Always {
+                return;
+            }
+            if let Ok(image) = node.images.ensure(&reference, PullPolicy::Never, &[]).await {
+                let layers = node.paths.container_layers(&run);
+                let _ = node.images.mount_rootfs(&image, &layers, None).await;
+            }
+        }
+    };
+    futures_util::future::join_all(first.iter().map(mount)).await;
 }
 
 fn config<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {

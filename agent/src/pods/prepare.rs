@@ -10,9 +10,9 @@ use std::sync::Arc;
 use gantry_api::k8s_openapi::api::core::v1::{Pod, Secret};
 use tokio::sync::{mpsc, watch};
 
-use super::Node;
 use super::timeline::timed;
 use super::worker::Message;
+use super::{Node, launch};
 use crate::cgroups::limits::{container_limits, pod_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
 use crate::images::auth::{self, RegistryAuth};
@@ -76,11 +76,9 @@ pub async fn sandbox(
         .spec
         .as_ref()
         .is_some_and(|s| s.host_network == Some(true));
-    let cgroup = node
-        .cgroups
-        .ensure_pod(uid, qos_class(pod), &pod_limits(pod, node.cgroups.policy()))
-        .await
-        .map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
+    let qos = qos_class(pod);
+    let limits = pod_limits(pod, node.cgroups.policy());
+    let cgroup = node.cgroups.pod_path(uid, qos);
     let user_range = user_range(node, uid, pod)?;
     let network_spec = PodNetworkSpec {
         pod: uid.clone(),
@@ -96,11 +94,21 @@ pub async fn sandbox(
         cgroup,
         log_dir: node.paths.pod_log(namespace, name, uid),
     };
-    let ((network, network_took), (volumes, volumes_took), (shim, shim_took)) = tokio::join!(
+    let is_new = !node.paths.sandbox(uid).exists();
+    let (
+        (network, network_took),
+        (volumes, volumes_took),
+        (shim, shim_took),
+        (limited, cgroup_took),
+        (_, roots_took),
+    ) = tokio::join!(
         timed(node.network.ensure(&network_spec)),
         timed(volumes(node, uid, pod, &view)),
         timed(node.runtime.ensure_sandbox(&sandbox_spec)),
+        timed(node.cgroups.ensure_pod(uid, qos, &limits)),
+        timed(launch::roots_in_advance(node, uid, pod, is_new)),
     );
+    limited.map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
     let volumes = volumes.map_err(|e| Failure::new(e.reason(), e))?;
     let network = network.map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
     shim.map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
@@ -111,6 +119,8 @@ pub async fn sandbox(
         ("network", network_took),
         ("volumes", volumes_took),
         ("shim", shim_took),
+        ("cgroup", cgroup_took),
+        ("roots", roots_took),
     ] {
         let _ = inputs.send(Message::Took(phase, took)).await;
     }
