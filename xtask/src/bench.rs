@@ -13,7 +13,14 @@ use serde_json::Value;
 use crate::{build, image, report, run, setup};
 
 /// In the order of running; `tests/src/bench/mod.rs` has the same.
-const NAMES: [&str; 3] = ["pod_start", "service_connect", "footprint"];
+const NAMES: [&str; 6] = [
+    "pod_start",
+    "burst",
+    "exec",
+    "restart",
+    "service_connect",
+    "footprint",
+];
 
 /// What `bench` takes.
 #[derive(clap::Args)]

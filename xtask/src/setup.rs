@@ -111,6 +111,12 @@ fn needs(purpose: For) -> Vec<Need> {
                 run::which("strace").is_some(),
                 &["strace"],
             ),
+            need(
+                "crun",
+                "compared as well, where it takes this machine's cgroups",
+                run::which("crun").is_some(),
+                &["crun"],
+            ),
         ]);
     }
     needs

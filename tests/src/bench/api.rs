@@ -5,8 +5,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use base64::Engine as _;
 use gantry_api::proto::objects_client::ObjectsClient;
+use gantry_api::proto::pods_client::PodsClient;
 use gantry_api::proto::watch_event::Type;
-use gantry_api::proto::{DeleteRequest, ListRequest, ObjectKey, WatchRequest, WriteRequest};
+use gantry_api::proto::{
+    DeleteRequest, ExecInput, ExecStart, ListRequest, ObjectKey, WatchRequest, WriteRequest,
+    exec_input, exec_output,
+};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -24,6 +28,7 @@ const CHANGE_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Clone)]
 pub(super) struct Api {
     objects: ObjectsClient<Channel>,
+    pods: PodsClient<Channel>,
 }
 
 /// What a watch of pods has said.
@@ -85,8 +90,9 @@ impl Api {
             .tls_config(tls)?
             .connect()
             .await?;
+        let pods = PodsClient::new(channel.clone());
         let objects = ObjectsClient::new(channel);
-        Ok(Self { objects })
+        Ok(Self { objects, pods })
     }
 
     pub(super) async fn create(&self, plural: &str, object: &Value) -> Result<Value> {
@@ -115,6 +121,31 @@ impl Api {
         };
         self.objects.clone().delete(request).await?;
         Ok(())
+    }
+
+    /// Runs a command in the pod's container, to its end; its exit code.
+    pub(super) async fn exec(&self, pod: &str, command: &[&str]) -> Result<i32> {
+        let start = ExecStart {
+            namespace: NAMESPACE.into(),
+            pod: pod.into(),
+            container: "main".into(),
+            command: command.iter().map(|&word| word.to_owned()).collect(),
+            ..ExecStart::default()
+        };
+        let (input, receiver) = mpsc::channel(1);
+        let first = exec_input::Input::Start(start);
+        input.send(ExecInput { input: Some(first) }).await?;
+        let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let mut output = self.pods.clone().exec(stream).await?.into_inner();
+        while let Some(message) = output.message().await? {
+            if let Some(exec_output::Output::Exit(exit)) = message.output {
+                if !exit.message.is_empty() {
+                    bail!("exec in {pod}: {}", exit.message);
+                }
+                return Ok(exit.code);
+            }
+        }
+        bail!("exec in {pod}: the stream ended without an exit code")
     }
 
     /// The messages of this reason's events.
@@ -208,6 +239,22 @@ impl PodWatch {
         }
     }
 
+    /// Until all pods of these names are Running; when the last one was seen.
+    pub(super) async fn all_running(&mut self, names: &[String]) -> Result<Instant> {
+        let mut left: std::collections::HashSet<&str> = names.iter().map(String::as_str).collect();
+        let mut last = Instant::now();
+        while !left.is_empty() {
+            let seen = self
+                .next()
+                .await
+                .with_context(|| format!("{} pods are not Running yet", left.len()))?;
+            if seen.running && left.remove(seen.name.as_str()) {
+                last = seen.at;
+            }
+        }
+        Ok(last)
+    }
+
     /// Until that many pods' objects have gone.
     pub(super) async fn deleted(&mut self, mut count: usize) -> Result<()> {
         while count > 0 {
@@ -219,6 +266,14 @@ impl PodWatch {
         }
         Ok(())
     }
+}
+
+/// A pod that ends when it is told to.
+pub(super) fn obedient_pod(name: &str) -> Value {
+    let mut object = pod(name, json!({}));
+    let script = "trap 'exit 0' TERM; sleep 86400 & wait";
+    object["spec"]["containers"][0]["command"] = json!(["/bin/sh", "-c", script]);
+    object
 }
 
 /// A pod that sleeps; `labels` is an object.

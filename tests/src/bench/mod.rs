@@ -1,7 +1,7 @@
 //! What Gantry costs, measured beside what it replaces and beside the kernel's own floor.
 //!
 //! ```text
-//! cargo xtask bench ─► gantry-bench NAME ─► pod_start | service_connect | footprint ─► report ─► NAME.json
+//! cargo xtask bench ─► gantry-bench NAME ─► pod_start, burst, exec, ... ─► report ─► NAME.json
 //!                                              │ api: gRPC create, watch    probe: small child processes
 //!                                              └ cluster: one node from the built binaries, removed at the end
 //! ```
@@ -16,15 +16,26 @@ use anyhow::{Context, Result, bail};
 use crate::cluster::Installation;
 
 mod api;
+mod burst;
+mod exec;
 mod footprint;
 mod pod_start;
+mod podman;
 pub mod probe;
 pub mod report;
+mod restart;
 mod runc;
 mod service_connect;
 
 /// The benchmarks' names, in the order of running.
-pub const NAMES: [&str; 3] = ["pod_start", "service_connect", "footprint"];
+pub const NAMES: [&str; 6] = [
+    "pod_start",
+    "burst",
+    "exec",
+    "restart",
+    "service_connect",
+    "footprint",
+];
 
 /// Runs one and writes `NAME.json` into `out`.
 pub fn run(name: &str, installation: &Installation, out: &Path) -> Result<()> {
@@ -35,6 +46,9 @@ pub fn run(name: &str, installation: &Installation, out: &Path) -> Result<()> {
         .context("start the async runtime")?;
     let report = match name {
         "pod_start" => runtime.block_on(Box::pin(pod_start::run(installation)))?,
+        "burst" => runtime.block_on(Box::pin(burst::run(installation)))?,
+        "exec" => runtime.block_on(Box::pin(exec::run(installation)))?,
+        "restart" => runtime.block_on(Box::pin(restart::run(installation)))?,
         "service_connect" => runtime.block_on(Box::pin(service_connect::run(installation)))?,
         "footprint" => runtime.block_on(Box::pin(footprint::run(installation)))?,
         other => bail!("no benchmark {other:?}: there are {}", NAMES.join(", ")),

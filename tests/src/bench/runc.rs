@@ -1,4 +1,5 @@
-//! `runc run` of the same root file system: what a pod's start is compared with.
+//! `runc run` of the same root file system, or another runtime with its command line (crun): what
+//! a pod's start is compared with.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,18 +12,24 @@ use crate::cluster::{Installation, run};
 
 /// Unpacked image, bundles and state, all on tmpfs as the agent's; removed when dropped.
 pub(super) struct Runc {
+    program: &'static str,
     directory: tempfile::TempDir,
     next: usize,
 }
 
 impl Runc {
-    /// Unpacks the busybox image and writes runc's own default specification into two bundles.
-    pub(super) fn prepare(installation: &Installation) -> Result<Self> {
+    /// Unpacks the busybox image and writes the runtime's own default specification into two
+    /// bundles.
+    pub(super) fn prepare(installation: &Installation, program: &'static str) -> Result<Self> {
         let directory = tempfile::Builder::new()
             .prefix("gantry-bench-")
             .tempdir_in("/run")
             .context("a directory in /run")?;
-        let runc = Self { directory, next: 0 };
+        let runc = Self {
+            program,
+            directory,
+            next: 0,
+        };
         std::fs::create_dir(runc.rootfs())?;
         unpack(&archive(installation)?, &runc.rootfs())?;
         runc.bundle("run", &["/bin/true"])?;
@@ -30,7 +37,7 @@ impl Runc {
         Ok(runc)
     }
 
-    fn rootfs(&self) -> PathBuf {
+    pub(super) fn rootfs(&self) -> PathBuf {
         self.directory.path().join("rootfs")
     }
 
@@ -46,9 +53,9 @@ impl Runc {
     fn bundle(&self, name: &str, command: &[&str]) -> Result<()> {
         let bundle = self.directory.path().join(name);
         std::fs::create_dir(&bundle)?;
-        let spec = run(Command::new("runc").arg("spec").current_dir(&bundle))?;
+        let spec = run(Command::new(self.program).arg("spec").current_dir(&bundle))?;
         if spec.code != 0 {
-            bail!("runc spec: {}", spec.stderr);
+            bail!("{} spec: {}", self.program, spec.stderr);
         }
         let path = bundle.join("config.json");
         let mut config: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
@@ -60,7 +67,7 @@ impl Runc {
     }
 
     fn command(&self) -> Command {
-        let mut runc = Command::new("runc");
+        let mut runc = Command::new(self.program);
         runc.arg("--root").arg(self.directory.path().join("state"));
         runc
     }
@@ -86,20 +93,39 @@ impl Runc {
 
     /// `runc run --detach` of something that stays: until it runs, as a pod's start is measured.
     pub(super) fn run_detached(&mut self) -> Result<Duration> {
+        let began = Instant::now();
+        let id = self.start()?;
+        let took = began.elapsed();
+        self.delete(&id)?;
+        Ok(took)
+    }
+
+    /// Starts what stays; its id.
+    pub(super) fn start(&mut self) -> Result<String> {
         let (mut command, id) = self.run_words("detached", true);
         // The container inherits the descriptors: no pipe may wait for it.
         command.stdin(std::process::Stdio::null());
         command.stdout(std::process::Stdio::null());
         command.stderr(std::process::Stdio::null());
-        let began = Instant::now();
-        let status = command.status().context("run runc")?;
-        let took = began.elapsed();
-        let mut delete = self.command();
-        succeed(delete.args(["delete", "--force", &id]))?;
+        let status = command
+            .status()
+            .with_context(|| format!("run {}", self.program))?;
         if !status.success() {
-            bail!("runc run --detach: {status}");
+            let _ = self.delete(&id);
+            bail!("{} run --detach: {status}", self.program);
         }
-        Ok(took)
+        Ok(id)
+    }
+
+    pub(super) fn delete(&self, id: &str) -> Result<()> {
+        succeed(self.command().args(["delete", "--force", id]))
+    }
+
+    /// `runc exec` of `/bin/true` in what [`Runc::start`] has started.
+    pub(super) fn exec(&self, id: &str) -> Result<Duration> {
+        let began = Instant::now();
+        succeed(self.command().args(["exec", id, "/bin/true"]))?;
+        Ok(began.elapsed())
     }
 
     /// The system calls of one [`Runc::run`].
