@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::{Skipped, sleeper};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, is_ready};
 
 /// Where profiles of this machine lie.
 const PROFILES: &str = "/var/lib/gantry/seccomp";
@@ -191,13 +191,18 @@ fn in_user_namespaces(cluster: &Cluster, shared: &Path) -> Result<()> {
     for pod in ["one", "two"] {
         cluster.apply_ok(&mapped(pod))?;
     }
-    if let Err(error) = cluster.wait_ready("default", "one") {
-        let words = cluster.ok(&["describe", "pod", "one"])?;
-        // An old kernel, or a file system without id-mapped mounts: it must say so, and does.
-        if words.contains("cannot show the pod's ids") || words.contains("from Linux 6.3 on") {
-            return Err(Skipped(format!("refused in words: {words}")).into());
-        }
-        bail!("{error:#}\n{words}");
+    // An old kernel, or a file system without id-mapped mounts: it must say so, and does.
+    let refusal = |c: &Cluster| -> Result<Option<String>> {
+        let words = c.ok(&["describe", "pod", "one"])?;
+        Ok(words.contains("show the pod's ids").then_some(words))
+    };
+    cluster.wait(
+        "pod one to run or to be refused",
+        Duration::from_secs(60),
+        |c| Ok(is_ready(&c.get(&["pod", "one"])?) || refusal(c)?.is_some()),
+    )?;
+    if let Some(words) = refusal(cluster)? {
+        return Err(Skipped(format!("refused in words: {words}")).into());
     }
     cluster.wait_ready("default", "two")?;
     let mut firsts = BTreeSet::new();
