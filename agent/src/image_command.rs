@@ -1,33 +1,40 @@
-//! `gantry-agent image`: import with a progress bar, list.
+//! `gantry-agent image`: what is here, and what is done to it, with progress bars.
 
 use std::path::Path;
 use std::sync::Mutex;
 
-use anyhow::{Context, Result};
-use gantry_agent::images::ImageStore;
+use anyhow::{Context, Result, bail};
+use gantry_agent::images::{ImageStore, Progress, PullPolicy, Registries};
 use gantry_agent::paths::Paths;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+
+/// The operator's search list and mirrors.
+pub const REGISTRIES: &str = "/etc/gantry/registries.yaml";
+
+fn open(paths: &Paths) -> Result<ImageStore> {
+    let registries =
+        Registries::read(Path::new(REGISTRIES)).map_err(|words| anyhow::anyhow!("{words}"))?;
+    Ok(ImageStore::open_with(&paths.lib, registries)?)
+}
+
+fn bar(name: String) -> Result<ProgressBar> {
+    let style = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {wide_msg}")
+        .context("progress bar")?;
+    Ok(ProgressBar::new(0).with_style(style).with_message(name))
+}
 
 /// Imports every image of an archive and prints their names.
 pub async fn import(paths: &Paths, archive: &Path) -> Result<()> {
-    let images = ImageStore::open(&paths.lib)?;
-    let style = ProgressStyle::with_template("{bar:30} {bytes}/{total_bytes} {wide_msg}")
-        .context("progress bar")?;
+    let images = open(paths)?;
     let name = archive
         .file_name()
         .unwrap_or_default()
         .to_string_lossy()
         .into_owned();
-    let bar = ProgressBar::new(0).with_style(style).with_message(name);
-    // The callback is called from the unpacking thread.
-    let shown = Mutex::new(bar.clone());
+    let bar = bar(name)?;
+    let progress = watched(&bar);
     let imported = images
-        .import(archive, move |progress| {
-            if let Ok(bar) = shown.lock() {
-                bar.set_length(progress.total_bytes);
-                bar.set_position(progress.done_bytes);
-            }
-        })
+        .import(archive, progress)
         .await
         .with_context(|| format!("import {}", archive.display()));
     bar.finish_and_clear();
@@ -39,13 +46,73 @@ pub async fn import(paths: &Paths, archive: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One line per name.
-pub async fn list(paths: &Paths) -> Result<()> {
-    let images = ImageStore::open(&paths.lib)?.list().await?;
-    for image in images {
-        for reference in &image.references {
-            println!("{reference}  {}", image.id);
+/// Called from the threads that do the work.
+fn watched(bar: &ProgressBar) -> impl Fn(Progress) + Send + Sync + 'static {
+    let shown = Mutex::new(bar.clone());
+    move |progress| {
+        if let Ok(bar) = shown.lock() {
+            bar.set_length(progress.total_bytes);
+            bar.set_position(progress.done_bytes);
         }
     }
+}
+
+/// Asks the registry, whatever is here, and prints the image's name with its digest.
+pub async fn pull(paths: &Paths, name: &str) -> Result<()> {
+    // A second TLS provider cannot be there: this command installs the only one.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let images = open(paths)?;
+    let bar = bar(name.to_owned())?;
+    let image = images
+        .ensure_watched(name, PullPolicy::Always, &[], &watched(&bar))
+        .await;
+    bar.finish_and_clear();
+    let image = image?;
+    println!(
+        "pulled {} ({})",
+        image.image_id(),
+        HumanBytes(image.size_bytes)
+    );
+    Ok(())
+}
+
+/// One line per name.
+pub async fn list(paths: &Paths) -> Result<()> {
+    let images = open(paths)?.list().await?;
+    for image in images {
+        let pinned = if image.pinned { "  pinned" } else { "" };
+        for reference in &image.references {
+            let size = HumanBytes(image.size_bytes);
+            println!("{reference}  {}  {size}{pinned}", image.id);
+        }
+    }
+    Ok(())
+}
+
+/// Takes a name away.
+pub async fn remove(paths: &Paths, name: &str) -> Result<()> {
+    if !open(paths)?.remove_reference(name).await? {
+        bail!("no image is called {name:?} here: gantry-agent image ls lists them");
+    }
+    println!("removed {name}; its layers go with: gantry-agent image prune");
+    Ok(())
+}
+
+/// Removes what nobody uses.
+pub async fn prune(paths: &Paths) -> Result<()> {
+    let gone = open(paths)?.prune().await?;
+    for id in &gone {
+        println!("removed {id}");
+    }
+    println!("{} images removed", gone.len());
+    Ok(())
+}
+
+/// Pins an image, or no longer.
+pub async fn pin(paths: &Paths, name: &str, pinned: bool) -> Result<()> {
+    if !open(paths)?.set_pinned(name, pinned).await? {
+        bail!("no image is called {name:?} here: gantry-agent image ls lists them");
+    }
+    println!("{name} is {}", if pinned { "pinned" } else { "not pinned" });
     Ok(())
 }

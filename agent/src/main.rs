@@ -1,6 +1,6 @@
 //! `gantry-agent`: one per machine. `run` is the agent; the other commands are for people.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use gantry_agent::cgroups::Cgroups;
 use gantry_agent::dataplane::{Dataplane, bpf::BpfDataplane, bpf::Options};
 use gantry_agent::feed::node_info;
 use gantry_agent::feed::{self, Reporter};
-use gantry_agent::images::ImageStore;
+use gantry_agent::images::{ImageStore, Registries, drop_in, keep_disk_free};
 use gantry_agent::network::{NetworkConfig, PodNetworks};
 use gantry_agent::node::{NodeResources, flags::ResourceFlags};
 use gantry_agent::paths::Paths;
@@ -77,7 +77,28 @@ enum Image {
         path: PathBuf,
     },
     /// List what is here
-    List,
+    #[command(visible_alias = "list")]
+    Ls,
+    /// Get an image from its registry, or from a mirror of it
+    Pull {
+        /// As a pod would name it
+        name: String,
+    },
+    /// Take a name away; the image goes with the next clean-up once it has none
+    Rm {
+        /// As a pod would name it
+        name: String,
+    },
+    /// Remove all images that no container uses, except pinned ones
+    Prune,
+    /// Keep an image whatever happens to the disk
+    Pin {
+        /// As a pod would name it
+        name: String,
+        /// No longer
+        #[arg(long)]
+        off: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -107,10 +128,7 @@ fn main() -> ExitCode {
         .context("start the async runtime")
         .and_then(|runtime| match arguments.command {
             Command::Run(run) => runtime.block_on(agent(*run)),
-            Command::Image(Image::Import { path }) => {
-                runtime.block_on(image_command::import(&paths()?, &path))
-            }
-            Command::Image(Image::List) => runtime.block_on(image_command::list(&paths()?)),
+            Command::Image(command) => runtime.block_on(image(command)),
             Command::Cleanup => runtime.block_on(cleanup::run(&paths()?)),
         });
     match done {
@@ -119,6 +137,18 @@ fn main() -> ExitCode {
             error!("{error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+async fn image(command: Image) -> Result<()> {
+    let paths = paths()?;
+    match command {
+        Image::Import { path } => image_command::import(&paths, &path).await,
+        Image::Ls => image_command::list(&paths).await,
+        Image::Pull { name } => image_command::pull(&paths, &name).await,
+        Image::Rm { name } => image_command::remove(&paths, &name).await,
+        Image::Prune => image_command::prune(&paths).await,
+        Image::Pin { name, off } => image_command::pin(&paths, &name, !off).await,
     }
 }
 
@@ -155,7 +185,11 @@ async fn agent(run: Run) -> Result<()> {
     let runtime: Arc<dyn Runtime> = Arc::new(ShimRuntime::new(paths.clone()));
     let found = runtime.list().await.context("what runs already")?;
     info!(sandboxes = found.len(), "adopting");
-    let images = Arc::new(ImageStore::open(&paths.lib).context("image store")?);
+    let registries = Registries::read(Path::new(image_command::REGISTRIES))
+        .map_err(|words| anyhow::anyhow!("{words}"))?;
+    let images = ImageStore::open_with(&paths.lib, registries).context("image store")?;
+    let images = Arc::new(images);
+    let import = paths.lib.join("import");
     let resolver = dns::ResolverConfig::standard();
     let options = Options {
         node: node_name.clone(),
@@ -206,8 +240,11 @@ async fn agent(run: Run) -> Result<()> {
         reporter: link.reporter.clone(),
         tokens: Arc::new(link.tokens),
     });
-    let resolver = dns::Resolver::start(resolver, link.view.clone(), shutdown.clone()).await?;
     let tasks = tokio_util::task::TaskTracker::new();
+    let store = ImageStore::clone(&node.images);
+    tasks.spawn(drop_in::watch(store.clone(), import, shutdown.clone()));
+    tasks.spawn(keep_disk_free(store, link.view.clone(), shutdown.clone()));
+    let resolver = dns::Resolver::start(resolver, link.view.clone(), shutdown.clone()).await?;
     let orders = resources.watch(&images, &link.view, &tasks, &shutdown);
     let workers = PodWorkers::new(node, link.view.clone(), found, orders);
     tasks.spawn(workers.run(shutdown.clone()));

@@ -16,10 +16,12 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::collect::Disk;
 use super::document::DOCUMENT_BYTES_MAX;
 use super::error::ImageError;
 use super::extract::{self, DevicePolicy, ExtractError, ExtractOptions, Summary};
@@ -127,6 +129,33 @@ impl Content {
 
     pub(super) fn has_layer(&self, diff_id: &Digest) -> bool {
         self.layer_fs(diff_id).is_dir()
+    }
+
+    /// The image was used just now: what the time of its configuration's file says. Best effort,
+    /// and on no disk's time.
+    pub(super) fn touch(&self, id: &Digest) {
+        if let Ok(file) = File::open(self.blob_path(id)) {
+            let _ = file.set_modified(std::time::SystemTime::now());
+        }
+    }
+
+    /// Since an image was last used. What cannot be told is no reason to remove it.
+    pub(super) fn idle(&self, id: &Digest) -> Duration {
+        fs::metadata(self.blob_path(id))
+            .and_then(|m| m.modified())
+            .ok()
+            .and_then(|at| at.elapsed().ok())
+            .unwrap_or_default()
+    }
+
+    /// The file system that all of this is on.
+    pub(super) fn disk(&self) -> Result<Disk, ImageError> {
+        let found = rustix::fs::statvfs(&self.root)
+            .map_err(|e| ImageError::io(format!("statvfs {}", self.root.display()))(e.into()))?;
+        Ok(Disk {
+            capacity_bytes: found.f_blocks.saturating_mul(found.f_frsize),
+            available_bytes: found.f_bavail.saturating_mul(found.f_frsize),
+        })
     }
 
     /// A name below `ingest` that no other thread or process uses.

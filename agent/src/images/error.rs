@@ -97,6 +97,20 @@ impl ImageError {
         }
     }
 
+    /// Every registry or mirror that was asked has failed; one alone speaks for itself.
+    pub(super) fn of_all(mut failures: Vec<(String, Self)>) -> Self {
+        if failures.len() == 1
+            && let Some((_, only)) = failures.pop()
+        {
+            return only;
+        }
+        let words: Vec<String> = failures
+            .iter()
+            .map(|(who, e)| format!("{who}: {e}"))
+            .collect();
+        Self::Registry(words.join("; "))
+    }
+
     /// An error of a call with what was being done.
     pub(super) fn io(context: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let context = context.into();

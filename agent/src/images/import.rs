@@ -28,12 +28,12 @@ const IMAGES_MAX: usize = 64;
 /// Indexes may point to indexes.
 const INDEX_DEPTH_MAX: usize = 3;
 
-/// How far an import is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// How far an import or a pull is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Progress {
     /// Layer bytes read or found to be here already.
     pub done_bytes: u64,
-    /// All layer bytes of the archive.
+    /// All layer bytes of the archive or image; 0: not known yet.
     pub total_bytes: u64,
 }
 

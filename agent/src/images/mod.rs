@@ -3,11 +3,12 @@
 //! ```text
 //! pod's image name ─► reference ─► present? ─yes─────────────────────────────► overlay mount
 //!                                     └─no─► pull (registry) ──┬─► verify ─► unpack once per layer ─┘
-//!                          gantry-agent image import FILE ─────┘
+//!   gantry-agent image import FILE, drop-in directory ─────┘
 //! ```
 //! Files: [`reference`] names, [`auth`] pull secrets, `document` manifests, `stream` hashing and
 //! decompression, [`extract`] the confined unpacker, `content` the directories, `pull` and `import`
-//! the two sources, `overlay` the mounts.
+//! the two sources, `overlay` the mounts, [`registries`] the operator's search list and mirrors,
+//! [`drop_in`] the directory of machines without a registry, `collect` what goes when the disk fills.
 //!
 //! Invariants:
 //! * nothing is visible before every byte was verified (digest, size, diff ID) and synced;
@@ -17,8 +18,10 @@
 //! * the store belongs to the machine, not to the process: a second one may import meanwhile.
 
 pub mod auth;
+mod collect;
 mod content;
 mod document;
+pub mod drop_in;
 mod error;
 pub mod extract;
 mod import;
@@ -26,6 +29,7 @@ mod keyed;
 mod overlay;
 mod pull;
 pub mod reference;
+pub mod registries;
 mod stream;
 
 use std::collections::{BTreeSet, HashMap};
@@ -33,12 +37,15 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 pub use auth::{Credential, RegistryAuth};
+use collect::Candidate;
+pub use collect::{Disk, keep_disk_free};
 use content::{Content, Record, Table};
 pub use error::ImageError;
 pub use import::{Imported, Progress};
 use keyed::KeyedLocks;
 pub use oci_spec::image::ImageConfiguration;
 pub use reference::{Digest, Reference};
+pub use registries::Registries;
 
 use crate::user_namespaces::UserNamespace;
 
@@ -70,6 +77,17 @@ impl PullPolicy {
         }
     }
 }
+
+/// What a clean-up did.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Collected {
+    /// IDs of the images that went.
+    pub images: Vec<Digest>,
+    /// Bytes that should still go, and nothing more could.
+    pub missing_bytes: u64,
+}
+
+type Held<'a> = std::sync::MutexGuard<'a, HashMap<Digest, Weak<Image>>>;
 
 /// An image that is here, complete. While one is held, its files stay.
 #[derive(Clone, Debug)]
@@ -109,6 +127,7 @@ struct Shared {
     /// One task at a time per image name and per layer.
     locks: KeyedLocks,
     downloads: tokio::sync::Semaphore,
+    registries: Registries,
     /// Images somebody holds.
     handed_out: Mutex<HashMap<Digest, Weak<Image>>>,
 }
@@ -116,12 +135,18 @@ struct Shared {
 impl ImageStore {
     /// Opens the store below `/var/lib/gantry`, making it on first use.
     pub fn open(lib_dir: &Path) -> Result<Self, ImageError> {
+        Self::open_with(lib_dir, Registries::default())
+    }
+
+    /// The same, with the operator's search list and mirrors.
+    pub fn open_with(lib_dir: &Path, registries: Registries) -> Result<Self, ImageError> {
         Ok(Self {
             shared: Arc::new(Shared {
                 content: Content::open(lib_dir.join("images"))?,
                 pods: lib_dir.join("pods"),
                 locks: KeyedLocks::default(),
                 downloads: tokio::sync::Semaphore::new(DOWNLOADS_MAX),
+                registries,
                 handed_out: Mutex::default(),
             }),
         })
@@ -145,9 +170,21 @@ impl ImageStore {
         policy: PullPolicy,
         auth: &[RegistryAuth],
     ) -> Result<Arc<Image>, ImageError> {
-        let name = Reference::parse(reference)?;
+        self.ensure_watched(reference, policy, auth, &|_| {}).await
+    }
+
+    /// The same; `watch` is called when a pull begins (nothing of nothing done) and often while it
+    /// goes on, and never when the image is here.
+    pub async fn ensure_watched(
+        &self,
+        reference: &str,
+        policy: PullPolicy,
+        auth: &[RegistryAuth],
+        watch: &(dyn Fn(Progress) + Send + Sync),
+    ) -> Result<Arc<Image>, ImageError> {
+        let names = self.shared.registries.candidates(reference)?;
         if policy != PullPolicy::Always
-            && let Some(image) = self.present(&name, reference).await?
+            && let Some(image) = self.first_present(&names, reference).await?
         {
             return Ok(image);
         }
@@ -157,18 +194,38 @@ impl ImageStore {
             });
         }
         // Whoever waited here finds the image there.
-        let _one = self.shared.locks.lock(&name.to_string()).await;
+        let key: Vec<String> = names.iter().map(ToString::to_string).collect();
+        let _one = self.shared.locks.lock(&key.join(" ")).await;
         if policy == PullPolicy::IfNotPresent
-            && let Some(image) = self.present(&name, reference).await?
+            && let Some(image) = self.first_present(&names, reference).await?
         {
             return Ok(image);
         }
-        Box::pin(pull::pull(self, &name, auth))
-            .await
-            .map_err(|source| ImageError::Pull {
-                reference: reference.to_owned(),
-                source: Box::new(source),
-            })
+        watch(Progress::default());
+        let mut failures = Vec::new();
+        for name in &names {
+            match Box::pin(pull::pull(self, name, auth, watch)).await {
+                Ok(image) => return Ok(image),
+                Err(error) => failures.push((name.registry.clone(), error)),
+            }
+        }
+        Err(ImageError::Pull {
+            reference: reference.to_owned(),
+            source: Box::new(ImageError::of_all(failures)),
+        })
+    }
+
+    async fn first_present(
+        &self,
+        names: &[Reference],
+        written: &str,
+    ) -> Result<Option<Arc<Image>>, ImageError> {
+        for name in names {
+            if let Some(image) = self.present(name, written).await? {
+                return Ok(Some(image));
+            }
+        }
+        Ok(None)
     }
 
     async fn present(
@@ -177,12 +234,18 @@ impl ImageStore {
         written: &str,
     ) -> Result<Option<Arc<Image>>, ImageError> {
         let (key, written) = (name.to_string(), written.to_owned());
-        self.blocking(move |this| this.lookup(&key))
-            .await
-            .map_err(|source| ImageError::Inspect {
-                reference: written,
-                source: Box::new(source),
-            })
+        self.blocking(move |this| {
+            let image = this.lookup(&key)?;
+            if let Some(image) = &image {
+                this.content().touch(&image.id);
+            }
+            Ok(image)
+        })
+        .await
+        .map_err(|source| ImageError::Inspect {
+            reference: written,
+            source: Box::new(source),
+        })
     }
 
     /// Mounts a writable root for one container run at `layers_dir/rootfs`, with the ids of `user`
@@ -264,63 +327,142 @@ impl ImageStore {
         .await
     }
 
+    /// Keeps an image whatever happens to the disk, or no longer. False: there is no such image.
+    pub async fn set_pinned(&self, reference: &str, pinned: bool) -> Result<bool, ImageError> {
+        let key = Reference::parse(reference)?.to_string();
+        self.blocking(move |this| {
+            this.content().update(|table| {
+                let id = table.references.get(&key).cloned();
+                let record = id.and_then(|id| table.images.get_mut(&id));
+                record.map(|record| record.pinned = pinned).is_some()
+            })
+        })
+        .await
+    }
+
     /// Removes images that nobody needs and layers without an image.
     ///
     /// * `keep` – image IDs or names the caller's pods use, running or about to.
     /// * returns the IDs that went; empty when another process is adding content just now.
     pub async fn remove_unused(&self, keep: &BTreeSet<String>) -> Result<Vec<Digest>, ImageError> {
         let keep = keep.clone();
-        self.blocking(move |this| this.remove_unused_blocking(&keep))
-            .await
+        self.blocking(move |this| {
+            this.remove_while(|this, held| {
+                let idle = this.candidates(&keep, held)?.into_iter();
+                Ok(idle
+                    .filter(|c| !c.in_use && !c.pinned)
+                    .map(|c| c.id)
+                    .collect())
+            })
+        })
+        .await
     }
 
-    fn remove_unused_blocking(&self, keep: &BTreeSet<String>) -> Result<Vec<Digest>, ImageError> {
+    /// The same for what nobody has used for some minutes: for a process beside the agent, which
+    /// cannot see what the agent is about to use.
+    pub async fn prune(&self) -> Result<Vec<Digest>, ImageError> {
+        self.blocking(move |this| {
+            let keep = BTreeSet::new();
+            this.remove_while(|this, held| {
+                Ok(collect::choose(this.candidates(&keep, held)?, u64::MAX))
+            })
+        })
+        .await
+    }
+
+    /// Removes the least recently used images while the disk is too full: [`Disk`].
+    pub async fn collect(&self, keep: &BTreeSet<String>) -> Result<Collected, ImageError> {
+        let keep = keep.clone();
+        self.blocking(move |this| {
+            let mut gone = Vec::new();
+            let mut excess = collect::excess_bytes(this.content().disk()?);
+            let goal = this
+                .content()
+                .disk()?
+                .available_bytes
+                .saturating_add(excess);
+            while excess > 0 {
+                // One at a time: layers are shared, so only the disk knows what one has freed.
+                let went = this.remove_while(|this, held| {
+                    let mut chosen = collect::choose(this.candidates(&keep, held)?, excess);
+                    chosen.truncate(1);
+                    Ok(chosen)
+                })?;
+                if went.is_empty() {
+                    break;
+                }
+                gone.extend(went);
+                excess = goal.saturating_sub(this.content().disk()?.available_bytes);
+            }
+            Ok(Collected {
+                images: gone,
+                missing_bytes: excess,
+            })
+        })
+        .await
+    }
+
+    /// Removes what `choose` names, under the locks that make the choice true.
+    fn remove_while(
+        &self,
+        choose: impl Fn(&Self, &Held<'_>) -> Result<Vec<Digest>, ImageError>,
+    ) -> Result<Vec<Digest>, ImageError> {
         let Some(lock) = self.content().try_lock_removal()? else {
             return Ok(Vec::new());
         };
         // Held to the end, so that no lookup hands out what is about to go.
         let held = self.handed_out();
-        let mut used: BTreeSet<String> = keep
-            .iter()
-            .map(|k| Reference::parse(k).map_or_else(|_| k.clone(), |r| r.to_string()))
-            .chain(keep.iter().cloned())
-            .collect();
-        used.extend(
-            held.iter()
-                .filter(|(_, w)| w.strong_count() > 0)
-                .map(|(id, _)| id.to_string()),
-        );
-        used.extend(mounted_images(&self.shared.pods));
-        let gone = self.content().update(|table| {
-            let by_name: BTreeSet<Digest> = table
-                .references
-                .iter()
-                .filter(|(name, _)| used.contains(*name))
-                .map(|(_, id)| id.clone())
-                .collect();
-            let unused = |id: &Digest, record: &Record| {
-                !record.pinned && !used.contains(id.as_str()) && !by_name.contains(id)
-            };
-            let gone: Vec<Digest> = table
-                .images
-                .iter()
-                .filter(|(id, record)| unused(id, record))
-                .map(|(id, _)| id.clone())
-                .collect();
+        let gone = choose(self, &held)?;
+        self.content().update(|table| {
             table.images.retain(|id, _| !gone.contains(id));
             table.references.retain(|_, id| !gone.contains(id));
-            gone
         })?;
         self.content().sweep(&self.content().table()?, &lock)?;
         drop(held);
         Ok(gone)
     }
 
+    fn candidates(
+        &self,
+        keep: &BTreeSet<String>,
+        held: &Held<'_>,
+    ) -> Result<Vec<Candidate>, ImageError> {
+        let names = keep.iter().flat_map(|k| {
+            let meant = self.shared.registries.candidates(k).unwrap_or_default();
+            meant.into_iter().map(|name| name.to_string())
+        });
+        let mut used: BTreeSet<String> = names.chain(keep.iter().cloned()).collect();
+        used.extend(
+            held.iter()
+                .filter(|(_, w)| w.strong_count() > 0)
+                .map(|(id, _)| id.to_string()),
+        );
+        used.extend(mounted_images(&self.shared.pods));
+        let table = self.content().table()?;
+        let by_name: BTreeSet<&Digest> = table
+            .references
+            .iter()
+            .filter(|(name, _)| used.contains(*name))
+            .map(|(_, id)| id)
+            .collect();
+        Ok(table
+            .images
+            .iter()
+            .map(|(id, record)| Candidate {
+                id: id.clone(),
+                size_bytes: record.size_bytes,
+                idle: self.content().idle(id),
+                in_use: used.contains(id.as_str()) || by_name.contains(id),
+                pinned: record.pinned,
+            })
+            .collect())
+    }
+
     fn content(&self) -> &Content {
         &self.shared.content
     }
 
-    fn handed_out(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, Weak<Image>>> {
+    fn handed_out(&self) -> Held<'_> {
         self.shared
             .handed_out
             .lock()

@@ -1,7 +1,7 @@
 //! Pulling from a registry: manifest, configuration, layers, each verified before it counts.
 //!
 //! ```text
-//! credentials (most specific first) ─► manifest ─► (index ─► this platform's manifest) ─► config ─► layers, 4 at a time
+//! mirrors, then the registry ─► credentials (most specific first) ─► manifest ─► (index ─► this platform's manifest) ─► config ─► layers, 4 at a time
 //!                                                                                               └─► *.part ─► verified ─► unpacked
 //! ```
 //! A download that breaks off leaves its part; the next pull asks for the rest (HTTP ranges). One
@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::{StreamExt, TryStreamExt};
@@ -25,7 +26,8 @@ use super::content::{LayerWant, Record};
 use super::document::{ACCEPTED, DOCUMENT_BYTES_MAX, Descriptor, Document, choose, parse_config};
 use super::error::ImageError;
 use super::reference::{Digest, Reference};
-use super::{DOWNLOADS_MAX, Image, ImageStore};
+use super::registries::Endpoint;
+use super::{DOWNLOADS_MAX, Image, ImageStore, Progress};
 
 /// A registry that does not answer the connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -34,13 +36,39 @@ const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// Indexes may point to indexes.
 const INDEX_DEPTH_MAX: usize = 3;
 
-/// Gets `name` from its registry, with the credentials that fit, one after the other.
+/// Told of the bytes done and in all.
+pub(super) type Watch<'a> = &'a (dyn Fn(Progress) + Send + Sync);
+
+/// Gets `name` from the first of its mirrors that has it, else from its registry.
 pub(super) async fn pull(
     store: &ImageStore,
     name: &Reference,
     auths: &[RegistryAuth],
+    watch: Watch<'_>,
 ) -> Result<Arc<Image>, ImageError> {
-    let mut attempts: Vec<ClientAuth> = matching(auths, name)
+    let mut failures = Vec::new();
+    for endpoint in store.shared.registries.endpoints(name) {
+        match Box::pin(pull_from(store, name, &endpoint, auths, watch)).await {
+            Ok(image) => return Ok(image),
+            Err(error) => failures.push((endpoint.host, error)),
+        }
+    }
+    Err(ImageError::of_all(failures))
+}
+
+/// With the credentials that fit the host, one after the other.
+async fn pull_from(
+    store: &ImageStore,
+    name: &Reference,
+    endpoint: &Endpoint,
+    auths: &[RegistryAuth],
+    watch: Watch<'_>,
+) -> Result<Arc<Image>, ImageError> {
+    let asked = Reference {
+        registry: endpoint.host.clone(),
+        ..name.clone()
+    };
+    let mut attempts: Vec<ClientAuth> = matching(auths, &asked)
         .into_iter()
         .map(|a| match &a.credential {
             Credential::Basic(user, password) => ClientAuth::Basic(user.clone(), password.clone()),
@@ -52,7 +80,7 @@ pub(super) async fn pull(
     }
     let mut denied = None;
     for auth in attempts {
-        let session = Session::new(store, name, auth)?;
+        let session = Session::new(store, name, endpoint, auth, watch)?;
         match session.manifest().await {
             Err(Failure::Denied(text)) => denied = Some(text),
             Err(Failure::Other(error)) => return Err(error),
@@ -79,8 +107,12 @@ impl From<ImageError> for Failure {
 struct Session<'a> {
     store: &'a ImageStore,
     name: &'a Reference,
+    endpoint: &'a Endpoint,
     client: Client,
     auth: ClientAuth,
+    watch: Watch<'a>,
+    done_bytes: AtomicU64,
+    total_bytes: AtomicU64,
 }
 
 type Manifest = (Digest, Vec<u8>, Descriptor, Vec<Descriptor>);
@@ -89,9 +121,11 @@ impl<'a> Session<'a> {
     fn new(
         store: &'a ImageStore,
         name: &'a Reference,
+        endpoint: &'a Endpoint,
         auth: ClientAuth,
+        watch: Watch<'a>,
     ) -> Result<Self, ImageError> {
-        let plain = name.is_loopback().then(|| name.registry.clone());
+        let plain = endpoint.plain_http.then(|| endpoint.host.clone());
         // Not Client::new: where this fails (no CA certificates), that one panics.
         let client = Client::try_from(ClientConfig {
             protocol: ClientProtocol::HttpsExcept(plain.into_iter().collect()),
@@ -109,9 +143,21 @@ impl<'a> Session<'a> {
         Ok(Self {
             store,
             name,
+            endpoint,
             client,
             auth,
+            watch,
+            done_bytes: AtomicU64::new(0),
+            total_bytes: AtomicU64::new(0),
         })
+    }
+
+    fn done(&self, bytes: u64) {
+        let done = self.done_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        (self.watch)(Progress {
+            done_bytes: done,
+            total_bytes: self.total_bytes.load(Ordering::Relaxed),
+        });
     }
 
     fn corrupt(&self, what: impl Into<String>, reason: impl ToString) -> ImageError {
@@ -161,7 +207,7 @@ impl<'a> Session<'a> {
     }
 
     fn target(&self, pin: Option<&Digest>) -> oci_client::Reference {
-        let (registry, repository) = (self.name.registry.clone(), self.name.repository.clone());
+        let (registry, repository) = (self.endpoint.host.clone(), self.name.repository.clone());
         match (pin, &self.name.tag) {
             (Some(digest), _) => {
                 oci_client::Reference::with_digest(registry, repository, digest.to_string())
@@ -193,7 +239,7 @@ impl<'a> Session<'a> {
                 ClientAuth::Basic(user, _) => format!("user {user:?} was refused"),
                 ClientAuth::Bearer(_) => "the token was refused".to_owned(),
             };
-            let host = &self.name.registry;
+            let host = &self.endpoint.host;
             return Failure::Denied(format!("unauthorized at registry {host:?}: {who}"));
         }
         Failure::Other(ImageError::Registry(chain(&error)))
@@ -221,13 +267,15 @@ impl<'a> Session<'a> {
                 origin: self.name.name(),
             })
             .collect();
+        let total: u64 = layers.iter().map(|l| l.size).sum();
+        self.total_bytes.store(total, Ordering::Relaxed);
         futures_util::stream::iter(wants.iter().map(Ok))
             .try_for_each_concurrent(DOWNLOADS_MAX, |want| Box::pin(self.layer(want)))
             .await?;
         let record = Record {
             layers: diff_ids,
             manifest: Some(digest.clone()),
-            size_bytes: layers.iter().map(|l| l.size).sum(),
+            size_bytes: total,
             pinned: false,
         };
         let names = [self.name.to_string(), self.name.pinned(&digest).to_string()];
@@ -236,6 +284,7 @@ impl<'a> Session<'a> {
                 let content = store.content();
                 content.put_document(&manifest)?;
                 let id = content.put_document(&config_bytes)?;
+                content.touch(&id);
                 content.update(|table| {
                     let pinned = table.images.get(&id).is_some_and(|r| r.pinned);
                     table.images.insert(id.clone(), Record { pinned, ..record });
@@ -288,6 +337,7 @@ impl<'a> Session<'a> {
     async fn layer(&self, want: &LayerWant) -> Result<(), ImageError> {
         let _one = self.store.shared.locks.lock(want.diff_id.as_str()).await;
         if self.store.content().has_layer(&want.diff_id) {
+            self.done(want.size);
             return Ok(());
         }
         let file = {
@@ -332,6 +382,7 @@ impl<'a> Session<'a> {
             .as_ref()
             .map_or(want.diff_id.as_str(), Digest::as_str);
         let mut have = part.len()?;
+        self.done(have);
         let target = self.target(None);
         let response = if have == 0 {
             let stream = self.client.pull_blob_stream(&target, digest).await;
@@ -363,6 +414,7 @@ impl<'a> Session<'a> {
                 }
             };
             have += chunk.len() as u64;
+            self.done(chunk.len() as u64);
             if have > want.size {
                 part.discard();
                 let reason = format!("more than {} bytes", want.size);

@@ -1,3 +1,5 @@
+mod mirrors;
+
 use std::fs;
 use std::io::Write;
 use std::process::{Child, Command, Stdio};

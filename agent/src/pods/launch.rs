@@ -4,7 +4,8 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
 use gantry_api::k8s_openapi::api::core::v1::{Container, Pod};
@@ -16,7 +17,7 @@ use super::timeline::timed;
 use super::worker::Message;
 use crate::cgroups::limits::{container_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
-use crate::images::{Image, PullPolicy};
+use crate::images::{Image, Progress, PullPolicy};
 use crate::network::PodNetwork;
 use crate::paths::Paths;
 use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, app_armor, identity};
@@ -142,14 +143,33 @@ async fn image(job: &Job, config: &Container) -> Result<Arc<Image>, Failure> {
     let reference = config.image.as_deref().unwrap_or_default();
     let policy = PullPolicy::of(config.image_pull_policy.as_deref(), reference);
     let credentials = credentials(&job.pod, &job.view);
-    job.node
+    let began = Instant::now();
+    let pulling = AtomicBool::new(false);
+    let watch = |_: Progress| {
+        if !pulling.swap(true, Ordering::Relaxed) {
+            let words = format!("Pulling image {reference:?}");
+            // A worker with a full inbox has more urgent things to tell.
+            let _ = job.inputs.try_send(Message::Event("Pulling", words));
+        }
+    };
+    let image = job
+        .node
         .images
-        .ensure(reference, policy, &credentials)
+        .ensure_watched(reference, policy, &credentials, &watch)
         .await
         .map_err(|error| Failure {
             reason: error.reason(),
             message: error.to_string(),
-        })
+        })?;
+    if pulling.into_inner() {
+        let words = format!(
+            "Successfully pulled image {reference:?} in {:.3}s. Image size: {} bytes.",
+            began.elapsed().as_secs_f64(),
+            image.size_bytes
+        );
+        let _ = job.inputs.send(Message::Event("Pulled", words)).await;
+    }
+    Ok(image)
 }
 
 /// Runs before this one are over: their layers and records go (a run shares its cgroup's name with

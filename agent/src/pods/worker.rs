@@ -62,6 +62,8 @@ pub enum Message {
     Blobs,
     /// A token may be due for renewal.
     Tokens,
+    /// For whoever looks at the pod: reason and words.
+    Event(&'static str, String),
 }
 
 /// How the owner of all workers reaches one.
@@ -219,6 +221,7 @@ impl Worker {
             }
             Message::Warning(reason, words) => self.event(reason, words, true),
             Message::Unhealthy(kind, words) => self.unhealthy(kind, &words),
+            Message::Event(reason, words) => self.event(reason, words, false),
             Message::Blobs => {
                 self.turn(Input::Retry);
                 self.refresh_volumes();
