@@ -237,6 +237,7 @@ async fn agent(run: Run) -> Result<()> {
         cgroups,
         allocatable: resources.allocatable(),
         device_guard,
+        probes: Arc::default(),
         reporter: link.reporter.clone(),
         tokens: Arc::new(link.tokens),
     });

@@ -12,6 +12,7 @@ use crate::cluster::{Cluster, Installation};
 mod bad_input;
 mod isolation;
 mod kills;
+mod life_cycle;
 mod limits;
 mod main_job;
 mod probes;
@@ -50,6 +51,8 @@ pub const ALL: &[Scenario] = &[
     scenario("security", security::security),
     scenario("user-namespaces", security::user_namespaces),
     scenario("volumes", volumes::volumes),
+    scenario("life-cycle", life_cycle::life_cycle),
+    scenario("processes", life_cycle::processes),
 ];
 
 impl Scenario {

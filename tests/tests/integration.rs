@@ -51,4 +51,6 @@ scenarios! {
     security: users_profiles_and_sysctls_hold_and_refusals_say_why,
     user_namespaces: root_inside_is_nobody_outside_and_no_two_pods_share_ids,
     volumes: volumes_are_what_the_kernel_shows_and_secrets_are_on_no_disk,
+    life_cycle: init_containers_sidecars_hooks_and_ends_keep_their_order,
+    processes: containers_share_processes_and_memory_as_asked,
 }

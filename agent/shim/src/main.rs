@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! usage: gantry-shim <sandbox directory> <path of gantry-rt>
+//!        gantry-shim init
 //!
 //! agent ── spawn ──► gantry-shim ── fork ──► shim (own session, cgroup /gantry-shims, parent: init)
 //!   └── shim.sock (wire.rs) ─────────────────►  │ spawns gantry-rt create|exec, which leaves init as a child of the shim
@@ -19,6 +20,9 @@
 //! When a shim dies, its containers go on: their FIFOs keep 64 KiB, then they block. The next
 //! shim of the sandbox takes over from the `started` records; statuses then come from the kernel
 //! (`PIDFD_GET_INFO`, Linux 6.15) or are lost, which the exit record says.
+//!
+//! `gantry-shim init` is something else: process 1 of a pod whose containers share one pid
+//! namespace. It reaps whoever is orphaned there, and does nothing else until it is killed.
 
 mod log;
 mod pod;
@@ -45,9 +49,12 @@ const EXIT_TAKEN: u8 = 3;
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
+    if std::env::args_os().skip(1).eq(["init"]) {
+        return reap_forever();
+    }
     let (Some(sandbox), Some(rt), None) = (arguments.next(), arguments.next(), arguments.next())
     else {
-        eprintln!("usage: gantry-shim <sandbox directory> <path of gantry-rt>");
+        eprintln!("usage: gantry-shim <sandbox directory> <path of gantry-rt> | init");
         return ExitCode::from(64);
     };
     match launch(&sandbox, rt) {
@@ -56,6 +63,29 @@ fn main() -> ExitCode {
             eprintln!("gantry-shim: {}: {error}", sandbox.display());
             ExitCode::FAILURE
         }
+    }
+}
+
+/// As process 1 it has no default actions: SIGTERM changes nothing, SIGKILL comes from outside.
+fn reap_forever() -> ExitCode {
+    let signals = match sys::take_signals() {
+        Ok(signals) => signals,
+        Err(error) => {
+            eprintln!("gantry-shim init: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    loop {
+        let mut ready = [libc::pollfd {
+            fd: signals.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        }];
+        sys::poll(&mut ready, -1);
+        // signalfd merges signals: read it empty, then look at every child.
+        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+        while sys::read(signals.as_fd(), &mut info).is_ok() {}
+        while sys::reap().is_some() {}
     }
 }
 

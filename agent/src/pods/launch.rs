@@ -11,10 +11,10 @@ use anyhow::Context;
 use gantry_api::k8s_openapi::api::core::v1::{Container, Pod};
 use tokio::sync::mpsc;
 
-use super::Node;
 use super::prepare::{Failure, credentials, etc, hostname, names};
 use super::timeline::timed;
 use super::worker::Message;
+use super::{Node, configs, processes, termination};
 use crate::cgroups::limits::{container_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
 use crate::images::{Image, Progress, PullPolicy};
@@ -24,7 +24,7 @@ use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, app_armor, ide
 use crate::runtime::{ContainerSpec, RuntimeError};
 use crate::user_namespaces::idmap;
 use crate::view::View;
-use crate::volumes::{ReadyVolume, ReadyVolumes, env, sub_path};
+use crate::volumes::{ReadyVolume, ReadyVolumes, env, shm, sub_path};
 
 /// SIGTERM, unless the image says otherwise.
 const SIGTERM: i32 = 15;
@@ -45,13 +45,17 @@ pub struct Job {
     pub view: Arc<View>,
     /// Durations of phases go here.
     pub inputs: mpsc::Sender<Message>,
+    /// For the pod's first process.
+    pub turn: processes::Turn,
+    /// The run whose processes this one is to see, when it has a target.
+    pub target: Option<ContainerRun>,
 }
 
 /// Starts the container; returns when it was started, and the image's id.
 pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
-    let config = config(&job.pod, &job.run.name)
+    let config = configs::find(&job.pod, &job.run.name)
         .ok_or_else(|| Failure::new("CreateContainerConfigError", "no such container"))?
-        .clone();
+        .into_owned();
     let (image, took) = timed(image(&job, &config)).await;
     let image = image?;
     let _ = job.inputs.send(Message::Took("image", took)).await;
@@ -66,10 +70,20 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
     let rootfs = rootfs.map_err(|e| Failure::new("CreateContainerError", e))?;
     let _ = job.inputs.send(Message::Took("rootfs", took)).await;
     limit(&job, &config).await?;
+    let pid_namespace = processes::namespace_of(
+        &job.node,
+        &job.pod,
+        &job.run,
+        &job.network,
+        &job.turn,
+        job.target.clone(),
+    )
+    .await?;
+    let pid_path = pid_namespace.as_ref().map(processes::PidNamespace::path);
     let spec = tokio::task::spawn_blocking({
         let (image, rootfs) = (image.clone(), rootfs.clone());
         let job_parts = SpecParts::of(&job);
-        move || job_parts.build(&config, &image, &rootfs)
+        move || job_parts.build(&config, &image, &rootfs, pid_path.as_deref())
     })
     .await
     .map_err(|e| Failure::new("CreateContainerError", e))??;
@@ -116,15 +130,6 @@ pub async fn roots_in_advance(node: &Arc<Node>, uid: &PodUid, pod: &Pod, is_new:
         }
     };
     futures_util::future::join_all(first.iter().map(mount)).await;
-}
-
-fn config<'a>(pod: &'a Pod, name: &str) -> Option<&'a Container> {
-    let spec = pod.spec.as_ref()?;
-    spec.init_containers
-        .iter()
-        .flatten()
-        .chain(&spec.containers)
-        .find(|c| c.name == name)
 }
 
 /// Makes the container's cgroup with all its limits before there is a process to limit.
@@ -225,6 +230,7 @@ impl SpecParts {
         config: &Container,
         image: &Image,
         rootfs: &std::path::Path,
+        pid_namespace: Option<&std::path::Path>,
     ) -> Result<ContainerSpec, Failure> {
         let config_error = |e: &dyn std::fmt::Display| Failure {
             reason: "CreateContainerConfigError",
@@ -240,16 +246,20 @@ impl SpecParts {
         .map_err(|e| config_error(&e))?;
         let env = self.env(config).map_err(|e| config_error(&e))?;
         // Written before it is shown: a run's termination log is new each time.
-        self.termination_log(config).map_err(|e| config_error(&e))?;
+        self.termination_log().map_err(|e| config_error(&e))?;
         let (etc, volumes) = self.with_pod_ids(config).map_err(|e| config_error(&e))?;
         let (hosts, host_file, resolv) = (
             etc.join("hosts"),
             etc.join("hostname"),
             etc.join("resolv.conf"),
         );
-        let termination_log = etc.join(termination_log_name(config, &self.run));
+        let termination_log = termination::file(&etc, &self.run);
         let host_name = hostname(&self.node, &self.pod, &self.view.settings);
         let spec = self.pod.spec.clone().unwrap_or_default();
+        let shm = match spec.host_ipc {
+            Some(true) => std::path::PathBuf::from("/dev/shm"),
+            _ => shm::directory(&self.run.pod, &self.node.paths),
+        };
         let cgroup = self
             .node
             .cgroups
@@ -270,13 +280,14 @@ impl SpecParts {
                 hostname: Some(&host_file),
                 resolv_conf: Some(&resolv),
                 termination_log: Some(&termination_log),
-                shm: None,
+                shm: Some(&shm),
             },
             namespaces: Namespaces {
                 net: self.network.netns.as_deref(),
                 ipc: (spec.host_ipc != Some(true)).then_some(self.network.ipcns.as_path()),
                 uts: self.network.utsns.as_deref(),
                 user: self.network.userns.as_ref(),
+                pid: pid_namespace,
             },
             pod_cgroup: &cgroup,
             host: &self.node.host,
@@ -324,11 +335,9 @@ impl SpecParts {
     }
 
     /// An empty file of this run that becomes `terminationMessagePath`.
-    fn termination_log(&self, config: &Container) -> std::io::Result<()> {
-        let path = etc(&self.node, &self.run.pod).join(termination_log_name(config, &self.run));
-        if let Some(directory) = path.parent() {
-            std::fs::create_dir_all(directory)?;
-        }
+    fn termination_log(&self) -> std::io::Result<()> {
+        let path = termination::file(&etc(&self.node, &self.run.pod), &self.run);
+        std::fs::create_dir_all(path.parent().unwrap_or(&path))?;
         std::fs::File::create(&path).map(drop)
     }
 
@@ -363,10 +372,6 @@ impl SpecParts {
     }
 }
 
-fn termination_log_name(config: &Container, run: &ContainerRun) -> String {
-    format!("termination/{}-{}", config.name, run.attempt)
-}
-
 /// The image's stop signal; it is here, since a container of it runs.
 pub async fn stop_signal(node: &Arc<Node>, image: Option<&str>) -> i32 {
     let Some(reference) = image else {
@@ -386,7 +391,7 @@ pub async fn stop_signal(node: &Arc<Node>, image: Option<&str>) -> i32 {
 }
 
 /// `SIGQUIT`, `QUIT` or `3`.
-fn signal_number(name: &str) -> Option<i32> {
+pub fn signal_number(name: &str) -> Option<i32> {
     if let Ok(number) = name.parse::<i32>() {
         return (1..=64).contains(&number).then_some(number);
     }

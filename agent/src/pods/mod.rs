@@ -36,13 +36,18 @@ use crate::view::View;
 use crate::volumes::token::TokenSource;
 
 pub mod backoff;
+mod check;
+mod configs;
+mod hooks;
 mod launch;
 mod prepare;
-mod probes;
+pub mod probes;
+mod processes;
 mod records;
 pub mod resize;
 pub mod state;
 pub mod status;
+mod termination;
 mod timeline;
 pub mod tunnels;
 mod worker;
@@ -84,6 +89,8 @@ pub struct Node {
     pub allocatable: Amounts,
     /// Where device rules are an eBPF program (pure cgroup v2): its exemptions.
     pub device_guard: Option<DeviceGuard>,
+    /// How many probes are under way at once.
+    pub probes: Arc<probes::Limits>,
     /// Statuses and events to the control plane.
     pub reporter: Reporter,
     /// Who issues tokens of service accounts.

@@ -95,6 +95,12 @@ pub async fn sandbox(
         log_dir: node.paths.pod_log(namespace, name, uid),
     };
     let is_new = !node.paths.sandbox(uid).exists();
+    let ready_volumes = async {
+        if pod.spec.as_ref().is_none_or(|s| s.host_ipc != Some(true)) {
+            volumes::shm::ensure(uid, &node.paths).await?;
+        }
+        volumes(node, uid, pod, &view).await
+    };
     let (
         (network, network_took),
         (volumes, volumes_took),
@@ -103,7 +109,7 @@ pub async fn sandbox(
         (_, roots_took),
     ) = tokio::join!(
         timed(node.network.ensure(&network_spec)),
-        timed(volumes(node, uid, pod, &view)),
+        timed(ready_volumes),
         timed(node.runtime.ensure_sandbox(&sandbox_spec)),
         timed(node.cgroups.ensure_pod(uid, qos, &limits)),
         timed(launch::roots_in_advance(node, uid, pod, is_new)),

@@ -1,16 +1,22 @@
-//! The last word on a pod that has ended, on disk: its UID never starts here again.
+//! What must outlive the agent: the last word on a pod that has ended, and what probes have found.
 //!
 //! `/var/lib/gantry/ended/<uid>.json` holds the final status (write, fsync, rename). It lives until
 //! the API object is gone; an agent restart or a reboot reports it again instead of running the pod
 //! a second time.
+//!
+//! `/run/gantry/pods/<uid>/probes.json` (memory: it goes with the boot, as the containers do) holds
+//! the verdicts and counters of running containers; it is written before a change is reported.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::PathBuf;
 
 use gantry_api::k8s_openapi::api::core::v1::PodStatus;
-use tracing::warn;
+use serde::{Deserialize, Serialize};
+use tracing::{debug, warn};
 
+use super::state::ProbeKind;
 use crate::ids::PodUid;
 use crate::paths::Paths;
 
@@ -72,9 +78,92 @@ pub fn known(paths: &Paths) -> Vec<PodUid> {
     entries.flatten().filter_map(uid).collect()
 }
 
+/// What the probes of one run have found.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Probed {
+    /// Of which run; that of another says nothing.
+    pub attempt: u32,
+    /// The startup probe has succeeded, or there is none.
+    pub started: bool,
+    /// The readiness probe's verdict, or there is none.
+    pub ready: bool,
+    /// Verdicts in a row against what is known, per probe.
+    pub startup_against: u32,
+    /// As above.
+    pub liveness_against: u32,
+    /// As above.
+    pub readiness_against: u32,
+}
+
+impl Probed {
+    /// Verdicts in a row of this probe against what is known.
+    pub fn against(&self, kind: ProbeKind) -> u32 {
+        match kind {
+            ProbeKind::Startup => self.startup_against,
+            ProbeKind::Liveness => self.liveness_against,
+            ProbeKind::Readiness => self.readiness_against,
+        }
+    }
+
+    /// Counts.
+    pub fn set_against(&mut self, kind: ProbeKind, against: u32) {
+        match kind {
+            ProbeKind::Startup => self.startup_against = against,
+            ProbeKind::Liveness => self.liveness_against = against,
+            ProbeKind::Readiness => self.readiness_against = against,
+        }
+    }
+}
+
+fn probes_file(paths: &Paths, uid: &PodUid) -> PathBuf {
+    paths.sandbox(uid).join("probes.json")
+}
+
+/// What an agent before this one knew, by container. An unreadable record is none: then the API's
+/// status counts.
+pub fn read_probed(paths: &Paths, uid: &PodUid) -> BTreeMap<String, Probed> {
+    let bytes = fs::read(probes_file(paths, uid)).unwrap_or_default();
+    serde_json::from_slice(&bytes).unwrap_or_default()
+}
+
+/// Keeps it. Best effort: without the sandbox there is nothing to remember.
+pub fn write_probed(paths: &Paths, uid: &PodUid, probed: &BTreeMap<String, Probed>) {
+    let path = probes_file(paths, uid);
+    let write = || -> std::io::Result<()> {
+        let new = path.with_extension("new");
+        fs::write(&new, serde_json::to_vec(probed)?)?;
+        fs::rename(&new, &path)
+    };
+    if let Err(error) = write() {
+        debug!(pod = %uid, %error, "keep what the probes have found");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn probes_findings_survive_and_a_torn_record_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut paths = Paths::standard("/".into());
+        paths.run = dir.path().into();
+        let uid = PodUid::new("u1").unwrap();
+        assert!(read_probed(&paths, &uid).is_empty());
+        fs::create_dir_all(paths.sandbox(&uid)).unwrap();
+        let mut one = Probed {
+            attempt: 3,
+            started: true,
+            ..Probed::default()
+        };
+        one.set_against(ProbeKind::Liveness, 2);
+        let all = BTreeMap::from([("a".to_owned(), one)]);
+        write_probed(&paths, &uid, &all);
+        assert_eq!(read_probed(&paths, &uid), all);
+        fs::write(probes_file(&paths, &uid), b"{\"a\"").unwrap();
+        assert!(read_probed(&paths, &uid).is_empty());
+    }
 
     #[test]
     fn the_last_word_survives_and_a_torn_one_still_means_ended() {

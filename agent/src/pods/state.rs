@@ -1,38 +1,43 @@
 //! What one pod worker decides: from an API object to running containers and back to nothing.
 //!
 //! ```text
-//!   spec           deleted, every container ended     none alive          sandbox, volumes freed, and deleted
+//!   spec           deleted, failed, every container ended   none alive       sandbox, volumes freed, and deleted
 //! ──────► Syncing ──────────────────────────► Terminating ────► TearingDown ────► Terminated ──────► Finished
-//!          ▲  │ spec, exit, probe, timer         ▲  │ grace        ▲  │ retry         (object still there)
-//!          └──┘                                  └──┘              └──┘
+//!          ▲  │ spec, exit, probe, hook, timer  ▲  │ grace        ▲  │ retry         (object still there)
+//!          └──┘                                 └──┘              └──┘
 //! ```
 //! One task per pod UID (`worker.rs`) owns this state: no lock, no second writer. Work in flight is
-//! part of the state (`Sandbox::Preparing`, `Run::Starting`), so [`PodState::advance`] is
-//! idempotent: it looks at what is and asks for what is missing.
+//! part of the state (`Sandbox::Preparing`, `Run::Starting`), so [`PodState::next`] is
+//! idempotent: it looks at what is and asks for what is missing. `start.rs` says which container may
+//! start and what a start or an exit means, `stop.rs` the way from a wish to SIGKILL, `adopt.rs`
+//! what a restarted agent makes of what it finds.
 //!
 //! Invariants, checked by `tests::any_history_keeps_the_rules`: phases only move right; nothing is
 //! started after Syncing; one start in flight per container; a run number is started once; a grace
-//! period can shrink, never grow. Source of the phases: the kubelet's pod workers.
+//! period can shrink, never grow; a sidecar is asked to stop only when nothing it served is alive.
+//! Source: the kubelet's pod workers, `kuberuntime_manager.go` and `kuberuntime_container.go`.
 
+mod adopt;
+mod start;
+mod stop;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use gantry_api::k8s_openapi::api::core::v1::{Container as ContainerConfig, ContainerStatus, Pod};
-use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
+use self::start::has_startup_probe;
 use super::backoff::Backoff;
+use super::configs;
+use super::records::Probed;
 use crate::ids::{ContainerRun, PodUid};
 use crate::network::PodNetwork;
 use crate::runtime::{Exit, ObservedContainer};
 
 /// How long a failed sandbox, or a tear-down, waits before the next try; doubles to 64 s.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
-/// A SIGKILL is repeated at this pace while the container does not end (it may be in a D state).
-const KILL_AGAIN: Duration = Duration::from_secs(5);
-
-/// SIGKILL follows this long after SIGTERM when the node ends a pod, as with the kubelet's
-/// evictions: what it uses too much of is wanted back.
-const FAIL_GRACE_S: u64 = 1;
 
 /// Where the worker stands. Ordered: it only moves right.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -95,13 +100,26 @@ pub enum Run {
     Exited(Exit),
 }
 
+/// What a container is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// Runs to completion before the ones after it.
+    Init,
+    /// An init container with `restartPolicy: Always`: runs beside the ones after it.
+    Sidecar,
+    /// One of `spec.containers`.
+    Main,
+    /// One of `spec.ephemeralContainers`: for debugging, never restarted.
+    Ephemeral,
+}
+
 /// One container of the pod.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Container {
-    /// `spec.containers[].name` or `spec.initContainers[].name`.
+    /// Its name in the spec, unique over all roles.
     pub name: String,
-    /// An init container: runs to completion before the ones after it.
-    pub init: bool,
+    /// What it is for.
+    pub role: Role,
     /// The current run, or the next one while waiting; equals the restart count once started.
     pub attempt: u32,
     /// What it is doing.
@@ -116,6 +134,10 @@ pub struct Container {
     pub ready: bool,
     /// Startup probe's verdict; without one: running.
     pub started: bool,
+    /// The postStart hook is done, or there is none.
+    pub hooked: bool,
+    /// Termination messages by run: the newest two.
+    pub messages: Vec<(u32, String)>,
     /// How far its stop has come.
     pub stop: Stop,
 }
@@ -125,6 +147,10 @@ pub struct Container {
 pub enum Stop {
     /// Nobody asked.
     No,
+    /// The preStop hook runs; over at this time.
+    Hook(Duration),
+    /// Waits for the containers that must end before it; over at this time.
+    Turn(Duration),
     /// SIGTERM was sent; SIGKILL at this time.
     Asked(Duration),
     /// SIGKILL was sent; again at this time.
@@ -142,8 +168,14 @@ pub struct PodState {
     pub phase: Phase,
     /// The sandbox.
     pub sandbox: Sandbox,
-    /// Init containers in order, then the others in order.
+    /// Init containers and sidecars in order, then the main ones, then the ephemeral ones.
     pub containers: Vec<Container>,
+    /// Every init container has done its part once in this boot.
+    pub initialized: bool,
+    /// How long the pod had been active when the worker's clock began.
+    pub age: Duration,
+    /// What this node knew of probed containers before an agent restart.
+    pub recalled: BTreeMap<String, Probed>,
     /// The API object is being deleted, or gone.
     pub deleted: bool,
     /// Seconds granted from SIGTERM to SIGKILL; shrinks only.
@@ -204,6 +236,10 @@ pub enum Input {
     Exited(ContainerRun, Exit),
     /// The node ends the pod (`Evicted`): reason and words. It is Failed when it has stopped.
     Fail(&'static str, String),
+    /// The postStart hook is over.
+    PostStarted(ContainerRun, Result<(), String>),
+    /// The preStop hook is over.
+    PreStopped(ContainerRun, Result<(), String>),
     /// A probe crossed its threshold.
     Probe(ContainerRun, ProbeKind, bool),
     /// The run has to end and start anew: why.
@@ -227,6 +263,12 @@ pub enum Action {
     StartProbes(ContainerRun),
     /// No more probes of this container.
     StopProbes(ContainerRun),
+    /// Run the postStart hook.
+    PostStart(ContainerRun),
+    /// Run the preStop hook.
+    PreStop(ContainerRun),
+    /// Whatever hook of it still runs is of no use any more.
+    StopHooks(ContainerRun),
     /// SIGTERM (or the image's stop signal).
     Stop(ContainerRun),
     /// SIGKILL to everything in its cgroup.
@@ -240,33 +282,11 @@ pub enum Action {
 impl PodState {
     /// The state of a pod nothing is known of yet.
     pub fn new(uid: PodUid, pod: Arc<Pod>) -> Self {
-        let spec = pod.spec.clone().unwrap_or_default();
-        let one = |config: &ContainerConfig, init: bool| Container {
-            name: config.name.clone(),
-            init,
-            attempt: 0,
-            run: Run::Waiting {
-                reason: if init || spec.init_containers.iter().flatten().next().is_none() {
-                    "ContainerCreating".into()
-                } else {
-                    "PodInitializing".into()
-                },
-                message: String::new(),
-                retry_at: Duration::ZERO,
-            },
-            last_exit: None,
-            backoff: Backoff::default(),
-            image_id: String::new(),
-            ready: false,
-            started: false,
-            stop: Stop::No,
-        };
-        let containers = spec
-            .init_containers
-            .iter()
-            .flatten()
-            .map(|c| one(c, true))
-            .chain(spec.containers.iter().map(|c| one(c, false)))
+        let roles = configs::roles(&pod);
+        let waits = (roles.iter()).any(|(_, role)| matches!(role, Role::Init | Role::Sidecar));
+        let containers = roles
+            .into_iter()
+            .map(|(name, role)| Container::new(name, role, waits && role == Role::Main))
             .collect();
         let grace_s = spec_grace_s(&pod);
         Self {
@@ -279,6 +299,9 @@ impl PodState {
                 failure: None,
             },
             containers,
+            initialized: false,
+            age: Duration::ZERO,
+            recalled: BTreeMap::new(),
             deleted: false,
             grace_s,
             tear_down: TearDown::Due(Duration::ZERO, 0),
@@ -295,13 +318,22 @@ impl PodState {
     }
 
     /// The configuration of a container.
-    pub fn config(&self, name: &str) -> Option<&ContainerConfig> {
-        let spec = self.pod.spec.as_ref()?;
-        spec.init_containers
-            .iter()
-            .flatten()
-            .chain(&spec.containers)
-            .find(|c| c.name == name)
+    pub fn config(&self, name: &str) -> Option<Cow<'_, ContainerConfig>> {
+        configs::find(&self.pod, name)
+    }
+
+    /// Keeps what a run has left as its last words, before its exit is taken.
+    pub fn note_message(&mut self, run: &ContainerRun, message: String) {
+        let Some(container) = self.containers.iter_mut().find(|c| c.name == run.name) else {
+            return;
+        };
+        let newest = container.attempt.max(run.attempt);
+        container
+            .messages
+            .retain(|(attempt, _)| *attempt != run.attempt && attempt + 1 >= newest);
+        if !message.is_empty() {
+            container.messages.push((run.attempt, message));
+        }
     }
 
     fn restart_policy(&self) -> &str {
@@ -353,15 +385,22 @@ impl PodState {
                 self.start_failed(&run, reason, message, now, &mut actions);
             }
             Input::Exited(run, exit) => self.container_exited(&run, exit, now, &mut actions),
+            Input::PostStarted(run, result) => {
+                self.post_started(&run, result, now, &mut actions);
+            }
+            Input::PreStopped(run, result) => self.pre_stopped(&run, result, &mut actions),
             Input::Probe(run, kind, healthy) => {
                 self.probed(&run, kind, healthy, now, &mut actions);
             }
             Input::Restart(run, words) => {
                 if let Some(index) = self.current(&run) {
-                    self.stop_for_restart(index, words, now, &mut actions);
+                    self.stop_for_restart(index, words, self.grace_s, now, &mut actions);
                 }
             }
-            Input::Fail(reason, message) => self.fail(reason, message, now, &mut actions),
+            Input::Fail(reason, message) => {
+                let grace_s = stop::EVICTION_GRACE_S;
+                self.fail(reason, message, grace_s, now, &mut actions);
+            }
             Input::TornDown => {
                 if self.phase == Phase::TearingDown {
                     self.phase = Phase::Terminated;
@@ -390,83 +429,19 @@ impl PodState {
                     actions.push(Action::Event("Killing", words, false));
                 }
             }
+            // The first deletion says what it is, as with the kubelet; after that it only shrinks.
+            self.grace_s = match self.deleted || self.phase > Phase::Syncing {
+                true => self.grace_s.min(grace),
+                false => grace,
+            };
             self.deleted = true;
-            self.grace_s = self.grace_s.min(grace);
         }
         self.pod = pod;
-    }
-
-    /// A grace period can shrink while it runs.
-    fn shrink_grace(&mut self, grace_s: u64, now: Duration) {
-        self.grace_s = self.grace_s.min(grace_s);
-        let end = now + Duration::from_secs(self.grace_s);
-        for container in &mut self.containers {
-            if let Stop::Asked(kill_at) = &mut container.stop {
-                *kill_at = (*kill_at).min(end);
-            }
-        }
-    }
-
-    /// The first reason stays; what is ending anyway ends as it would have.
-    fn fail(
-        &mut self,
-        reason: &'static str,
-        message: String,
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        if self.failed.is_none() && self.phase == Phase::Syncing && !self.deleted {
-            actions.push(Action::Event(reason, message.clone(), true));
-            self.failed = Some((reason, message));
-            self.shrink_grace(FAIL_GRACE_S, now);
-        }
-    }
-
-    fn adopt(&mut self, found: Vec<ObservedContainer>, now: Duration, actions: &mut Vec<Action>) {
-        let status = self.pod.status.clone().unwrap_or_default();
-        let statuses: Vec<_> = status
-            .init_container_statuses
-            .into_iter()
-            .flatten()
-            .chain(status.container_statuses.into_iter().flatten())
-            .collect();
-        for index in 0..self.containers.len() {
-            let container = &mut self.containers[index];
-            let known = statuses.iter().find(|s| s.name == container.name);
-            let newest = found
-                .iter()
-                .filter(|o| o.run.name == container.name && o.started_at.is_some())
-                .max_by_key(|o| o.run.attempt);
-            let Some(newest) = newest else {
-                // It ran in an earlier boot: its next run gets a number of its own.
-                let ran =
-                    known.filter(|s| s.container_id.as_deref().is_some_and(|i| !i.is_empty()));
-                container.attempt = ran.map_or(0, |s| s.restart_count.max(0) as u32 + 1);
-                continue;
-            };
-            container.attempt = newest.run.attempt;
-            container.backoff = Backoff::from_restarts(newest.run.attempt);
-            container.image_id = known.map(|s| s.image_id.clone()).unwrap_or_default();
-            container.last_exit = found
-                .iter()
-                .filter(|o| o.run.name == container.name && o.run.attempt < newest.run.attempt)
-                .max_by_key(|o| o.run.attempt)
-                .and_then(|o| Some((o.run.attempt, o.exit.clone()?)))
-                .or_else(|| last_exit(known?, newest.run.attempt));
-            // What it was before the agent ended it still is: no flip in either direction.
-            container.ready = known.is_some_and(|s| s.ready);
-            container.started = known.is_some_and(|s| s.started == Some(true));
-            let started_at = newest.started_at.unwrap_or(SystemTime::UNIX_EPOCH);
-            container.run = Run::Running {
-                started_at,
-                since: now,
-            };
-            match newest.exit.clone() {
-                Some(exit) => {
-                    let run = self.run_of(index);
-                    self.container_exited(&run, exit, now, actions);
-                }
-                None => actions.push(Action::StartProbes(self.run_of(index))),
+        // Only ephemeral containers come after the pod's creation.
+        for (name, role) in configs::roles(&self.pod) {
+            let known = self.containers.iter().any(|c| c.name == name);
+            if role == Role::Ephemeral && !known {
+                self.containers.push(Container::new(name, role, false));
             }
         }
     }
@@ -494,178 +469,12 @@ impl PodState {
         };
     }
 
-    fn container_started(
-        &mut self,
-        run: &ContainerRun,
-        at: SystemTime,
-        image_id: String,
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        let Some(index) = self.current(run) else {
-            return;
-        };
-        let (has_startup, has_readiness) = self
-            .config(&run.name)
-            .map(|c| (c.startup_probe.is_some(), c.readiness_probe.is_some()))
-            .unwrap_or_default();
-        let container = &mut self.containers[index];
-        if container.run != Run::Starting {
-            return;
-        }
-        container.run = Run::Running {
-            started_at: at,
-            since: now,
-        };
-        container.image_id = image_id;
-        container.started = !has_startup;
-        container.ready = !has_startup && !has_readiness;
-        container.stop = Stop::No;
-        if container.attempt == 0 {
-            container.backoff.forget_failed_starts();
-        }
-        let words = format!("Started container {}", run.name);
-        actions.push(Action::Event("Started", words, false));
-        if self.phase == Phase::Syncing {
-            actions.push(Action::StartProbes(run.clone()));
-        }
-    }
-
-    fn start_failed(
-        &mut self,
-        run: &ContainerRun,
-        reason: String,
-        message: String,
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        let Some(index) = self.current(run) else {
-            return;
-        };
-        let container = &mut self.containers[index];
-        if container.run != Run::Starting {
-            return;
-        }
-        actions.push(Action::Event("Failed", format!("Error: {message}"), true));
-        let again = container.backoff != Backoff::default();
-        let reason = match reason.as_str() {
-            "ErrImagePull" if again => "ImagePullBackOff".to_owned(),
-            _ => reason,
-        };
-        let wait = container.backoff.after_failed_start();
-        container.run = Run::Waiting {
-            reason,
-            message,
-            retry_at: now + wait,
-        };
-    }
-
-    fn container_exited(
-        &mut self,
-        run: &ContainerRun,
-        exit: Exit,
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        let Some(index) = self.current(run) else {
-            return;
-        };
-        let ran = match &self.containers[index].run {
-            Run::Running { since, .. } => now.saturating_sub(*since),
-            // It ended before its start was reported.
-            Run::Starting => Duration::ZERO,
-            Run::Waiting { .. } | Run::Exited(_) => return,
-        };
-        actions.push(Action::StopProbes(run.clone()));
-        let init = self.containers[index].init;
-        let restart = self.phase == Phase::Syncing
-            && !self.deleted
-            && restarts(self.restart_policy(), init, &exit);
-        let container = &mut self.containers[index];
-        container.ready = false;
-        container.started = false;
-        container.stop = Stop::No;
-        if !restart {
-            container.run = Run::Exited(exit);
-            return;
-        }
-        let wait = container.backoff.after_exit(ran);
-        if !wait.is_zero() {
-            let words = format!("Back-off restarting failed container {}", run.name);
-            actions.push(Action::Event("BackOff", words, true));
-        }
-        container.last_exit = Some((container.attempt, exit));
-        container.attempt += 1;
-        container.run = Run::Waiting {
-            reason: "CrashLoopBackOff".into(),
-            message: format!("back-off {} s restarting failed container", wait.as_secs()),
-            retry_at: now + wait,
-        };
-    }
-
-    fn probed(
-        &mut self,
-        run: &ContainerRun,
-        kind: ProbeKind,
-        healthy: bool,
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        let Some(index) = self.current(run) else {
-            return;
-        };
-        let has_readiness = self
-            .config(&run.name)
-            .is_some_and(|c| c.readiness_probe.is_some());
-        let container = &mut self.containers[index];
-        if !matches!(container.run, Run::Running { .. }) {
-            return;
-        }
-        match (kind, healthy) {
-            (ProbeKind::Readiness, healthy) => container.ready = healthy,
-            (ProbeKind::Startup, true) => {
-                container.started = true;
-                container.ready = container.ready || !has_readiness;
-            }
-            (ProbeKind::Liveness, true) => {}
-            (ProbeKind::Liveness | ProbeKind::Startup, false) => {
-                let which = if kind == ProbeKind::Liveness {
-                    "liveness"
-                } else {
-                    "startup"
-                };
-                let words = format!(
-                    "Container {} failed {which} probe, will be restarted",
-                    run.name
-                );
-                self.stop_for_restart(index, words, now, actions);
-            }
-        }
-    }
-
-    /// Asks a running container to stop; its exit then starts the next run.
-    fn stop_for_restart(
-        &mut self,
-        index: usize,
-        words: String,
-        now: Duration,
-        actions: &mut Vec<Action>,
-    ) {
-        let run = self.run_of(index);
-        let grace = Duration::from_secs(self.grace_s);
-        let container = &mut self.containers[index];
-        if !matches!(container.run, Run::Running { .. }) || container.stop != Stop::No {
-            return;
-        }
-        container.ready = false;
-        container.stop = Stop::Asked(now + grace);
-        actions.push(Action::Event("Killing", words, false));
-        actions.push(Action::StopProbes(run.clone()));
-        actions.push(Action::Stop(run));
-    }
-
     /// Looks at what is and asks for what is missing. Idempotent.
     fn advance(&mut self, now: Duration, actions: &mut Vec<Action>) {
+        if self.phase == Phase::Syncing {
+            self.note_initialized();
+            self.check_deadline(now, actions);
+        }
         if self.phase == Phase::Syncing {
             if self.deleted || self.failed.is_some() || self.ended_by_itself() {
                 self.begin_termination(actions);
@@ -677,7 +486,7 @@ impl PodState {
             self.terminate(now, actions);
         }
         if self.phase == Phase::Syncing || self.phase == Phase::Terminating {
-            self.kill_overdue(now, actions);
+            self.advance_stops(now, actions);
         }
         if self.phase == Phase::TearingDown
             && let TearDown::Due(at, _) = self.tear_down
@@ -691,16 +500,6 @@ impl PodState {
         }
     }
 
-    fn begin_termination(&mut self, actions: &mut Vec<Action>) {
-        self.phase = Phase::Terminating;
-        for index in 0..self.containers.len() {
-            self.containers[index].ready = false;
-            if self.containers[index].alive() {
-                actions.push(Action::StopProbes(self.run_of(index)));
-            }
-        }
-    }
-
     fn sync(&mut self, now: Duration, actions: &mut Vec<Action>) {
         match &self.sandbox {
             Sandbox::Absent {
@@ -711,80 +510,8 @@ impl PodState {
                 };
                 actions.push(Action::PrepareSandbox);
             }
-            Sandbox::Ready(_) => {
-                for index in self.startable() {
-                    let Run::Waiting { retry_at, .. } = self.containers[index].run else {
-                        continue;
-                    };
-                    if retry_at <= now {
-                        self.containers[index].run = Run::Starting;
-                        actions.push(Action::Start(self.run_of(index)));
-                    }
-                }
-            }
+            Sandbox::Ready(_) => self.start_due(now, actions),
             Sandbox::Absent { .. } | Sandbox::Preparing { .. } => {}
-        }
-    }
-
-    /// The first init container that has not succeeded, else all others.
-    fn startable(&self) -> Vec<usize> {
-        let pending = self
-            .containers
-            .iter()
-            .position(|c| c.init && !c.succeeded());
-        match pending {
-            Some(index) => vec![index],
-            None => (0..self.containers.len())
-                .filter(|i| !self.containers[*i].init)
-                .collect(),
-        }
-    }
-
-    /// Nothing runs and nothing will be started again.
-    fn ended_by_itself(&self) -> bool {
-        let ended = |c: &Container| matches!(c.run, Run::Exited(_));
-        let init_failed = self
-            .containers
-            .iter()
-            .any(|c| c.init && ended(c) && !c.succeeded());
-        let nothing_runs = !self.containers.iter().any(Container::alive);
-        let others_ended = self.containers.iter().filter(|c| !c.init).all(ended);
-        nothing_runs && (init_failed || others_ended)
-    }
-
-    fn terminate(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        let end = now + Duration::from_secs(self.grace_s);
-        for index in 0..self.containers.len() {
-            let run = self.run_of(index);
-            let container = &mut self.containers[index];
-            if !matches!(container.run, Run::Running { .. }) {
-                continue;
-            }
-            match &mut container.stop {
-                Stop::No => {
-                    container.stop = Stop::Asked(end);
-                    actions.push(Action::Stop(run));
-                }
-                Stop::Asked(kill_at) => *kill_at = (*kill_at).min(end),
-                Stop::Killed(_) => {}
-            }
-        }
-        let preparing = matches!(self.sandbox, Sandbox::Preparing { .. });
-        if !preparing && !self.containers.iter().any(Container::alive) {
-            self.phase = Phase::TearingDown;
-            self.tear_down = TearDown::Due(now, 0);
-        }
-    }
-
-    fn kill_overdue(&mut self, now: Duration, actions: &mut Vec<Action>) {
-        for index in 0..self.containers.len() {
-            let run = self.run_of(index);
-            let container = &mut self.containers[index];
-            let overdue = matches!(container.stop, Stop::Asked(at) | Stop::Killed(at) if at <= now);
-            if overdue && matches!(container.run, Run::Running { .. }) {
-                container.stop = Stop::Killed(now + KILL_AGAIN);
-                actions.push(Action::Kill(run));
-            }
         }
     }
 
@@ -802,13 +529,13 @@ impl PodState {
                 Run::Waiting { retry_at, .. } if ready => Some(retry_at),
                 _ => None,
             });
-        let kills = self
-            .containers
-            .iter()
-            .filter_map(|c| match (&c.run, c.stop) {
-                (Run::Running { .. }, Stop::Asked(at) | Stop::Killed(at)) => Some(at),
-                _ => None,
-            });
+        let kills = self.containers.iter().filter_map(|c| match &c.run {
+            Run::Running { .. } => c.stop.due_at(),
+            _ => None,
+        });
+        let deadline = self
+            .deadline_at()
+            .filter(|_| self.phase == Phase::Syncing && !self.deleted);
         let tear_down = match (self.phase, self.tear_down) {
             (Phase::TearingDown, TearDown::Due(at, _)) => Some(at),
             _ => None,
@@ -817,12 +544,38 @@ impl PodState {
             .into_iter()
             .chain(starts)
             .chain(kills)
+            .chain(deadline)
             .chain(tear_down)
             .min()
     }
 }
 
 impl Container {
+    fn new(name: String, role: Role, waits_for_init: bool) -> Self {
+        let reason = match waits_for_init {
+            true => "PodInitializing",
+            false => "ContainerCreating",
+        };
+        Self {
+            name,
+            role,
+            attempt: 0,
+            run: Run::Waiting {
+                reason: reason.into(),
+                message: String::new(),
+                retry_at: Duration::ZERO,
+            },
+            last_exit: None,
+            backoff: Backoff::default(),
+            image_id: String::new(),
+            ready: false,
+            started: false,
+            hooked: false,
+            messages: Vec::new(),
+            stop: Stop::No,
+        }
+    }
+
     /// A process exists or is being made.
     pub fn alive(&self) -> bool {
         matches!(self.run, Run::Starting | Run::Running { .. })
@@ -831,33 +584,6 @@ impl Container {
     fn succeeded(&self) -> bool {
         matches!(&self.run, Run::Exited(exit) if exit.code == 0)
     }
-}
-
-/// Does a container that ended like this run again? An init container that succeeded never does.
-fn restarts(policy: &str, init: bool, exit: &Exit) -> bool {
-    match (policy, init) {
-        ("Never", _) => false,
-        ("OnFailure", _) | (_, true) => exit.code != 0,
-        _ => true,
-    }
-}
-
-/// The run before the newest, as the API holds it: its records are gone when the next one starts.
-fn last_exit(status: &ContainerStatus, newest: u32) -> Option<(u32, Exit)> {
-    let ended = status.last_state.as_ref()?.terminated.as_ref()?;
-    let at = |time: &Option<Time>| {
-        time.as_ref()
-            .map_or(SystemTime::UNIX_EPOCH, |time| SystemTime::from(time.0))
-    };
-    let exit = Exit {
-        code: ended.exit_code,
-        signal: ended.signal.unwrap_or(0),
-        oom_killed: ended.reason.as_deref() == Some("OOMKilled"),
-        started_at: at(&ended.started_at),
-        finished_at: at(&ended.finished_at),
-        unknown: ended.reason.as_deref() == Some("ContainerStatusUnknown"),
-    };
-    Some((newest.checked_sub(1)?, exit))
 }
 
 fn retry_wait(failures: u32) -> Duration {

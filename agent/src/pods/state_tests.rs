@@ -176,9 +176,11 @@ fn a_shorter_grace_period_counts_a_longer_does_not() {
     state.next(Input::Spec(deleted(&spec, 30)), secs(0));
     assert_eq!(
         state.wake_at(),
-        Some(secs(5)),
-        "the pod's own 5 s bound the deletion's 30 s"
+        Some(secs(30)),
+        "the deletion's 30 s replace the pod's own 5 s"
     );
+    state.next(Input::Spec(deleted(&spec, 60)), secs(1));
+    assert_eq!(state.wake_at(), Some(secs(30)));
     state.next(Input::Spec(deleted(&spec, 1)), secs(2));
     assert_eq!(state.wake_at(), Some(secs(3)));
 }
@@ -253,11 +255,245 @@ fn a_pod_that_ended_in_an_earlier_life_is_never_started() {
     assert_eq!(state.phase, Phase::Terminated);
 }
 
+/// Init containers (with a startup probe?) and sidecars before two main ones, with or without hooks.
+fn varied(policy: &str, init: &[(bool, bool)], hooks: bool, deadline: Option<i64>) -> Arc<Pod> {
+    let mut pod = serde_json::to_value(web(policy, init.len())).unwrap();
+    for (index, (sidecar, probed)) in init.iter().enumerate() {
+        let one = &mut pod["spec"]["initContainers"][index];
+        if *sidecar {
+            one["restartPolicy"] = "Always".into();
+            if *probed {
+                one["startupProbe"] = serde_json::json!({"tcpSocket": {"port": 1}});
+            }
+        }
+    }
+    if hooks {
+        let sleep = serde_json::json!({"sleep": {"seconds": 1}});
+        pod["spec"]["containers"][0]["lifecycle"] =
+            serde_json::json!({"postStart": sleep, "preStop": sleep});
+    }
+    if let Some(seconds) = deadline {
+        pod["spec"]["activeDeadlineSeconds"] = seconds.into();
+    }
+    self::pod(pod)
+}
+
+fn stops(actions: &[Action]) -> Vec<String> {
+    let name = |a: &Action| match a {
+        Action::Stop(run) => Some(run.name.clone()),
+        _ => None,
+    };
+    actions.iter().filter_map(name).collect()
+}
+
+/// A pod with sidecars s0 and s1 and main container a, all running.
+fn with_sidecars(policy: &str) -> PodState {
+    let spec = pod(serde_json::json!({
+        "metadata": {"name": "web", "namespace": "default", "uid": "u1"},
+        "spec": {
+            "restartPolicy": policy,
+            "terminationGracePeriodSeconds": 10,
+            "initContainers": [
+                {"name": "s0", "restartPolicy": "Always",
+                    "startupProbe": {"tcpSocket": {"port": 1}}},
+                {"name": "s1", "restartPolicy": "Always"}],
+            "containers": [{"name": "a"}],
+        }
+    }));
+    let mut state = PodState::new(uid(), spec);
+    state.next(Input::Timer, secs(0));
+    let begun = state.next(Input::SandboxReady(network()), secs(0));
+    assert_eq!(starts(&begun), ["s0/0"]);
+    assert!(starts(&state.next(started("s0", 0), secs(0))).is_empty());
+    let probed = Input::Probe(run("s0", 0), ProbeKind::Startup, true);
+    assert_eq!(starts(&state.next(probed, secs(1))), ["s1/0"]);
+    assert_eq!(starts(&state.next(started("s1", 0), secs(1))), ["a/0"]);
+    state.next(started("a", 0), secs(1));
+    state
+}
+
+#[test]
+fn sidecars_end_after_the_main_containers_in_reverse_order() {
+    let mut state = with_sidecars("Never");
+    let actions = state.next(Input::Exited(run("a", 0), exit(0)), secs(5));
+    assert_eq!(stops(&actions), ["s1"], "a finished pod needs no sidecar");
+    let actions = state.next(Input::Exited(run("s1", 0), exit(143)), secs(6));
+    assert_eq!(stops(&actions), ["s0"]);
+    let actions = state.next(Input::Exited(run("s0", 0), exit(143)), secs(7));
+    assert!(actions.contains(&Action::TearDown));
+}
+
+#[test]
+fn a_sidecar_waits_for_its_turn_no_longer_than_the_grace_period() {
+    let mut state = with_sidecars("Always");
+    let spec = state.pod.clone();
+    let actions = state.next(Input::Spec(deleted(&spec, 10)), secs(10));
+    assert_eq!(stops(&actions), ["a"]);
+    let actions = state.next(Input::Timer, secs(20));
+    assert_eq!(stops(&actions), ["s0", "s1"]);
+    assert!(actions.contains(&Action::Kill(run("a", 0))));
+    let actions = state.next(Input::Timer, secs(22));
+    assert!(
+        actions.contains(&Action::Kill(run("s0", 0))),
+        "two seconds of its own"
+    );
+}
+
+#[test]
+fn a_sidecar_that_exits_is_restarted_and_holds_nobody_back() {
+    let mut state = with_sidecars("Never");
+    let actions = state.next(Input::Exited(run("s0", 0), exit(0)), secs(5));
+    assert_eq!(starts(&actions), ["s0/1"]);
+    let actions = state.next(started("s0", 1), secs(5));
+    assert!(stops(&actions).is_empty() && state.phase == Phase::Syncing);
+}
+
+#[test]
+fn a_failed_init_container_of_a_restarting_pod_is_tried_until_it_succeeds() {
+    let mut state = PodState::new(uid(), web("Always", 1));
+    state.next(Input::Timer, secs(0));
+    state.next(Input::SandboxReady(network()), secs(0));
+    state.next(started("init0", 0), secs(0));
+    let again = state.next(Input::Exited(run("init0", 0), exit(1)), secs(1));
+    assert_eq!(starts(&again), ["init0/1"]);
+    state.next(started("init0", 1), secs(1));
+    assert!(starts(&state.next(Input::Exited(run("init0", 1), exit(1)), secs(2))).is_empty());
+    assert_eq!(state.wake_at(), Some(secs(12)));
+    assert_eq!(starts(&state.next(Input::Timer, secs(12))), ["init0/2"]);
+    state.next(started("init0", 2), secs(12));
+    let done = state.next(Input::Exited(run("init0", 2), exit(0)), secs(13));
+    assert_eq!(starts(&done), ["a/0", "b/0"]);
+}
+
+#[test]
+fn a_post_start_hook_holds_back_the_next_container_and_its_own_probes() {
+    let mut state = PodState::new(uid(), varied("Always", &[], true, None));
+    state.next(Input::Timer, secs(0));
+    let first = state.next(Input::SandboxReady(network()), secs(0));
+    assert_eq!(starts(&first), ["a/0"]);
+    let actions = state.next(started("a", 0), secs(0));
+    assert!(actions.contains(&Action::PostStart(run("a", 0))));
+    assert!(starts(&actions).is_empty() && !state.containers[0].ready);
+    let actions = state.next(Input::PostStarted(run("a", 0), Ok(())), secs(3));
+    assert_eq!(starts(&actions), ["b/0"]);
+    assert!(actions.contains(&Action::StartProbes(run("a", 0))));
+    assert!(state.containers[0].ready);
+}
+
+#[test]
+fn a_failed_post_start_hook_stops_the_container() {
+    let mut state = PodState::new(uid(), varied("Always", &[], true, None));
+    state.next(Input::Timer, secs(0));
+    state.next(Input::SandboxReady(network()), secs(0));
+    state.next(started("a", 0), secs(0));
+    let failed = Input::PostStarted(run("a", 0), Err("exit 1".into()));
+    let actions = state.next(failed, secs(1));
+    let event = |a: &Action| matches!(a, Action::Event("FailedPostStartHook", ..));
+    assert!(actions.iter().any(event));
+    assert!(
+        actions.contains(&Action::PreStop(run("a", 0))),
+        "as any other stop"
+    );
+}
+
+#[test]
+fn a_pre_stop_hook_is_inside_the_grace_period() {
+    let spec = varied("Always", &[], true, None);
+    let mut state = PodState::new(uid(), spec.clone());
+    let found = vec![observed("a", 0, None), observed("b", 0, None)];
+    state.next(Input::Observed(found), secs(0));
+    state.next(Input::SandboxReady(network()), secs(0));
+    let actions = state.next(Input::Spec(deleted(&spec, 5)), secs(10));
+    assert!(actions.contains(&Action::PreStop(run("a", 0))));
+    assert_eq!(stops(&actions), ["b"]);
+    let actions = state.next(Input::PreStopped(run("a", 0), Ok(())), secs(12));
+    assert_eq!(stops(&actions), ["a"]);
+    assert!(
+        !state
+            .next(Input::Timer, secs(14))
+            .contains(&Action::Kill(run("a", 0)))
+    );
+    assert!(
+        state
+            .next(Input::Timer, secs(15))
+            .contains(&Action::Kill(run("a", 0)))
+    );
+}
+
+#[test]
+fn a_pre_stop_hook_that_hangs_is_followed_by_sigterm_and_two_seconds() {
+    let spec = varied("Always", &[], true, None);
+    let mut state = PodState::new(uid(), spec.clone());
+    state.next(Input::Observed(vec![observed("a", 0, None)]), secs(0));
+    state.next(Input::SandboxReady(network()), secs(0));
+    state.next(Input::Spec(deleted(&spec, 5)), secs(10));
+    assert_eq!(stops(&state.next(Input::Timer, secs(15))), ["a"]);
+    assert_eq!(state.wake_at(), Some(secs(17)));
+    assert!(
+        state
+            .next(Input::Timer, secs(17))
+            .contains(&Action::Kill(run("a", 0)))
+    );
+}
+
+#[test]
+fn the_deadline_counts_from_the_pods_start_and_fails_it() {
+    let mut state = PodState::new(uid(), varied("Always", &[], false, Some(30)));
+    state.age = secs(10);
+    let found = vec![observed("a", 0, None), observed("b", 0, None)];
+    state.next(Input::Observed(found), secs(0));
+    state.next(Input::SandboxReady(network()), secs(0));
+    assert_eq!(state.wake_at(), Some(secs(20)));
+    assert_eq!(stops(&state.next(Input::Timer, secs(20))), ["a", "b"]);
+    assert_eq!(state.failed.as_ref().unwrap().0, "DeadlineExceeded");
+}
+
+#[test]
+fn a_probes_own_grace_period_replaces_the_pods() {
+    let mut spec = serde_json::to_value(web("Always", 0)).unwrap();
+    spec["spec"]["containers"][0]["livenessProbe"] =
+        serde_json::json!({"tcpSocket": {"port": 1}, "terminationGracePeriodSeconds": 60});
+    let mut state = PodState::new(uid(), pod(spec));
+    state.next(
+        Input::Observed(vec![observed("a", 0, None), observed("b", 0, None)]),
+        secs(0),
+    );
+    state.next(Input::SandboxReady(network()), secs(0));
+    state.next(
+        Input::Probe(run("a", 0), ProbeKind::Liveness, false),
+        secs(1),
+    );
+    assert_eq!(state.wake_at(), Some(secs(61)));
+}
+
+#[test]
+fn an_adopted_container_keeps_what_this_node_knew_of_its_probes() {
+    for ready in [false, true] {
+        let mut spec = serde_json::to_value(web("Always", 0)).unwrap();
+        spec["spec"]["containers"][0]["readinessProbe"] =
+            serde_json::json!({"tcpSocket": {"port": 1}});
+        // What the API holds is older.
+        spec["status"] = serde_json::json!({"containerStatuses": [{"name": "a", "ready": !ready,
+            "restartCount": 2, "image": "", "imageID": ""}]});
+        let mut state = PodState::new(uid(), pod(spec));
+        let known = Probed {
+            attempt: 2,
+            started: true,
+            ready,
+            ..Probed::default()
+        };
+        state.recalled.insert("a".into(), known);
+        state.next(Input::Observed(vec![observed("a", 2, None)]), secs(0));
+        assert_eq!(state.containers[0].ready, ready);
+    }
+}
+
 /// A machine that answers actions in any order, with any outcome.
 #[derive(Default)]
 struct Machine {
     starting: Vec<ContainerRun>,
     running: Vec<ContainerRun>,
+    hooks: Vec<(ContainerRun, bool)>,
     preparing: bool,
     tearing: bool,
     ever_started: Vec<ContainerRun>,
@@ -280,6 +516,9 @@ impl Machine {
                     );
                     self.starting.push(run.clone());
                 }
+                Action::PostStart(run) => self.hooks.push((run.clone(), true)),
+                Action::PreStop(run) => self.hooks.push((run.clone(), false)),
+                Action::StopHooks(run) => self.hooks.retain(|(of, _)| of != run),
                 Action::TearDown => {
                     assert!(self.starting.is_empty() && self.running.is_empty());
                     assert!(!self.preparing && !self.tearing);
@@ -292,7 +531,7 @@ impl Machine {
 
     /// One possible event, chosen by `pick`.
     fn answer(&mut self, pick: usize, good: bool) -> Input {
-        match pick % 5 {
+        match pick % 6 {
             0 if self.preparing => {
                 self.preparing = false;
                 if good {
@@ -326,6 +565,14 @@ impl Machine {
                 let run = self.running[pick % self.running.len()].clone();
                 Input::Probe(run, ProbeKind::Liveness, good)
             }
+            5 if !self.hooks.is_empty() => {
+                let (run, post) = self.hooks.remove(pick % self.hooks.len());
+                let result = if good { Ok(()) } else { Err("no".to_owned()) };
+                match post {
+                    true => Input::PostStarted(run, result),
+                    false => Input::PreStopped(run, result),
+                }
+            }
             _ => Input::Timer,
         }
     }
@@ -335,12 +582,14 @@ proptest! {
     #[test]
     fn any_history_keeps_the_rules(
         policy in prop::sample::select(vec!["Always", "OnFailure", "Never"]),
-        init in 0usize..3,
+        init in prop::collection::vec((any::<bool>(), any::<bool>()), 0..3),
+        hooks in any::<bool>(),
+        deadline in prop::option::of(1i64..200),
         steps in prop::collection::vec((0usize..1000, any::<bool>(), 0u64..40), 1..120),
         delete_at in 0usize..120,
         fail_at in 0usize..240,
     ) {
-        let spec = web(policy, init);
+        let spec = varied(policy, &init, hooks, deadline);
         let mut state = PodState::new(uid(), spec.clone());
         let mut machine = Machine::default();
         let mut now = secs(0);
@@ -369,7 +618,7 @@ proptest! {
         // From anywhere, a deletion and a machine that obeys come to an end.
         let actions = state.next(Input::Spec(deleted(&spec, 5)), now);
         machine.take(&state, &actions);
-        for pick in 0..200usize {
+        for pick in 0..300usize {
             now += secs(10);
             let input = machine.answer(pick, true);
             let actions = state.next(input, now);

@@ -14,7 +14,8 @@ use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use jiff::Timestamp;
 
 use super::resize::{Pending, Progress};
-use super::state::{Container, Phase, PodState, Run, Sandbox};
+use super::state::{Container, Phase, PodState, Role, Run, Sandbox};
+use super::termination;
 use crate::cgroups::limits::qos_class;
 use crate::ids::ContainerRun;
 use crate::runtime::Exit;
@@ -32,23 +33,30 @@ pub struct Surroundings {
 
 /// Renders the status. `previous` is what was reported last (or what the API held at agent start).
 pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> PodStatus {
-    let phase = phase(state);
-    let (init, main): (Vec<&Container>, Vec<&Container>) =
-        state.containers.iter().partition(|c| c.init);
-    let all_ready = !main.is_empty()
-        && main
-            .iter()
-            .all(|c| c.ready && matches!(c.run, Run::Running { .. }));
-    let ended = phase == "Succeeded" || phase == "Failed";
-    let initialized = init
+    let phase = reported_phase(state, previous);
+    let with = |roles: &'static [Role]| {
+        let all = state.containers.iter();
+        all.filter(|c| roles.contains(&c.role)).collect::<Vec<_>>()
+    };
+    let init = with(&[Role::Init, Role::Sidecar]);
+    let main = with(&[Role::Main]);
+    let ephemeral = with(&[Role::Ephemeral]);
+    // A sidecar that is not ready keeps its pod out of Services, as a main container does.
+    let unready: Vec<&str> = state
+        .containers
         .iter()
-        .all(|c| matches!(&c.run, Run::Exited(e) if e.code == 0))
-        || main.iter().any(|c| !matches!(c.run, Run::Waiting { .. }));
-    let unready: Vec<&str> = main
-        .iter()
-        .filter(|c| !c.ready)
+        .filter(|c| matches!(c.role, Role::Main | Role::Sidecar))
+        .filter(|c| !is_ready(c))
         .map(|c| c.name.as_str())
         .collect();
+    let all_ready = !main.is_empty() && unready.is_empty();
+    let ended = phase == "Succeeded" || phase == "Failed";
+    let initialized = state.initialized
+        || main.iter().any(|c| !matches!(c.run, Run::Waiting { .. }))
+        || init.iter().all(|c| match c.role {
+            Role::Init => matches!(&c.run, Run::Exited(e) if e.code == 0),
+            _ => c.started,
+        });
     let not_ready = match (ended, all_ready) {
         (true, _) if phase == "Succeeded" => Some(("PodCompleted", String::new())),
         (true, _) => Some(("PodFailed", String::new())),
@@ -58,8 +66,13 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
         )),
         (false, true) => None,
     };
+    let gates = closed_gates(state, previous);
+    let pod_not_ready = not_ready
+        .clone()
+        .or(gates.map(|words| ("ReadinessGatesNotReady", words)));
     let sandbox_ready =
         matches!(state.sandbox, Sandbox::Ready(_)) && state.phase < Phase::TearingDown;
+    // PodScheduled, readiness gates and other conditions are others': the control plane keeps them.
     let mut conditions = vec![
         condition(
             previous,
@@ -75,17 +88,22 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
             initialized,
             (!initialized).then(|| ("ContainersNotInitialized", String::new())),
         ),
-        condition(previous, around, "Ready", all_ready, not_ready.clone()),
-        condition(previous, around, "ContainersReady", all_ready, not_ready),
+        condition(
+            previous,
+            around,
+            "Ready",
+            pod_not_ready.is_none(),
+            pod_not_ready,
+        ),
+        condition(
+            previous,
+            around,
+            "ContainersReady",
+            not_ready.is_none(),
+            not_ready,
+        ),
     ];
     conditions.extend(resize_condition(previous, around));
-    // PodScheduled and foreign conditions belong to others.
-    for other in previous.conditions.iter().flatten() {
-        let over = [RESIZE_PENDING, RESIZE_IN_PROGRESS].contains(&other.type_.as_str());
-        if !over && !conditions.iter().any(|c| c.type_ == other.type_) {
-            conditions.push(other.clone());
-        }
-    }
     let addresses: Vec<IpAddr> = match &state.sandbox {
         Sandbox::Ready(network) if !ended => network.addresses.clone(),
         _ => Vec::new(),
@@ -100,6 +118,12 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
             },
         ) => Some((reason.as_str(), message.as_str())),
         _ => None,
+    };
+    let budget = message_budget(state.containers.len());
+    let statuses = |list: &[&Container]| -> Vec<ContainerStatus> {
+        list.iter()
+            .map(|c| container_status(state, c, budget))
+            .collect()
     };
     let pod_ips: Vec<PodIP> = addresses
         .iter()
@@ -122,9 +146,9 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
         start_time: previous.start_time.clone().or(Some(Time(around.now))),
         qos_class: Some(qos_class(&state.pod).as_str().into()),
         observed_generation: state.pod.metadata.generation,
-        init_container_statuses: (!init.is_empty())
-            .then(|| init.iter().map(|c| container_status(state, c)).collect()),
-        container_statuses: Some(main.iter().map(|c| container_status(state, c)).collect()),
+        init_container_statuses: (!init.is_empty()).then(|| statuses(&init)),
+        container_statuses: Some(statuses(&main)),
+        ephemeral_container_statuses: (!ephemeral.is_empty()).then(|| statuses(&ephemeral)),
         ..PodStatus::default()
     }
 }
@@ -149,43 +173,103 @@ pub fn is_final(status: &PodStatus) -> bool {
     matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"))
 }
 
-/// Kubernetes' pod phase.
+fn is_ready(container: &Container) -> bool {
+    container.ready && matches!(container.run, Run::Running { .. })
+}
+
+/// The readiness gates that are not open, as words; none when all are.
+fn closed_gates(state: &PodState, previous: &PodStatus) -> Option<String> {
+    let gates = state.pod.spec.as_ref()?.readiness_gates.as_ref()?;
+    // The API's word is newer than ours: the gates' conditions are others' to set.
+    let api = state.pod.status.as_ref().unwrap_or(previous);
+    let status = |type_: &str| {
+        let conditions = api.conditions.iter().flatten();
+        conditions
+            .filter(|c| c.type_ == type_)
+            .map(|c| c.status.as_str())
+            .next()
+    };
+    let words: Vec<String> = gates
+        .iter()
+        .filter_map(|gate| match status(&gate.condition_type) {
+            Some("True") => None,
+            Some(_) => Some(format!(
+                "the status of pod readiness gate {:?} is not \"True\"",
+                gate.condition_type
+            )),
+            None => Some(format!(
+                "corresponding condition of pod readiness gate {:?} does not exist",
+                gate.condition_type
+            )),
+        })
+        .collect();
+    (!words.is_empty()).then(|| words.join(", "))
+}
+
+/// A pod is not over while a process of it lives: until then it is what it was.
+fn reported_phase(state: &PodState, previous: &PodStatus) -> &'static str {
+    let phase = phase(state);
+    let alive = state.containers.iter().any(Container::alive);
+    if alive && matches!(phase, "Succeeded" | "Failed") {
+        return match previous.phase.as_deref() {
+            Some("Pending") => "Pending",
+            _ => "Running",
+        };
+    }
+    phase
+}
+
+/// Kubernetes' pod phase, by the rules of the kubelet's `getPhase`.
 fn phase(state: &PodState) -> &'static str {
-    let main = || state.containers.iter().filter(|c| !c.init);
-    let exit = |c: &Container| match &c.run {
+    let with = |role: Role| state.containers.iter().filter(move |c| c.role == role);
+    let code = |c: &Container| match &c.run {
         Run::Exited(exit) => Some(exit.code),
         _ => None,
     };
-    let alive = state.containers.iter().any(Container::alive);
-    let init_failed = state
-        .containers
-        .iter()
-        .any(|c| c.init && exit(c).is_some_and(|code| code != 0));
-    let stopped = state.phase >= Phase::Terminating && !alive;
-    if stopped && state.failed.is_some() {
-        return "Failed";
-    }
-    if init_failed && stopped {
-        return "Failed";
-    }
-    if stopped || main().all(|c| exit(c).is_some()) {
-        // A container that never ran, or that waits for a restart that will not come, has failed.
-        let succeeded = main().all(|c| exit(c) == Some(0));
-        return if succeeded { "Succeeded" } else { "Failed" };
-    }
-    let begun = |c: &Container| {
-        !matches!(c.run, Run::Waiting { .. } | Run::Starting) || c.last_exit.is_some()
+    let never_ran = |c: &Container| {
+        matches!(c.run, Run::Waiting { .. } | Run::Starting) && c.last_exit.is_none()
     };
-    let all_init_done = state
-        .containers
-        .iter()
-        .filter(|c| c.init)
-        .all(|c| exit(c) == Some(0));
-    if all_init_done && main().all(begun) {
-        "Running"
-    } else {
-        "Pending"
+    let running = |c: &Container| matches!(c.run, Run::Running { .. });
+    let succeeded = with(Role::Main).all(|c| code(c) == Some(0));
+    let init_failed = with(Role::Init).any(|c| code(c).is_some_and(|code| code != 0));
+    let policy = state
+        .pod
+        .spec
+        .as_ref()
+        .and_then(|s| s.restart_policy.as_deref());
+    let failed_before =
+        |c: &Container| matches!(c.last_exit, Some((_, ref e)) if e.code != 0) && !running(c);
+    let starting_over = with(Role::Init).any(|c| code(c).is_none() && failed_before(c));
+    if policy == Some("Never") && (init_failed || starting_over) {
+        return "Failed";
     }
+    let terminal =
+        state.phase >= Phase::Terminating && !state.containers.iter().any(Container::alive);
+    if terminal {
+        // A container that never ran, or that waits for a restart that will not come, has failed.
+        let fine = succeeded && !init_failed && state.failed.is_none();
+        return if fine { "Succeeded" } else { "Failed" };
+    }
+    let init_pending = with(Role::Init).any(|c| running(c) || never_ran(c));
+    let sidecar_pending = with(Role::Sidecar).any(|c| never_ran(c) || running(c) && !c.started);
+    let waiting = with(Role::Main).chain(with(Role::Sidecar)).any(never_ran);
+    if init_pending || sidecar_pending && !state.initialized || waiting {
+        return "Pending";
+    }
+    if with(Role::Main).chain(with(Role::Sidecar)).any(running) {
+        return "Running";
+    }
+    match policy {
+        Some("Never") if succeeded => "Succeeded",
+        Some("Never") => "Failed",
+        Some("OnFailure") if succeeded => "Succeeded",
+        _ => "Running",
+    }
+}
+
+/// What one container's termination message may have: 12 KiB for the pod's together.
+fn message_budget(containers: usize) -> usize {
+    (12 * 1024 / containers.max(1)).min(termination::MESSAGE_BYTES_MAX)
 }
 
 fn condition(
@@ -220,7 +304,7 @@ fn condition(
     }
 }
 
-fn container_status(state: &PodState, container: &Container) -> ContainerStatus {
+fn container_status(state: &PodState, container: &Container, budget: usize) -> ContainerStatus {
     let id = |attempt: u32| {
         ContainerRun {
             pod: state.uid.clone(),
@@ -229,35 +313,43 @@ fn container_status(state: &PodState, container: &Container) -> ContainerStatus 
         }
         .container_id()
     };
+    let message = |attempt: u32| {
+        let mut messages = container.messages.iter();
+        let found = messages.find(|(of, _)| *of == attempt);
+        found.map(|(_, text)| shorten(text, budget))
+    };
     let current = match &container.run {
         Run::Waiting {
             reason, message, ..
         } => waiting(reason, message),
         Run::Starting => waiting("ContainerCreating", ""),
+        // Kubernetes: the state is not Running until the postStart handler completes.
+        Run::Running { .. } if !container.hooked => waiting("ContainerCreating", ""),
         Run::Running { started_at, .. } => ContainerState {
             running: Some(ContainerStateRunning {
                 started_at: Some(time(*started_at)),
             }),
             ..ContainerState::default()
         },
-        Run::Exited(exit) => terminated(exit, id(container.attempt)),
+        Run::Exited(exit) => terminated(exit, id(container.attempt), message(container.attempt)),
     };
     let last = container
         .last_exit
         .as_ref()
-        .map(|(attempt, exit)| terminated(exit, id(*attempt)));
+        .map(|(attempt, exit)| terminated(exit, id(*attempt), message(*attempt)));
     let container_id = match (&container.run, &container.last_exit) {
         (Run::Running { .. } | Run::Exited(_), _) => Some(id(container.attempt)),
         (_, Some((attempt, _))) => Some(id(*attempt)),
         _ => None,
     };
     let config = state.config(&container.name);
-    let image = config.and_then(|c| c.image.clone()).unwrap_or_default();
+    let image = config.as_ref().and_then(|c| c.image.clone());
+    let image = image.unwrap_or_default();
     let resources = config.and_then(|c| c.resources.clone());
     // The attempt is the restart count; while a first start is tried nothing was restarted.
     ContainerStatus {
         name: container.name.clone(),
-        ready: if container.init {
+        ready: if container.role == Role::Init {
             matches!(&container.run, Run::Exited(e) if e.code == 0)
         } else {
             container.ready
@@ -296,7 +388,16 @@ fn waiting(reason: &str, message: &str) -> ContainerState {
     }
 }
 
-fn terminated(exit: &Exit, container_id: String) -> ContainerState {
+/// The end of a text, cut at a character.
+fn shorten(text: &str, bytes_max: usize) -> String {
+    let mut from = text.len().saturating_sub(bytes_max);
+    while !text.is_char_boundary(from) {
+        from += 1;
+    }
+    text[from..].to_owned()
+}
+
+fn terminated(exit: &Exit, container_id: String, message: Option<String>) -> ContainerState {
     let reason = match exit {
         exit if exit.oom_killed => "OOMKilled",
         exit if exit.unknown => "ContainerStatusUnknown",
@@ -311,7 +412,7 @@ fn terminated(exit: &Exit, container_id: String) -> ContainerState {
             started_at: Some(time(exit.started_at)),
             finished_at: Some(time(exit.finished_at)),
             container_id: Some(container_id),
-            ..ContainerStateTerminated::default()
+            message,
         }),
         ..ContainerState::default()
     }

@@ -2,6 +2,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::Pod;
+use proptest::prelude::*;
 
 use super::*;
 use crate::ids::PodUid;
@@ -172,4 +173,198 @@ fn a_pod_that_the_node_ends_stops_and_has_failed_with_the_reason() {
     assert_eq!(status.phase.as_deref(), Some("Failed"));
     assert_eq!(status.reason.as_deref(), Some("Evicted"));
     assert_eq!(status.message.as_deref(), Some("too much"));
+}
+
+fn sidecar_pod(policy: &str) -> Arc<Pod> {
+    Arc::new(
+        serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "web", "namespace": "default", "uid": "u1"},
+            "spec": {
+                "restartPolicy": policy,
+                "readinessGates": [{"conditionType": "example.com/on"}],
+                "initContainers": [{"name": "i", "image": "x"},
+                    {"name": "s", "image": "x", "restartPolicy": "Always"}],
+                "containers": [{"name": "a", "image": "x"}, {"name": "b", "image": "x"}]
+            }
+        }))
+        .unwrap(),
+    )
+}
+
+fn ready(status: &PodStatus, type_: &str) -> bool {
+    let mut conditions = status.conditions.iter().flatten();
+    conditions.any(|c| c.type_ == type_ && c.status == "True")
+}
+
+#[test]
+fn a_readiness_gate_is_opened_by_somebody_else() {
+    let mut state = running();
+    let mut pod = Pod::clone(&web());
+    pod.spec.as_mut().unwrap().readiness_gates = Some(vec![
+        serde_json::from_value(serde_json::json!({"conditionType": "example.com/on"})).unwrap(),
+    ]);
+    state.next(Input::Spec(Arc::new(pod.clone())), Duration::ZERO);
+    let shut = render(&state, &PodStatus::default(), &around(1));
+    assert!(ready(&shut, "ContainersReady") && !ready(&shut, "Ready"));
+    let condition = PodCondition {
+        type_: "example.com/on".into(),
+        status: "True".into(),
+        ..PodCondition::default()
+    };
+    pod.status = Some(PodStatus {
+        conditions: Some(vec![condition]),
+        ..PodStatus::default()
+    });
+    state.next(Input::Spec(Arc::new(pod)), Duration::ZERO);
+    let open = render(&state, &shut, &around(2));
+    assert!(ready(&open, "Ready"));
+    // The gate's own condition is not the agent's to report.
+    assert!(!ready(&open, "example.com/on"));
+}
+
+#[test]
+fn termination_messages_share_12_kib() {
+    let mut state = running();
+    let exit = Exit {
+        code: 1,
+        signal: 0,
+        oom_killed: false,
+        started_at: SystemTime::UNIX_EPOCH,
+        finished_at: SystemTime::UNIX_EPOCH,
+        unknown: false,
+    };
+    state.note_message(&run(), "x".repeat(5000));
+    state.next(Input::Exited(run(), exit), Duration::from_secs(1));
+    let status = render(&state, &PodStatus::default(), &around(1));
+    let last = status.container_statuses.unwrap()[0]
+        .last_state
+        .clone()
+        .unwrap();
+    assert_eq!(last.terminated.unwrap().message.unwrap().len(), 4096);
+    assert_eq!(message_budget(12), 1024);
+    assert_eq!(shorten("aé", 1), "");
+}
+
+/// The kubelet's `getPhase`, written down as it stands there: by the statuses, not by our state.
+fn oracle(policy: &str, status: &PodStatus, initialized: bool, terminal: bool) -> &'static str {
+    let statuses = |list: &Option<Vec<ContainerStatus>>| list.clone().unwrap_or_default();
+    let state = |s: &ContainerStatus| s.state.clone().unwrap_or_default();
+    let last_code = |s: &ContainerStatus| {
+        let last = s.last_state.clone().unwrap_or_default();
+        last.terminated.map(|t| t.exit_code)
+    };
+    let (mut pending_init, mut pending_sidecar, mut failed_init) = (0, 0, 0);
+    let (mut running, mut waiting, mut stopped, mut succeeded) = (0, 0, 0, 0);
+    for one in statuses(&status.init_container_statuses) {
+        let s = state(&one);
+        if one.name == "s" {
+            if s.running.is_some() {
+                pending_sidecar += i32::from(one.started != Some(true));
+                running += 1;
+            } else if s.waiting.is_some() && last_code(&one).is_none() {
+                pending_sidecar += 1;
+                waiting += 1;
+            }
+        } else if s.running.is_some() {
+            pending_init += 1;
+        } else if let Some(ended) = s.terminated {
+            failed_init += i32::from(ended.exit_code != 0);
+        } else {
+            match last_code(&one) {
+                Some(code) => failed_init += i32::from(code != 0),
+                None => pending_init += 1,
+            }
+        }
+    }
+    for one in statuses(&status.container_statuses) {
+        let s = state(&one);
+        if s.running.is_some() {
+            running += 1;
+        } else if let Some(ended) = s.terminated {
+            stopped += 1;
+            succeeded += i32::from(ended.exit_code == 0);
+        } else if last_code(&one).is_some() {
+            stopped += 1;
+        } else if terminal {
+            // SyncTerminatedPod: what never ran is reported as ended with 137.
+            stopped += 1;
+        } else {
+            waiting += 1;
+        }
+    }
+    if failed_init > 0 && policy == "Never" {
+        return "Failed";
+    }
+    if !terminal && (pending_init > 0 || pending_sidecar > 0 && !initialized || waiting > 0) {
+        return "Pending";
+    }
+    if running > 0 {
+        return "Running";
+    }
+    if terminal {
+        return if stopped == succeeded {
+            "Succeeded"
+        } else {
+            "Failed"
+        };
+    }
+    match (policy, stopped == succeeded) {
+        ("Always", _) => "Running",
+        (_, true) => "Succeeded",
+        ("Never", false) => "Failed",
+        _ => "Running",
+    }
+}
+
+proptest! {
+    /// Any mixture of container states has the phase that the kubelet would give it.
+    #[test]
+    fn the_phase_is_the_kubelets(
+        policy in prop::sample::select(vec!["Always", "OnFailure", "Never"]),
+        runs in prop::collection::vec((0usize..5, any::<bool>(), prop::option::of(0i32..2)), 4),
+        initialized in any::<bool>(),
+        over in any::<bool>(),
+    ) {
+        let mut state = PodState::new(PodUid::new("u1").unwrap(), sidecar_pod(policy));
+        state.initialized = initialized;
+        let exit = |code: i32| Exit {
+            code,
+            signal: 0,
+            oom_killed: false,
+            started_at: SystemTime::UNIX_EPOCH,
+            finished_at: SystemTime::UNIX_EPOCH,
+            unknown: false,
+        };
+        for (container, (kind, started, last)) in state.containers.iter_mut().zip(&runs) {
+            container.hooked = true;
+            container.last_exit = last.map(|code| (0, exit(code)));
+            match kind {
+                0 => {}
+                1 => container.run = Run::Starting,
+                2 => {
+                    container.run = Run::Running {
+                        started_at: SystemTime::UNIX_EPOCH,
+                        since: Duration::ZERO,
+                    };
+                    container.started = *started;
+                }
+                n => container.run = Run::Exited(exit(*n as i32 - 3)),
+            }
+        }
+        if over {
+            state.phase = Phase::Terminating;
+        }
+        let alive = state.containers.iter().any(Container::alive);
+        let terminal = over && !alive;
+        let status = render(&state, &PodStatus::default(), &around(1));
+        // Terminal means that nothing failed in the init phase either; the kubelet asks the policy.
+        let init_failed = matches!(&state.containers[0].run, Run::Exited(e) if e.code != 0);
+        let expected = match oracle(policy, &status, initialized, terminal) {
+            "Succeeded" if terminal && init_failed => "Failed",
+            "Succeeded" | "Failed" if alive => "Running",
+            phase => phase,
+        };
+        prop_assert_eq!(status.phase.as_deref(), Some(expected));
+        prop_assert_eq!(is_final(&status) && alive, false, "final, and something lives");
+    }
 }

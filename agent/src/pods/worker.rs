@@ -2,14 +2,17 @@
 //!
 //! ```text
 //!  newest pod ─► slot ─┐                          ┌─► prepare (sandbox)     ┐
-//!  exits, probes ──────┼─► PodState::next ─► acts ┼─► launch (a container)  ├─► inputs ─► ...
+//!  exits, probes, hooks ┼─► PodState::next ─► acts ┼─► launch (a container)  ├─► inputs ─► ...
 //!  timer ──────────────┘            │             └─► tear_down             ┘
 //!                                   └─► status::render ─► reporter
 //! ```
 //! Whatever takes time runs in a task of its own and comes back as an input, so the worker itself
-//! never waits for the machine. The pod arrives in a slot that keeps only the newest.
+//! never waits for the machine. The pod arrives in a slot that keeps only the newest. Probes and hooks
+//! are in `worker/beside.rs`.
 
-use std::collections::HashMap;
+mod beside;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,13 +25,14 @@ use tokio::task::AbortHandle;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::probes::Prober;
+use super::hooks::Hook;
+use super::records::Probed;
 use super::resize::{self, Allocated, Progress, Room};
-use super::state::{Action, Input, Phase, PodState, ProbeKind, Run, Sandbox};
+use super::state::{Action, Input, Phase, PodState, ProbeKind, Role, Run, Sandbox};
 use super::timeline::Timeline;
-use super::{Node, launch, prepare, records, status};
+use super::{Node, configs, launch, prepare, processes, records, status};
 use crate::ids::{ContainerRun, PodUid};
-use crate::runtime::ObservedContainer;
+use crate::runtime::{Exit, ObservedContainer};
 use crate::view::View;
 use crate::volumes::{self, ReadyVolumes};
 
@@ -58,6 +62,10 @@ pub enum Message {
     Warning(&'static str, String),
     /// One failed check, for an event.
     Unhealthy(ProbeKind, String),
+    /// Verdicts in a row against what is known of a probe.
+    Counted(ContainerRun, ProbeKind, u32),
+    /// A run has ended with these last words.
+    Ended(ContainerRun, Exit, String),
     /// Some ConfigMap or Secret of this node's pods has changed.
     Blobs,
     /// A token may be due for renewal.
@@ -87,6 +95,11 @@ pub struct Worker {
     /// Volumes have one writer at a time.
     refresh: Arc<tokio::sync::Mutex<()>>,
     probes: HashMap<String, AbortHandle>,
+    hooks: HashMap<String, AbortHandle>,
+    turn: processes::Turn,
+    counted: BTreeMap<String, Probed>,
+    probed: BTreeMap<String, Probed>,
+    adopted: BTreeMap<String, u32>,
     reported: PodStatus,
     allocated: Allocated,
     resize: Option<Progress>,
@@ -117,6 +130,8 @@ impl Worker {
             true => PodState::ended(uid, pod),
             false => PodState::new(uid, pod),
         };
+        state.recalled = records::read_probed(&node.paths, &state.uid);
+        state.age = age(&reported);
         let mut timeline = Timeline::new();
         let adopted = !found.is_empty();
         let began = Instant::now();
@@ -130,6 +145,13 @@ impl Worker {
             volumes: Arc::default(),
             refresh: Arc::default(),
             probes: HashMap::new(),
+            hooks: HashMap::new(),
+            turn: processes::Turn::default(),
+            counted: state.recalled.clone(),
+            probed: state.recalled.clone(),
+            adopted: (found.iter().filter(|o| o.exit.is_none()))
+                .map(|o| (o.run.name.clone(), o.run.attempt))
+                .collect(),
             reported,
             allocated,
             resize: None,
@@ -142,6 +164,12 @@ impl Worker {
         }
         worker.timeline = timeline;
         if state.phase == Phase::Syncing {
+            for one in &found {
+                if let Some(exit) = &one.exit {
+                    let words = worker.last_words(&one.run).read(exit);
+                    state.note_message(&one.run, words);
+                }
+            }
             let actions = state.next(Input::Observed(found), Duration::ZERO);
             worker.state = state;
             for action in actions {
@@ -209,7 +237,22 @@ impl Worker {
 
     fn take(&mut self, message: Message) {
         match message {
+            Message::Input(Input::Exited(run, exit)) => self.hear_last_words(run, exit),
             Message::Input(input) => self.turn(input),
+            Message::Ended(run, exit, words) => {
+                self.end_leftovers(&run);
+                self.state.note_message(&run, words);
+                self.turn(Input::Exited(run, exit));
+            }
+            Message::Counted(run, kind, against) => {
+                let counted = self.counted.entry(run.name).or_default();
+                if counted.attempt != run.attempt {
+                    *counted = Probed::default();
+                    counted.attempt = run.attempt;
+                }
+                counted.set_against(kind, against);
+                self.keep_probed();
+            }
             Message::Took(phase, took) => self.timeline.add(phase, took),
             Message::Resized(result) => self.resized(result),
             Message::Reconsider => {
@@ -341,10 +384,11 @@ impl Worker {
         if before != self.state.phase {
             info!(pod = %self.state.uid, phase = ?self.state.phase, "pod phase");
         }
+        self.keep_probed();
         self.report(false);
         let running = |c: &super::state::Container| match c.run {
             Run::Running { .. } => true,
-            Run::Exited(_) => c.init,
+            Run::Exited(_) => c.role == Role::Init,
             _ => false,
         };
         if self.state.phase == Phase::Syncing
@@ -366,15 +410,15 @@ impl Worker {
                     task.abort();
                 }
             }
-            Action::Stop(run) => self.stop(run),
-            Action::Kill(run) => {
-                let node = self.node.clone();
-                tokio::spawn(async move {
-                    if let Err(error) = node.runtime.kill_container(&run).await {
-                        warn!(%run, %error, "kill");
-                    }
-                });
+            Action::PostStart(run) => self.run_hook(run, Hook::PostStart),
+            Action::PreStop(run) => self.run_hook(run, Hook::PreStop),
+            Action::StopHooks(run) => {
+                if let Some(task) = self.hooks.remove(&run.name) {
+                    task.abort();
+                }
             }
+            Action::Stop(run) => self.stop(run),
+            Action::Kill(run) => self.kill(run),
             Action::TearDown => self.tear_down(),
             Action::Event(reason, words, warning) => self.event(reason, words, warning),
         }
@@ -415,6 +459,8 @@ impl Worker {
             volumes: self.volumes.load_full().unwrap_or_default(),
             view: self.view.borrow().clone(),
             inputs: self.inputs.clone(),
+            turn: self.turn.clone(),
+            target: self.target_run(&run),
         };
         let inputs = self.inputs.clone();
         tokio::spawn(async move {
@@ -426,65 +472,49 @@ impl Worker {
         });
     }
 
-    fn start_probes(&mut self, run: &ContainerRun) {
-        let Some(config) = self.state.config(&run.name).cloned() else {
-            return;
-        };
-        let no_probe = config.startup_probe.is_none()
-            && config.liveness_probe.is_none()
-            && config.readiness_probe.is_none();
-        let address = match &self.state.sandbox {
-            Sandbox::Ready(network) => network.addresses.first().copied(),
-            // Adopted: the sandbox is made sure of in parallel; its address is known already.
-            _ => self
-                .reported
-                .pod_ip
-                .as_deref()
-                .and_then(|ip| ip.parse().ok()),
-        };
-        let Some(address) = address.filter(|_| !no_probe) else {
-            return;
-        };
-        let known = self.state.containers.iter().find(|c| c.name == run.name);
-        let (failures, mut failed) = mpsc::channel(1);
-        let (verdicts, mut verdict) = mpsc::channel(1);
-        let inputs = self.inputs.clone();
-        let prober = Prober {
-            run: run.clone(),
-            config,
-            address,
-            runtime: self.node.runtime.clone(),
-            inputs: verdicts,
-            failures,
-            already_started: known.is_some_and(|c| c.started),
-            already_ready: known.is_some_and(|c| c.ready),
-        };
-        let task = tokio::spawn(async move {
-            let forward = async {
-                loop {
-                    let message = tokio::select! {
-                        // Cancel-safe: recv takes nothing before it is ready.
-                        Some(input) = verdict.recv() => Message::Input(input),
-                        Some((kind, words)) = failed.recv() => Message::Unhealthy(kind, words),
-                        else => return,
-                    };
-                    if inputs.send(message).await.is_err() {
-                        return;
-                    }
-                }
-            };
-            tokio::join!(prober.watch(), forward);
-        });
-        if let Some(before) = self.probes.insert(run.name.clone(), task.abort_handle()) {
-            before.abort();
+    /// The current run of the container whose processes this one is to see.
+    fn target_run(&self, run: &ContainerRun) -> Option<ContainerRun> {
+        let target = configs::target(&self.state.pod, &run.name)?;
+        let found = self.state.containers.iter().find(|c| c.name == target)?;
+        Some(ContainerRun {
+            pod: run.pod.clone(),
+            name: found.name.clone(),
+            attempt: found.attempt,
+        })
+    }
+
+    /// In a shared pid namespace the kernel ends nobody with a container's first process.
+    fn end_leftovers(&self, run: &ContainerRun) {
+        let spec = self.state.pod.spec.as_ref();
+        let shared = spec
+            .is_some_and(|s| s.share_process_namespace == Some(true) || s.host_pid == Some(true));
+        let ephemeral = configs::target(&self.state.pod, &run.name).is_some();
+        if shared || ephemeral {
+            self.kill(run.clone());
         }
+    }
+
+    fn kill(&self, run: ContainerRun) {
+        let node = self.node.clone();
+        tokio::spawn(async move {
+            if let Err(error) = node.runtime.kill_container(&run).await {
+                warn!(%run, %error, "kill");
+            }
+        });
     }
 
     fn stop(&self, run: ContainerRun) {
         let node = self.node.clone();
-        let image = self.state.config(&run.name).and_then(|c| c.image.clone());
+        let config = self.state.config(&run.name);
+        let image = config.as_ref().and_then(|c| c.image.clone());
+        let named = config
+            .and_then(|c| c.lifecycle.clone()?.stop_signal)
+            .and_then(|name| launch::signal_number(&name));
         tokio::spawn(async move {
-            let signal = launch::stop_signal(&node, image.as_deref()).await;
+            let signal = match named {
+                Some(signal) => signal,
+                None => launch::stop_signal(&node, image.as_deref()).await,
+            };
             if let Err(error) = node.runtime.signal_container(&run, signal).await {
                 warn!(%run, signal, %error, "stop signal");
             }
@@ -629,6 +659,15 @@ async fn watch_usage(volumes: Vec<volumes::usage::Limited>, inputs: mpsc::Sender
             return;
         }
     }
+}
+
+/// How long ago the pod became active on this node.
+fn age(status: &PodStatus) -> Duration {
+    let Some(start) = &status.start_time else {
+        return Duration::ZERO;
+    };
+    let seconds = Timestamp::now().as_second() - start.0.as_second();
+    Duration::from_secs(u64::try_from(seconds).unwrap_or(0))
 }
 
 /// The wall clock in whole seconds, as the API's times are.

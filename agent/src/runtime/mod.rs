@@ -179,6 +179,8 @@ pub trait Runtime: Send + Sync + 'static {
     /// Kills what is left, ends the shim, removes the pod's cgroup and sandbox directory (the
     /// namespaces' pins belong to [`crate::network`]). Idempotent.
     async fn remove_sandbox(&self, pod: &PodUid) -> Result<(), RuntimeError>;
+    /// Init's pid in the host's pid namespace, while the run is alive.
+    async fn pid(&self, run: &ContainerRun) -> Result<Option<u32>, RuntimeError>;
     /// Starts a command in a running container.
     async fn exec(&self, exec: &ExecSpec) -> Result<ExecSession, RuntimeError>;
     /// Everything found on this machine, dead shims repaired on the way.

@@ -376,6 +376,18 @@ impl Runtime for ShimRuntime {
         Ok(())
     }
 
+    async fn pid(&self, run: &ContainerRun) -> Result<Option<u32>, RuntimeError> {
+        let directory = self.paths.container_run(run);
+        let context = || io_error("cannot read records in", &directory);
+        if record::Exit::read(&directory).map_err(context())?.is_some() {
+            return Ok(None);
+        }
+        let started = records::started(&directory).map_err(context())?;
+        // A pid that was given to somebody else has another start time.
+        let alive = started.filter(|s| record::start_ticks(s.pid) == Some(s.start_ticks));
+        Ok(alive.and_then(|s| u32::try_from(s.pid).ok()))
+    }
+
     async fn exec(&self, exec: &ExecSpec) -> Result<ExecSession, RuntimeError> {
         let run = &exec.run;
         let directory = self.paths.container_run(run);

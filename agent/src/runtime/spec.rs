@@ -107,6 +107,8 @@ pub struct Namespaces<'a> {
     pub uts: Option<&'a Path>,
     /// With `hostUsers: false`; it owns the others.
     pub user: Option<&'a UserNamespace>,
+    /// The pid namespace to join; none: one of the container's own, or the host's with `hostPID`.
+    pub pid: Option<&'a Path>,
 }
 
 /// The container cannot be made as its spec says. A retry needs another spec or image.
@@ -226,9 +228,6 @@ pub fn build(input: &SpecInput<'_>) -> Result<Spec, SpecError> {
 /// What would change the container's meaning if it were left out.
 fn check_supported(pod: &PodSpec, container: &Container) -> Result<(), SpecError> {
     let unsupported = |field, value: String| Err(SpecError::Unsupported { field, value });
-    if pod.share_process_namespace == Some(true) {
-        return unsupported("spec.shareProcessNamespace", "true".into());
-    }
     if let Some(device) = container.volume_devices.iter().flatten().next() {
         return unsupported("volumeDevices", device.name.clone());
     }
@@ -347,8 +346,10 @@ fn linux(
 
 fn namespaces(input: &SpecInput<'_>, pod: &PodSpec) -> Value {
     let mut list = vec![json!({"type": "mount"}), json!({"type": "cgroup"})];
-    if !pod.host_pid.unwrap_or(false) {
-        list.push(json!({"type": "pid"}));
+    match input.namespaces.pid {
+        Some(path) => list.push(json!({"type": "pid", "path": path})),
+        None if pod.host_pid.unwrap_or(false) => {}
+        None => list.push(json!({"type": "pid"})),
     }
     let joined = [
         ("network", input.namespaces.net),

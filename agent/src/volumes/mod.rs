@@ -31,6 +31,7 @@ mod ownership;
 mod payload;
 mod projected;
 mod secret;
+pub mod shm;
 pub mod sub_path;
 mod tmpfs;
 pub mod token;

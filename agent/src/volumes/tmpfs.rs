@@ -47,7 +47,7 @@ pub(super) fn ensure(directory: &Path, size_bytes: Option<u64>) -> Result<bool, 
     Ok(true)
 }
 
-fn is_mounted(directory: &Path) -> bool {
+pub(super) fn is_mounted(directory: &Path) -> bool {
     let device = |p: &Path| fs::symlink_metadata(p).map(|m| m.dev()).ok();
     let parent = directory.parent().and_then(device);
     device(directory) != parent

@@ -238,6 +238,7 @@ impl Fixture {
                 ipc: Some(&namespaces.join("ipc")),
                 uts: Some(&namespaces.join("uts")),
                 user: None,
+                pid: None,
             },
             pod_cgroup: &self.cgroup,
             host: &self.host,

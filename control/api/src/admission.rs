@@ -14,7 +14,7 @@
 //! The namespace is not judged either: the registry fills it in before.
 
 use crate::decode::{self, Decoded};
-use crate::field::FieldError;
+use crate::field::{FieldError, Path};
 use crate::kinds::Kind;
 use crate::merge;
 use crate::status::Status;
@@ -176,6 +176,9 @@ trait Served:
     fn validate(&self) -> Vec<FieldError> {
         Vec::new()
     }
+    fn validate_create(&self) -> Vec<FieldError> {
+        Vec::new()
+    }
     fn validate_update(&self, _old: &Self) -> Vec<FieldError> {
         Vec::new()
     }
@@ -240,6 +243,12 @@ impl Served for Pod {
 
     fn validate(&self) -> Vec<FieldError> {
         validation::pod(self)
+    }
+
+    fn validate_create(&self) -> Vec<FieldError> {
+        let path = Path::new("spec");
+        let spec = self.spec.as_ref();
+        spec.map_or_else(Vec::new, |spec| validation::no_ephemeral(spec, &path))
     }
 
     fn validate_update(&self, old: &Self) -> Vec<FieldError> {
@@ -485,6 +494,8 @@ impl<K: Served> Pipeline for Of<K> {
                 old.metadata(),
             ));
             errors.extend(typed.validate_update(&old));
+        } else {
+            errors.extend(typed.validate_create());
         }
         if !errors.is_empty() {
             let name = typed.metadata().name.as_deref().unwrap_or_default();

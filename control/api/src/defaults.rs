@@ -53,6 +53,12 @@ pub fn pod_spec(spec: &mut PodSpec) {
     for container in spec.containers.iter_mut().chain(init) {
         self::container(container, host_network);
     }
+    for one in spec.ephemeral_containers.iter_mut().flatten() {
+        let policy = pull_policy(one.image.as_deref().unwrap_or_default());
+        text(&mut one.image_pull_policy, policy);
+        text(&mut one.termination_message_path, "/dev/termination-log");
+        text(&mut one.termination_message_policy, "File");
+    }
     for volume in spec.volumes.iter_mut().flatten() {
         self::volume(volume);
     }
@@ -85,6 +91,17 @@ fn container(container: &mut Container, host_network: bool) {
                 .or_insert_with(|| limit.clone());
         }
     }
+    if let Some(lifecycle) = &mut container.lifecycle {
+        let hooks = [&mut lifecycle.post_start, &mut lifecycle.pre_stop];
+        for get in hooks
+            .into_iter()
+            .flatten()
+            .filter_map(|h| h.http_get.as_mut())
+        {
+            text(&mut get.path, "/");
+            text(&mut get.scheme, "HTTP");
+        }
+    }
     if let Some(probe) = &mut container.liveness_probe {
         self::probe(probe);
     }
@@ -109,6 +126,9 @@ fn probe(probe: &mut Probe) {
     if let Some(http) = &mut probe.http_get {
         text(&mut http.path, "/");
         text(&mut http.scheme, "HTTP");
+    }
+    if let Some(grpc) = &mut probe.grpc {
+        grpc.service.get_or_insert_default();
     }
 }
 

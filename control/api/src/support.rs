@@ -79,24 +79,20 @@ const fn no(path: &'static str, except: &'static [&'static str], note: &'static 
 }
 
 const TOKENS: &str = "tokens are mounted where a projected volume asks for one";
-const LIFECYCLE: &str = "hooks do not run yet";
+const TCP_HOOK: &str = "Kubernetes does not run it either: use exec, httpGet or sleep";
 
 /// Fields of a PodSpec.
 pub static POD_SPEC: &[Rule] = &[
-    no(
-        "activeDeadlineSeconds",
-        &[],
-        "deadlines are not enforced yet",
-    ),
+    yes("activeDeadlineSeconds"),
     yes("affinity"),
     warn("automountServiceAccountToken", &[], TOKENS),
     listed("containers"),
     yes("dnsConfig"),
     yes("dnsPolicy"),
     yes("enableServiceLinks"),
-    no("ephemeralContainers", &[], "use exec"),
+    listed("ephemeralContainers"), // not in templates or new pods: see validation
     yes("hostAliases"),
-    no("hostIPC", &[], "the host's IPC namespace is not shared yet"),
+    yes("hostIPC"),
     yes("hostNetwork"),
     yes("hostPID"),
     yes("hostUsers"),
@@ -109,6 +105,7 @@ pub static POD_SPEC: &[Rule] = &[
     yes("preemptionPolicy"),
     yes("priority"),
     yes("priorityClassName"),
+    yes("readinessGates"),
     listed("resources"),
     yes("resources.limits"),
     yes("resources.requests"),
@@ -123,6 +120,8 @@ pub static POD_SPEC: &[Rule] = &[
     listed("securityContext"),
     warn("serviceAccount", &["\"default\""], TOKENS),
     warn("serviceAccountName", &["\"default\""], TOKENS),
+    yes("setHostnameAsFQDN"),
+    yes("shareProcessNamespace"),
     yes("subdomain"),
     yes("terminationGracePeriodSeconds"),
     yes("tolerations"),
@@ -183,7 +182,18 @@ pub static CONTAINER: &[Rule] = &[
     yes("envFrom"),
     yes("image"),
     yes("imagePullPolicy"),
-    no("lifecycle", &[], LIFECYCLE),
+    listed("lifecycle"),
+    listed("lifecycle.postStart"),
+    yes("lifecycle.postStart.exec"),
+    yes("lifecycle.postStart.httpGet"),
+    yes("lifecycle.postStart.sleep"),
+    no("lifecycle.postStart.tcpSocket", &[], TCP_HOOK),
+    listed("lifecycle.preStop"),
+    yes("lifecycle.preStop.exec"),
+    yes("lifecycle.preStop.httpGet"),
+    yes("lifecycle.preStop.sleep"),
+    no("lifecycle.preStop.tcpSocket", &[], TCP_HOOK),
+    yes("lifecycle.stopSignal"),
     listed("livenessProbe"),
     yes("name"),
     listed("ports"),
@@ -206,11 +216,7 @@ pub static CONTAINER: &[Rule] = &[
         "there is no dynamic resource allocation",
     ),
     yes("resizePolicy"),
-    no(
-        "restartPolicy",
-        &[],
-        "sidecar init containers do not run yet",
-    ),
+    yes("restartPolicy"), // of init containers: sidecars
     listed("securityContext"),
     yes("securityContext.allowPrivilegeEscalation"),
     yes("securityContext.appArmorProfile"),
@@ -230,16 +236,9 @@ pub static CONTAINER: &[Rule] = &[
     listed("startupProbe"),
     no("stdin", &[], "attach is not served yet; use exec -i"),
     no("stdinOnce", &[], "attach is not served yet; use exec -i"),
-    warn(
-        "terminationMessagePath",
-        &["\"/dev/termination-log\""],
-        "termination messages are not read yet",
-    ),
-    warn(
-        "terminationMessagePolicy",
-        &["\"File\""],
-        "termination messages are not read yet",
-    ),
+    yes("targetContainerName"), // of ephemeral containers
+    yes("terminationMessagePath"),
+    yes("terminationMessagePolicy"),
     no("tty", &[], "attach is not served yet; use exec -t"),
     no("volumeDevices", &[], "there are no block volumes yet"),
     listed("volumeMounts"),
@@ -257,17 +256,13 @@ pub static CONTAINER: &[Rule] = &[
 pub static PROBE: &[Rule] = &[
     yes("exec"),
     yes("failureThreshold"),
-    no("grpc", &[], "use tcpSocket, httpGet or exec"),
+    yes("grpc"),
     yes("httpGet"),
     yes("initialDelaySeconds"),
     yes("periodSeconds"),
     yes("successThreshold"),
     yes("tcpSocket"),
-    warn(
-        "terminationGracePeriodSeconds",
-        &[],
-        "the pod's own grace period applies",
-    ),
+    yes("terminationGracePeriodSeconds"),
     yes("timeoutSeconds"),
 ];
 
@@ -550,7 +545,7 @@ pub fn check(kind: &Kind, object: &Value) -> Findings {
 fn check_pod_spec(spec: &Value, path: &Path, findings: &mut Findings) {
     walk(&POD_SPEC_TABLE, "", spec, path, Level::Listed, findings);
     let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
-    for list in ["containers", "initContainers"] {
+    for list in ["containers", "initContainers", "ephemeralContainers"] {
         let containers = spec.get(list).and_then(Value::as_array);
         for (i, container) in containers.into_iter().flatten().enumerate() {
             let path = path.child(list).index(i);
@@ -661,7 +656,12 @@ fn judge(table: &Table, at: &str, value: &Value, path: &Path, level: Level, out:
     let elsewhere = level == Level::Listed
         && matches!(
             at,
-            "containers" | "initContainers" | "livenessProbe" | "readinessProbe" | "startupProbe"
+            "containers"
+                | "ephemeralContainers"
+                | "initContainers"
+                | "livenessProbe"
+                | "readinessProbe"
+                | "startupProbe"
         );
     match level {
         Level::Yes => {}
@@ -752,18 +752,18 @@ mod tests {
     fn refused_fields_are_named_by_path() {
         let findings = pod(&json!({
             "hostUsers": false,
-            "containers": [{"name": "a", "lifecycle": {"preStop": {"sleep": {"seconds": 1}}},
+            "containers": [{"name": "a", "lifecycle": {"preStop": {"tcpSocket": {"port": 1}}},
                 "ports": [{"containerPort": 80, "hostPort": 80}],
                 "resources": {"limits": {"nvidia.com/gpu": "1"}},
-                "livenessProbe": {"grpc": {"port": 1}}}],
+                "volumeDevices": [{"name": "b", "devicePath": "/dev/b"}]}],
             "volumes": [{"name": "v", "csi": {"driver": "x"}}, {"name": "e", "emptyDir": {}}]
         }));
         let fields: Vec<&str> = findings.errors.iter().map(|e| e.field.as_str()).collect();
         for field in [
-            "spec.containers[0].lifecycle",
+            "spec.containers[0].lifecycle.preStop.tcpSocket",
             "spec.containers[0].ports[0].hostPort",
             "spec.containers[0].resources.limits[nvidia.com/gpu]",
-            "spec.containers[0].livenessProbe.grpc",
+            "spec.containers[0].volumeDevices",
             "spec.volumes[0].csi",
         ] {
             assert!(fields.contains(&field), "{field} in {fields:?}");
@@ -806,6 +806,8 @@ mod tests {
         for rules in [POD_SPEC, CONTAINER, PROBE, SERVICE_SPEC, DEPLOYMENT_SPEC] {
             assert_eq!(Table::new(rules).0.len(), rules.len());
         }
-        assert!(matrix().contains("| `pod.spec.containers[].lifecycle` | refused |"));
+        assert!(
+            matrix().contains("| `pod.spec.containers[].lifecycle.preStop.tcpSocket` | refused |")
+        );
     }
 }

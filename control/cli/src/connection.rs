@@ -118,13 +118,24 @@ impl Session {
         patch_type: patch_request::Type,
         patch: &Value,
     ) -> Result<Value, Failure> {
+        self.patch_part(key, patch_type, patch, "").await
+    }
+
+    /// Patches a subresource.
+    pub(crate) async fn patch_part(
+        &self,
+        key: ObjectKey,
+        patch_type: patch_request::Type,
+        patch: &Value,
+        subresource: &str,
+    ) -> Result<Value, Failure> {
         let request = PatchRequest {
             key: Some(key),
             r#type: patch_type.into(),
             patch: patch.to_string().into(),
             dry_run: false,
             field_manager: "gantry".to_owned(),
-            subresource: String::new(),
+            subresource: subresource.to_owned(),
         };
         let reply = self
             .objects

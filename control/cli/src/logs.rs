@@ -72,12 +72,16 @@ fn text<'a>(object: &'a Value, pointer: &str) -> &'a str {
 
 /// Names of the containers of a pod, init containers last.
 fn containers(pod: &Value) -> Vec<&str> {
-    ["/spec/containers", "/spec/initContainers"]
-        .iter()
-        .filter_map(|list| pod.pointer(list).and_then(Value::as_array))
-        .flatten()
-        .map(|c| text(c, "/name"))
-        .collect()
+    [
+        "/spec/containers",
+        "/spec/initContainers",
+        "/spec/ephemeralContainers",
+    ]
+    .iter()
+    .filter_map(|list| pod.pointer(list).and_then(Value::as_array))
+    .flatten()
+    .map(|c| text(c, "/name"))
+    .collect()
 }
 
 /// The container that is meant when none is named; says so where there is a choice.

@@ -11,6 +11,7 @@
 mod apply;
 mod connection;
 mod create;
+mod debug;
 mod delete;
 mod describe;
 mod events;
@@ -78,6 +79,8 @@ enum Verb {
     Logs(logs::Logs),
     /// Run a command in a container
     Exec(exec::Exec),
+    /// Look around in a running pod with a container of its own
+    Debug(debug::Debug),
     /// Set the number of replicas
     Scale(scale::Scale),
     /// Show what nodes and pods use now
@@ -140,6 +143,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Delete(verb) => verb.run(&global).await.map(done),
         Verb::Logs(verb) => verb.run(&global).await.map(done),
         Verb::Exec(verb) => verb.run(&global).await,
+        Verb::Debug(verb) => verb.run(&global).await,
         Verb::Scale(verb) => verb.run(&global).await.map(done),
         Verb::Top(verb) => verb.run(&global).await.map(done),
         Verb::Rollout(verb) => verb.run(&global).await.map(done),
@@ -179,6 +183,8 @@ mod tests {
             "logs web -p",
             "exec -it web -- sh -c 'exit 3'",
             "exec deploy/web -c nginx -- ls -l",
+            "debug -it web --image=busybox --target=main",
+            "debug web --image=busybox -c d -- sh -c ls",
             "scale deploy/web --replicas=3 --current-replicas=2",
             "top pods -A --containers --sort-by=cpu -o wide",
             "top node node-1",

@@ -30,6 +30,9 @@ use super::{resize, scale, watch};
 /// What one write may take: a store that does not answer within it has failed.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// The subresource that adds ephemeral containers to a pod.
+const EPHEMERAL: &str = "ephemeralcontainers";
+
 /// The service over one registry.
 pub(super) struct ObjectsService {
     registry: Registry,
@@ -123,7 +126,10 @@ impl ObjectsService {
     }
 
     async fn update_object(&self, request: WriteRequest) -> Result<Written, Status> {
-        refuse_subresource(&request.subresource, &["status", "scale", "resize"])?;
+        refuse_subresource(
+            &request.subresource,
+            &["status", "scale", "resize", EPHEMERAL],
+        )?;
         let object = decode::parse(&request.json)?;
         let target = Target::new(request.key, &object)?;
         let name = target.required_name()?;
@@ -147,7 +153,7 @@ impl ObjectsService {
                 .change_value(kind, namespace, name, Part::Object, &options, change)
                 .await;
         }
-        let part = part_of(&request.subresource);
+        let part = part_of(kind, &request.subresource)?;
         self.registry
             .update_value(kind, namespace, name, object, part, &options)
             .await
@@ -169,7 +175,10 @@ impl ObjectsService {
     }
 
     async fn patch_object(&self, request: PatchRequest) -> Result<Written, Status> {
-        refuse_subresource(&request.subresource, &["status", "scale", "resize"])?;
+        refuse_subresource(
+            &request.subresource,
+            &["status", "scale", "resize", EPHEMERAL],
+        )?;
         let patch = Patch::parse(request.r#type(), &request.patch)?;
         let target = Target::new(request.key, &Value::Null)?;
         let name = target.required_name()?;
@@ -197,7 +206,7 @@ impl ObjectsService {
                 false => Ok(wanted),
             }
         };
-        let part = part_of(&request.subresource);
+        let part = part_of(kind, &request.subresource)?;
         self.registry
             .change_value(kind, namespace, name, part, &options, change)
             .await
@@ -228,10 +237,15 @@ impl ObjectsService {
     }
 }
 
-fn part_of(subresource: &str) -> Part {
+fn part_of(kind: &Kind, subresource: &str) -> Result<Part, Status> {
     match subresource {
-        "status" => Part::Status,
-        _ => Part::Object,
+        "status" => Ok(Part::Status),
+        EPHEMERAL if kind.kind == "Pod" => Ok(Part::Ephemeral),
+        EPHEMERAL => Err(Status::not_served(format!(
+            "{} have no {EPHEMERAL} subresource",
+            kind.qualified_resource()
+        ))),
+        _ => Ok(Part::Object),
     }
 }
 

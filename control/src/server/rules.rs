@@ -53,6 +53,8 @@ pub enum Part {
     Object,
     /// `.status` alone.
     Status,
+    /// A Pod's `.spec.ephemeralContainers` alone.
+    Ephemeral,
 }
 
 /// What happens to the dependents of a deleted object.
@@ -212,6 +214,7 @@ pub(crate) fn carry_over(kind: &Kind, old: &Value, new: Value, part: Part) -> Va
             carry_field(&mut result, &new, "status");
             result
         }
+        Part::Ephemeral => with_ephemeral(old, &new),
     };
     for field in KEPT_METADATA.into_iter().chain(["name", "namespace"]) {
         carry_metadata(&mut result, old, field);
@@ -230,6 +233,31 @@ pub(crate) fn carry_over(kind: &Kind, old: &Value, new: Value, part: Part) -> Va
         }
     }
     result
+}
+
+/// The pod with the ephemeral containers of another version of it.
+pub(crate) fn with_ephemeral(old: &Value, new: &Value) -> Value {
+    let mut result = old.clone();
+    let ephemeral = &new["spec"]["ephemeralContainers"];
+    if !ephemeral.is_null() {
+        result["spec"]["ephemeralContainers"] = ephemeral.clone();
+    }
+    result
+}
+
+/// Refuses a write of the whole pod that adds ephemeral containers: they have a right of their own.
+pub(crate) fn check_ephemeral(kind: &Kind, old: &Value, new: &Value) -> Result<(), Status> {
+    let list = |pod: &Value| {
+        let list = pod["spec"]["ephemeralContainers"].as_array().cloned();
+        list.unwrap_or_default()
+    };
+    if kind.kind != "Pod" || list(old) == list(new) {
+        return Ok(());
+    }
+    let detail = "pod updates may not change it: use the ephemeralcontainers subresource";
+    let path = Path::new("spec").child("ephemeralContainers");
+    let error = FieldError::forbidden(&path, detail);
+    Err(Status::invalid(kind, metadata_text(old, "name"), &[error]))
 }
 
 /// What an update makes of the object: `new` is complete, defaulted and valid.

@@ -365,7 +365,12 @@ pub(super) fn replace(
             if is_service {
                 service::carry_allocated(old, &mut new);
             }
-            admission::prepare_update(kind, old, new, strict)?
+            let prepared = admission::prepare_update(kind, old, new, strict)?;
+            rules::check_ephemeral(kind, old, &prepared.object)?;
+            prepared
+        }
+        Part::Ephemeral => {
+            admission::prepare_update(kind, old, rules::with_ephemeral(old, &new), strict)?
         }
         Part::Status => admission::prepare_status(kind, new)?,
     };

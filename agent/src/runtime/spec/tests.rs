@@ -331,10 +331,6 @@ fn volumes_are_mounted_read_only_and_by_sub_path() {
 
 #[test]
 fn what_is_not_supported_is_refused_by_name() {
-    let shared = json!({"shareProcessNamespace": true});
-    let pod_of = pod(json!({"name": "c", "command": ["x"]}), shared);
-    let message = built(&pod_of, &image(json!({}))).unwrap_err().to_string();
-    assert!(message.contains("spec.shareProcessNamespace"), "{message}");
     let sysctl = |name: &str| {
         let context = json!({"sysctls": [{"name": name, "value": "1"}]});
         let pod = pod(

@@ -3,6 +3,7 @@
 use super::{list, number, or_none, since, text, time};
 use jiff::Timestamp;
 use serde_json::Value;
+use std::collections::BTreeSet;
 
 /// What a pod's row says, before it becomes text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,7 +27,7 @@ pub fn summarize(pod: &Value) -> PodSummary {
     let own_reason = text(pod, "/status/reason");
     let mut summary = PodSummary {
         ready: 0,
-        total: list(pod, "/spec/containers").len(),
+        total: list(pod, "/spec/containers").len() + sidecars(pod).len(),
         status: if own_reason.is_empty() {
             phase
         } else {
@@ -38,6 +39,14 @@ pub fn summarize(pod: &Value) -> PodSummary {
     };
     let initializing = init_containers(pod, &mut summary);
     if !initializing || condition(pod, "Initialized") {
+        // From here only the restarts of sidecars and main containers count.
+        (summary.restarts, summary.last_restart) = (0, None);
+        let sidecars = sidecars(pod);
+        for status in list(pod, "/status/initContainerStatuses") {
+            if sidecars.contains(text(status, "/name")) {
+                count_restarts(status, &mut summary);
+            }
+        }
         containers(pod, &mut summary);
     }
     if pod
@@ -76,14 +85,28 @@ fn ending(terminated: &Value) -> String {
     }
 }
 
+/// Names of the init containers that run beside the main ones.
+fn sidecars(pod: &Value) -> BTreeSet<&str> {
+    let init = list(pod, "/spec/initContainers").iter();
+    init.filter(|c| text(c, "/restartPolicy") == "Always")
+        .map(|c| text(c, "/name"))
+        .collect()
+}
+
 /// Whether the pod still runs its init containers; then also what its status is.
 fn init_containers(pod: &Value, summary: &mut PodSummary) -> bool {
     let total = list(pod, "/spec/initContainers").len();
+    let sidecars = sidecars(pod);
     for (i, status) in list(pod, "/status/initContainerStatuses")
         .iter()
         .enumerate()
     {
         count_restarts(status, summary);
+        let is_true = |field: &str| status.get(field) == Some(&Value::Bool(true));
+        if sidecars.contains(text(status, "/name")) && is_true("started") {
+            summary.ready += usize::from(is_true("ready"));
+            continue;
+        }
         if let Some(terminated) = status.pointer("/state/terminated") {
             if number(terminated, "/exitCode") == 0 {
                 continue;
@@ -101,8 +124,6 @@ fn init_containers(pod: &Value, summary: &mut PodSummary) -> bool {
 }
 
 fn containers(pod: &Value, summary: &mut PodSummary) {
-    // From here only the restarts of the real containers count.
-    summary.restarts = 0;
     let mut has_running = false;
     for status in list(pod, "/status/containerStatuses").iter().rev() {
         count_restarts(status, summary);

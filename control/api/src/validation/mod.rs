@@ -4,6 +4,7 @@
 //! (`pkg/apis/*/validation/validation.go`). `admission` calls them; nothing else needs to.
 
 mod batch;
+mod lifecycle;
 pub mod names;
 mod pod;
 mod resources;
@@ -15,7 +16,7 @@ mod volume;
 mod workload;
 
 pub use batch::{cron_job, job, job_update};
-pub use pod::{pod, pod_spec, pod_update};
+pub use pod::{no_ephemeral, pod, pod_spec, pod_update};
 pub use service::{endpoint_slice, service, service_update};
 pub use sets::{
     daemon_set, daemon_set_update, replication_controller, stateful_set, stateful_set_update,

@@ -1,10 +1,9 @@
 //! Rules for Pods and pod templates.
 
-use super::{IMMUTABLE, each, names, not_negative, one_of, security, volume};
+use super::{IMMUTABLE, each, lifecycle, names, one_of, security, volume};
 use crate::field::{FieldError, Path};
 use crate::quantity::Quantity;
-use k8s_openapi::api::core::v1::{Container, EnvVar, Pod, PodSpec, Probe, ResourceRequirements};
-use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
+use k8s_openapi::api::core::v1::{Container, EnvVar, Pod, PodSpec, ResourceRequirements};
 use std::collections::BTreeSet;
 
 /// Containers in one pod, init containers included; Kubernetes sets no limit, the agent's tables do.
@@ -65,8 +64,7 @@ pub fn pod_spec(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
             detail,
         ));
     }
-    let grace = path.child("terminationGracePeriodSeconds");
-    not_negative(&grace, spec.termination_grace_period_seconds, &mut errors);
+    lifecycle::pod(spec, path, &mut errors);
     for (field, name) in [("hostname", &spec.hostname), ("subdomain", &spec.subdomain)] {
         if let Some(name) = name.as_deref().filter(|n| !n.is_empty()) {
             each(
@@ -107,27 +105,24 @@ pub fn pod_spec(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
             CONTAINERS_MAX,
         ));
     }
+    lifecycle::ephemeral(spec, &volumes, path, &mut errors);
     let mut seen = Seen::default();
     let host_network = spec.host_network == Some(true);
     for (i, one) in spec.containers.iter().enumerate() {
         let path = path.child("containers").index(i);
         container(one, &path, &volumes, host_network, &mut seen, &mut errors);
+        if one.restart_policy.is_some() {
+            let detail = "may not be set for non-init containers";
+            errors.push(FieldError::forbidden(&path.child("restartPolicy"), detail));
+        }
+        lifecycle::hooks(one, spec, &path, &mut errors);
     }
     // Init containers run before the others: their host ports do not meet.
     seen.host_ports.clear();
     for (i, one) in init.iter().enumerate() {
         let path = path.child("initContainers").index(i);
         container(one, &path, &volumes, host_network, &mut seen, &mut errors);
-        for (field, probe) in [
-            ("livenessProbe", &one.liveness_probe),
-            ("readinessProbe", &one.readiness_probe),
-            ("startupProbe", &one.startup_probe),
-        ] {
-            if probe.is_some() {
-                let detail = "may not be set for init containers";
-                errors.push(FieldError::forbidden(&path.child(field), detail));
-            }
-        }
+        lifecycle::init_container(one, spec, &path, &mut errors);
     }
     super::resources::spec(spec, path, &mut errors);
     errors
@@ -216,15 +211,7 @@ fn container<'a>(
     if let Some(resources) = &one.resources {
         self::resources(resources, &path.child("resources"), errors);
     }
-    for (field, probe, only_one) in [
-        ("livenessProbe", &one.liveness_probe, true),
-        ("readinessProbe", &one.readiness_probe, false),
-        ("startupProbe", &one.startup_probe, true),
-    ] {
-        if let Some(probe) = probe {
-            self::probe(probe, one, &path.child(field), only_one, errors);
-        }
-    }
+    lifecycle::probes(one, path, errors);
     security::container(one, path, errors);
 }
 
@@ -391,89 +378,14 @@ pub(super) fn resources(
     }
 }
 
-fn probe(
-    probe: &Probe,
-    owner: &Container,
-    path: &Path,
-    only_one: bool,
-    errors: &mut Vec<FieldError>,
-) {
-    let handlers = [
-        probe.exec.is_some(),
-        probe.http_get.is_some(),
-        probe.tcp_socket.is_some(),
-        probe.grpc.is_some(),
-    ];
-    match handlers.iter().filter(|set| **set).count() {
-        1 => {}
-        0 => errors.push(FieldError::required(path, "must specify a handler type")),
-        _ => {
-            let detail = "may not specify more than 1 handler type";
-            errors.push(FieldError::forbidden(path, detail));
-        }
-    }
-    for (field, value) in [
-        ("initialDelaySeconds", probe.initial_delay_seconds),
-        ("timeoutSeconds", probe.timeout_seconds),
-        ("periodSeconds", probe.period_seconds),
-        ("successThreshold", probe.success_threshold),
-        ("failureThreshold", probe.failure_threshold),
-    ] {
-        not_negative(&path.child(field), value.map(i64::from), errors);
-    }
-    if only_one && let Some(threshold) = probe.success_threshold.filter(|t| *t > 1) {
-        let path = path.child("successThreshold");
-        errors.push(FieldError::invalid(&path, threshold, "must be 1"));
-    }
-    if let Some(exec) = &probe.exec
-        && exec.command.as_ref().is_none_or(Vec::is_empty)
-    {
-        errors.push(FieldError::required(
-            &path.child("exec").child("command"),
-            "",
-        ));
-    }
-    if let Some(http) = &probe.http_get {
-        let path = path.child("httpGet");
-        probe_port(&http.port, owner, &path.child("port"), errors);
-        one_of(
-            &path.child("scheme"),
-            http.scheme.as_deref(),
-            &["HTTP", "HTTPS"],
-            errors,
-        );
-    }
-    if let Some(tcp) = &probe.tcp_socket {
-        probe_port(
-            &tcp.port,
-            owner,
-            &path.child("tcpSocket").child("port"),
-            errors,
-        );
-    }
-}
-
-fn probe_port(port: &IntOrString, owner: &Container, path: &Path, errors: &mut Vec<FieldError>) {
-    match port {
-        IntOrString::Int(number) => {
-            for rule in names::port_number(*number) {
-                errors.push(FieldError::invalid(path, *number, &rule));
-            }
-        }
-        IntOrString::String(name) => {
-            let before = errors.len();
-            each(path, name, names::port_name(name), errors);
-            let known = owner
-                .ports
-                .iter()
-                .flatten()
-                .any(|p| p.name.as_ref() == Some(name));
-            if errors.len() == before && !known {
-                // Kubernetes accepts this and the probe then fails for ever.
-                errors.push(FieldError::not_found(path, name.as_str()));
-            }
-        }
-    }
+/// What a new Pod or a template may not have: ephemeral containers come by their own subresource.
+pub fn no_ephemeral(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
+    let given = spec.ephemeral_containers.iter().flatten().next();
+    let detail = "cannot be set on create: use the ephemeralcontainers subresource (gantry debug)";
+    given
+        .map(|_| FieldError::forbidden(&path.child("ephemeralContainers"), detail))
+        .into_iter()
+        .collect()
 }
 
 /// What may change in a Pod: images, and a few numbers that only shrink.
@@ -485,8 +397,34 @@ pub fn pod_update(new: &Pod, old: &Pod) -> Vec<FieldError> {
     let path = Path::new("spec");
     // Give the old spec everything that may differ: what still differs may not.
     let mut allowed = old_spec.clone();
+    // Whether this request may add some is the registry's question: only their subresource may.
+    let ephemeral = |spec: &PodSpec| spec.ephemeral_containers.clone().unwrap_or_default();
+    let newest = ephemeral(new_spec);
+    if ephemeral(old_spec).iter().all(|one| newest.contains(one)) {
+        allowed
+            .ephemeral_containers
+            .clone_from(&new_spec.ephemeral_containers);
+    } else {
+        let detail = "existing ephemeral containers may not be changed or removed";
+        errors.push(FieldError::forbidden(
+            &path.child("ephemeralContainers"),
+            detail,
+        ));
+        return errors;
+    }
     allowed.tolerations.clone_from(&new_spec.tolerations);
-    allowed.active_deadline_seconds = new_spec.active_deadline_seconds;
+    let deadline = |spec: &PodSpec| spec.active_deadline_seconds.unwrap_or(i64::MAX);
+    if deadline(new_spec) <= deadline(old_spec) {
+        allowed.active_deadline_seconds = new_spec.active_deadline_seconds;
+    }
+    // A gate is opened by taking it away; it cannot come back.
+    let gates = |spec: &PodSpec| spec.scheduling_gates.clone().unwrap_or_default();
+    let before = gates(old_spec);
+    if gates(new_spec).iter().all(|gate| before.contains(gate)) {
+        allowed
+            .scheduling_gates
+            .clone_from(&new_spec.scheduling_gates);
+    }
     if old_spec
         .termination_grace_period_seconds
         .is_some_and(|s| s < 0)

@@ -144,6 +144,7 @@ pub(super) fn template(
         return;
     };
     errors.extend(super::pod_spec(spec, &path));
+    errors.extend(super::no_ephemeral(spec, &path));
     let policy = spec.restart_policy.as_deref();
     one_of(&path.child("restartPolicy"), policy, policies, errors);
 }

@@ -113,6 +113,11 @@ fn containers(owner: &Value, spec: &str, status: &str, text: &mut Text) {
     for (title, list, statuses) in [
         ("Init Containers", "initContainers", "initContainerStatuses"),
         ("Containers", "containers", "containerStatuses"),
+        (
+            "Ephemeral Containers",
+            "ephemeralContainers",
+            "ephemeralContainerStatuses",
+        ),
     ] {
         let all = items(owner, &format!("{spec}/{list}"));
         if all.is_empty() {
@@ -186,6 +191,24 @@ fn container(container: &Value, status: Option<&Value>, text: &mut Text) {
             &container.pointer(pointer).map(probe).unwrap_or_default(),
         );
     }
+    for (label, pointer) in [
+        ("Post Start", "/lifecycle/postStart"),
+        ("Pre Stop", "/lifecycle/preStop"),
+    ] {
+        text.line(
+            4,
+            label,
+            &container.pointer(pointer).map(action).unwrap_or_default(),
+        );
+    }
+    text.line(
+        4,
+        "Target Container",
+        field(container, "/targetContainerName"),
+    );
+    if field(container, "/restartPolicy") == "Always" {
+        text.line(4, "Restart Policy", "Always (sidecar)");
+    }
     let environment: Vec<String> = items(container, "/env").iter().map(variable).collect();
     text.lines(4, "Environment", &environment);
     let mounts: Vec<String> = items(container, "/volumeMounts")
@@ -223,8 +246,9 @@ fn state(label: &str, state: Option<&Value>, text: &mut Text) {
     }
 }
 
-fn probe(probe: &Value) -> String {
-    let what = if let Some(http) = probe.get("httpGet") {
+/// What a probe or a hook does.
+fn action(probe: &Value) -> String {
+    if let Some(http) = probe.get("httpGet") {
         let scheme = field(http, "/scheme").to_lowercase();
         let port = http.get("port").map(scalar).unwrap_or_default();
         format!(
@@ -235,10 +259,21 @@ fn probe(probe: &Value) -> String {
     } else if let Some(tcp) = probe.get("tcpSocket") {
         let port = tcp.get("port").map(scalar).unwrap_or_default();
         format!("tcp-socket {}:{port}", field(tcp, "/host"))
+    } else if let Some(grpc) = probe.get("grpc") {
+        let port = number(grpc, "/port");
+        format!("grpc <pod>:{port} {}", field(grpc, "/service"))
+            .trim_end()
+            .to_owned()
+    } else if let Some(sleep) = probe.get("sleep") {
+        format!("sleep {}s", number(sleep, "/seconds"))
     } else {
         let words: Vec<String> = items(probe, "/exec/command").iter().map(scalar).collect();
         format!("exec [{}]", words.join(" "))
-    };
+    }
+}
+
+fn probe(probe: &Value) -> String {
+    let what = action(probe);
     let seconds = |name: &str| number(probe, &format!("/{name}"));
     format!(
         "{what} delay={}s timeout={}s period={}s #success={} #failure={}",

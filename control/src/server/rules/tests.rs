@@ -86,6 +86,26 @@ fn the_servers_fields_are_the_servers() {
 }
 
 #[test]
+fn ephemeral_containers_come_by_their_own_door() {
+    let old = pod("n");
+    let mut new = old.clone();
+    new["spec"]["ephemeralContainers"] = json!([{"name": "d", "image": "x"}]);
+    let refused = super::check_ephemeral(kind("pods"), &old, &new).unwrap_err();
+    assert!(
+        refused.message.contains("spec.ephemeralContainers"),
+        "{refused}"
+    );
+    // Nothing else gets in that way.
+    new["spec"]["priority"] = json!(1);
+    let taken = carry_over(kind("pods"), &old, new.clone(), Part::Ephemeral);
+    assert_eq!(
+        taken["spec"]["ephemeralContainers"],
+        new["spec"]["ephemeralContainers"]
+    );
+    assert_eq!(taken["spec"]["priority"], old["spec"]["priority"]);
+}
+
+#[test]
 fn object_and_status_are_written_apart() {
     let old = pod("n");
     let mut new = old.clone();
