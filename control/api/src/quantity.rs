@@ -379,13 +379,14 @@ mod tests {
             let first = Quantity::parse(&text).unwrap();
             let printed = first.to_string();
             let second = Quantity::parse(&printed).unwrap();
-            // Binary forms print whole units, rounded up.
+            // Binary forms print whole units, rounded up; what has no binary suffix then is read as
+            // a decimal form, whose own form may be shorter.
             if matches!(suffix, "Ki" | "Mi") {
                 prop_assert_eq!(second.units(), first.units());
             } else {
                 prop_assert_eq!(second, first);
+                prop_assert_eq!(second.to_string(), printed);
             }
-            prop_assert_eq!(second.to_string(), printed);
         }
 
         #[test]
