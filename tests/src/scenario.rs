@@ -16,6 +16,7 @@ mod life_cycle;
 mod limits;
 mod main_job;
 mod probes;
+mod resources;
 mod security;
 mod streams;
 mod volumes;
@@ -53,6 +54,7 @@ pub const ALL: &[Scenario] = &[
     scenario("volumes", volumes::volumes),
     scenario("life-cycle", life_cycle::life_cycle),
     scenario("processes", life_cycle::processes),
+    scenario("resources", resources::resources),
 ];
 
 impl Scenario {

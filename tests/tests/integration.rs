@@ -53,4 +53,5 @@ scenarios! {
     volumes: volumes_are_what_the_kernel_shows_and_secrets_are_on_no_disk,
     life_cycle: init_containers_sidecars_hooks_and_ends_keep_their_order,
     processes: containers_share_processes_and_memory_as_asked,
+    resources: limits_resize_oom_and_pressure_are_seen_and_explained,
 }
