@@ -632,76 +632,6 @@ async fn an_important_pod_gets_the_room_of_a_lesser_one() {
     );
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_job_counts_each_of_its_ends_once() {
-    let cluster = Cluster::start().await;
-    cluster.node("n1", "4").await;
-    let _: Job = cluster
-        .create(json!({
-            "apiVersion": "batch/v1", "kind": "Job",
-            "metadata": {"name": "j", "namespace": "default"},
-            "spec": {"completions": 5, "parallelism": 2, "completionMode": "Indexed",
-                "template": {"spec": {"restartPolicy": "Never",
-                    "containers": [{"name": "c", "image": "a:1"}]}}},
-        }))
-        .await;
-    eventually("the Job is complete", || {
-        let job: Job = cluster.get("default", "j").unwrap();
-        job.status.is_some_and(|status| {
-            status.completion_time.is_some()
-                && status.succeeded == Some(5)
-                && status.completed_indexes.as_deref() == Some("0-4")
-        })
-    })
-    .await;
-    let pods: Vec<Pod> = cluster.list("default");
-    assert_eq!(pods.len(), 5, "no index ran twice");
-    assert!(
-        pods.iter()
-            .all(|pod| pod.metadata.finalizers.as_ref().is_none_or(Vec::is_empty))
-    );
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn an_important_pod_gets_the_room_of_a_lesser_one() {
-    let cluster = Cluster::start().await;
-    cluster.node("n1", "1").await;
-    let _: PriorityClass = cluster
-        .create(json!({
-            "apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass",
-            "metadata": {"name": "high"}, "value": 1000,
-        }))
-        .await;
-    let pod = |name: &str, class: Option<&str>| {
-        json!({
-            "apiVersion": "v1", "kind": "Pod",
-            "metadata": {"name": name, "namespace": "default"},
-            "spec": {"priorityClassName": class, "containers": [{"name": "c", "image": "a:1",
-                "resources": {"requests": {"cpu": "800m"}}}]},
-        })
-    };
-    let _: Pod = cluster.create(pod("lesser", None)).await;
-    eventually("the first runs", || {
-        cluster
-            .get::<Pod>("default", "lesser")
-            .is_some_and(|pod| pods::is_ready(&pod))
-    })
-    .await;
-    let _: Pod = cluster.create(pod("important", Some("high"))).await;
-    eventually("the second runs", || {
-        cluster
-            .get::<Pod>("default", "important")
-            .is_some_and(|pod| pods::is_ready(&pod))
-    })
-    .await;
-    assert!(cluster.get::<Pod>("default", "lesser").is_none());
-    let told = cluster.events("Preempted");
-    assert!(
-        told.iter().any(|text| text.contains("default/important")),
-        "{told:?}"
-    );
-}
-
 fn template(app: &str) -> serde_json::Value {
     json!({
         "metadata": {"labels": {"app": app}},
@@ -710,7 +640,7 @@ fn template(app: &str) -> serde_json::Value {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_job_counts_each_of_its_ends_once() {
+async fn a_job_counts_its_ends_once_and_a_daemon_set_is_on_every_node() {
     let cluster = Cluster::start().await;
     cluster.node("n1", "4").await;
     let _: Job = cluster

@@ -108,7 +108,8 @@ pub(super) struct Index {
     claim_volumes: BTreeMap<BlobName, String>,
     volume_claims: BTreeMap<String, BTreeSet<BlobName>>,
     nodes: BTreeMap<String, NodeFacts>,
-    /// The revision of the last change of each node's private part.
+    /// The revision of the last change of each node's private part. Kept when the node goes: a stream
+    /// that is still open must see that its pods have gone too.
     private_changed_at: BTreeMap<String, u64>,
     touched: BTreeSet<String>,
 }
@@ -395,9 +396,6 @@ impl Index {
             for pod in self.pods_by_node.get(name).cloned().unwrap_or_default() {
                 self.refresh_pod(&pod, rev);
             }
-        }
-        if !self.nodes.contains_key(name) && !self.pods_by_node.contains_key(name) {
-            self.private_changed_at.remove(name);
         }
     }
 
