@@ -146,7 +146,17 @@ mod tests {
         assert_eq!(read("pod/a pod/b"), ["pods:a+b"]);
         assert_eq!(
             read("all"),
-            ["pods:", "services:", "deployments:", "replicasets:"]
+            [
+                "pods:",
+                "replicationcontrollers:",
+                "services:",
+                "deployments:",
+                "replicasets:",
+                "daemonsets:",
+                "statefulsets:",
+                "jobs:",
+                "cronjobs:"
+            ]
         );
         for line in ["", "nonsense", "pod/", "pod/a b", "pod/a/b"] {
             assert!(targets(&words(line)).is_err(), "{line}");

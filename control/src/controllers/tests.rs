@@ -688,8 +688,12 @@ async fn a_job_counts_its_ends_once_and_a_daemon_set_is_on_every_node() {
     eventually("on the first node", || on_nodes() == ["n1"]).await;
     cluster.node("n2", "4").await;
     eventually("on the new node", || on_nodes() == ["n1", "n2"]).await;
-    let set: DaemonSet = cluster.get("default", "d").unwrap();
-    assert_eq!(set.status.unwrap().desired_number_scheduled, 2);
+    eventually("counted", || {
+        let set: DaemonSet = cluster.get("default", "d").unwrap();
+        set.status
+            .is_some_and(|status| status.desired_number_scheduled == 2)
+    })
+    .await;
     cluster
         .change("default", "d", |d: &mut DaemonSet| {
             let spec = d.spec.as_mut().unwrap();
