@@ -2,7 +2,9 @@
 //!
 //! The feed builds a new [`View`] at each commit and publishes it whole; readers never see a state
 //! between two revisions. Maps are behind `Arc`, so an unchanged part is shared with the view
-//! before it and a reader can tell by pointer that nothing changed.
+//! before it and a reader can tell by pointer that nothing changed. Within a map that did change,
+//! everything but the path to the changed entries is shared too ([`OrdMap`]): making the next view
+//! while readers hold the last one costs the difference, whatever the number of Services.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -10,6 +12,7 @@ use std::sync::Arc;
 
 use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto;
+use imbl::OrdMap;
 use ipnet::IpNet;
 
 use crate::ids::PodUid;
@@ -35,7 +38,7 @@ pub struct BlobKey {
 }
 
 /// The backends of one Service, by the feed's backend id (the pod UID, or slice/address without a pod).
-pub type Backends = BTreeMap<String, Arc<proto::Backend>>;
+pub type Backends = OrdMap<String, Arc<proto::Backend>>;
 
 /// Cluster-wide settings, from the control plane's Welcome.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -60,13 +63,13 @@ pub struct View {
     /// From Welcome.
     pub settings: Arc<Settings>,
     /// All Services of the cluster.
-    pub services: Arc<BTreeMap<ServiceName, Arc<proto::Service>>>,
+    pub services: Arc<OrdMap<ServiceName, Arc<proto::Service>>>,
     /// Their backends; a Service without any may be absent.
-    pub backends: Arc<BTreeMap<ServiceName, Arc<Backends>>>,
+    pub backends: Arc<OrdMap<ServiceName, Arc<Backends>>>,
     /// Other nodes' prefixes and addresses, by node name; this node included.
-    pub nodes: Arc<BTreeMap<String, Arc<proto::NodeRoute>>>,
+    pub nodes: Arc<OrdMap<String, Arc<proto::NodeRoute>>>,
     /// The pods bound to this node.
     pub pods: Arc<BTreeMap<PodUid, Arc<Pod>>>,
-    /// The ConfigMaps and Secrets those pods name, as JSON objects.
+    /// The ConfigMaps and Secrets those pods name, as JSON objects: as few as this node's pods.
     pub blobs: Arc<BTreeMap<BlobKey, Arc<serde_json::Value>>>,
 }

@@ -25,6 +25,7 @@ use aya::programs::ProgramFd;
 use ebpf_maps::counter::COUNTER_NAMES;
 use ebpf_maps::services::Addr;
 use gantry_api::proto;
+use imbl::OrdMap;
 use tokio::sync::Mutex;
 
 use super::hooks::{self, DEVICE_HOOK, SERVICE_HOOKS};
@@ -33,9 +34,10 @@ use super::tables::Tables;
 use super::{Dataplane, DataplaneError, StuckService, bpffs, sys};
 use crate::paths::Paths;
 use crate::services::arena::QUARANTINE;
+use crate::services::changed::{Shared, changed};
 use crate::services::index::{Surroundings, index, parse_address, resolver_service, resolver_sets};
 use crate::services::plan::{Limits, Plan, Table};
-use crate::view::{Backends, ServiceName, Settings, View};
+use crate::view::{ServiceName, Settings, View};
 
 pub use super::hooks::cgroup_id;
 
@@ -65,9 +67,10 @@ pub struct BpfDataplane {
 struct State {
     tables: Tables,
     table: Table,
-    /// The Services of the last view: unchanged ones are told by pointer.
-    seen: BTreeMap<ServiceName, Seen>,
+    /// The last view that was programmed: what it shares with the next one is not looked at.
     last: Option<Last>,
+    /// Every Service is to be planned, whatever the last view was.
+    whole: bool,
     surroundings: Surroundings,
     node_addresses: BTreeSet<Addr>,
     /// Whole or partial failures, by Service; planned again at each apply.
@@ -80,15 +83,9 @@ struct State {
     upgrade: Option<Upgrade>,
 }
 
-struct Seen {
-    service: Arc<proto::Service>,
-    backends: Option<Arc<Backends>>,
-}
-
 struct Last {
-    services: Arc<BTreeMap<ServiceName, Arc<proto::Service>>>,
-    backends: Arc<BTreeMap<ServiceName, Arc<Backends>>>,
-    nodes: Arc<BTreeMap<String, Arc<proto::NodeRoute>>>,
+    shared: Shared,
+    nodes: Arc<OrdMap<String, Arc<proto::NodeRoute>>>,
     settings: Arc<Settings>,
 }
 
@@ -145,8 +142,8 @@ impl BpfDataplane {
         let state = State {
             tables,
             table,
-            seen: BTreeMap::new(),
             last: None,
+            whole: true,
             surroundings: Surroundings {
                 node: options.node.clone(),
                 ..Surroundings::default()
@@ -292,9 +289,9 @@ impl Dataplane for BpfDataplane {
         let wanted = state.changes(view, &self.options);
         self.program(state, wanted, view.rev).await?;
         state.apply_nodes(view)?;
+        state.whole = false;
         state.last = Some(Last {
-            services: view.services.clone(),
-            backends: view.backends.clone(),
+            shared: Shared::of(view),
             nodes: view.nodes.clone(),
             settings: view.settings.clone(),
         });
@@ -309,6 +306,7 @@ impl State {
         self.table = Table::adopt(self.tables.found()?, Limits::default(), now + QUARANTINE);
         self.node_addresses = self.tables.node_addresses()?;
         self.last = None;
+        self.whole = true;
         self.void = false;
         Ok(())
     }
@@ -322,63 +320,42 @@ impl State {
             .collect();
         if reserved != self.surroundings.reserved {
             self.surroundings.reserved = reserved;
-            self.last = None;
+            self.whole = true;
         }
     }
 
-    /// The Services that differ from the last view, by pointer, and those that were stuck.
+    /// What is to be planned: the Services that differ from the last view, and those that were
+    /// stuck. No set: the Service is gone.
     fn changes(&mut self, view: &View, options: &Options) -> Wanted {
         let mut wanted = Wanted::new();
-        let (whole, settings, services) = match &self.last {
-            None => (true, true, true),
-            Some(last) => (
-                false,
-                !Arc::ptr_eq(&last.settings, &view.settings),
-                !Arc::ptr_eq(&last.services, &view.services)
-                    || !Arc::ptr_eq(&last.backends, &view.backends),
-            ),
-        };
-        if settings || self.stuck.contains_key(&resolver_service()) {
+        let settings = self
+            .last
+            .as_ref()
+            .is_none_or(|last| !Arc::ptr_eq(&last.settings, &view.settings));
+        if self.whole || settings || self.stuck.contains_key(&resolver_service()) {
             wanted.insert(resolver_service(), resolver(&view.settings, options));
         }
-        if !services && self.stuck.is_empty() {
-            return wanted;
+        let nothing = Shared::default();
+        let last = self.last.as_ref().map_or(&nothing, |last| &last.shared);
+        let mut names = changed(last, view);
+        if self.whole {
+            names.extend(view.services.keys().cloned());
         }
-        let gone: Vec<ServiceName> = self
-            .seen
-            .keys()
-            .filter(|name| !view.services.contains_key(*name))
-            .cloned()
-            .collect();
-        for name in gone {
-            self.seen.remove(&name);
-            self.faults.remove(&name);
-            wanted.insert(name, Vec::new());
-        }
-        for (name, service) in view.services.iter() {
-            let backends = view.backends.get(name);
-            let same = self.seen.get(name).is_some_and(|seen| {
-                Arc::ptr_eq(&seen.service, service)
-                    && match (&seen.backends, backends) {
-                        (Some(seen), Some(now)) => Arc::ptr_eq(seen, now),
-                        (None, None) => true,
-                        _ => false,
-                    }
-            });
-            if same && !whole && !self.stuck.contains_key(name) {
+        names.extend(self.stuck.keys().chain(self.faults.keys()).cloned());
+        names.remove(&resolver_service());
+        for name in names {
+            let Some(service) = view.services.get(&name) else {
+                self.faults.remove(&name);
+                wanted.insert(name, Vec::new());
                 continue;
-            }
+            };
+            let backends = view.backends.get(&name);
             let indexed = index(service, backends.map(Arc::as_ref), &self.surroundings);
             match indexed.faults.is_empty() {
-                true => self.faults.remove(name),
+                true => self.faults.remove(&name),
                 false => self.faults.insert(name.clone(), indexed.faults.join("; ")),
             };
-            let seen = Seen {
-                service: service.clone(),
-                backends: backends.cloned(),
-            };
-            self.seen.insert(name.clone(), seen);
-            wanted.insert(name.clone(), indexed.sets);
+            wanted.insert(name, indexed.sets);
         }
         wanted
     }

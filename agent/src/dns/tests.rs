@@ -7,6 +7,7 @@ use gantry_api::proto;
 use hickory_proto::op::{Edns, Message, OpCode, Query, ResponseCode};
 use hickory_proto::rr::rdata::A;
 use hickory_proto::rr::{Name, RData, Record, RecordType};
+use imbl::OrdMap;
 use proptest::prelude::*;
 
 use super::zone::tests::view;
@@ -213,8 +214,8 @@ fn crowded(count: u8) -> Arc<View> {
     });
     Arc::new(View {
         rev: 1,
-        services: Arc::new([(name.clone(), Arc::default())].into()),
-        backends: Arc::new([(name, Arc::new(backends.collect()))].into()),
+        services: Arc::new(OrdMap::unit(name.clone(), Arc::default())),
+        backends: Arc::new(OrdMap::unit(name, Arc::new(backends.collect()))),
         ..View::default()
     })
 }

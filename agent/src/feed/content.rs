@@ -17,6 +17,7 @@ use gantry_api::digest::{Digest, item_hash};
 use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto;
 use gantry_api::proto::item::Value;
+use imbl::OrdMap;
 use prost::Message as _;
 
 use super::secrets::{self, Withheld};
@@ -359,14 +360,18 @@ fn remove_from_view(view: &mut View, key: &str) {
             }
         }
         Some(Key::Node(name)) => remove(&mut view.nodes, &name),
-        Some(Key::Pod(uid)) => remove(&mut view.pods, &uid),
-        Some(Key::Blob(blob)) => remove(&mut view.blobs, &blob),
-        Some(Key::Backend(..)) | None => {}
+        Some(Key::Pod(uid)) if view.pods.contains_key(&uid) => {
+            Arc::make_mut(&mut view.pods).remove(&uid);
+        }
+        Some(Key::Blob(blob)) if view.blobs.contains_key(&blob) => {
+            Arc::make_mut(&mut view.blobs).remove(&blob);
+        }
+        Some(Key::Backend(..) | Key::Pod(_) | Key::Blob(_)) | None => {}
     }
 }
 
-/// Removes without copying a map that lacks the key.
-fn remove<K: Ord + Clone, V>(map: &mut Arc<BTreeMap<K, Arc<V>>>, key: &K) {
+/// Leaves a map that lacks the key as it is, so that its pointer still tells of no change.
+fn remove<K: Ord + Clone, V>(map: &mut Arc<OrdMap<K, Arc<V>>>, key: &K) {
     if map.contains_key(key) {
         Arc::make_mut(map).remove(key);
     }

@@ -326,7 +326,7 @@ fn choose_backends(
     // By address and port: a backend that is listed twice must not get twice its share.
     let mut serving = BTreeMap::new();
     let mut draining = BTreeMap::new();
-    for backend in backends.into_iter().flat_map(BTreeMap::values) {
+    for backend in backends.into_iter().flat_map(Backends::values) {
         if name.local && backend.node != node {
             continue;
         }

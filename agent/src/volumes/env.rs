@@ -5,12 +5,13 @@
 //! ```
 //! Source: Kubernetes `pkg/kubelet/kubelet_pods.go` (makeEnvironmentVariables), `pkg/kubelet/envvars`.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use gantry_api::k8s_openapi::api::core::v1::{Container, EnvFromSource, EnvVarSource, Pod};
 use gantry_api::proto;
+use imbl::OrdMap;
 use serde_json::Value;
 
 use super::{Blobs, field, payload};
@@ -27,7 +28,7 @@ pub struct EnvInput<'a> {
     /// ConfigMaps and Secrets.
     pub blobs: &'a Blobs,
     /// All Services of the cluster.
-    pub services: &'a BTreeMap<ServiceName, Arc<proto::Service>>,
+    pub services: &'a OrdMap<ServiceName, Arc<proto::Service>>,
     /// `status.podIPs`
     pub pod_addresses: &'a [IpAddr],
     /// `status.hostIPs`
@@ -267,9 +268,24 @@ fn service_variables(input: &EnvInput<'_>) -> Vec<(String, String)> {
         .unwrap_or(true);
     let own = namespace(input);
     let mut variables = Vec::new();
-    for (name, service) in input.services {
-        let api = name.namespace == "default" && name.name == "kubernetes";
-        if api || (links && name.namespace == own) {
+    let api = ServiceName {
+        namespace: "default".into(),
+        name: "kubernetes".into(),
+    };
+    if let Some(service) = input.services.get(&api) {
+        of_service(&api.name, service, &mut variables);
+    }
+    if !links {
+        return variables;
+    }
+    let first = ServiceName {
+        namespace: own.into(),
+        name: String::new(),
+    };
+    // Only the namespace is walked: a pod's start does not cost the cluster's Services.
+    let of_own = input.services.range(first..);
+    for (name, service) in of_own.take_while(|(name, _)| name.namespace == own) {
+        if *name != api {
             of_service(&name.name, service, &mut variables);
         }
     }
@@ -369,7 +385,7 @@ mod tests {
             container: &container,
             pod: &pod,
             blobs: &blobs(),
-            services: &[(web, Arc::new(service))].into(),
+            services: &OrdMap::unit(web, Arc::new(service)),
             pod_addresses: &["10.244.0.5".parse().unwrap()],
             host_addresses: &["192.0.2.1".parse().unwrap()],
             node_name: "worker",

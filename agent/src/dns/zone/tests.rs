@@ -1,10 +1,9 @@
-use std::collections::BTreeMap;
-
 use bytes::Bytes;
+use imbl::OrdMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::view::Settings;
+use crate::view::{Backends, Settings};
 
 fn ip(text: &str) -> Bytes {
     match text.parse::<IpAddr>().unwrap() {
@@ -59,20 +58,25 @@ pub(in crate::dns) fn view() -> Arc<View> {
         external_name: "www.example.org".into(),
         ..proto::Service::default()
     };
-    let services: BTreeMap<_, _> = [
+    let services = [
         (service_name("shop", "web"), Arc::new(web)),
         (service_name("shop", "db"), Arc::new(db)),
         (service_name("shop", "ext"), Arc::new(ext)),
     ]
-    .into();
-    let backends: BTreeMap<String, _> = [
-        ("a".into(), backend("10.244.1.5", "db-0", State::Serving)),
-        ("b".into(), backend("10.244.2.6", "", State::Serving)),
-        ("c".into(), backend("10.244.2.7", "", State::NotReady)),
-        ("d".into(), backend("fd24::9", "", State::Serving)),
-        ("e".into(), backend("10.244.2.8", "", State::Draining)),
+    .into_iter()
+    .collect();
+    let backends: Backends = [
+        (
+            "a".to_owned(),
+            backend("10.244.1.5", "db-0", State::Serving),
+        ),
+        ("b".to_owned(), backend("10.244.2.6", "", State::Serving)),
+        ("c".to_owned(), backend("10.244.2.7", "", State::NotReady)),
+        ("d".to_owned(), backend("fd24::9", "", State::Serving)),
+        ("e".to_owned(), backend("10.244.2.8", "", State::Draining)),
     ]
-    .into();
+    .into_iter()
+    .collect();
     Arc::new(View {
         rev: 7,
         settings: Arc::new(Settings {
@@ -82,7 +86,7 @@ pub(in crate::dns) fn view() -> Arc<View> {
             ..Settings::default()
         }),
         services: Arc::new(services),
-        backends: Arc::new([(service_name("shop", "db"), Arc::new(backends))].into()),
+        backends: Arc::new(OrdMap::unit(service_name("shop", "db"), Arc::new(backends))),
         ..View::default()
     })
 }

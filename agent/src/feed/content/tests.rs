@@ -240,6 +240,58 @@ fn what_did_not_change_keeps_its_arc_also_across_a_full_copy() {
     assert!(Arc::ptr_eq(&after.services, &content.view().services));
 }
 
+/// Of the values that a view holds, those whose entry stands in the other view's tree as a copy:
+/// a copied entry holds the value a second time.
+fn copied<K: Ord, V>(map: &OrdMap<K, Arc<V>>) -> usize {
+    map.values()
+        .filter(|value| Arc::strong_count(value) > 1)
+        .count()
+}
+
+#[test]
+fn a_commit_costs_its_difference_and_not_the_number_of_services() {
+    const SERVICE_COUNT: u32 = 10_000;
+    /// Entries in the nodes on the way to one entry: a leaf and what is beside it when it splits.
+    const COPIED_MAX: usize = 128;
+    let mut server = Server::default();
+    for number in 0..SERVICE_COUNT {
+        server.set(&service(&format!("s{number:05}"), 80));
+        server.set(&backend(&format!("s{number:05}"), "uid", "node"));
+    }
+    let mut content = fresh(&server);
+    // A reader holds the view while the next one is made: the worst case for sharing.
+    for (turn, change) in [
+        service("s05000", 81),
+        service("new", 80),
+        backend("s05000", "uid", "other"),
+        backend("s05000", "another", "node"),
+        deleted("service/d/s00007"),
+        deleted("backend/d/s00007/uid"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let held = content.view();
+        assert_eq!(copied(&held.services) + copied(&held.backends), 0);
+        server.set(&change);
+        take(&mut content, false, &[change], &server.commit());
+        let copies = copied(&held.services) + copied(&held.backends);
+        assert!(
+            copies <= COPIED_MAX,
+            "change {turn}: {copies} entries copied"
+        );
+        assert_eq!(
+            crate::services::changed::changed(
+                &crate::services::changed::Shared::of(&held),
+                &content.view(),
+            )
+            .len(),
+            usize::from(turn != 5),
+            "change {turn}"
+        );
+    }
+}
+
 #[test]
 fn an_item_of_a_newer_control_plane_counts_in_the_digest_and_is_left_out() {
     let mut server = Server::default();
