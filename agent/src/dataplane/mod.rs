@@ -52,18 +52,35 @@ pub enum DataplaneError {
 impl DataplaneError {
     /// An error of the kernel about `what`, with advice where the code alone does not say it.
     fn kernel(what: impl Into<String>, error: &std::io::Error) -> Self {
-        let advice = match error.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => {
-                "; run as root, or with CAP_BPF, CAP_NET_ADMIN and CAP_SYS_ADMIN"
-            }
-            Some(libc::ENOSYS) => "; this kernel has no BPF (CONFIG_BPF_SYSCALL)",
-            Some(libc::ENOMEM) => "; the agent's cgroup or the machine is out of memory",
-            _ => "",
-        };
+        let advice = advice(error.raw_os_error());
         Self::Kernel {
             what: what.into(),
             reason: format!("{error}{advice}"),
         }
+    }
+}
+
+/// What to do about the kernel's answer to a bpf call; starts with what it means.
+fn advice(errno: Option<i32>) -> &'static str {
+    match errno {
+        Some(libc::EPERM | libc::EACCES) => {
+            "; the agent is not allowed to use eBPF. Start it as root with CAP_BPF, CAP_NET_ADMIN and \
+             CAP_SYS_ADMIN, outside of any container that is not privileged and without a seccomp \
+             filter (systemd: SystemCallFilter=) that refuses bpf(); /sys/kernel/security/lockdown \
+             must not say [confidentiality]"
+        }
+        Some(libc::ENOSYS) => {
+            "; this kernel has no eBPF, and Services need it. Boot one with CONFIG_BPF_SYSCALL=y and \
+             CONFIG_CGROUP_BPF=y, Linux 6.1 or newer"
+        }
+        Some(libc::EINVAL) => {
+            "; this kernel does not know what was asked of it. Gantry needs Linux 6.1 or newer with \
+             CONFIG_CGROUP_BPF=y (`uname -r` says what runs)"
+        }
+        Some(libc::ENOMEM) => {
+            "; the agent's cgroup or the machine is out of memory. Free some, or raise the limit"
+        }
+        _ => "",
     }
 }
 

@@ -628,3 +628,32 @@ fn the_device_guard_holds_below_its_cgroup_and_exempts_by_id() {
     bed.inside(|| std::fs::File::open(&kmsg).map(drop))
         .unwrap_err();
 }
+
+#[test]
+fn a_kernel_that_refuses_ebpf_is_told_with_what_to_do() {
+    let told = |errno| {
+        let error = std::io::Error::from_raw_os_error(errno);
+        DataplaneError::kernel("program connect4", &error).to_string()
+    };
+    for (errno, words) in [
+        (libc::EPERM, &["CAP_BPF", "seccomp", "lockdown"][..]),
+        (libc::EACCES, &["CAP_BPF"]),
+        (libc::ENOSYS, &["CONFIG_BPF_SYSCALL", "6.1"]),
+        (libc::EINVAL, &["Linux 6.1 or newer", "uname -r"]),
+        (libc::ENOMEM, &["out of memory"]),
+    ] {
+        let text = told(errno);
+        assert!(text.starts_with("program connect4: "), "{text}");
+        for word in words {
+            assert!(
+                text.contains(word),
+                "{errno} says nothing of {word}: {text}"
+            );
+        }
+    }
+    let other = told(libc::EIO);
+    assert!(
+        !other.ends_with("; "),
+        "no advice where there is none: {other}"
+    );
+}
