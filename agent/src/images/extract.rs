@@ -289,10 +289,7 @@ impl Unpack {
         label: &str,
     ) -> Result<(), ExtractError> {
         let attributes = attributes(entry, label)?;
-        let target = entry
-            .link_name_bytes()
-            .map(|t| t.into_owned())
-            .unwrap_or_default();
+        let target = link_target(entry);
         if target.is_empty() || target.len() >= PATH_BYTES_MAX || target.contains(&0) {
             return Err(refused(
                 label,
@@ -312,10 +309,7 @@ impl Unpack {
         entry: &mut Entry<'_, R>,
         label: &str,
     ) -> Result<(), ExtractError> {
-        let target = entry
-            .link_name_bytes()
-            .map(|t| t.into_owned())
-            .unwrap_or_default();
+        let target = link_target(entry);
         let target = clean(&target).map_err(|reason| {
             refused(
                 label,
@@ -487,6 +481,12 @@ fn classify(kind: FileType, device: u64) -> Existing {
         FileType::CharacterDevice if device == 0 => Existing::Whiteout,
         _ => Existing::File,
     }
+}
+
+/// Where a link of either kind points; empty when the entry does not say.
+fn link_target<R: Read>(entry: &Entry<'_, R>) -> Vec<u8> {
+    let target = entry.link_name_bytes();
+    target.map(|bytes| bytes.into_owned()).unwrap_or_default()
 }
 
 #[cfg(test)]

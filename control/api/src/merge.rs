@@ -290,6 +290,23 @@ fn merge_list(
     }
 }
 
+/// An item of a list that is merged by `key`, with that key's value.
+fn keyed_item<'v>(
+    item: &'v Value,
+    key: &'static str,
+    at: At<'_>,
+) -> Result<(&'v Map<String, Value>, &'v Value), MergeError> {
+    let path = || at.path.to_owned();
+    let map = item.as_object().ok_or_else(|| MergeError::NotAMap {
+        path: path(),
+        found: shortened(item),
+    })?;
+    let id = map
+        .get(key)
+        .ok_or_else(|| MergeError::NoKey { path: path(), key })?;
+    Ok((map, id))
+}
+
 fn merge_keyed(
     live: &[Value],
     patch: &[Value],
@@ -298,19 +315,7 @@ fn merge_keyed(
 ) -> Result<Vec<Value>, MergeError> {
     let mut result = live.to_vec();
     for item in patch {
-        let Value::Object(item) = item else {
-            let found = shortened(item);
-            return Err(MergeError::NotAMap {
-                path: at.path.to_owned(),
-                found,
-            });
-        };
-        let Some(id) = item.get(key) else {
-            return Err(MergeError::NoKey {
-                path: at.path.to_owned(),
-                key,
-            });
-        };
+        let (item, id) = keyed_item(item, key, at)?;
         let place = result.iter().position(|old| same_item(old, item, key));
         let path = format!("{}[{key}={}]", at.path, shortened(id));
         let inner = At {
@@ -524,19 +529,7 @@ fn apply_list(
             };
             let mut result = Vec::new();
             for item in new {
-                let Value::Object(item) = item else {
-                    let found = shortened(item);
-                    return Err(MergeError::NotAMap {
-                        path: at.path.to_owned(),
-                        found,
-                    });
-                };
-                let Some(id) = item.get(key) else {
-                    return Err(MergeError::NoKey {
-                        path: at.path.to_owned(),
-                        key,
-                    });
-                };
+                let (item, id) = keyed_item(item, key, at)?;
                 let path = format!("{}[{key}={}]", at.path, shortened(id));
                 let inner = At {
                     path: &path,
