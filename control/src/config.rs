@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::Parser;
 use ipnet::Ipv4Net;
 
+use crate::controllers::api_service::API_SERVICE_KEY;
+
 /// What makes a configuration unusable: exit code 64.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{flag} {value}: {reason}")]
@@ -39,6 +41,10 @@ pub struct Arguments {
     /// Also write the credentials of the agent on NODE into DIR (may be repeated)
     #[arg(long, value_name = "DIR:NODE", value_parser = parse_agent_credentials)]
     pub agent_credentials: Vec<AgentCredentials>,
+
+    /// Where pods reach the API [default: the address of --listen, else of the default route]
+    #[arg(long, value_name = "ADDRESS")]
+    pub advertise_address: Option<IpAddr>,
 
     /// A further name or address in the server's certificate (may be repeated)
     #[arg(long = "san", value_name = "NAME")]
@@ -155,6 +161,12 @@ impl Arguments {
             let reason = "must be a DNS name without a trailing dot".to_owned();
             return error("--cluster-domain", &self.cluster_domain, reason);
         }
+        if let Some(address) = self.advertise_address
+            && (address.is_loopback() || address.is_unspecified())
+        {
+            let reason = "is no address that a pod can connect to".to_owned();
+            return error("--advertise-address", &address, reason);
+        }
         let bad_san = self
             .sans
             .iter()
@@ -170,9 +182,26 @@ impl Arguments {
         nth_address(self.service_cidr, 10)
     }
 
-    /// Cluster IPs that no Service may take: the API's own and the resolver's.
-    pub fn reserved_service_ips(&self) -> Vec<Ipv4Addr> {
-        vec![nth_address(self.service_cidr, 1), self.dns_service_ip()]
+    /// The API's cluster IP: the first of the service range, as Kubernetes has it.
+    pub fn api_service_ip(&self) -> Ipv4Addr {
+        nth_address(self.service_cidr, 1)
+    }
+
+    /// Cluster IPs that no other Service may take, with whose they are.
+    pub fn reserved_service_ips(&self) -> Vec<(Ipv4Addr, String)> {
+        vec![
+            (self.api_service_ip(), API_SERVICE_KEY.to_owned()),
+            (self.dns_service_ip(), "the nodes' resolver".to_owned()),
+        ]
+    }
+
+    /// The names of the API inside the cluster, for its certificate, and those that were asked for.
+    pub fn server_names(&self) -> Vec<String> {
+        let mut names = self.sans.clone();
+        names.push(self.api_service_ip().to_string());
+        names.push(format!("kubernetes.default.svc.{}", self.cluster_domain));
+        names.extend(self.advertise_address.map(|address| address.to_string()));
+        names
     }
 
     /// Where clients on this machine reach the API listening on `address`.
@@ -233,6 +262,7 @@ mod tests {
             (&["--node-cidr-prefix", "8"], "between 16"),
             (&["--cluster-domain", "Cluster.Local"], "DNS name"),
             (&["--san", "a b"], "DNS name"),
+            (&["--advertise-address", "127.0.0.1"], "no address"),
         ] {
             let error = parse(arguments).unwrap_err();
             assert!(

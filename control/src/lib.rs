@@ -13,6 +13,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod certificates;
 pub mod config;
 pub mod controllers;
 pub mod feed;

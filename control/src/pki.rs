@@ -188,6 +188,17 @@ impl Authority {
         Ok(made)
     }
 
+    /// Puts a certificate that ends in `days` in place of the server's.
+    #[cfg(test)]
+    pub(crate) fn write_server_ending_in(&self, names: &[ServerName], days: i64) {
+        let made = self.make_leaf_for("gantry-control", &Purpose::Server(names), days);
+        let made = made.unwrap_or_else(|error| panic!("{error}"));
+        for (name, text) in [("server.key", &made.key), ("server.crt", &made.certificate)] {
+            let path = self.directory.join(name);
+            write_atomic(&path, text.as_bytes(), PRIVATE).unwrap_or_else(|error| panic!("{error}"));
+        }
+    }
+
     /// Makes sure that the kubeconfig at `path` lets its reader administrate the cluster at `server`
     /// (a URL).
     pub fn ensure_kubeconfig(&self, path: &Path, server: &str) -> Result<(), PkiError> {

@@ -1,7 +1,7 @@
 //! Builds the control plane in one visible order, and takes it down again.
 //!
 //! ```text
-//!  data dir ─► store (lock) ─► certificates ─► port ─► registry ─► feed ─► scheduler, controllers ─► serve
+//!  data dir ─► store (lock) ─► port ─► registry ─► certificates ─► feed ─► scheduler, controllers ─► serve
 //! ```
 //! Everything that can fail for a reason on this machine comes before the port answers. Down: the port
 //! stops taking requests, streams end, tasks end, the store closes, all within [`DRAIN_DEADLINE`].
@@ -9,6 +9,7 @@
 use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
@@ -16,10 +17,12 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::certificates::{Certificates, Places, RENEWAL_INTERVAL, RenewalError};
 use crate::config::Arguments;
-use crate::controllers;
+use crate::controllers::api_service::ApiPlace;
+use crate::controllers::{self, api_service};
 use crate::feed::{self, Feed};
-use crate::pki::{self, Authority, PkiError};
+use crate::pki::{Authority, PkiError};
 use crate::scheduler;
 use crate::server::registry::{Registry, Settings};
 use crate::server::{ServeError, Server, Tokens};
@@ -47,6 +50,9 @@ pub enum StartError {
     /// The certificates.
     #[error(transparent)]
     Pki(#[from] PkiError),
+    /// What is made with the CA.
+    #[error(transparent)]
+    Certificates(#[from] RenewalError),
     /// The port is somebody else's.
     #[error(
         "port {port} on {ip} is taken by another program (find it with `ss -ltnp 'sport = :{port}'`): stop it, or choose another port with --listen",
@@ -75,10 +81,10 @@ pub enum StartError {
 /// A running control plane.
 pub struct Control {
     registry: Registry,
-    ca_certificate: String,
     address: SocketAddr,
     tasks: JoinSet<Result<(), ServeError>>,
     ended: watch::Receiver<bool>,
+    certificates: Arc<Certificates>,
 }
 
 impl Control {
@@ -92,9 +98,14 @@ impl Control {
             cluster_cidr: arguments.cluster_cidr,
             node_prefix_len: arguments.node_cidr_prefix,
             node_grace_period: Duration::from_secs(arguments.node_grace_period_s),
-            ca_certificate: control.ca_certificate.clone(),
+            ca_certificate: control.certificates.ca().to_owned(),
         };
-        spawn_loops(&mut control.tasks, &control.registry, settings, stop);
+        let place = ApiPlace {
+            cluster_ip: arguments.api_service_ip(),
+            listen: control.address,
+            advertise: arguments.advertise_address,
+        };
+        spawn_loops(&mut control.tasks, &control.registry, settings, place, stop);
         Ok(control)
     }
 
@@ -105,7 +116,6 @@ impl Control {
     ) -> Result<Control, StartError> {
         let store = open_store(&arguments.data_dir)?;
         let authority = Authority::open(&arguments.data_dir)?;
-        let credentials = authority.server(&pki::local_names(&arguments.sans))?;
         let listener = listen(arguments.listen).await?;
         let address = listener.local_addr().map_err(|source| StartError::Listen {
             address: arguments.listen,
@@ -123,20 +133,24 @@ impl Control {
             .await
             .map_err(StartError::Defaults)?;
         // After the store's lock: the credentials of the instance that serves, not of one that fails.
-        for agent in &arguments.agent_credentials {
-            authority.ensure_agent(&agent.directory, &agent.node)?;
-        }
-        authority.ensure_kubeconfig(&arguments.kubeconfig, &Arguments::server_url(address))?;
+        let places = Places {
+            sans: arguments.server_names(),
+            agents: arguments.agent_credentials.clone(),
+            kubeconfig: arguments.kubeconfig.clone(),
+            server_url: Arguments::server_url(address),
+        };
+        let token_key = authority.token_key()?;
+        let certificates = Arc::new(Certificates::open(authority, places)?);
 
         let issuer = format!(
             "https://kubernetes.default.svc.{}",
             arguments.cluster_domain
         );
-        let tokens = Tokens::new(&authority.token_key()?, &issuer);
+        let tokens = Tokens::new(&token_key, &issuer);
         let settings = feed_settings(arguments, tokens.clone());
         let feed = Feed::new(registry.clone(), settings);
-        let ca = authority.certificate();
-        let server = Server::new(&registry, &feed, ca, &credentials, &tokens)?;
+        let (ca, serving) = (certificates.ca(), certificates.serving());
+        let server = Server::new(&registry, &feed, ca, serving, &tokens)?;
         let mut tasks = JoinSet::new();
         let (end, ended) = watch::channel(false);
         let token = stop.clone();
@@ -150,12 +164,17 @@ impl Control {
             feed.run(token).await;
             Ok(())
         });
+        let (own, token) = (certificates.clone(), stop.clone());
+        tasks.spawn(async move {
+            own.run(RENEWAL_INTERVAL, token).await;
+            Ok(())
+        });
         Ok(Control {
             registry,
-            ca_certificate: ca.to_owned(),
             address,
             tasks,
             ended,
+            certificates,
         })
     }
 
@@ -167,6 +186,12 @@ impl Control {
     /// The registry behind the API.
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// Looks at the certificates now, as the timer does. Returns whether the next connection sees a
+    /// new one.
+    pub fn renew_certificates(&self) -> Result<bool, RenewalError> {
+        self.certificates.renew()
     }
 
     /// Returns when the server has ended, asked or not.
@@ -212,6 +237,7 @@ fn spawn_loops(
     tasks: &mut JoinSet<Result<(), ServeError>>,
     registry: &Registry,
     settings: controllers::Settings,
+    place: ApiPlace,
     stop: &CancellationToken,
 ) {
     let (own, token) = (registry.clone(), stop.clone());
@@ -222,6 +248,11 @@ fn spawn_loops(
     let (own, token) = (registry.clone(), stop.clone());
     tasks.spawn(async move {
         scheduler::run(own, token).await;
+        Ok(())
+    });
+    let (own, token) = (registry.clone(), stop.clone());
+    tasks.spawn(async move {
+        api_service::run(own, place, token).await;
         Ok(())
     });
     let (own, token) = (registry.clone(), stop.clone());

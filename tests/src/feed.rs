@@ -26,7 +26,7 @@ use gantry_control::feed::{Feed, Settings};
 use gantry_control::pki::{Authority, ServerName};
 use gantry_control::server::identity::{Identity, MASTERS_GROUP, NODES_GROUP};
 use gantry_control::server::registry::{self, DeleteOptions};
-use gantry_control::server::{Registry, Server, Tokens};
+use gantry_control::server::{Registry, Server, ServingCertificate, Tokens};
 use gantry_control::store::Store;
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
@@ -71,7 +71,7 @@ impl Control {
         let store = Store::open(&dir.join("store.redb")).unwrap();
         let settings = registry::Settings {
             service_cidr: "10.96.0.0/16".parse().unwrap(),
-            reserved_addresses: vec!["10.96.0.10".parse().unwrap()],
+            reserved_addresses: vec![("10.96.0.10".parse().unwrap(), "the resolver".to_owned())],
         };
         let registry = Registry::new(store, &settings);
         registry.ensure_defaults().await.unwrap();
@@ -701,7 +701,7 @@ async fn the_agent_dials_with_its_certificate_and_for_its_own_name_only() {
         &control.registry,
         &control.feed,
         authority.certificate(),
-        &credentials,
+        ServingCertificate::new(&credentials).unwrap(),
         &tokens(dir.path()),
     )
     .unwrap();

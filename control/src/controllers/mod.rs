@@ -14,6 +14,7 @@
 //! caches show everything it wrote before; every action is idempotent; a failed key comes back with
 //! back-off and starves nobody.
 
+pub(crate) mod api_service;
 mod cron_job;
 mod daemon_set;
 mod deployment;

@@ -84,6 +84,8 @@ struct Holder {
     key: Arc<str>,
     /// The stored Service has it.
     is_held: bool,
+    /// It is this Service's also when there is no such Service.
+    is_reserved: bool,
     /// Writes of the Service in flight that want it.
     claim_count: u32,
 }
@@ -119,6 +121,7 @@ impl<N: Copy + Eq + Hash> Ledger<N> {
         let holder = self.holders.entry(number).or_insert_with(|| Holder {
             key: Arc::clone(key),
             is_held: false,
+            is_reserved: false,
             claim_count: 0,
         });
         let is_ours = holder.key == *key;
@@ -132,7 +135,7 @@ impl<N: Copy + Eq + Hash> Ledger<N> {
             return;
         };
         holder.claim_count = holder.claim_count.saturating_sub(1);
-        if holder.claim_count == 0 && !holder.is_held {
+        if holder.claim_count == 0 && !holder.is_held && !holder.is_reserved {
             self.holders.remove(&number);
         }
     }
@@ -144,7 +147,7 @@ impl<N: Copy + Eq + Hash> Ledger<N> {
                 return true;
             }
             holder.is_held = held.contains(number);
-            holder.is_held || holder.claim_count > 0
+            holder.is_held || holder.is_reserved || holder.claim_count > 0
         });
         for number in held {
             self.hold(*number, key);
@@ -156,18 +159,30 @@ impl<N: Copy + Eq + Hash> Ledger<N> {
         let holder = self.holders.entry(number).or_insert_with(|| Holder {
             key: Arc::clone(key),
             is_held: true,
+            is_reserved: false,
             claim_count: 0,
         });
         holder.key == *key
     }
+
+    /// The number is this Service's for ever.
+    fn reserve(&mut self, number: N, key: &Arc<str>) {
+        let holder = Holder {
+            key: Arc::clone(key),
+            is_held: false,
+            is_reserved: true,
+            claim_count: 0,
+        };
+        self.holders.insert(number, holder);
+    }
 }
 
 impl Allocator {
-    /// Nothing is taken but what `reserved` names.
-    pub(super) fn new(range: Ipv4Net, reserved: &[Ipv4Addr]) -> Allocator {
+    /// Nothing is taken but what `reserved` names: addresses and the store key of their Service.
+    pub(super) fn new(range: Ipv4Net, reserved: &[(Ipv4Addr, String)]) -> Allocator {
         let mut taken = Taken::default();
-        for address in reserved {
-            taken.addresses.hold(*address, &"the cluster itself".into());
+        for (address, key) in reserved {
+            taken.addresses.reserve(*address, &key.as_str().into());
         }
         Allocator {
             range,
@@ -362,7 +377,7 @@ mod tests {
     fn a_taken_address_is_refused_with_kubernetes_words() {
         let allocator = Allocator::new(
             "10.96.0.0/16".parse().unwrap(),
-            &["10.96.0.10".parse().unwrap()],
+            &[("10.96.0.10".parse().unwrap(), key(9).to_string())],
         );
         let wanted = |text: &str| Wanted {
             addresses: vec![text.parse().unwrap()],
@@ -376,6 +391,10 @@ mod tests {
             allocator.claim(&key(2), &wanted("10.96.0.10")).unwrap_err(),
             AllocationError::Taken("IP")
         );
+        // It is its Service's, there or not.
+        let own = allocator.claim(&key(9), &wanted("10.96.0.10")).unwrap();
+        allocator.settle(&key(9), Some(&own), || (Vec::new(), Vec::new()));
+        assert!(allocator.claim(&key(2), &wanted("10.96.0.10")).is_err());
         let error = allocator.claim(&key(2), &wanted("10.97.0.1")).unwrap_err();
         assert_eq!(
             error.to_string(),

@@ -22,28 +22,29 @@ mod rules;
 mod scale;
 mod service;
 mod table;
+mod tls;
 pub mod tokens;
 mod view;
 mod watch;
 mod write;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_api::proto::objects_server::ObjectsServer;
 use tokio::net::TcpListener;
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
-use tonic::transport::server::TcpIncoming;
-use tonic::transport::{Certificate, Identity as TlsIdentity, ServerTlsConfig};
 
 use crate::feed::Feed;
-use crate::pki::Credentials;
 use identity::{Authenticator, Service};
 use objects::ObjectsService;
 
 pub use object::{decode, present, to_value};
 pub use registry::Registry;
 pub use rules::Part;
+pub use tls::{ServingCertificate, TlsError};
 pub use tokens::Tokens;
 pub use write::{WriteOptions, Written};
 
@@ -61,8 +62,6 @@ const CONNECTION_WINDOW_BYTES: u32 = 24 << 20;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// What the answer may take.
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
-/// What a TLS handshake may take.
-const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// What open streams may take to end after a stop.
 const STREAM_END_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -71,7 +70,7 @@ const STREAM_END_DEADLINE: Duration = Duration::from_secs(5);
 pub enum ServeError {
     /// The certificates do not fit.
     #[error("cannot set up TLS: {0}")]
-    Tls(#[source] tonic::transport::Error),
+    Tls(#[source] TlsError),
     /// The server ended by itself.
     #[error("the API server failed: {0}")]
     Serve(#[source] tonic::transport::Error),
@@ -80,27 +79,20 @@ pub enum ServeError {
 /// The API over one registry, before it listens.
 pub struct Server {
     router: tonic::transport::server::Router,
+    tls: Arc<rustls::ServerConfig>,
     stop: CancellationToken,
 }
 
 impl Server {
-    /// A server with these credentials that trusts clients of this CA (PEM).
+    /// A server that shows `serving` and trusts clients of this CA (PEM).
     pub fn new(
         registry: &Registry,
         feed: &Feed,
         ca_certificate: &str,
-        credentials: &Credentials,
+        serving: ServingCertificate,
         tokens: &Tokens,
     ) -> Result<Server, ServeError> {
-        let tls = ServerTlsConfig::new()
-            .identity(TlsIdentity::from_pem(
-                &credentials.certificate,
-                &credentials.key,
-            ))
-            .client_ca_root(Certificate::from_pem(ca_certificate))
-            // Pods have a token instead; a certificate that is given must be good.
-            .client_auth_optional(true)
-            .timeout(HANDSHAKE_TIMEOUT);
+        let tls = tls::config(ca_certificate, serving).map_err(ServeError::Tls)?;
         let stop = CancellationToken::new();
         let authenticator = Authenticator::new(registry.clone(), tokens.clone());
         let objects = ObjectsService::new(registry.clone(), tokens.clone(), stop.clone());
@@ -108,8 +100,6 @@ impl Server {
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .max_encoding_message_size(ANSWER_BYTES_MAX);
         let router = tonic::transport::Server::builder()
-            .tls_config(tls)
-            .map_err(ServeError::Tls)?
             .max_concurrent_streams(STREAM_COUNT_MAX)
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
@@ -131,7 +121,7 @@ impl Server {
                 feed.feed_server(),
                 authenticator.for_service(Service::Feed),
             ));
-        Ok(Server { router, stop })
+        Ok(Server { router, tls, stop })
     }
 
     /// Serves until `stop`, then lets open streams end.
@@ -140,7 +130,8 @@ impl Server {
         listener: TcpListener,
         stop: CancellationToken,
     ) -> Result<(), ServeError> {
-        let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+        let accepted = tls::accept(listener, self.tls, stop.clone());
+        let incoming = ReceiverStream::new(accepted);
         let streams = self.stop;
         let stopped = stop.clone();
         let serving = self

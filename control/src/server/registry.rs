@@ -72,8 +72,9 @@ impl<K> Resource for K where
 pub struct Settings {
     /// Cluster IPs are taken from here.
     pub service_cidr: Ipv4Net,
-    /// Cluster IPs that no Service gets: the node-local resolver's.
-    pub reserved_addresses: Vec<Ipv4Addr>,
+    /// Cluster IPs and whose they are, whatever else is written: the store key of a Service, or words
+    /// for what is none, as the node-local resolver.
+    pub reserved_addresses: Vec<(Ipv4Addr, String)>,
 }
 
 /// The registry; clones share it.
