@@ -280,6 +280,16 @@ pub async fn remove(
     release(network, owner).await
 }
 
+/// Keeps these addresses for a later ADD of this owner, where they are free.
+pub async fn prefer(
+    network: &BridgeNetwork,
+    owner: &Owner,
+    wanted: Vec<IpAddr>,
+) -> Result<(), CniError> {
+    let owner = owner.clone();
+    leasing(&ipam(network)?, move |ipam| ipam.prefer(&owner, &wanted)).await
+}
+
 /// Gives the addresses back. Only for a caller who knows that the link is gone.
 pub async fn release(network: &BridgeNetwork, owner: &Owner) -> Result<(), CniError> {
     let owner = owner.clone();

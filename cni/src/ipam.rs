@@ -241,6 +241,23 @@ impl Ipam {
         })
     }
 
+    /// Leases these addresses to `owner` where they are free, of a range here, and `owner` has none
+    /// of that range yet: what others were told of a pod stays true when it starts again. No
+    /// promise: [`Ipam::allocate`] gives another address where one is not to be had.
+    pub fn prefer(&self, owner: &Owner, wanted: &[IpAddr]) -> Result<(), CniError> {
+        let _lock = self.lock()?;
+        let leases = self.read()?;
+        for range in &self.ranges {
+            let of_range = |address: &IpAddr| range.offset(*address).is_some();
+            let has_one = (leases.iter()).any(|(held, holder)| holder == owner && of_range(held));
+            let free = |address: &&IpAddr| of_range(address) && !leases.contains_key(*address);
+            if let (false, Some(address)) = (has_one, wanted.iter().find(free)) {
+                self.link(*address, owner)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Gives back everything `owner` has. Ok when it has nothing.
     pub fn release(&self, owner: &Owner) -> Result<Vec<IpAddr>, CniError> {
         self.retain(|holder| holder != owner)
@@ -308,10 +325,14 @@ impl Ipam {
         };
         // The order matters only for a crash in between: then an address is skipped once.
         write_whole(&last_path, &address.to_string())?;
+        self.link(address, owner)?;
+        Ok(address)
+    }
+
+    fn link(&self, address: IpAddr, owner: &Owner) -> Result<(), CniError> {
         let path = self.lease_path(address);
         symlink(owner.to_target(), &path)
-            .map_err(CniError::io(format!("create lease {}", path.display())))?;
-        Ok(address)
+            .map_err(CniError::io(format!("create lease {}", path.display())))
     }
 
     fn lease_path(&self, address: IpAddr) -> PathBuf {

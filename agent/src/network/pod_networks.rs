@@ -107,6 +107,18 @@ impl PodNetworks {
         }
     }
 
+    /// The addresses that the API knows of a pod. After a reboot every Service on every node still
+    /// sends there, so the pod should have them again, also while no control plane can tell of others.
+    fn addresses_in_view(&self, pod: &PodUid) -> Vec<IpAddr> {
+        let view = self.view.borrow();
+        let status = view.pods.get(pod).and_then(|pod| pod.status.as_ref());
+        let addresses = status.into_iter().flat_map(|status| {
+            let all = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str());
+            all.chain(status.pod_ip.as_deref())
+        });
+        addresses.filter_map(|text| text.parse().ok()).collect()
+    }
+
     fn network(&self, prefixes: &[IpNet]) -> Result<BridgeNetwork, NetworkError> {
         BridgeNetwork::new(prefixes, lease_dir(&self.paths)).map_err(from_cni)
     }
@@ -142,6 +154,11 @@ impl PodNetworks {
                     Netlink::open().map_err(from_cni)?,
                     Netns::open(netns_path).map_err(from_cni)?,
                 );
+                if record.addresses.is_empty() {
+                    let had = self.addresses_in_view(pod);
+                    let preferred = bridge::prefer(&network, &owner(pod), had).await;
+                    preferred.map_err(from_cni)?;
+                }
                 let attached = bridge::add(&host, &network, &owner(pod), &netns).await;
                 let attached = attached.map_err(from_cni)?;
                 let addresses = attached

@@ -77,6 +77,27 @@ fn the_same_owner_gets_the_same_addresses() {
 }
 
 #[test]
+fn a_pod_that_starts_again_gets_the_address_it_had_unless_another_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = ipam(dir.path(), "boot", &["10.0.0.0/24", "fd00::/64"]);
+    for n in 1..=2 {
+        before.allocate(&owner(n)).unwrap();
+    }
+    let had = before.allocate(&owner(3)).unwrap().addresses;
+    let after = ipam(dir.path(), "next boot", &["10.0.0.0/24", "fd00::/64"]);
+    after.prefer(&owner(3), &had).unwrap();
+    assert_eq!(after.allocate(&owner(3)).unwrap().addresses, had);
+    // Neither the gateway's, nor one of no range, nor another pod's, nor a second one.
+    let refused = ["10.0.0.1", "10.0.0.0", "192.0.2.1", "10.0.0.4", "10.0.0.9"];
+    let refused: Vec<IpAddr> = refused.iter().map(|text| text.parse().unwrap()).collect();
+    after.prefer(&owner(4), &refused[..4]).unwrap();
+    after.prefer(&owner(3), &refused[4..]).unwrap();
+    assert_eq!(after.allocate(&owner(3)).unwrap().addresses, had);
+    let other = after.allocate(&owner(4)).unwrap().addresses;
+    assert!(!refused.contains(&other[0]), "{other:?}");
+}
+
+#[test]
 fn an_address_of_an_earlier_prefix_is_given_back() {
     let dir = tempfile::tempdir().unwrap();
     ipam(dir.path(), "boot", &["10.0.0.0/24"])
