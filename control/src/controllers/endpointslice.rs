@@ -31,9 +31,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::informer::{Delta, ObjectKey};
 use super::queue::WorkQueue;
-use super::{Context, Controller, WORKER_COUNT, pods};
+use super::{Context, Controller, pods};
 use crate::server::registry::DeleteOptions;
 
+/// Workers. Each writes one slice and waits until that is durable and seen: so many writes share an
+/// fsync when thousands of Services are created at once. They are tasks and cost nothing idle.
+const WORKER_COUNT: usize = 32;
 /// Endpoints of one slice, as in Kubernetes (`--max-endpoints-per-slice`).
 const ENDPOINT_COUNT_MAX: usize = 100;
 /// Label with the name of the Service.
