@@ -19,7 +19,9 @@ pub(crate) struct Create {
 impl Create {
     pub(crate) async fn run(&self, global: &Global) -> Result<(), Failure> {
         if self.files.is_empty() {
-            return Err(Failure::local("must specify one of -f and -k"));
+            return Err(Failure::local(
+                "nothing to read: name a file or a directory with -f, or pipe it in with -f -",
+            ));
         }
         let manifests = self.files.read()?;
         let session = Session::open(global).await?;

@@ -25,7 +25,7 @@ use text::{Text, field, items, label_lines, number};
 #[derive(Args, Debug)]
 pub(crate) struct Describe {
     /// Types and names: pod web, pod/web, nodes
-    #[arg(required = true)]
+    #[arg(required = true, value_name = "TYPE|TYPE/NAME")]
     words: Vec<String>,
     /// Label selector
     #[arg(short = 'l', long, default_value = "", hide_default_value = true)]

@@ -30,7 +30,7 @@ const NOT_STARTED: u8 = 126;
 #[derive(Args, Debug)]
 pub(crate) struct Exec {
     /// A pod, or type/name (deploy/web)
-    #[arg(required = true, num_args = 1..=2)]
+    #[arg(required = true, num_args = 1..=2, value_name = "POD|TYPE/NAME")]
     words: Vec<String>,
     /// Container
     #[arg(short, long)]

@@ -16,7 +16,7 @@ use tokio_stream::StreamExt as _;
 #[derive(Args, Debug)]
 pub(crate) struct Get {
     /// Types and names: pods, po,svc, pod/web, deploy web, all
-    #[arg(required = true)]
+    #[arg(required = true, value_name = "TYPE|TYPE/NAME")]
     words: Vec<String>,
     /// All namespaces
     #[arg(short = 'A', long)]

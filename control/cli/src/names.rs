@@ -66,8 +66,24 @@ pub(crate) fn targets(words: &[String]) -> Result<Vec<Target>, Failure> {
 }
 
 pub(crate) fn kind_of(word: &str) -> Result<&'static Kind, Failure> {
-    resolve(word)
-        .ok_or_else(|| Failure::local(format!("the server doesn't have a resource type {word:?}")))
+    resolve(word).ok_or_else(|| {
+        let all = KINDS.iter().map(|kind| kind.plural);
+        let hint = match nearest(word, all.clone()) {
+            Some(plural) => format!("did you mean {plural:?}?"),
+            None => format!("there are: {}", all.collect::<Vec<_>>().join(", ")),
+        };
+        Failure::local(format!(
+            "the server doesn't have a resource type {word:?}; {hint}"
+        ))
+    })
+}
+
+/// The word that a typing error away from `word` would be: at most two letters differ.
+fn nearest<'a>(word: &str, all: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let word = word.to_ascii_lowercase();
+    let distances = all.map(|other| (strsim::damerau_levenshtein(&word, other), other));
+    let (distance, other) = distances.min()?;
+    (distance <= 2 && distance < word.len()).then_some(other)
 }
 
 /// Exactly one object: `deploy/web`, `deploy web`, or `web` where `default` is given.
@@ -131,6 +147,23 @@ mod tests {
 
     fn words(line: &str) -> Vec<String> {
         line.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_mistyped_type_is_told_with_the_one_that_was_meant() {
+        let said = |word| format!("{:?}", kind_of(word).map(|kind| kind.plural));
+        assert!(said("podz").contains("did you mean"), "{}", said("podz"));
+        assert!(
+            said("sevrices").contains("services"),
+            "{}",
+            said("sevrices")
+        );
+        assert!(said("deploymnets").contains("deployments"));
+        let far = said("frobnicator");
+        assert!(
+            far.contains("there are") && far.contains("configmaps"),
+            "{far}"
+        );
     }
 
     #[test]

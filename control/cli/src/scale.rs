@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 #[derive(Args, Debug)]
 pub(crate) struct Scale {
     /// Types and names: deploy/web, rs web
-    #[arg(required = true)]
+    #[arg(required = true, value_name = "TYPE|TYPE/NAME")]
     words: Vec<String>,
     /// The wanted number
     #[arg(long, value_parser = clap::value_parser!(i32).range(0..))]

@@ -17,7 +17,7 @@ const POLL: Duration = Duration::from_millis(200);
 #[derive(Args, Debug)]
 pub(crate) struct Wait {
     /// Types and names: pod/web, pods
-    #[arg(required = true)]
+    #[arg(required = true, value_name = "TYPE|TYPE/NAME")]
     words: Vec<String>,
     /// delete, condition=Ready, condition=Ready=false or jsonpath={.status.phase}=Running
     #[arg(long = "for", value_parser = goal)]
