@@ -319,6 +319,9 @@ async fn remove_rest(node: &Arc<Node>, uid: &PodUid, errors: &mut Vec<String>) {
     if let Err(error) = idmap::remove(&idmap::directory(&node.paths.run, uid)) {
         errors.push(error.to_string());
     }
+    // The runtime leaves the directory to the namespaces' pins, which were the last in it. Best
+    // effort: an empty directory on tmpfs that stays is found again at the next start.
+    let _ = std::fs::remove_dir(node.paths.sandbox(uid));
     for layers in layer_directories(&node.paths.pod_lib(uid).join("containers")) {
         if let Err(error) = node.images.remove_rootfs(&layers).await {
             errors.push(format!("root file system: {error}"));
