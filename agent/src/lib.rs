@@ -14,6 +14,7 @@
 //! `gantry-rt`) or rtnetlink (that is `gantry-cni`); nothing opens a port outside the pod network.
 
 pub mod cgroups;
+pub mod check;
 pub mod cleanup;
 pub mod dataplane;
 pub mod dns;

@@ -16,10 +16,11 @@ use gantry_agent::network::{NetworkConfig, PodNetworks};
 use gantry_agent::node::{NodeResources, flags::ResourceFlags};
 use gantry_agent::paths::Paths;
 use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
+use gantry_agent::runtime::logs::files::Limits;
 use gantry_agent::runtime::spec::security::{Host, check_unsafe_sysctls};
 use gantry_agent::runtime::{Runtime, shim::ShimRuntime};
 use gantry_agent::view::View;
-use gantry_agent::{cleanup, dns, run_directory};
+use gantry_agent::{check, cleanup, dns, run_directory};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -46,6 +47,8 @@ enum Command {
     /// The images on this machine
     #[command(subcommand)]
     Image(Image),
+    /// Say what this machine lacks; exit code 1 when the agent cannot work
+    Check,
     /// Remove every pod, network, cgroup and eBPF program of ours from this machine
     Cleanup,
 }
@@ -58,6 +61,12 @@ struct Run {
     /// The control plane
     #[arg(long, value_name = "URL", default_value = "https://127.0.0.1:6443")]
     server: String,
+    /// A container's log is put aside when it is larger than this many bytes
+    #[arg(long, value_name = "BYTES", default_value_t = 10 << 20)]
+    container_log_max_size: u64,
+    /// Log files that are kept for a container, the current one included
+    #[arg(long, value_name = "COUNT", default_value_t = 5, value_parser = 2..=1000)]
+    container_log_max_files: i64,
     /// Directory with client.crt, client.key and ca.crt
     #[arg(long, value_name = "DIR", default_value = "/etc/gantry/agent")]
     credentials: PathBuf,
@@ -129,6 +138,15 @@ fn main() -> ExitCode {
         .and_then(|runtime| match arguments.command {
             Command::Run(run) => runtime.block_on(agent(*run)),
             Command::Image(command) => runtime.block_on(image(command)),
+            Command::Check => {
+                let findings = check::judge(&check::Facts::read(&paths()?.lib));
+                print!("{}", check::render(&findings));
+                anyhow::ensure!(
+                    check::is_usable(&findings),
+                    "this machine cannot run Gantry"
+                );
+                Ok(())
+            }
             Command::Cleanup => runtime.block_on(cleanup::run(&paths()?)),
         });
     match done {
@@ -241,6 +259,7 @@ async fn agent(run: Run) -> Result<()> {
         reporter: link.reporter.clone(),
         tokens: Arc::new(link.tokens),
     });
+    let log_runtime = node.runtime.clone();
     let tasks = tokio_util::task::TaskTracker::new();
     let store = ImageStore::clone(&node.images);
     tasks.spawn(drop_in::watch(store.clone(), import, shutdown.clone()));
@@ -255,6 +274,11 @@ async fn agent(run: Run) -> Result<()> {
         link.reporter,
         shutdown.clone(),
     ));
+    let limits = Limits {
+        bytes_max: run.container_log_max_size,
+        file_count_max: usize::try_from(run.container_log_max_files)?,
+    };
+    tasks.spawn(pods::rotation::run(log_runtime, limits, shutdown.clone()));
     tasks.close();
     info!("ready");
 

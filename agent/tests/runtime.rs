@@ -11,6 +11,10 @@ use std::fs;
 use std::time::{Duration, Instant, SystemTime};
 
 use fixture::Fixture;
+use futures_util::StreamExt;
+use gantry_agent::pods::rotation;
+use gantry_agent::runtime::logs::files::{self, Limits};
+use gantry_agent::runtime::logs::{self, LogOptions};
 use gantry_agent::runtime::{ExecSpec, Runtime, RuntimeError, Seccomp};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -307,6 +311,86 @@ async fn init_with_a_terminal_logs_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_attached_client_types_reads_and_ends_stdin_once() {
+    with_fixture!(fx, {
+        let patch = json!({"stdin": true, "stdinOnce": true});
+        let run = fx
+            .run("cat; echo bye; echo oops >&2; exit 3", patch)
+            .await
+            .unwrap();
+        let mut session = fx.runtime.attach(&run, true).await.unwrap();
+        let mut beside = fx.runtime.attach(&run, false).await.unwrap();
+        let mut stdin = session.stdin.take().unwrap();
+        stdin.write_all(b"typed\n").await.unwrap();
+        drop(stdin);
+        for session in [&mut session, &mut beside] {
+            let (mut out, mut err) = (String::new(), String::new());
+            session.stdout.read_to_string(&mut out).await.unwrap();
+            let stderr = session.stderr.as_mut().unwrap();
+            stderr.read_to_string(&mut err).await.unwrap();
+            assert_eq!((out.as_str(), err.as_str()), ("typed\nbye\n", "oops\n"));
+        }
+        assert_eq!(session.exit.await.unwrap().unwrap(), 3);
+        assert_eq!(fx.exit(&run).await.code, 3);
+        assert!(fx.text(&run).contains("typed\nbye\n"), "{}", fx.text(&run));
+        assert!(fx.runtime.attach(&run, false).await.is_err());
+        let run = fx.run("sleep 1000", json!({})).await.unwrap();
+        let Err(error) = fx.runtime.attach(&run, true).await else {
+            panic!("stdin without stdin");
+        };
+        assert!(error.to_string().contains("stdin: true"), "{error}");
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attached_terminal_is_typed_into_and_resized() {
+    with_fixture!(fx, {
+        let patch = json!({"tty": true, "stdin": true});
+        let script = "while read line; do echo got $line; stty size; done";
+        let run = fx.run(script, patch).await.unwrap();
+        let mut session = fx.runtime.attach(&run, true).await.unwrap();
+        session.resize.send((77, 33)).await.unwrap();
+        let mut stdin = session.stdin.take().unwrap();
+        let mut text = String::new();
+        let end = Instant::now() + Duration::from_secs(20);
+        // The size is set beside the input: the first answer may still show the old one.
+        while !text.contains("33 77") {
+            assert!(Instant::now() < end, "{text}");
+            stdin.write_all(b"word\n").await.unwrap();
+            let mut part = [0; 1024];
+            let n = session.stdout.read(&mut part).await.unwrap();
+            text.push_str(&String::from_utf8_lossy(&part[..n]));
+        }
+        assert!(text.contains("got word"), "{text}");
+        // The client leaves; the container stays.
+        drop((stdin, session));
+        let mut session = fx.runtime.attach(&run, true).await.unwrap();
+        let mut stdin = session.stdin.take().unwrap();
+        stdin.write_all(b"again\n").await.unwrap();
+        let mut text = String::new();
+        while !text.contains("got again") {
+            let mut part = [0; 1024];
+            let n = session.stdout.read(&mut part).await.unwrap();
+            assert!(n > 0, "{text}");
+            text.push_str(&String::from_utf8_lossy(&part[..n]));
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_read_stops_no_container() {
+    with_fixture!(fx, {
+        let script = "head -c 3000000 /dev/zero | tr '\\0' x; echo; sleep 1; exit 5";
+        let run = fx.run(script, json!({})).await.unwrap();
+        let session = fx.runtime.attach(&run, false).await.unwrap();
+        assert_eq!(fx.exit(&run).await.code, 5);
+        assert!(fx.text(&run).len() >= 3_000_000);
+        // It hears that it has not seen everything, whatever it reads now.
+        assert!(session.exit.await.unwrap().is_err());
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn no_line_and_no_exit_code_is_lost_when_the_agent_dies() {
     with_fixture!(fx, {
         let script = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); echo line $i; done; exit 9";
@@ -334,16 +418,54 @@ async fn no_line_and_no_exit_code_is_lost_when_the_agent_dies() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn rotation_loses_no_line() {
+async fn a_follower_loses_no_line_over_many_rotations() {
     with_fixture!(fx, {
         let script = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); echo line $i; done";
         let run = fx.run(script, json!({})).await.unwrap();
         fx.wait_for_log(&run, "line 10").await;
-        let (log, old) = (fx.log_path(&run), fx.log_path(&run).with_extension("log.1"));
-        fx.runtime.rotate_log(&run, &log, &old).await.unwrap();
-        assert_eq!(fx.exit(&run).await.code, 0);
-        let count = |path| fs::read_to_string(path).unwrap().lines().count();
-        assert_eq!(count(&old) + count(&log), 20_000);
+        let options = LogOptions {
+            follow: true,
+            ..LogOptions::default()
+        };
+        let directory = fx.run_directory(&run);
+        let mut follower = Box::pin(logs::stream(&fx.log_path(&run), &directory, options));
+        let mut text = follower.next().await.unwrap().unwrap().to_vec();
+        // The follower sleeps meanwhile.
+        let limits = Limits {
+            bytes_max: 10_000,
+            file_count_max: 1_000,
+        };
+        while let Some(container) = fx.runtime.running(None).await.unwrap().pop() {
+            rotation::rotate(&fx.runtime, &container, limits)
+                .await
+                .unwrap();
+        }
+        while let Some(part) = follower.next().await {
+            text.extend_from_slice(&part.unwrap());
+        }
+        let rotated = files::rotated(&fx.log_path(&run)).unwrap();
+        assert!(rotated.len() > 3, "{rotated:?}");
+        let want: String = (1..=20_000).map(|i| format!("line {i}\n")).collect();
+        assert!(
+            text == want.as_bytes(),
+            "{} of {} bytes",
+            text.len(),
+            want.len()
+        );
+        // The tail is counted over files too, and surplus ones go.
+        let options = LogOptions {
+            tail_lines: Some(15_000),
+            ..LogOptions::default()
+        };
+        let tail: Vec<_> = logs::stream(&fx.log_path(&run), &directory, options)
+            .collect()
+            .await;
+        let tail: Vec<u8> = tail.into_iter().flat_map(|part| part.unwrap()).collect();
+        assert_eq!(tail.split(|&b| b == b'\n').count() - 1, 15_000);
+        assert_eq!(
+            files::surplus(&rotated, Limits::default()).len(),
+            rotated.len() - 4
+        );
     });
 }
 

@@ -200,6 +200,11 @@ impl TunnelTarget for FakePods {
         Ok(lines.boxed())
     }
 
+    async fn forward(&self, port: u16, _pod: PodUid) -> Result<tokio::net::TcpStream, TunnelError> {
+        let socket = tokio::net::TcpStream::connect(("127.0.0.1", port)).await;
+        socket.map_err(|error| TunnelError(error.to_string()))
+    }
+
     async fn exec(
         &self,
         start: proto::ExecStart,

@@ -55,6 +55,7 @@ pub const ALL: &[Scenario] = &[
     scenario("life-cycle", life_cycle::life_cycle),
     scenario("processes", life_cycle::processes),
     scenario("resources", resources::resources),
+    scenario("streams", streams::streams),
 ];
 
 impl Scenario {

@@ -54,4 +54,5 @@ scenarios! {
     life_cycle: init_containers_sidecars_hooks_and_ends_keep_their_order,
     processes: containers_share_processes_and_memory_as_asked,
     resources: limits_resize_oom_and_pressure_are_seen_and_explained,
+    streams: clients_attach_copy_and_forward_ports,
 }

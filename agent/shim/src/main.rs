@@ -24,6 +24,7 @@
 //! `gantry-shim init` is something else: process 1 of a pod whose containers share one pid
 //! namespace. It reaps whoever is orphaned there, and does nothing else until it is killed.
 
+mod attach;
 mod log;
 mod pod;
 mod run;

@@ -20,6 +20,7 @@ use gantry_shim::cgroup;
 use gantry_shim::record::{self, Exit, Started};
 use gantry_shim::wire::{self, Exec, MESSAGE_BYTES_MAX, Phase, Reply, Request, Start};
 
+use crate::attach::{Attachment, STALL_MS_MAX};
 use crate::run::{Buffer, CONSOLE_FILE, ORPHAN_STATUS_WAIT_MS, Orphan, Run};
 use crate::sys;
 
@@ -74,6 +75,8 @@ enum Source {
     Stream(u32, usize),
     Console(u32),
     Orphan(u32),
+    /// Some reader of the run can take more.
+    Reader(u32),
 }
 
 /// One pod's shim.
@@ -151,14 +154,20 @@ impl Pod {
     fn list_sources(&self, sources: &mut Vec<Source>, fds: &mut Vec<libc::pollfd>) {
         sources.clear();
         fds.clear();
-        let mut add = |source, fd: &OwnedFd| {
+        let mut watch = |source, fd: &OwnedFd, events| {
             sources.push(source);
             fds.push(libc::pollfd {
                 fd: fd.as_raw_fd(),
-                events: libc::POLLIN,
+                events,
                 revents: 0,
             });
         };
+        for run in &self.runs {
+            for pipe in run.attachments.iter().flat_map(Attachment::waiting) {
+                watch(Source::Reader(run.id), pipe, libc::POLLOUT);
+            }
+        }
+        let mut add = |source, fd: &OwnedFd| watch(source, fd, libc::POLLIN);
         add(Source::Signal, &self.signals);
         if self.connections.len() < CONNECTION_COUNT_MAX {
             add(Source::Listener, &self.listener);
@@ -171,7 +180,9 @@ impl Pod {
         }
         for run in &self.runs {
             for (index, stream) in run.streams.iter().enumerate() {
-                add(Source::Stream(run.id, index), &stream.fd);
+                if !run.is_held(stream.name) {
+                    add(Source::Stream(run.id, index), &stream.fd);
+                }
             }
             if let Some(console) = &run.console {
                 add(Source::Console(run.id), console);
@@ -196,9 +207,14 @@ impl Pod {
         let ended = |run: &Run| run.orphan.as_ref().is_some_and(|o| o.ended_ms.is_some());
         // Whoever reaps an orphan does so in an instant, or never.
         let orphan = self.runs.iter().any(ended).then_some(20);
+        let readers = self.runs.iter().flat_map(|run| &run.attachments);
+        let stalled = readers
+            .filter_map(Attachment::deadline_ms)
+            .map(|ms| ms.saturating_sub(now));
         helper
             .into_iter()
             .chain(orphan)
+            .chain(stalled)
             .min()
             .map_or(-1, |ms| ms.min(60_000) as i32 + 1)
     }
@@ -214,6 +230,7 @@ impl Pod {
                     run.pump_turn(index, &mut self.buffer);
                 }
             }
+            Source::Reader(id) => self.retry_readers(Some(id)),
             Source::Console(id) => {
                 if let Some(run) = self.runs.iter_mut().find(|r| r.id == id) {
                     run.take_console();
@@ -278,6 +295,9 @@ impl Pod {
         for command in self.execs.iter().filter(|c| c.connection == connection) {
             let _ = sys::kill(command.pid, libc::SIGKILL);
         }
+        for run in &mut self.runs {
+            run.attachments.retain(|a| a.connection != connection);
+        }
     }
 
     fn answer(&mut self, connection: u32, id: u64, request: Request, fds: Vec<OwnedFd>) {
@@ -290,8 +310,20 @@ impl Pod {
                 Ok(()) => return,
                 Err(error) => Err(error),
             },
+            Request::Attach { run } => match self.attach(connection, id, &run, fds) {
+                Ok(()) => return,
+                Err(error) => Err(error),
+            },
+            Request::CloseStdin { run } => match self.runs.iter_mut().find(|r| r.name == run) {
+                Some(run) => run.close_stdin(),
+                None => Ok(()),
+            },
             Request::Signal { run, signal } => self.signal(&run, signal),
             Request::KillExec { exec } => {
+                for run in &mut self.runs {
+                    run.attachments
+                        .retain(|a| (a.connection, a.id) != (connection, exec));
+                }
                 let command = self
                     .execs
                     .iter()
@@ -313,6 +345,57 @@ impl Pod {
             },
         };
         send(&self.connections, connection, &reply);
+    }
+
+    fn attach(
+        &mut self,
+        connection: u32,
+        id: u64,
+        name: &str,
+        fds: Vec<OwnedFd>,
+    ) -> io::Result<()> {
+        let [stdout, stderr]: [OwnedFd; 2] = fds
+            .try_into()
+            .map_err(|_| io::Error::other("an attachment needs 2 descriptors"))?;
+        let running = |r: &&mut Run| r.name == name && r.phase == Phase::Running;
+        let Some(run) = self.runs.iter_mut().find(running) else {
+            return Err(io::Error::other(format!(
+                "container run {name} is not running"
+            )));
+        };
+        let stdin = run.attach(Attachment::new(connection, id, stdout, stderr))?;
+        let reply = Reply::Attached { id }.encode();
+        if let Some(peer) = self.connections.iter().find(|c| c.id == connection)
+            && sys::send(peer.socket.as_fd(), &reply, stdin).is_err()
+        {
+            sys::hang_up(peer.socket.as_fd());
+        }
+        Ok(())
+    }
+
+    /// Gives readers what they did not take; tells those who are done with an ended container, and
+    /// those who were too slow.
+    fn retry_readers(&mut self, only: Option<u32>) {
+        let now_ms = sys::monotonic_ms();
+        for run in &mut self.runs {
+            if run.attachments.is_empty() || only.is_some_and(|id| id != run.id) {
+                continue;
+            }
+            for (connection, id) in run.retain_attachments(|a| a.retry(now_ms)) {
+                let report = format!(
+                    "the output was not read for {} s: the container goes on without this reader",
+                    STALL_MS_MAX / 1000
+                );
+                send(&self.connections, connection, &Reply::Failed { id, report });
+            }
+            if run.phase == Phase::Ended {
+                let wait_status = run.wait_status;
+                for (connection, id) in run.retain_attachments(|a| a.waiting().next().is_some()) {
+                    let reply = Reply::ExecExited { id, wait_status };
+                    send(&self.connections, connection, &reply);
+                }
+            }
+        }
     }
 
     fn signal(&self, name: &str, signal: i32) -> io::Result<()> {
@@ -629,6 +712,7 @@ impl Pod {
         for connection in &self.connections {
             send(&self.connections, connection.id, &reply);
         }
+        self.retry_readers(Some(id));
     }
 
     fn check_deadlines(&mut self) {
@@ -643,6 +727,7 @@ impl Pod {
             let reason = format!("err gantry-rt did not finish within {seconds} s and was killed");
             self.settle(helper.purpose, &reason);
         }
+        self.retry_readers(None);
         self.check_orphans(now_ms);
     }
 
@@ -741,7 +826,7 @@ fn take_reaped(reaped: &mut VecDeque<(i32, i32, u64)>, pid: i32) -> Option<(i32,
 /// Its connection is found broken by the next receive.
 fn send(connections: &[Connection], id: u32, reply: &Reply) {
     if let Some(connection) = connections.iter().find(|c| c.id == id)
-        && sys::send(connection.socket.as_fd(), &reply.encode()).is_err()
+        && sys::send(connection.socket.as_fd(), &reply.encode(), None).is_err()
     {
         sys::hang_up(connection.socket.as_fd());
     }

@@ -30,8 +30,10 @@ pub struct Started {
     pub log_path: String,
     /// It has a terminal (whose master died with the shim).
     pub tty: bool,
-    /// Its stdin is a FIFO.
+    /// Its stdin is a FIFO that is held open.
     pub stdin: bool,
+    /// The FIFO is closed when the first client that wrote to it has left.
+    pub stdin_once: bool,
 }
 
 /// A container's init was reaped.
@@ -83,7 +85,7 @@ impl Started {
     /// Makes it durable in `directory`.
     pub fn write(&self, directory: &Path) -> io::Result<()> {
         let text = format!(
-            "pid={}\nstart_ticks={}\nstarted_ns={}\ncgroup={}\nlog_path={}\ntty={}\nstdin={}\n",
+            "pid={}\nstart_ticks={}\nstarted_ns={}\ncgroup={}\nlog_path={}\ntty={}\nstdin={}\nstdin_once={}\n",
             self.pid,
             self.start_ticks,
             self.started_ns,
@@ -91,6 +93,7 @@ impl Started {
             self.log_path,
             u8::from(self.tty),
             u8::from(self.stdin),
+            u8::from(self.stdin_once),
         );
         write_durably(directory, STARTED_FILE, &text)
     }
@@ -108,6 +111,7 @@ impl Started {
             log_path: field(&text, "log_path").to_owned(),
             tty: number::<u8>(&text, "tty") != 0,
             stdin: number::<u8>(&text, "stdin") != 0,
+            stdin_once: number::<u8>(&text, "stdin_once") != 0,
         }))
     }
 }
@@ -202,6 +206,7 @@ mod tests {
             log_path: "/var/log/pods/a=b/0.log".into(),
             tty: true,
             stdin: false,
+            stdin_once: true,
         };
         started.write(&directory).unwrap();
         assert_eq!(Started::read(&directory).unwrap(), Some(started));

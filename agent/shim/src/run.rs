@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -10,6 +10,7 @@ use gantry_shim::cgroup;
 use gantry_shim::record::{self, Exit, Started};
 use gantry_shim::wire::{MESSAGE_BYTES_MAX, Phase, Start};
 
+use crate::attach::{ATTACHMENT_COUNT_MAX, Attachment};
 use crate::log::{LogFile, PartialLine};
 use crate::sys;
 
@@ -76,6 +77,10 @@ pub(crate) struct Run {
     pub(crate) console: Option<OwnedFd>,
     /// Set when an earlier shim started it.
     pub(crate) orphan: Option<Orphan>,
+    /// Who reads along; after the end those that have not taken everything yet.
+    pub(crate) attachments: Vec<Attachment>,
+    /// As waitpid has it, once it has ended.
+    pub(crate) wait_status: i32,
     log: Option<LogFile>,
     /// Keeps the container's reads blocking instead of ending.
     stdin: Option<File>,
@@ -92,6 +97,7 @@ impl Run {
                 log_path: start.log_path.clone(),
                 tty: start.tty,
                 stdin: start.stdin,
+                stdin_once: start.stdin_once,
                 ..Started::default()
             },
         );
@@ -139,6 +145,8 @@ impl Run {
             streams: Vec::new(),
             console: None,
             orphan: None,
+            attachments: Vec::new(),
+            wait_status: 0,
             log: None,
             stdin: None,
         }
@@ -231,8 +239,56 @@ impl Run {
         }
     }
 
-    /// Moves what is there from a stream to the log; a bounded amount per turn.
+    /// Lets a reader see what the container writes from now on. Returns where stdin is written.
+    pub(crate) fn attach(&mut self, attachment: Attachment) -> io::Result<Option<BorrowedFd<'_>>> {
+        if self.attachments.len() >= ATTACHMENT_COUNT_MAX {
+            return Err(io::Error::other(format!(
+                "{ATTACHMENT_COUNT_MAX} clients are attached to {} already",
+                self.name
+            )));
+        }
+        self.attachments.push(attachment);
+        let master = self.streams.first().map(|stream| stream.fd.as_fd());
+        Ok(match self.started.tty {
+            true => master.filter(|_| self.started.stdin),
+            false => self.stdin.as_ref().map(AsFd::as_fd),
+        })
+    }
+
+    /// The end of the container's stdin, if it was to have one client only. A terminal has no end.
+    pub(crate) fn close_stdin(&mut self) -> io::Result<()> {
+        if !self.started.stdin_once || self.stdin.take().is_none() {
+            return Ok(());
+        }
+        // A later shim must not open it again.
+        self.started.stdin = false;
+        self.started.write(self.directory())
+    }
+
+    /// A reader has to take something before this stream is read again.
+    pub(crate) fn is_held(&self, stream: &str) -> bool {
+        self.attachments.iter().any(|a| a.full(stream))
+    }
+
+    /// Drops the attachments for which `keep` is false; returns them as (connection, id).
+    pub(crate) fn retain_attachments(
+        &mut self,
+        mut keep: impl FnMut(&mut Attachment) -> bool,
+    ) -> Vec<(u32, u64)> {
+        let mut dropped = Vec::new();
+        self.attachments.retain_mut(|attachment| {
+            let kept = keep(attachment);
+            if !kept {
+                dropped.push((attachment.connection, attachment.id));
+            }
+            kept
+        });
+        dropped
+    }
+
+    /// Moves what is there from a stream to the log and the readers; a bounded amount per turn.
     pub(crate) fn pump(&mut self, index: usize, buffer: &mut Buffer) -> Pumped {
+        let now_ms = sys::monotonic_ms();
         let (Some(stream), Some(log)) = (self.streams.get_mut(index), self.log.as_mut()) else {
             return Pumped::Empty;
         };
@@ -245,6 +301,13 @@ impl Run {
                         &buffer.0[..n],
                         sys::now_ns(),
                     );
+                    let (name, data) = (stream.name, &buffer.0[..n]);
+                    self.attachments.retain_mut(|a| a.offer(name, data, now_ms));
+                    // An ended container is read to its end, whoever is slow.
+                    if self.phase == Phase::Running && self.attachments.iter().any(|a| a.full(name))
+                    {
+                        return Pumped::Empty;
+                    }
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Pumped::Empty,
@@ -273,6 +336,8 @@ impl Run {
     /// Init is gone: completes the log, writes the exit record, closes everything. After this
     /// returned, anyone may be told.
     pub(crate) fn end(&mut self, mut exit: Exit, finished_ns: u64, buffer: &mut Buffer) {
+        // From here on no reader holds a stream up: `pump` asks for the phase.
+        self.phase = Phase::Ended;
         for index in 0..self.streams.len() {
             while self.pump(index, buffer) == Pumped::More {}
         }
@@ -288,7 +353,7 @@ impl Run {
         // A full tmpfs leaves no record; the agent then finds `started` without a live process
         // and without `exit`, which it reports as unknown. Nothing better is possible here.
         let _ = exit.write(self.directory());
-        self.phase = Phase::Ended;
+        self.wait_status = exit.code << 8;
         self.orphan = None;
         self.streams = Vec::new();
         self.stdin = None;

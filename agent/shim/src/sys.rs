@@ -125,6 +125,13 @@ pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
+/// Writes once; `WouldBlock` when there is no room. SIGPIPE is blocked in this process.
+pub(crate) fn write(fd: BorrowedFd<'_>, data: &[u8]) -> io::Result<usize> {
+    // SAFETY: the data is valid for reads of its length.
+    let n = unsafe { libc::write(fd.as_raw_fd(), data.as_ptr().cast(), data.len()) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
 /// A pipe, both ends close-on-exec, the read end non-blocking.
 pub(crate) fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
@@ -247,17 +254,36 @@ pub(crate) fn receive(
     }
 }
 
-/// Sends one datagram whole or not at all.
-pub(crate) fn send(socket: BorrowedFd<'_>, message: &[u8]) -> io::Result<()> {
+/// Sends one datagram whole or not at all, with a descriptor where one is given.
+pub(crate) fn send(
+    socket: BorrowedFd<'_>,
+    message: &[u8],
+    fd: Option<BorrowedFd<'_>>,
+) -> io::Result<()> {
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    // SAFETY: the message is valid for reads of its length.
+    let mut control = Control([0; 64]);
+    let mut part = libc::iovec {
+        iov_base: message.as_ptr().cast_mut().cast(),
+        iov_len: message.len(),
+    };
+    // SAFETY: msghdr is plain data; its pointers are to locals that outlive the call, and sendmsg
+    // only reads them; CMSG_FIRSTHDR is in `control`, which has room for one descriptor.
     let n = unsafe {
-        libc::send(
-            socket.as_raw_fd(),
-            message.as_ptr().cast(),
-            message.len(),
-            flags,
-        )
+        let mut header: libc::msghdr = std::mem::zeroed();
+        header.msg_iov = &mut part;
+        header.msg_iovlen = 1;
+        if let Some(fd) = fd {
+            let size = size_of::<RawFd>() as u32;
+            header.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_controllen = libc::CMSG_SPACE(size) as _;
+            let head = libc::CMSG_FIRSTHDR(&header);
+            (*head).cmsg_level = libc::SOL_SOCKET;
+            (*head).cmsg_type = libc::SCM_RIGHTS;
+            (*head).cmsg_len = libc::CMSG_LEN(size) as _;
+            let data = libc::CMSG_DATA(head).cast::<RawFd>();
+            data.write_unaligned(fd.as_raw_fd());
+        }
+        libc::sendmsg(socket.as_raw_fd(), &header, flags)
     };
     if n < 0 {
         Err(io::Error::last_os_error())
@@ -311,7 +337,7 @@ pub(crate) fn monotonic_ms() -> u64 {
     time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
 }
 
-/// Reads from `fd` no longer wait. Best effort: a terminal's master always takes it.
+/// Reads and writes of `fd` no longer wait. Best effort: terminals and pipes always take it.
 pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) {
     // SAFETY: integers only.
     unsafe {

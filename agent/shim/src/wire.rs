@@ -11,7 +11,10 @@
 //! start …        ──► … ◄── started <id> <pid> <started_ns>  | failed <id> <report>
 //! exec … (fds)   ──► … ◄── exec-started <id> <pid>          | failed <id> <report>
 //!                      ◄── exec-exited <id> <wait status>     to the connection that asked
-//! signal, kill-exec, reopen-log, forget, shut-down ──► ◄── done <id> | failed <id> <report>
+//! attach … (fds) ──► … ◄── attached <id> (fd of stdin)    | failed <id> <report>
+//!                      ◄── exec-exited <id> <wait status>     when the container has ended
+//!                      ◄── failed <id> <report>               when the reader was too slow
+//! signal, kill-exec, close-stdin, reopen-log, forget, shut-down ──► ◄── done <id> | failed <id> <report>
 //!                ◄── exited <run>                             to every connection, unasked
 //! ```
 //! `<id>` is the asker's number for the request, unique on its connection; an exec is named by it
@@ -55,6 +58,8 @@ pub struct Start {
     pub tty: bool,
     /// Give init a FIFO as stdin, else /dev/null.
     pub stdin: bool,
+    /// Close the FIFO when the first client that wrote to it has left.
+    pub stdin_once: bool,
 }
 
 /// A command beside init. Without a terminal its stdin, stdout and stderr come as descriptors.
@@ -84,9 +89,19 @@ pub enum Request {
         /// Its number.
         signal: i32,
     },
-    /// SIGKILL to a command, by the id of its exec request.
+    /// Copy what the container writes from now on to two descriptors, stdout and stderr.
+    Attach {
+        /// Which.
+        run: String,
+    },
+    /// A client's stdin has ended: with `stdin_once` the container's ends too.
+    CloseStdin {
+        /// Which.
+        run: String,
+    },
+    /// SIGKILL to a command, or the end of an attachment, by the id of its request.
     KillExec {
-        /// The exec's request id.
+        /// The request's id.
         exec: u64,
     },
     /// The log file was renamed: go on in a new one of the old name.
@@ -149,9 +164,15 @@ pub enum Reply {
         /// Its pid.
         pid: i32,
     },
-    /// The command was reaped.
+    /// The output is copied; the message carries where stdin is written, if the container has one:
+    /// a FIFO or a terminal's master.
+    Attached {
+        /// The request.
+        id: u64,
+    },
+    /// The command was reaped, or the container that was attached to.
     ExecExited {
-        /// The exec's request.
+        /// The request.
         id: u64,
         /// waitpid's word.
         wait_status: i32,
@@ -190,6 +211,7 @@ impl Request {
                 &s.seccomp_path,
                 flag(s.tty),
                 flag(s.stdin),
+                flag(s.stdin_once),
             ]),
             Self::Exec(e) => join(&[
                 "exec",
@@ -200,6 +222,8 @@ impl Request {
                 &e.console_path,
             ]),
             Self::Signal { run, signal } => join(&["signal", &id, run, &signal.to_string()]),
+            Self::Attach { run } => join(&["attach", &id, run]),
+            Self::CloseStdin { run } => join(&["close-stdin", &id, run]),
             Self::KillExec { exec } => join(&["kill-exec", &id, &exec.to_string()]),
             Self::ReopenLog { run } => join(&["reopen-log", &id, run]),
             Self::Forget { run } => join(&["forget", &id, run]),
@@ -220,6 +244,8 @@ impl Request {
                 seccomp_path: fields.text()?.to_owned(),
                 tty: fields.text()? == "1",
                 stdin: fields.text()? == "1",
+                // An older agent does not say.
+                stdin_once: fields.text() == Ok("1"),
             }),
             "exec" => Self::Exec(Exec {
                 run: fields.run()?,
@@ -231,6 +257,8 @@ impl Request {
                 run: fields.run()?,
                 signal: fields.number()?,
             },
+            "attach" => Self::Attach { run: fields.run()? },
+            "close-stdin" => Self::CloseStdin { run: fields.run()? },
             "kill-exec" => Self::KillExec {
                 exec: fields.number()?,
             },
@@ -283,6 +311,7 @@ impl Reply {
             Self::ExecStarted { id, pid } => {
                 join(&["exec-started", &id.to_string(), &pid.to_string()])
             }
+            Self::Attached { id } => join(&["attached", &id.to_string()]),
             Self::ExecExited { id, wait_status } => {
                 join(&["exec-exited", &id.to_string(), &wait_status.to_string()])
             }
@@ -323,6 +352,9 @@ impl Reply {
             "exec-started" => Self::ExecStarted {
                 id: fields.number()?,
                 pid: fields.number()?,
+            },
+            "attached" => Self::Attached {
+                id: fields.number()?,
             },
             "exec-exited" => Self::ExecExited {
                 id: fields.number()?,
@@ -404,7 +436,14 @@ mod tests {
                 seccomp_path: String::new(),
                 tty: true,
                 stdin: false,
+                stdin_once: true,
             }),
+            Request::Attach {
+                run: "web/0".into(),
+            },
+            Request::CloseStdin {
+                run: "web/0".into(),
+            },
             Request::Exec(Exec {
                 run: "web/12".into(),
                 process_path: "/p".into(),
@@ -440,6 +479,7 @@ mod tests {
                 started_ns: 3,
             },
             Reply::ExecStarted { id: 1, pid: 2 },
+            Reply::Attached { id: 3 },
             Reply::ExecExited {
                 id: 1,
                 wait_status: 256,

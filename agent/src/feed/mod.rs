@@ -133,7 +133,11 @@ pub trait TunnelTarget: Send + Sync + 'static {
         Err(TunnelError("this agent does not measure usage".into()))
     }
 
-    /// A command in a running container. Dropping the session kills it.
+    /// A connection to a port of the pod, on its own loopback.
+    async fn forward(&self, port: u16, pod: PodUid) -> Result<tokio::net::TcpStream, TunnelError>;
+
+    /// A command in a running container, which dropping the session kills; or, with `attach`, the
+    /// container's own streams.
     async fn exec(&self, start: proto::ExecStart, pod: PodUid) -> Result<ExecSession, TunnelError>;
 }
 

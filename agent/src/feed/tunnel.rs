@@ -1,8 +1,8 @@
-//! Logs and exec: each is one more stream of this node's own outgoing connection.
+//! Logs, exec, attach and forwarded ports: each is one more stream of this node's own outgoing connection.
 //!
 //! ```text
-//! OpenTunnel(id, target) ─► Feed.Tunnel: TunnelOpened(id), then LogsChunk… or ExecOutput… ExecExit
-//!                                        ◄── ExecInput…; its end means that the client has left
+//! OpenTunnel(id, target) ─► Feed.Tunnel: TunnelOpened(id), then LogsChunk…, or ExecOutput… ExecExit, or ForwardOutput…
+//!                                        ◄── ExecInput… or ForwardInput…; its end means that the client has left
 //! ```
 //! Flow control is per stream: a stalled reader stops its own producer and nothing else. Ending
 //! either side drops the session, which kills the command.
@@ -13,8 +13,11 @@ use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
 use gantry_api::proto;
 use gantry_api::proto::feed_client::FeedClient;
-use gantry_api::proto::{exec_input, exec_output, open_tunnel, tunnel_down, tunnel_up};
+use gantry_api::proto::{
+    exec_input, exec_output, forward_input, forward_output, open_tunnel, tunnel_down, tunnel_up,
+};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
@@ -85,6 +88,7 @@ enum Work {
         Up,
     ),
     Exec(ExecSession, Up),
+    Forward(TcpStream, Up),
 }
 
 async fn send(up: &Up, message: tunnel_up::Message) -> bool {
@@ -123,6 +127,15 @@ async fn produce(
                 .map(|exec| Work::Exec(exec, up.clone()))
                 .map_err(|error| error.to_string())
         }
+        (Ok(uid), Some(open_tunnel::Target::Forward(start))) => match u16::try_from(start.port) {
+            Ok(port) if port > 0 => {
+                let socket = target.forward(port, uid).await;
+                socket
+                    .map(|socket| Work::Forward(socket, up.clone()))
+                    .map_err(|error| error.to_string())
+            }
+            _ => Err(format!("{} is no port", start.port)),
+        },
         (Ok(_), Some(open_tunnel::Target::Usage(_)) | None) => {
             Err("this agent does not know that kind of tunnel".into())
         }
@@ -140,6 +153,7 @@ impl Work {
         match self {
             Self::Logs(logs, up) => run_logs(logs, up, down).await,
             Self::Exec(session, up) => run_exec(session, up, down).await,
+            Self::Forward(socket, up) => run_forward(socket, up, down).await,
         }
     }
 }
@@ -275,4 +289,57 @@ async fn copy_input(
             Some(exec_input::Input::StdinClosed(false) | exec_input::Input::Start(_)) | None => {}
         }
     }
+}
+
+/// Carries one connection until the pod's side has ended and everything of it was sent.
+async fn run_forward(socket: TcpStream, up: Up, mut down: Streaming<proto::TunnelDown>) {
+    let (mut from, mut to) = socket.into_split();
+    let output = async {
+        let mut buffer = BytesMut::new();
+        loop {
+            buffer.reserve(CHUNK_BYTES);
+            let mut limited = (&mut from).take(CHUNK_BYTES as u64);
+            match limited.read_buf(&mut buffer).await {
+                Ok(0) | Err(_) => break,
+                Ok(_) => {
+                    let data = forward_output::Output::Data(buffer.split().freeze());
+                    if !send(&up, forward_message(data)).await {
+                        return;
+                    }
+                }
+            }
+        }
+        send(&up, forward_message(forward_output::Output::Closed(true))).await;
+    };
+    let input = async {
+        let mut open = true;
+        while let Ok(Some(message)) = down.message().await {
+            let Some(tunnel_down::Message::Forward(input)) = message.message else {
+                continue;
+            };
+            match input.input {
+                Some(forward_input::Input::Data(data)) if open => {
+                    // A reset shows up in the other direction too.
+                    open = to.write_all(&data).await.is_ok();
+                }
+                Some(forward_input::Input::Closed(true)) => {
+                    open = false;
+                    let _ = to.shutdown().await;
+                }
+                _ => {}
+            }
+        }
+    };
+    tokio::select! {
+        () = output => {}
+        () = input => return,
+    }
+    drop(up);
+    closed(&mut down).await;
+}
+
+fn forward_message(output: forward_output::Output) -> tunnel_up::Message {
+    tunnel_up::Message::Forward(proto::ForwardOutput {
+        output: Some(output),
+    })
 }

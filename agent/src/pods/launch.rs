@@ -21,7 +21,7 @@ use crate::images::{Image, Progress, PullPolicy};
 use crate::network::PodNetwork;
 use crate::paths::Paths;
 use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, app_armor, identity};
-use crate::runtime::{ContainerSpec, RuntimeError};
+use crate::runtime::{ContainerSpec, RuntimeError, logs};
 use crate::user_namespaces::idmap;
 use crate::view::View;
 use crate::volumes::{ReadyVolume, ReadyVolumes, env, shm, sub_path};
@@ -198,7 +198,7 @@ async fn clean_before(job: &Job) {
             tracing::warn!(%run, %error, "remove the layers of an earlier run");
         }
         if attempt + 1 < job.run.attempt {
-            let _ = tokio::fs::remove_file(Paths::container_log(&pod_log, &run)).await;
+            let _ = logs::files::remove_all(&Paths::container_log(&pod_log, &run));
         }
     }
 }
@@ -305,6 +305,7 @@ impl SpecParts {
             allow_privilege_escalation: spec::allows_privilege_escalation(config),
             log_path: Paths::container_log(&pod_log, &self.run),
             stdin: config.stdin.unwrap_or(false),
+            stdin_once: config.stdin_once.unwrap_or(false),
             tty: config.tty.unwrap_or(false),
         })
     }

@@ -45,6 +45,7 @@ pub mod probes;
 mod processes;
 mod records;
 pub mod resize;
+pub mod rotation;
 pub mod state;
 pub mod status;
 mod termination;

@@ -161,6 +161,7 @@ fn init_spec(
         allow_privilege_escalation: false,
         log_path: Paths::container_log(&logs, run),
         stdin: false,
+        stdin_once: false,
         tty: false,
     })
 }

@@ -1,5 +1,7 @@
-//! Where the feed's tunnels end: a container's log, a command in a container.
+//! Where the feed's tunnels end: a container's log, a command in a container, its own streams, a
+//! port of its pod.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,14 +10,20 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use gantry_api::proto;
+use gantry_cni::netns::{self, Netns};
 use jiff::{SignedDuration, Timestamp};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 
 use crate::feed::{TunnelError, TunnelTarget};
 use crate::ids::{ContainerRun, PodUid};
 use crate::paths::Paths;
 use crate::runtime::logs::{self, LogOptions};
-use crate::runtime::{ExecSession, ExecSpec, Runtime};
+use crate::runtime::{ExecSession, ExecSpec, RunningContainer, Runtime};
 use crate::stats::Collector;
+
+/// Loopback answers at once, or drops: then somebody filters it.
+const CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// The pods of this node, as tunnels see them: through the runtime's records and log files.
 pub struct PodTunnels {
@@ -34,22 +42,50 @@ impl PodTunnels {
         }
     }
 
-    /// The newest started run of a container.
+    /// The newest running run of a container.
     async fn newest(&self, pod: &PodUid, container: &str) -> Result<ContainerRun, TunnelError> {
-        let sandboxes = self
-            .runtime
-            .list()
-            .await
-            .map_err(|e| TunnelError(e.to_string()))?;
-        let found = sandboxes
-            .into_iter()
-            .filter(|s| s.pod == *pod)
-            .flat_map(|s| s.containers)
-            .filter(|c| c.run.name == container && c.started_at.is_some() && c.exit.is_none())
+        let running = self.running(pod).await?.into_iter();
+        let found = running
             .map(|c| c.run)
+            .filter(|run| run.name == container)
             .max_by_key(|run| run.attempt);
         found.ok_or_else(|| TunnelError(format!("container not found or not running: {container}")))
     }
+
+    async fn running(&self, pod: &PodUid) -> Result<Vec<RunningContainer>, TunnelError> {
+        let running = self.runtime.running(Some(pod)).await;
+        running.map_err(|e| TunnelError(e.to_string()))
+    }
+
+    /// The network that the pod's containers are in, its own or the node's: by a running process,
+    /// so that nothing has to be believed.
+    async fn netns(&self, pod: &PodUid) -> Result<Netns, TunnelError> {
+        for container in self.running(pod).await? {
+            let pid = container.pid;
+            let Ok(netns) = Netns::open(Path::new(&format!("/proc/{pid}/ns/net"))) else {
+                continue;
+            };
+            // Still unreaped: the number was this container's when its namespace was opened.
+            let records = self.paths.container_run(&container.run);
+            if !records.join(gantry_shim::record::EXIT_FILE).exists() {
+                return Ok(netns);
+            }
+        }
+        Err(TunnelError("no container of the pod is running".into()))
+    }
+}
+
+/// Connects inside `netns`. The socket stays in the namespace it was made in.
+async fn connect(netns: &Netns, address: SocketAddr) -> Result<TcpStream, TunnelError> {
+    let made = netns::within(netns, move || {
+        let socket = std::net::TcpStream::connect_timeout(&address, CONNECT_TIMEOUT);
+        let socket = socket.and_then(|s| s.set_nonblocking(true).map(|()| s));
+        Ok(socket)
+    });
+    let socket = made.await.map_err(|e| TunnelError(e.to_string()))?;
+    socket
+        .and_then(TcpStream::from_std)
+        .map_err(|e| TunnelError(format!("cannot connect to {address} in the pod: {e}")))
 }
 
 #[async_trait]
@@ -79,6 +115,9 @@ impl TunnelTarget for PodTunnels {
 
     async fn exec(&self, start: proto::ExecStart, pod: PodUid) -> Result<ExecSession, TunnelError> {
         let run = self.newest(&pod, &start.container).await?;
+        if start.attach {
+            return self.attach(&run, &start).await;
+        }
         let spec = ExecSpec {
             run,
             command: start.command,
@@ -90,11 +129,43 @@ impl TunnelTarget for PodTunnels {
             .exec(&spec)
             .await
             .map_err(|e| TunnelError(e.to_string()))?;
-        if let Some(size) = start.size {
-            let size = (cells(size.columns), cells(size.rows));
-            let _ = session.resize.send(size).await;
-        }
+        resize(&session.resize, start.size);
         Ok(session)
+    }
+
+    async fn forward(&self, port: u16, pod: PodUid) -> Result<TcpStream, TunnelError> {
+        let netns = self.netns(&pod).await?;
+        let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+        let v6 = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), port);
+        match connect(&netns, v4).await {
+            Ok(socket) => Ok(socket),
+            Err(error) => connect(&netns, v6).await.map_err(|_| error),
+        }
+    }
+}
+
+impl PodTunnels {
+    async fn attach(
+        &self,
+        run: &ContainerRun,
+        start: &proto::ExecStart,
+    ) -> Result<ExecSession, TunnelError> {
+        let attached = self.runtime.attach(run, start.stdin).await;
+        let mut session = attached.map_err(|e| TunnelError(e.to_string()))?;
+        if start.tty {
+            // A terminal's output has no second stream, and its client would wait for none.
+            session.stderr = None;
+        }
+        resize(&session.resize, start.size);
+        Ok(session)
+    }
+}
+
+/// The first size: the queue is empty.
+fn resize(sizes: &mpsc::Sender<(u16, u16)>, size: Option<proto::TerminalSize>) {
+    if let Some(size) = size {
+        let size = (cells(size.columns), cells(size.rows));
+        let _ = sizes.try_send(size);
     }
 }
 

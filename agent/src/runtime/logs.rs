@@ -2,13 +2,16 @@
 //!
 //! ```text
 //! 0.log ─► entries (time, stream, P|F, text) ─► since, tail ─► lines, parts joined per stream ─► bytes
-//!   └ rotated: the rest of the old file, then the new one of the same name
+//!   └ rotated (files.rs): what is kept of the older files first; a follower reads a file to its end,
+//!     then goes to the next younger one, however many rotations there were meanwhile
 //! ```
 //! A follower ends when the run's `exit` record was there *before* a read that found nothing: the
 //! shim writes the record after the last log byte, so nothing can be missing then.
 //!
 //! The parser is pure ([`Lines`]); [`Reader`] does one bounded read per step; [`stream`] runs the
 //! steps off the async threads. Source of the format: Kubernetes `pkg/kubelet/kuberuntime/logs`.
+
+pub mod files;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -155,16 +158,12 @@ struct Reader {
 
 impl Reader {
     fn open(path: PathBuf, run_directory: PathBuf, options: LogOptions) -> io::Result<Self> {
-        let mut file = File::open(&path).map_err(|error| {
+        let file = start(&path, options.tail_lines).map_err(|error| {
             io::Error::new(
                 error.kind(),
                 format!("cannot open log {}: {error}", path.display()),
             )
         })?;
-        if let Some(count) = options.tail_lines {
-            let start = tail_start(&mut file, count)?;
-            file.seek(SeekFrom::Start(start))?;
-        }
         Ok(Self {
             lines: Lines::new(options.since, options.timestamps),
             budget: options.limit_bytes.unwrap_or(u64::MAX),
@@ -228,35 +227,97 @@ impl Reader {
         Ok(read)
     }
 
-    /// Goes on in the file that a rotation has put in this one's place. The shim creates it when
-    /// it stops writing to the old one, so the old one is complete now: true means "read on", in
-    /// either of them.
+    /// Goes on in the next younger file, after a rotation has put this one aside. The shim creates
+    /// the younger one when it stops writing to the older, so the older is complete now: true means
+    /// "read on", in either of them.
     fn next_file(&mut self) -> io::Result<bool> {
         let own = self.file.metadata()?;
-        let replaced = match std::fs::metadata(&self.path) {
-            Ok(now) => (now.dev(), now.ino()) != (own.dev(), own.ino()),
-            // Between the rename and the reopen.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => false,
-            Err(error) => return Err(error),
+        let is_own = |path: &PathBuf| match std::fs::metadata(path) {
+            Ok(other) => Ok((other.dev(), other.ino()) == (own.dev(), own.ino())),
+            // Between the rename and the reopen, or too old by now.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
         };
-        if !replaced {
+        if is_own(&self.path)? {
             return Ok(false);
         }
-        // Written between our last read and the shim's switch.
-        if self.file.stream_position()? < self.file.metadata()?.len() {
-            return Ok(true);
+        let mut all = files::rotated(&self.path)?;
+        all.push(self.path.clone());
+        let mut next = None;
+        for (index, path) in all.iter().enumerate() {
+            if is_own(path)? {
+                next = all.get(index + 1);
+            }
         }
-        self.file = File::open(&self.path)?;
+        if next.is_none() && own.nlink() == 0 {
+            // So many rotations that this file is gone: the oldest there is comes nearest.
+            next = all.first();
+        }
+        let Some(next) = next else {
+            return Ok(false); // renamed between the two looks: the next step finds it
+        };
+        let file = match File::open(next) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            file => file?,
+        };
+        // Written between our last read and the shim's switch.
+        if self.file.stream_position()? == self.file.metadata()?.len() {
+            self.file = file;
+        }
         Ok(true)
     }
 }
 
+/// Opens the log where reading begins: at the oldest file that is kept, or as many lines before
+/// the end as are wanted, in whichever file that is.
+fn start(path: &Path, tail_lines: Option<u64>) -> io::Result<File> {
+    let mut older = files::rotated(path)?;
+    let mut wanted = tail_lines.unwrap_or(u64::MAX);
+    let mut file = match File::open(path) {
+        // Between the rename and the reopen.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match older.pop() {
+            Some(newest) => File::open(newest)?,
+            None => return Err(error),
+        },
+        file => file?,
+    };
+    loop {
+        let found = match tail_lines {
+            Some(_) => {
+                let tail = tail_start(&mut file, wanted)?;
+                file.seek(SeekFrom::Start(tail.start))?;
+                tail.line_count
+            }
+            None => 0,
+        };
+        wanted = wanted.saturating_sub(found);
+        let Some(next) = older.pop().filter(|_| wanted > 0) else {
+            return Ok(file);
+        };
+        match File::open(next) {
+            Ok(older) => file = older,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(file),
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Where a file's last lines begin, and how many they are.
+#[derive(PartialEq, Eq, Debug)]
+struct Tail {
+    start: u64,
+    line_count: u64,
+}
+
 /// Where the last `count` complete lines begin. Reads backwards, so a long log costs no more than
 /// a short one.
-fn tail_start(file: &mut File, count: u64) -> io::Result<u64> {
+fn tail_start(file: &mut File, count: u64) -> io::Result<Tail> {
     let length = file.metadata()?.len();
     if count == 0 {
-        return Ok(length);
+        return Ok(Tail {
+            start: length,
+            line_count: 0,
+        });
     }
     let mut seen = 0;
     // The line that ends at `end`, to be judged once its beginning is found; newest first.
@@ -277,7 +338,10 @@ fn tail_start(file: &mut File, count: u64) -> io::Result<u64> {
             if line_start < length && !parse(&line).is_some_and(|e| e.partial) {
                 seen += 1;
                 if seen > count {
-                    return Ok(line_start + line.len() as u64 + 1);
+                    return Ok(Tail {
+                        start: line_start + line.len() as u64 + 1,
+                        line_count: count,
+                    });
                 }
             }
             end = newline;
@@ -287,9 +351,15 @@ fn tail_start(file: &mut File, count: u64) -> io::Result<u64> {
     }
     let first_counts = !tail.is_empty() && !parse(&tail).is_some_and(|e| e.partial);
     if first_counts && seen == count {
-        return Ok((tail.len() as u64 + 1).min(length));
+        return Ok(Tail {
+            start: (tail.len() as u64 + 1).min(length),
+            line_count: count,
+        });
     }
-    Ok(0)
+    Ok(Tail {
+        start: 0,
+        line_count: seen + u64::from(first_counts),
+    })
 }
 
 /// The log of a run as its bytes.

@@ -62,6 +62,8 @@ pub struct ContainerSpec {
     pub log_path: PathBuf,
     /// Keep stdin open for attach.
     pub stdin: bool,
+    /// End stdin when the first client that was attached to it has left.
+    pub stdin_once: bool,
     /// Give the container a terminal.
     pub tty: bool,
 }
@@ -96,6 +98,17 @@ pub struct ObservedContainer {
     pub pid: Option<u32>,
 }
 
+/// A container that runs now, by its records alone.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RunningContainer {
+    /// Which run.
+    pub run: ContainerRun,
+    /// Init's pid in the host's pid namespace.
+    pub pid: u32,
+    /// Its CRI log.
+    pub log_path: PathBuf,
+}
+
 /// A sandbox found on this machine.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ObservedSandbox {
@@ -112,7 +125,8 @@ pub enum RuntimeEvent {
     Exited(ContainerRun, Exit),
 }
 
-/// A command running beside a container's init. Dropping it kills the command.
+/// A command running beside a container's init, which dropping this kills; or init's own streams,
+/// which dropping this leaves.
 pub struct ExecSession {
     /// Where the command reads; none when stdin was not asked for.
     pub stdin: Option<Box<dyn AsyncWrite + Send + Unpin>>,
@@ -120,7 +134,7 @@ pub struct ExecSession {
     pub stdout: Box<dyn AsyncRead + Send + Unpin>,
     /// None with a terminal.
     pub stderr: Option<Box<dyn AsyncRead + Send + Unpin>>,
-    /// Resolves when the command was reaped.
+    /// Resolves when the command was reaped, or the attached container has ended.
     pub exit: tokio::sync::oneshot::Receiver<Result<i32, RuntimeError>>,
     /// New terminal sizes (columns, rows); ignored without a terminal.
     pub resize: tokio::sync::mpsc::Sender<(u16, u16)>,
@@ -183,7 +197,26 @@ pub trait Runtime: Send + Sync + 'static {
     async fn pid(&self, run: &ContainerRun) -> Result<Option<u32>, RuntimeError>;
     /// Starts a command in a running container.
     async fn exec(&self, exec: &ExecSpec) -> Result<ExecSession, RuntimeError>;
-    /// Everything found on this machine, dead shims repaired on the way.
+    /// Connects to a running container's own streams: what it writes from now on and, if asked for,
+    /// its stdin. A reader that takes nothing for 5 s is dropped. Dropping the session does not
+    /// touch the container.
+    async fn attach(&self, run: &ContainerRun, stdin: bool) -> Result<ExecSession, RuntimeError>;
+    /// Moves the run's log aside to `to` (same file system) and has the shim go on in a new one.
+    /// No line is lost or split: the shim writes to the old file until it has opened the new.
+    ///
+    /// # Errors
+    /// [`RuntimeError::Io`] when the rename fails; then nothing has changed. After a shim's error
+    /// the old file, under its new name, is still written: ask again.
+    async fn rotate_log(
+        &self,
+        run: &ContainerRun,
+        log_path: &std::path::Path,
+        to: &std::path::Path,
+    ) -> Result<(), RuntimeError>;
+    /// What runs now, of one pod or of all: looks and changes nothing, at any time.
+    async fn running(&self, pod: Option<&PodUid>) -> Result<Vec<RunningContainer>, RuntimeError>;
+    /// Everything found on this machine, half-made starts removed, dead shims repaired on the way. Only for
+    /// the start of an agent: a container that is being started now looks half made.
     async fn list(&self) -> Result<Vec<ObservedSandbox>, RuntimeError>;
     /// The stream of exits; taken once, by the pod workers' owner.
     fn take_events(&self) -> Option<tokio::sync::mpsc::Receiver<RuntimeEvent>>;

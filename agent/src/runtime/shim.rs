@@ -36,8 +36,8 @@ use self::link::{Answer, Link, lock};
 use self::records::{Intent, SandboxIntent};
 use self::sandbox::Sandbox;
 use super::{
-    ContainerSpec, ExecSession, ExecSpec, ObservedContainer, ObservedSandbox, Runtime,
-    RuntimeError, RuntimeEvent, SandboxSpec, seccomp, spec,
+    ContainerSpec, ExecSession, ExecSpec, ObservedContainer, ObservedSandbox, RunningContainer,
+    Runtime, RuntimeError, RuntimeEvent, SandboxSpec, seccomp, spec,
 };
 use crate::ids::{ContainerRun, PodUid};
 use crate::paths::Paths;
@@ -106,27 +106,6 @@ impl ShimRuntime {
         }
     }
 
-    /// Moves the run's log aside to `to` (same file system) and has the shim go on in a new one.
-    /// No line is lost or split: the shim writes to the old file until it has opened the new.
-    ///
-    /// # Errors
-    /// [`RuntimeError::Io`] when the rename fails; then nothing has changed. After a shim's error
-    /// the old file, under its new name, is still written: ask again.
-    pub async fn rotate_log(
-        &self,
-        run: &ContainerRun,
-        log_path: &Path,
-        to: &Path,
-    ) -> Result<(), RuntimeError> {
-        let link = self.link(run).await?;
-        fs::rename(log_path, to).map_err(io_error("cannot rotate", log_path))?;
-        let request = Request::ReopenLog {
-            run: records::key(run),
-        };
-        let answer = link.ask(&request, &[]).await?;
-        answer.map(|_| ()).map_err(RuntimeError::Shim)
-    }
-
     /// The sandbox, its keeper started unless it runs. None when there is no such directory.
     fn sandbox(&self, pod: &PodUid) -> Option<Arc<Sandbox>> {
         let directory = self.paths.sandbox(pod);
@@ -144,6 +123,19 @@ impl ShimRuntime {
             ))
         });
         Some(Arc::clone(sandbox))
+    }
+
+    /// Every pod with a sandbox directory.
+    fn pods(&self) -> Result<Vec<PodUid>, RuntimeError> {
+        let root = self.paths.run.join("pods");
+        let names = match fs::read_dir(&root) {
+            Ok(entries) => entries
+                .flatten()
+                .filter_map(|e| e.file_name().into_string().ok()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(io_error("cannot read", &root)(error)),
+        };
+        Ok(names.filter_map(|name| PodUid::new(&name).ok()).collect())
     }
 
     async fn link(&self, run: &ContainerRun) -> Result<Arc<Link>, RuntimeError> {
@@ -191,6 +183,7 @@ impl ShimRuntime {
             seccomp_path: text(&intent.seccomp_path)?,
             tty: container.tty,
             stdin: container.stdin,
+            stdin_once: container.stdin_once,
         })
     }
 
@@ -409,16 +402,55 @@ impl Runtime for ShimRuntime {
         .await
     }
 
-    async fn list(&self) -> Result<Vec<ObservedSandbox>, RuntimeError> {
-        let root = self.paths.run.join("pods");
-        let names = match fs::read_dir(&root) {
-            Ok(entries) => entries
-                .flatten()
-                .filter_map(|e| e.file_name().into_string().ok()),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(io_error("cannot read", &root)(error)),
+    async fn attach(&self, run: &ContainerRun, stdin: bool) -> Result<ExecSession, RuntimeError> {
+        let directory = self.paths.container_run(run);
+        let link = self.link(run).await?;
+        exec::attach(link, records::key(run), stdin, &directory).await
+    }
+
+    async fn rotate_log(
+        &self,
+        run: &ContainerRun,
+        log_path: &Path,
+        to: &Path,
+    ) -> Result<(), RuntimeError> {
+        let link = self.link(run).await?;
+        match fs::rename(log_path, to) {
+            // Asked again: only the shim's part is missing.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            done => done.map_err(io_error("cannot rotate", log_path))?,
+        }
+        let request = Request::ReopenLog {
+            run: records::key(run),
         };
-        let pods: Vec<PodUid> = names.filter_map(|name| PodUid::new(&name).ok()).collect();
+        let answer = link.ask(&request, &[]).await?;
+        answer.map(|_| ()).map_err(RuntimeError::Shim)
+    }
+
+    async fn running(&self, pod: Option<&PodUid>) -> Result<Vec<RunningContainer>, RuntimeError> {
+        let pods = match pod {
+            Some(pod) => vec![pod.clone()],
+            None => self.pods()?,
+        };
+        let mut running = Vec::new();
+        for pod in pods {
+            for run in records::runs(&pod, &self.paths.sandbox(&pod)) {
+                let directory = self.paths.container_run(&run);
+                let started = records::started(&directory).ok().flatten();
+                let ended = !matches!(record::Exit::read(&directory), Ok(None));
+                if let Some(started) = started.filter(|_| !ended)
+                    && let Ok(pid) = u32::try_from(started.pid)
+                {
+                    let log_path = started.log_path.into();
+                    running.push(RunningContainer { run, pid, log_path });
+                }
+            }
+        }
+        Ok(running)
+    }
+
+    async fn list(&self) -> Result<Vec<ObservedSandbox>, RuntimeError> {
+        let pods = self.pods()?;
         // All keepers first, so that the shims start or connect side by side.
         let found: Vec<_> = pods.iter().filter_map(|pod| self.sandbox(pod)).collect();
         let mut observed = Vec::new();

@@ -251,6 +251,7 @@ impl Fixture {
             allow_privilege_escalation: spec::allows_privilege_escalation(container),
             log_path: self.log_path(run),
             stdin: container.stdin.unwrap_or(false),
+            stdin_once: container.stdin_once.unwrap_or(false),
             tty: container.tty.unwrap_or(false),
         }
     }

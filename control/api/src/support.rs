@@ -234,12 +234,12 @@ pub static CONTAINER: &[Rule] = &[
     ),
     yes("securityContext.seccompProfile"),
     listed("startupProbe"),
-    no("stdin", &[], "attach is not served yet; use exec -i"),
-    no("stdinOnce", &[], "attach is not served yet; use exec -i"),
+    yes("stdin"),
+    yes("stdinOnce"),
     yes("targetContainerName"), // of ephemeral containers
     yes("terminationMessagePath"),
     yes("terminationMessagePolicy"),
-    no("tty", &[], "attach is not served yet; use exec -t"),
+    yes("tty"),
     no("volumeDevices", &[], "there are no block volumes yet"),
     listed("volumeMounts"),
     yes("volumeMounts[].mountPath"),
@@ -793,11 +793,11 @@ mod tests {
     #[test]
     fn templates_are_judged_too() {
         let object = json!({"spec": {"template": {"spec": {"containers": [
-            {"name": "a", "tty": true}]}}}});
+            {"name": "a", "volumeDevices": [{"name": "v"}]}]}}}});
         let findings = check(resolve("deploy").unwrap(), &object);
         assert_eq!(
             findings.errors[0].field,
-            "spec.template.spec.containers[0].tty"
+            "spec.template.spec.containers[0].volumeDevices"
         );
     }
 

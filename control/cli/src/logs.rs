@@ -269,6 +269,18 @@ impl Logs {
     }
 }
 
+/// Prints the whole log of one container.
+pub(crate) async fn print(session: &Session, pod: &Value, container: &str) -> Result<(), Failure> {
+    let request = LogsRequest {
+        namespace: text(pod, "/metadata/namespace").to_owned(),
+        pod: text(pod, "/metadata/name").to_owned(),
+        container: container.to_owned(),
+        ..LogsRequest::default()
+    };
+    let prefix = String::new();
+    copy(session, Source { request, prefix }).await
+}
+
 async fn copy(session: &Session, source: Source) -> Result<(), Failure> {
     let mut stream = session
         .pods

@@ -9,7 +9,9 @@
 #![forbid(unsafe_code)]
 
 mod apply;
+mod attach;
 mod connection;
+mod cp;
 mod create;
 mod debug;
 mod delete;
@@ -23,8 +25,11 @@ mod kubeconfig;
 mod logs;
 mod names;
 mod output;
+mod port_forward;
 mod rollout;
+mod run;
 mod scale;
+mod streams;
 mod top;
 mod version;
 mod wait;
@@ -81,6 +86,15 @@ enum Verb {
     Exec(exec::Exec),
     /// Look around in a running pod with a container of its own
     Debug(debug::Debug),
+    /// Connect to a container's own process
+    Attach(attach::Attach),
+    /// Run one pod of an image
+    Run(run::Run),
+    /// Copy files to and from a container
+    Cp(cp::Cp),
+    /// Forward local ports to a pod
+    #[command(name = "port-forward")]
+    PortForward(port_forward::PortForward),
     /// Set the number of replicas
     Scale(scale::Scale),
     /// Show what nodes and pods use now
@@ -144,6 +158,10 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Logs(verb) => verb.run(&global).await.map(done),
         Verb::Exec(verb) => verb.run(&global).await,
         Verb::Debug(verb) => verb.run(&global).await,
+        Verb::Attach(verb) => verb.run(&global).await,
+        Verb::Run(verb) => verb.run(&global).await,
+        Verb::Cp(verb) => verb.run(&global).await.map(done),
+        Verb::PortForward(verb) => verb.run(&global).await.map(done),
         Verb::Scale(verb) => verb.run(&global).await.map(done),
         Verb::Top(verb) => verb.run(&global).await.map(done),
         Verb::Rollout(verb) => verb.run(&global).await.map(done),
@@ -185,6 +203,12 @@ mod tests {
             "exec deploy/web -c nginx -- ls -l",
             "debug -it web --image=busybox --target=main",
             "debug web --image=busybox -c d -- sh -c ls",
+            "attach -it web -c nginx",
+            "run web --image=nginx --port=80",
+            "run -it --rm shell --image=busybox --restart=Never -- sh -c 'exit 3'",
+            "cp web:/etc/passwd ./passwd -c nginx",
+            "cp . shop/web:/srv --no-preserve",
+            "port-forward svc/web 8080:80 :443 --address 0.0.0.0",
             "scale deploy/web --replicas=3 --current-replicas=2",
             "top pods -A --containers --sort-by=cpu -o wide",
             "top node node-1",

@@ -1,4 +1,4 @@
-//! Logs and exec for users: finds the pod and its node, opens a tunnel, splices the streams.
+//! Logs, exec, attach and forwarded ports for users: finds the pod and its node, opens a tunnel, splices the streams.
 
 use std::pin::Pin;
 use std::time::Duration;
@@ -8,7 +8,9 @@ use gantry_api::k8s_openapi::api::core::v1::{Pod, PodSpec};
 use gantry_api::kinds;
 use gantry_api::proto;
 use gantry_api::proto::open_tunnel::Target;
-use gantry_api::proto::{exec_input, exec_output, pods_server, tunnel_down, tunnel_up};
+use gantry_api::proto::{
+    exec_input, exec_output, forward_input, forward_output, pods_server, tunnel_down, tunnel_up,
+};
 use gantry_api::status::Status;
 use tokio::time::timeout;
 use tonic::{Request, Response, Streaming};
@@ -40,7 +42,8 @@ impl PodStreams {
         Self { feed }
     }
 
-    fn place(&self, namespace: &str, name: &str, container: &str) -> Result<Place, Status> {
+    /// `container`: none when the pod as a whole is meant.
+    fn place(&self, namespace: &str, name: &str, container: Option<&str>) -> Result<Place, Status> {
         let namespace = if namespace.is_empty() {
             "default"
         } else {
@@ -55,7 +58,10 @@ impl PodStreams {
                 Some(kind) => Status::not_found(kind, name),
                 None => Status::not_served("pods is not a kind of this server"),
             })?;
-        let container = container_of(&pod, name, container)?;
+        let container = match container {
+            Some(container) => container_of(&pod, name, container)?,
+            None => String::new(),
+        };
         let node = pod
             .spec
             .and_then(|spec| spec.node_name)
@@ -124,13 +130,14 @@ fn container_of(pod: &Pod, pod_name: &str, wanted: &str) -> Result<String, Statu
 impl pods_server::Pods for PodStreams {
     type LogsStream = BoxedStream<proto::LogsChunk>;
     type ExecStream = BoxedStream<proto::ExecOutput>;
+    type ForwardStream = BoxedStream<proto::ForwardOutput>;
 
     async fn logs(
         &self,
         request: Request<proto::LogsRequest>,
     ) -> Result<Response<Self::LogsStream>, tonic::Status> {
         let mut request = request.into_inner();
-        let place = self.place(&request.namespace, &request.pod, &request.container)?;
+        let place = self.place(&request.namespace, &request.pod, Some(&request.container))?;
         request.container.clone_from(&place.container);
         let tunnel = self.open(&place, Target::Logs(request)).await?;
         // The tunnel lives as long as the client reads: dropping the stream closes it.
@@ -162,28 +169,15 @@ impl pods_server::Pods for PodStreams {
         let Some(exec_input::Input::Start(mut start)) = first.and_then(|first| first.input) else {
             return Err(Status::bad_request("the first message must be the command").into());
         };
-        if start.command.is_empty() {
+        if start.command.is_empty() && !start.attach {
             return Err(Status::bad_request("you must specify at least one command").into());
         }
-        let place = self.place(&start.namespace, &start.pod, &start.container)?;
+        let place = self.place(&start.namespace, &start.pod, Some(&start.container))?;
         start.container.clone_from(&place.container);
         let tunnel = self.open(&place, Target::Exec(start)).await?;
-        let forward = Forward(tokio::spawn(forward_input(input, tunnel.down.clone())));
-        let output = stream::unfold((tunnel, forward), |(mut tunnel, forward)| async {
-            loop {
-                match tunnel.up.message().await {
-                    Ok(Some(proto::TunnelUp {
-                        message: Some(tunnel_up::Message::Exec(output)),
-                    })) => {
-                        return Some((Ok(output), (tunnel, forward)));
-                    }
-                    Ok(Some(_)) => {}
-                    Ok(None) => return Some((Err(lost("the stream ended")), (tunnel, forward))),
-                    Err(status) => {
-                        return Some((Err(lost(status.message())), (tunnel, forward)));
-                    }
-                }
-            }
+        let output = carry(tunnel, input, tunnel_down::Message::Exec, |up| match up {
+            tunnel_up::Message::Exec(output) => Some(output),
+            _ => None,
         });
         let ended = |output: &Result<proto::ExecOutput, tonic::Status>| {
             matches!(
@@ -195,6 +189,66 @@ impl pods_server::Pods for PodStreams {
         };
         Ok(Response::new(end_after(output, ended)))
     }
+
+    async fn forward(
+        &self,
+        request: Request<Streaming<proto::ForwardInput>>,
+    ) -> Result<Response<Self::ForwardStream>, tonic::Status> {
+        let mut input = request.into_inner();
+        let first = timeout(START_TIMEOUT, input.message()).await;
+        let first = first.map_err(|_| Status::timeout("no port in 10 s"))??;
+        let Some(forward_input::Input::Start(start)) = first.and_then(|first| first.input) else {
+            return Err(Status::bad_request("the first message must be the port").into());
+        };
+        let place = self.place(&start.namespace, &start.pod, None)?;
+        let tunnel = self.open(&place, Target::Forward(start)).await?;
+        let output = carry(
+            tunnel,
+            input,
+            tunnel_down::Message::Forward,
+            |up| match up {
+                tunnel_up::Message::Forward(output) => Some(output),
+                _ => None,
+            },
+        );
+        let ended = |output: &Result<proto::ForwardOutput, tonic::Status>| {
+            matches!(
+                output,
+                Ok(proto::ForwardOutput {
+                    output: Some(forward_output::Output::Closed(_))
+                })
+            )
+        };
+        Ok(Response::new(end_after(output, ended)))
+    }
+}
+
+/// Carries both directions of a tunnel until one of its ends has gone.
+fn carry<I: Send + 'static, O: Send + 'static>(
+    tunnel: Tunnel,
+    input: Streaming<I>,
+    wrap: fn(I) -> tunnel_down::Message,
+    unwrap: fn(tunnel_up::Message) -> Option<O>,
+) -> impl Stream<Item = Result<O, tonic::Status>> + Send + 'static {
+    let forward = Forward(tokio::spawn(forward_input(
+        input,
+        tunnel.down.clone(),
+        wrap,
+    )));
+    stream::unfold((tunnel, forward), move |(mut tunnel, forward)| async move {
+        let item = loop {
+            match tunnel.up.message().await {
+                Ok(Some(up)) => {
+                    if let Some(output) = up.message.and_then(unwrap) {
+                        break Ok(output);
+                    }
+                }
+                Ok(None) => break Err(lost("the stream ended")),
+                Err(status) => break Err(lost(status.message())),
+            }
+        };
+        Some((item, (tunnel, forward)))
+    })
 }
 
 fn lost(how: &str) -> tonic::Status {
@@ -232,12 +286,15 @@ impl Drop for Forward {
 }
 
 /// Carries input until the client has no more; the tunnel stays open for the output.
-async fn forward_input(mut input: Streaming<proto::ExecInput>, down: DownSender) {
+async fn forward_input<I>(
+    mut input: Streaming<I>,
+    down: DownSender,
+    wrap: fn(I) -> tunnel_down::Message,
+) {
     while let Ok(Some(message)) = input.message().await {
-        let message = tunnel_down::Message::Exec(message);
         if down
             .send(Ok(proto::TunnelDown {
-                message: Some(message),
+                message: Some(wrap(message)),
             }))
             .await
             .is_err()

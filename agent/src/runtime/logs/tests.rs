@@ -139,7 +139,11 @@ async fn a_follower_sees_everything_across_rotation_and_ends_with_the_run() {
         log.append(&format!("{T} stdout F thr"));
         tokio::time::sleep(Duration::from_millis(150)).await;
         log.append("ee\n");
-        fs::rename(log.path(), log.directory.path().join("0.log.1")).unwrap();
+        fs::rename(
+            log.path(),
+            log.directory.path().join("0.log.20261128-204500"),
+        )
+        .unwrap();
         tokio::time::sleep(Duration::from_millis(150)).await;
         log.append(&format!("{T} stdout F four\n"));
         tokio::time::sleep(Duration::from_millis(150)).await;

@@ -1,4 +1,4 @@
-//! Commands beside init: streams, terminal, exit.
+//! Commands beside init, and init's own streams: pipes, terminal, exit.
 
 use std::fs::File;
 use std::io;
@@ -20,7 +20,7 @@ use tokio::net::UnixListener;
 use tokio::net::unix::pipe;
 use tokio::sync::{mpsc, oneshot};
 
-use super::link::{Link, receive, register};
+use super::link::{Answer, Link, receive, register};
 use crate::runtime::{ExecSession, ExecSpec, RuntimeError};
 
 /// Terminal sizes that may wait.
@@ -225,6 +225,117 @@ async fn apply_sizes(terminal: Terminal, mut sizes: mpsc::Receiver<(u16, u16)>) 
     }
 }
 
+/// Connects to init itself: what it writes from now on, and its stdin if `stdin`. Dropping the
+/// session leaves the container alone.
+pub(super) async fn attach(
+    link: Arc<Link>,
+    key: String,
+    stdin: bool,
+    directory: &Path,
+) -> Result<ExecSession, RuntimeError> {
+    let io = io_error("cannot attach to", directory);
+    let pipes = || -> io::Result<_> {
+        let (out_read, out_write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        let (err_read, err_write) = nix::unistd::pipe2(OFlag::O_CLOEXEC)?;
+        let stdout = pipe::Receiver::from_owned_fd(out_read)?;
+        let stderr = pipe::Receiver::from_owned_fd(err_read)?;
+        Ok(([out_write, err_write], stdout, stderr))
+    };
+    let (theirs, stdout, stderr) = pipes().map_err(io)?;
+    let id = link.new_id();
+    let ended = link.expect_exec_exit(id);
+    let fds: Vec<_> = theirs.iter().map(AsRawFd::as_raw_fd).collect();
+    let request = Request::Attach { run: key.clone() };
+    let answer = link.ask_as(id, &request, &fds).await?;
+    drop(theirs);
+    let input = match answer.map_err(RuntimeError::Shim)? {
+        Answer::Attached(input) => input,
+        other => {
+            let words = format!("an attach was answered by {other:?}");
+            return Err(RuntimeError::Shim(words));
+        }
+    };
+    let (resize, sizes) = mpsc::channel(RESIZE_COUNT_MAX);
+    let input = input
+        .map(Terminal::new)
+        .transpose()
+        .map_err(io_error("cannot use the stdin of", directory))?;
+    let exit = watch_exit(link.clone(), id, ended);
+    let Some(input) = input else {
+        return match stdin {
+            true => Err(RuntimeError::Container(
+                "the container takes no stdin: it needs `stdin: true`, and no stdinOnce client \
+                 may have left it"
+                    .into(),
+            )),
+            false => Ok(ExecSession {
+                stdin: None,
+                stdout: Box::new(stdout),
+                stderr: Some(Box::new(stderr)),
+                exit,
+                resize,
+            }),
+        };
+    };
+    // Only terminals have a size; a copy of a FIFO would keep its reader from the end.
+    if rustix::termios::isatty(input.0.get_ref()) {
+        let sizer = input
+            .try_clone()
+            .map_err(io_error("cannot share the stdin of", directory))?;
+        tokio::spawn(apply_sizes(sizer, sizes));
+    }
+    let input = Input {
+        to: input,
+        link,
+        run: key,
+    };
+    Ok(ExecSession {
+        stdin: stdin.then(|| Box::new(input) as Box<dyn AsyncWrite + Send + Unpin>),
+        stdout: Box::new(stdout),
+        stderr: Some(Box::new(stderr)),
+        exit,
+        resize,
+    })
+}
+
+/// A client's way to init's stdin; when it is dropped the shim hears that this client has ended.
+struct Input {
+    to: Terminal,
+    link: Arc<Link>,
+    run: String,
+}
+
+impl Drop for Input {
+    fn drop(&mut self) {
+        let link = self.link.clone();
+        let request = Request::CloseStdin {
+            run: self.run.clone(),
+        };
+        // Dropped on the way out of the runtime: then the shim notices the connection's end.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move { link.ask(&request, &[]).await.map(|_| ()) });
+        }
+    }
+}
+
+impl AsyncWrite for Input {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        data: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.to).poll_write(context, data)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.to).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.to).poll_shutdown(context)
+    }
+}
+
 /// Hands the exit on; a session that was dropped before kills its command.
 fn watch_exit(
     link: Arc<Link>,
@@ -241,7 +352,7 @@ fn watch_exit(
                         let status = std::process::ExitStatus::from_raw(status);
                         status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
                     })
-                    .map_err(|_| RuntimeError::Shim("the shim died during the exec".into()));
+                    .map_err(|_| RuntimeError::Shim("the stream to the container broke, or was not read".into()));
                 let _ = sender.send(result);
             }
             () = sender.closed() => {
@@ -252,7 +363,7 @@ fn watch_exit(
     receiver
 }
 
-/// A pseudo-terminal's master, for tokio.
+/// A pseudo-terminal's master, or a FIFO's write side, for tokio.
 struct Terminal(AsyncFd<OwnedFd>);
 
 impl Terminal {

@@ -22,9 +22,11 @@ use crate::runtime::RuntimeError;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(40);
 
 /// A shim's positive answer.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub(super) enum Answer {
     Done,
+    /// Where the container's stdin is written, if it has one.
+    Attached(Option<OwnedFd>),
     /// Init was let go then, in nanoseconds since 1970.
     Started(u64),
     ExecStarted,
@@ -77,21 +79,21 @@ impl Link {
         loop {
             let mut ready = self.socket.readable().await?;
             let received = ready.try_io(|fd| receive(fd.as_raw_fd(), &mut buffer));
-            let length = match received {
-                Ok(result) => result?.0,
+            let (length, fds) = match received {
+                Ok(result) => result?,
                 Err(_would_block) => continue,
             };
             if length == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             let reply = Reply::decode(&buffer[..length]).map_err(io::Error::other)?;
-            if let Some(news) = self.dispatch(reply) {
+            if let Some(news) = self.dispatch(reply, fds) {
                 return Ok(news);
             }
         }
     }
 
-    fn dispatch(&self, reply: Reply) -> Option<News> {
+    fn dispatch(&self, reply: Reply, mut fds: Vec<OwnedFd>) -> Option<News> {
         let (id, answer) = match reply {
             Reply::Run { run, phase, .. } => {
                 lock(&self.runs).insert(run, phase);
@@ -107,6 +109,7 @@ impl Link {
             }
             Reply::Started { id, started_ns, .. } => (id, Ok(Answer::Started(started_ns))),
             Reply::ExecStarted { id, .. } => (id, Ok(Answer::ExecStarted)),
+            Reply::Attached { id } => (id, Ok(Answer::Attached(fds.pop()))),
             Reply::Done { id } => (id, Ok(Answer::Done)),
             Reply::Failed { id, report } => (id, Err(report)),
         };
@@ -154,7 +157,8 @@ impl Link {
         self.next_id.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Resolves when the exec of this request id was reaped; call before asking.
+    /// Resolves when the exec of this request id was reaped, or the container that was attached to
+    /// has ended; an error means that neither will be told. Call before asking.
     pub(super) fn expect_exec_exit(&self, id: u64) -> oneshot::Receiver<i32> {
         let (sender, receiver) = oneshot::channel();
         lock(&self.execs).insert(id, sender);
