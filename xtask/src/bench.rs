@@ -42,7 +42,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     setup::ensure(setup::For::Bench)?;
     drop(step);
     let step = report::step("building in release");
-    let bin = build::binaries(build::Profile::Release, "up")?;
+    let bin = build::binaries(build::Profile::Bench, "up")?;
     image::archive(&image::BUSYBOX)?;
     drop(step);
     let out = run::target().join("bench");

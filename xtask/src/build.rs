@@ -18,8 +18,10 @@ pub const BINARIES: [&str; 5] = [
 /// Which profile the dynamic binaries are built in; the shim always has its own.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
-    /// For use and for measurements.
+    /// For use.
     Release,
+    /// For measurements: what is used, and what measures it.
+    Bench,
     /// For tests: the same artefacts that `cargo test` links.
     Dev,
 }
@@ -27,18 +29,25 @@ pub enum Profile {
 /// Builds everything and returns the directory that holds it: `target/<name>/bin`.
 pub fn binaries(profile: Profile, name: &str) -> Result<PathBuf> {
     let variant = match profile {
-        Profile::Release => ebpf::Variant::Release,
+        Profile::Release | Profile::Bench => ebpf::Variant::Release,
         Profile::Dev => ebpf::Variant::Logging,
     };
     ebpf::build(&run::root(), variant)?;
     let mut cargo = run::cargo();
-    cargo.args(["build", "--workspace", "--bins"]);
+    cargo.args(["build", "--workspace"]);
     let built = match profile {
-        Profile::Release => {
+        Profile::Release | Profile::Bench => {
+            // Not this program, nor the tests' own: optimised, they cost a newcomer minutes.
+            let measures = (profile == Profile::Bench).then_some("gantry-bench");
+            let wanted = BINARIES.into_iter().chain(measures);
             cargo.arg("--release");
+            cargo.args(wanted.flat_map(|binary| ["--bin", binary]));
             run::target().join("release")
         }
-        Profile::Dev => run::target().join("debug"),
+        Profile::Dev => {
+            cargo.arg("--bins");
+            run::target().join("debug")
+        }
     };
     run::shown(&mut cargo)?;
     let bin = run::target().join(name).join("bin");
