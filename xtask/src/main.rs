@@ -12,6 +12,7 @@ mod down;
 mod ebpf;
 mod image;
 mod netfilter;
+mod port;
 mod report;
 mod run;
 mod setup;

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::{build, census, down, image, netfilter, report, run, setup};
+use crate::{build, census, down, image, netfilter, port, report, run, setup};
 
 /// Requests from the host, and again from the client pod.
 const REQUEST_COUNT: usize = 300;
@@ -91,9 +91,13 @@ fn refuse_second() -> Result<()> {
         bail!("{name} runs already (pid {pid}). Remove it with:\n  cargo xtask down");
     }
     if std::net::TcpListener::bind(("0.0.0.0", API_PORT)).is_err() {
+        let holder = port::listener(API_PORT).map_or_else(
+            || "another program".to_owned(),
+            |(pid, name)| format!("{name} (pid {pid})"),
+        );
         bail!(
-            "port {API_PORT}, the control plane's, is taken by another program. \
-             Find it with:\n  ss -ltnp 'sport = :{API_PORT}'"
+            "port {API_PORT}, the control plane's, is taken by {holder}. \
+             End it, then run again:\n  cargo xtask up"
         );
     }
     Ok(())
