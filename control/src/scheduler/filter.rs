@@ -2,8 +2,8 @@
 //!
 //! The checks and the wording of their reasons are those of Kubernetes' scheduler plugins
 //! NodeUnschedulable, TaintToleration, NodeAffinity, NodePorts and NodeResourcesFit, in its order:
-//! the first that fails gives the node's reason. One difference: a node that is not ready is
-//! refused by its condition, as if it had the taint that Kubernetes sets.
+//! the first that fails gives the node's reason. One difference: a node that is not ready, or short
+//! of something, is refused by its condition, as if it had the taint that Kubernetes sets.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use gantry_api::k8s_openapi::api::core::v1::{
     Node, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint, Toleration,
 };
 
-use super::nodes::NodeState;
+use super::nodes::{MEMORY_PRESSURE, NodeState};
 use super::request::PodRequest;
 
 /// The taint of a cordoned node.
@@ -54,7 +54,7 @@ pub(super) fn unwanted_taints(node: &NodeState, pod: &PodRequest) -> i64 {
 pub(super) fn check(node: &NodeState, pod: &PodRequest) -> Result<(), (Vec<Reason>, Blocked)> {
     let refused = |reason: Reason| Err((vec![reason], Blocked::default()));
     let effects = ["NoSchedule", "NoExecute"];
-    if let Some(taint) = untolerated(node, &pod.tolerations, &effects) {
+    if let Some(taint) = untolerated(node, pod, &effects) {
         match taint.key.as_str() {
             UNSCHEDULABLE => return refused("node(s) were unschedulable".into()),
             NOT_READY => return refused("node(s) were not ready".into()),
@@ -147,7 +147,7 @@ pub(crate) fn suits(node: &Node, pod: &Pod) -> Suits {
         };
     };
     let matches = matches_affinity(&state, &request);
-    let tolerates = |effects: &[&str]| untolerated(&state, &request.tolerations, effects).is_none();
+    let tolerates = |effects: &[&str]| untolerated(&state, &request, effects).is_none();
     Suits {
         may_start: matches && tolerates(&["NoSchedule", "NoExecute"]),
         may_stay: matches && tolerates(&["NoExecute"]),
@@ -156,7 +156,7 @@ pub(crate) fn suits(node: &Node, pod: &Pod) -> Suits {
 
 /// The first taint that keeps the pod away. A cordon and a node that is not ready count as the taints
 /// that Kubernetes sets for them.
-fn untolerated(node: &NodeState, tolerations: &[Toleration], effects: &[&str]) -> Option<Taint> {
+fn untolerated(node: &NodeState, pod: &PodRequest, effects: &[&str]) -> Option<Taint> {
     let taint = |key: &str, effect: &str| Taint {
         key: key.to_owned(),
         effect: effect.to_owned(),
@@ -169,10 +169,12 @@ fn untolerated(node: &NodeState, tolerations: &[Toleration], effects: &[&str]) -
         .chain(sick)
         .chain(node.taints.iter().cloned());
     let mut strict = all.filter(|taint| effects.contains(&&*taint.effect));
+    // A pod that asks for something is not what a shortage of memory evicts first (Kubernetes gives
+    // it the toleration).
+    let asks = pod.resources.cpu_millicores > 0 || pod.resources.memory_bytes > 0;
     strict.find(|taint| {
-        !tolerations
-            .iter()
-            .any(|toleration| tolerates(toleration, taint))
+        let tolerated = pod.tolerations.iter().any(|t| tolerates(t, taint));
+        !tolerated && !(asks && taint.key == MEMORY_PRESSURE)
     })
 }
 

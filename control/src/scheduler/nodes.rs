@@ -48,9 +48,7 @@ impl NodeState {
         Self {
             name: node.metadata.name.as_deref().unwrap_or_default().into(),
             labels: node.metadata.labels.clone().unwrap_or_default(),
-            taints: spec
-                .and_then(|spec| spec.taints.clone())
-                .unwrap_or_default(),
+            taints: taints(node),
             is_ready: crate::controllers::node_is_ready(node),
             is_cordoned: spec.and_then(|spec| spec.unschedulable).unwrap_or(false),
             allocatable: Resources::of(allocatable),
@@ -99,6 +97,44 @@ impl NodeState {
             || (!self.is_cordoned && old.is_cordoned)
             || own(self) != own(old)
     }
+}
+
+/// The taint that keeps pods without requests off a node that is short of memory.
+pub(super) const MEMORY_PRESSURE: &str = "node.kubernetes.io/memory-pressure";
+/// Node conditions that count as a taint.
+const PRESSURES: [(&str, &str); 3] = [
+    ("MemoryPressure", MEMORY_PRESSURE),
+    ("DiskPressure", "node.kubernetes.io/disk-pressure"),
+    ("PIDPressure", "node.kubernetes.io/pid-pressure"),
+];
+
+/// The node's own taints, and one for each resource that it is short of: an evicted pod's successor
+/// would be the next to go. Source: Kubernetes' TaintNodesByCondition.
+fn taints(node: &Node) -> Vec<Taint> {
+    let mut taints = node
+        .spec
+        .as_ref()
+        .and_then(|spec| spec.taints.clone())
+        .unwrap_or_default();
+    let conditions = node
+        .status
+        .iter()
+        .flat_map(|s| s.conditions.iter().flatten());
+    for condition in conditions.filter(|condition| condition.status == "True") {
+        let named = PRESSURES
+            .iter()
+            .find(|(type_, _)| condition.type_ == *type_);
+        let Some((_, key)) = named else { continue };
+        // Somebody may have set the taint itself.
+        if !taints.iter().any(|taint| taint.key == *key) {
+            taints.push(Taint {
+                effect: "NoSchedule".to_owned(),
+                key: (*key).to_owned(),
+                ..Taint::default()
+            });
+        }
+    }
+    taints
 }
 
 /// Where a pod is counted.

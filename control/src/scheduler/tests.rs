@@ -339,6 +339,36 @@ fn preferences_decide_between_nodes_that_fit() {
 }
 
 #[test]
+fn a_node_that_is_short_takes_no_pod_that_would_go_next() {
+    let mut short = serde_json::to_value(node("a", "4")).unwrap();
+    let conditions = short["status"]["conditions"].as_array_mut().unwrap();
+    conditions.push(json!({"type": "MemoryPressure", "status": "True"}));
+    let mut nodes = cluster(&[serde_json::from_value(short.clone()).unwrap()]);
+    let best_effort = request("b", json!({"containers": [{"name": "c"}]}));
+    let refused = chosen(&nodes, &best_effort).unwrap_err();
+    assert!(
+        refused.contains("untolerated taint {node.kubernetes.io/memory-pressure: }"),
+        "{refused}"
+    );
+    // What asks for something is not evicted first, and a toleration is a decision of the user's.
+    assert_eq!(chosen(&nodes, &wants_cpu("g", "1")).unwrap(), "a");
+    let tolerant = json!({"containers": [{"name": "c"}], "tolerations": [
+        {"key": "node.kubernetes.io/memory-pressure", "operator": "Exists"}]});
+    assert_eq!(chosen(&nodes, &request("t", tolerant)).unwrap(), "a");
+    for type_ in ["DiskPressure", "PIDPressure"] {
+        short["status"]["conditions"][1]["type"] = json!(type_);
+        nodes.put(&serde_json::from_value(short.clone()).unwrap());
+        assert!(chosen(&nodes, &wants_cpu("g", "1")).is_err(), "{type_}");
+    }
+    // Over, or not known any more: pods come again.
+    for status in ["False", "Unknown"] {
+        short["status"]["conditions"][1]["status"] = json!(status);
+        nodes.put(&serde_json::from_value(short.clone()).unwrap());
+        assert_eq!(chosen(&nodes, &best_effort).unwrap(), "a");
+    }
+}
+
+#[test]
 fn spread_never_exceeds_its_skew() {
     let all = [zoned("a", "x"), zoned("b", "x"), zoned("c", "y")];
     let mut nodes = cluster(&all);
