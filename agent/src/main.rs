@@ -20,7 +20,7 @@ use gantry_agent::runtime::logs::files::Limits;
 use gantry_agent::runtime::spec::security::{Host, check_unsafe_sysctls};
 use gantry_agent::runtime::{Runtime, shim::ShimRuntime};
 use gantry_agent::view::View;
-use gantry_agent::{check, cleanup, dns, run_directory};
+use gantry_agent::{check, cleanup, dns, run_directory, static_pods};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -67,6 +67,12 @@ struct Run {
     /// Log files that are kept for a container, the current one included
     #[arg(long, value_name = "COUNT", default_value_t = 5, value_parser = 2..=1000)]
     container_log_max_files: i64,
+    /// Directory with manifests of static pods, which run with or without a control plane
+    #[arg(long, value_name = "DIR", default_value = "/etc/gantry/manifests")]
+    static_pods: PathBuf,
+    /// Pod prefix for static pods until a control plane has allocated this node's
+    #[arg(long, value_name = "CIDR", default_value = "10.243.255.0/24")]
+    standalone_pod_cidr: ipnet::IpNet,
     /// Directory with client.crt, client.key and ca.crt
     #[arg(long, value_name = "DIR", default_value = "/etc/gantry/agent")]
     credentials: PathBuf,
@@ -227,12 +233,26 @@ async fn agent(run: Run) -> Result<()> {
     let node_info = resources.info();
     let host_addresses = pods::node_addresses(&node_info());
     let config = feed::Config::new(run.server, run.credentials, node_name.clone(), &paths);
+    let mirrors = static_pods::Mirrors::default();
     let target = Arc::new(PodTunnels::new(
         paths.clone(),
         runtime.clone(),
         resources.usage(),
+        mirrors.clone(),
     ));
-    let link = feed::run(config, node_info, target, shutdown.clone()).context("feed")?;
+    let mut link = feed::run(config, node_info, target, shutdown.clone()).context("feed")?;
+    link.view = static_pods::run(
+        static_pods::Config {
+            directory: run.static_pods,
+            node: node_name.clone(),
+            standalone_pod_cidr: run.standalone_pod_cidr,
+            mirrors,
+        },
+        paths.clone(),
+        link.reporter.clone(),
+        link.view,
+        shutdown.clone(),
+    );
 
     let network = PodNetworks::new(
         paths.clone(),

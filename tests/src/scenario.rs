@@ -18,6 +18,7 @@ mod main_job;
 mod probes;
 mod resources;
 mod security;
+mod static_pods;
 mod streams;
 mod volumes;
 
@@ -56,6 +57,7 @@ pub const ALL: &[Scenario] = &[
     scenario("processes", life_cycle::processes),
     scenario("resources", resources::resources),
     scenario("streams", streams::streams),
+    scenario("static-pods", static_pods::static_pods),
 ];
 
 impl Scenario {

@@ -17,7 +17,7 @@
 //! * statuses have effect exactly once ([`reports`]); final ones survive a power cut ([`finals`]);
 //! * no wall clock decides anything; no port is opened: tunnels are streams of our own connection.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -192,11 +192,23 @@ struct Shared {
 
 #[derive(Default)]
 struct Outbox {
+    /// Static pods, to be shown by the control plane; none: nothing new to say.
+    mirrors: Option<Vec<Bytes>>,
+    /// The mirror pod of each static pod, and what was last said of it.
+    aliases: BTreeMap<PodUid, Alias>,
     events: VecDeque<Bytes>,
     programmed: u64,
     stuck: Vec<proto::Stuck>,
     ack_due: bool,
     counters: Counters,
+}
+
+/// A static pod's status goes up under the name of its mirror pod, which may be another one
+/// tomorrow: each gets the newest status anew.
+#[derive(Default)]
+struct Alias {
+    mirror: Option<PodUid>,
+    status: Option<Status>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -234,12 +246,74 @@ impl Reporter {
             is_final: final_,
             released,
         };
-        if lock(&self.shared.reports).status(uid, status) {
+        let Some((uid, status)) = self.translate(uid, status) else {
+            return;
+        };
+        if lock(&self.shared.reports).status(&uid, status) {
             if final_ {
                 self.shared.persist.notify_one()
             } else {
                 self.shared.wake.notify_one()
             }
+        }
+    }
+
+    /// Of a static pod: its mirror's UID, and never a last word, since the next mirror wants one too.
+    fn translate(&self, uid: &PodUid, mut status: Status) -> Option<(PodUid, Status)> {
+        let mut outbox = lock(&self.shared.outbox);
+        let Some(alias) = outbox.aliases.get_mut(uid) else {
+            return Some((uid.clone(), status));
+        };
+        status.is_final = false;
+        status.released = false;
+        alias.status = Some(status.clone());
+        Some((alias.mirror.clone()?, status))
+    }
+
+    /// Names the static pods and, where the control plane has one, their mirror pods. A new mirror
+    /// gets the status that was last given.
+    pub fn static_pods(&self, mirrors: Vec<(PodUid, Option<PodUid>)>) {
+        let mut due = Vec::new();
+        {
+            let mut outbox = lock(&self.shared.outbox);
+            let mut before = std::mem::take(&mut outbox.aliases);
+            for (uid, mirror) in mirrors {
+                let mut alias = before.remove(&uid).unwrap_or_default();
+                if alias.mirror != mirror {
+                    alias.mirror.clone_from(&mirror);
+                    due.extend(mirror.zip(alias.status.clone()));
+                }
+                outbox.aliases.insert(uid, alias);
+            }
+        }
+        for (mirror, status) in due {
+            if lock(&self.shared.reports).status(&mirror, status) {
+                self.shared.wake.notify_one();
+            }
+        }
+    }
+
+    /// Asks the control plane to show exactly these static pods; repeated by the caller until the
+    /// view has them.
+    pub fn mirror(&self, pods: Vec<Bytes>) {
+        lock(&self.shared.outbox).mirrors = Some(pods);
+        self.shared.wake.notify_one();
+    }
+
+    /// Lets the object of a mirror pod go, which somebody has deleted: the pod itself runs on.
+    pub fn release_mirror(&self, uid: &PodUid, namespace: &str, name: &str, status: PodStatus) {
+        let Ok(json) = serde_json::to_vec(&status) else {
+            return;
+        };
+        let status = Status {
+            namespace: namespace.into(),
+            name: name.into(),
+            json: json.into(),
+            is_final: true,
+            released: true,
+        };
+        if lock(&self.shared.reports).status(uid, status) {
+            self.shared.persist.notify_one();
         }
     }
 

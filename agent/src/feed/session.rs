@@ -296,6 +296,9 @@ impl Driver {
         if let Some(report) = lock(&self.shared.reports).take_next() {
             return Some(up::Message::Status(report));
         }
+        if let Some(pods_json) = lock(&self.shared.outbox).mirrors.take() {
+            return Some(up::Message::MirrorPods(proto::MirrorPods { pods_json }));
+        }
         let event_json = lock(&self.shared.outbox).events.pop_front()?;
         Some(up::Message::Event(proto::EventReport { event_json }))
     }

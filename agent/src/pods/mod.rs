@@ -205,9 +205,6 @@ impl PodWorkers {
     /// Brings the set of workers to the newest view.
     async fn follow(&mut self) {
         let view = self.view.borrow_and_update().clone();
-        if view.rev == 0 {
-            return;
-        }
         for (uid, pod) in view.pods.iter() {
             if let Some(handle) = self.handles.get(uid) {
                 let same = |old: &Option<Arc<_>>| old.as_ref().is_some_and(|o| Arc::ptr_eq(o, pod));
@@ -229,7 +226,8 @@ impl PodWorkers {
         }
         self.released.retain(|uid| view.pods.contains_key(uid));
         self.pass_on_blobs(&view).await;
-        if !self.swept {
+        // Before the first commit only static pods are known: nothing else is unknown yet.
+        if !self.swept && view.rev > 0 {
             self.swept = true;
             self.sweep(&view).await;
         }

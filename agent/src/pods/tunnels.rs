@@ -20,6 +20,7 @@ use crate::ids::{ContainerRun, PodUid};
 use crate::paths::Paths;
 use crate::runtime::logs::{self, LogOptions};
 use crate::runtime::{ExecSession, ExecSpec, RunningContainer, Runtime};
+use crate::static_pods::Mirrors;
 use crate::stats::Collector;
 
 /// Loopback answers at once, or drops: then somebody filters it.
@@ -30,15 +31,22 @@ pub struct PodTunnels {
     paths: Paths,
     runtime: Arc<dyn Runtime>,
     usage: Collector,
+    mirrors: Mirrors,
 }
 
 impl PodTunnels {
     /// Needs only what survives an agent restart.
-    pub fn new(paths: Paths, runtime: Arc<dyn Runtime>, usage: Collector) -> Self {
+    pub fn new(
+        paths: Paths,
+        runtime: Arc<dyn Runtime>,
+        usage: Collector,
+        mirrors: Mirrors,
+    ) -> Self {
         Self {
             paths,
             runtime,
             usage,
+            mirrors,
         }
     }
 
@@ -95,6 +103,7 @@ impl TunnelTarget for PodTunnels {
         request: proto::LogsRequest,
         pod: PodUid,
     ) -> Result<BoxStream<'static, Result<Bytes, TunnelError>>, TunnelError> {
+        let pod = self.mirrors.behind(pod);
         let directory = self.paths.pod_log(&request.namespace, &request.pod, &pod);
         let attempt = attempt(&directory.join(&request.container), request.previous)?;
         let run = ContainerRun {
@@ -110,10 +119,17 @@ impl TunnelTarget for PodTunnels {
     }
 
     async fn usage(&self) -> Result<proto::NodeUsage, TunnelError> {
-        Ok(self.usage.usage().await)
+        let mut usage = self.usage.usage().await;
+        for pod in &mut usage.pods {
+            if let Some(shown) = self.mirrors.shown(&pod.uid) {
+                pod.uid = shown.to_string();
+            }
+        }
+        Ok(usage)
     }
 
     async fn exec(&self, start: proto::ExecStart, pod: PodUid) -> Result<ExecSession, TunnelError> {
+        let pod = self.mirrors.behind(pod);
         let run = self.newest(&pod, &start.container).await?;
         if start.attach {
             return self.attach(&run, &start).await;
@@ -134,7 +150,7 @@ impl TunnelTarget for PodTunnels {
     }
 
     async fn forward(&self, port: u16, pod: PodUid) -> Result<TcpStream, TunnelError> {
-        let netns = self.netns(&pod).await?;
+        let netns = self.netns(&self.mirrors.behind(pod)).await?;
         let v4 = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
         let v6 = SocketAddr::new(IpAddr::V6(Ipv6Addr::LOCALHOST), port);
         match connect(&netns, v4).await {

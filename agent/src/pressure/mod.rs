@@ -35,6 +35,7 @@ use crate::images::ImageStore;
 use crate::paths::Paths;
 use crate::pods::Order;
 use crate::readiness;
+use crate::static_pods::is_static;
 use crate::view::View;
 
 /// How often the signals are read without a PSI event.
@@ -261,15 +262,13 @@ fn candidate(
         }
         Resource::Pids => (stats.task_count, 0),
     };
-    let annotations = pod.metadata.annotations.as_ref();
-    let is_static = annotations.is_some_and(|a| a.contains_key("kubernetes.io/config.mirror"));
     let priority = spec.priority.unwrap_or(0);
     Some(Candidate {
         uid: uid.clone(),
         title: format!("{namespace}/{name}"),
         class,
         priority,
-        critical: is_static || priority >= CRITICAL_PRIORITY,
+        critical: is_static(pod) || priority >= CRITICAL_PRIORITY,
         usage,
         request,
     })

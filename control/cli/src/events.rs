@@ -63,8 +63,13 @@ pub(crate) async fn about(
         kind.kind
     );
     // Events about nodes carry the node's name as uid, as the kubelet does it.
-    if kind.namespaced && !field("uid").is_empty() {
-        selector.push_str(&format!(",involvedObject.uid={}", field("uid")));
+    // Those about a static pod carry the UID that its node gave it.
+    let mirrored = object
+        .pointer("/metadata/annotations/kubernetes.io~1config.mirror")
+        .and_then(Value::as_str);
+    let uid = mirrored.map_or_else(|| field("uid"), str::to_owned);
+    if kind.namespaced && !uid.is_empty() {
+        selector.push_str(&format!(",involvedObject.uid={uid}"));
     }
     let request = ListRequest {
         key: Some(key(event_kind()?, &namespace, "")),

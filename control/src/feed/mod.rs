@@ -45,6 +45,7 @@ mod floor;
 mod follow;
 mod join;
 mod latest;
+mod mirrors;
 mod pods;
 mod register;
 mod service;

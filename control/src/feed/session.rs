@@ -359,6 +359,14 @@ impl Session {
                 self.floor_waits.push(wait.rev);
                 Ok(())
             }
+            Some(up::Message::MirrorPods(report)) => {
+                let (inner, node) = (self.inner.clone(), self.node.clone());
+                self.writes.spawn(async move {
+                    inner.mirror(&node, &report.pods_json).await;
+                    Written::Nothing
+                });
+                Ok(())
+            }
             Some(up::Message::Hello(_)) => Err(leave("a second Hello on one stream")),
             None => Ok(()), // a newer agent's message
         }

@@ -11,7 +11,7 @@ use super::object::metadata_mut;
 use super::registry::Registry;
 use super::rules::Part;
 use super::service;
-use super::write::{WriteOptions, Written, set_namespace};
+use super::write::{WriteOptions, Written, refuse_mirror, set_namespace};
 
 /// Rounds of create and update before an object that comes and goes is given up.
 const ROUND_COUNT_MAX: usize = 4;
@@ -66,6 +66,7 @@ impl Registry {
         for _ in 0..ROUND_COUNT_MAX {
             if self.get_entry(kind, namespace, name).is_none() {
                 let prepared = admission::apply(kind, None, &json, options.strict)?;
+                refuse_mirror(kind, &prepared.object)?;
                 match self.create_prepared(kind, prepared, options.dry_run).await {
                     Err(status) if status.reason == Reason::AlreadyExists => continue,
                     result => return result,

@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use gantry_api::admission::{self, Prepared};
 use gantry_api::field::{FieldError, Path};
+use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::kinds::Kind;
 use gantry_api::status::{Reason, Status};
+use gantry_api::validation::MIRROR_ANNOTATION;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 
@@ -80,7 +82,20 @@ impl Registry {
         set_namespace(kind, namespace, &mut object)?;
         refuse_version(&object)?;
         let prepared = admission::prepare_create_value(kind, object, options.strict)?;
+        refuse_mirror(kind, &prepared.object)?;
         self.create_prepared(kind, prepared, options.dry_run).await
+    }
+
+    /// Shows a static pod of a node; the caller has seen to it that it is that node's.
+    pub(crate) async fn create_mirror(&self, pod: &Pod) -> Result<(), Status> {
+        let kind = kind_named("pods")?;
+        let encode = |error| Status::internal(format!("cannot encode a Pod: {error}"));
+        let mut object = serde_json::to_value(pod).map_err(encode)?;
+        let namespace = metadata_text(&object, "namespace").to_owned();
+        set_namespace(kind, &namespace, &mut object)?;
+        let prepared = admission::prepare_create_value(kind, object, false)?;
+        self.create_prepared(kind, prepared, false).await?;
+        Ok(())
     }
 
     /// Creates an object that admission has passed.
@@ -385,6 +400,22 @@ pub(super) fn replace(
         required: Vec::new(),
         warnings: prepared.warnings,
     })
+}
+
+/// A mirror pod shows what a node runs: only the feed makes one.
+pub(super) fn refuse_mirror(kind: &Kind, object: &Value) -> Result<(), Status> {
+    if kind.kind != "Pod" || object["metadata"]["annotations"][MIRROR_ANNOTATION].is_null() {
+        return Ok(());
+    }
+    let detail = format!(
+        "annotation {MIRROR_ANNOTATION}: only a node makes mirror pods, of the manifests in its \
+         static pod directory; leave the annotation out"
+    );
+    Err(Status::forbidden(
+        kind,
+        metadata_text(object, "name"),
+        &detail,
+    ))
 }
 
 fn refuse_version(object: &Value) -> Result<(), Status> {

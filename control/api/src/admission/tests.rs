@@ -332,3 +332,41 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_mirror_pod_is_bound_from_the_start_and_no_pod_becomes_one() {
+    let kind = resolve("pods").unwrap();
+    let pod = |annotations: Value, node: &str| {
+        json!({"metadata": {"name": "a", "namespace": "d", "annotations": annotations},
+            "spec": {"nodeName": node, "containers": [{"name": "c", "image": "i"}]}})
+    };
+    let mirror = json!({"kubernetes.io/config.mirror": "u"});
+    let created = |object| prepare_create_value(kind, object, true).map(|p| p.object);
+    let unbound = created(pod(mirror.clone(), "")).unwrap_err();
+    assert!(
+        unbound.message.contains("must set spec.nodeName"),
+        "{unbound}"
+    );
+    let shown = created(pod(mirror.clone(), "n")).unwrap();
+    let plain = created(pod(json!({}), "n")).unwrap();
+    let update = |old: &Value, annotations: Value| {
+        let mut new = old.clone();
+        new["metadata"]["annotations"] = annotations;
+        prepare_update(kind, old, new, true)
+    };
+    assert!(
+        update(
+            &shown,
+            json!({"kubernetes.io/config.mirror": "u", "x": "y"})
+        )
+        .is_ok()
+    );
+    for (old, annotations) in [
+        (&plain, mirror),
+        (&shown, json!({})),
+        (&shown, json!({"kubernetes.io/config.mirror": "v"})),
+    ] {
+        let refused = update(old, annotations).unwrap_err();
+        assert!(refused.message.contains("config.mirror"), "{refused}");
+    }
+}

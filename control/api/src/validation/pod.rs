@@ -25,6 +25,18 @@ const FIELD_PATHS: &[&str] = &[
 /// A pod with this annotation may save up unused CPU quota: percent of the quota.
 pub(super) const CPU_BURST_ANNOTATION: &str = "gantry.dev/cpu-burst-percent";
 
+/// On a mirror pod, which shows what a node runs on its own account: the UID of the static pod.
+pub const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
+
+fn mirrored(pod: &Pod) -> Option<&String> {
+    pod.metadata.annotations.as_ref()?.get(MIRROR_ANNOTATION)
+}
+
+fn mirror_path() -> Path {
+    let annotations = Path::new("metadata").child("annotations");
+    annotations.key(MIRROR_ANNOTATION)
+}
+
 /// A Pod.
 pub fn pod(pod: &Pod) -> Vec<FieldError> {
     let mut errors = match &pod.spec {
@@ -32,6 +44,11 @@ pub fn pod(pod: &Pod) -> Vec<FieldError> {
         None => vec![FieldError::required(&Path::new("spec"), "")],
     };
     super::resources::burst(pod.metadata.annotations.as_ref(), &mut errors);
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
+    if let Some(value) = mirrored(pod).filter(|_| node.unwrap_or_default().is_empty()) {
+        let detail = "must set spec.nodeName if mirror pod annotation is set";
+        errors.push(FieldError::invalid(&mirror_path(), value.as_str(), detail));
+    }
     errors
 }
 
@@ -394,6 +411,11 @@ pub fn pod_update(new: &Pod, old: &Pod) -> Vec<FieldError> {
         return Vec::new();
     };
     let mut errors = Vec::new();
+    if mirrored(new) != mirrored(old) {
+        let detail =
+            "a pod becomes no mirror pod, and a mirror pod stays one of the same static pod";
+        errors.push(FieldError::forbidden(&mirror_path(), detail));
+    }
     let path = Path::new("spec");
     // Give the old spec everything that may differ: what still differs may not.
     let mut allowed = old_spec.clone();
