@@ -31,6 +31,7 @@ pub mod readiness;
 pub mod run_directory;
 pub mod runtime;
 pub mod services;
+pub mod shutdown;
 pub mod static_pods;
 pub mod stats;
 pub mod user_namespaces;

@@ -19,8 +19,9 @@ use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
 use gantry_agent::runtime::logs::files::Limits;
 use gantry_agent::runtime::spec::security::{Host, check_unsafe_sysctls};
 use gantry_agent::runtime::{Runtime, shim::ShimRuntime};
+use gantry_agent::shutdown::Shutdown;
 use gantry_agent::view::View;
-use gantry_agent::{check, cleanup, dns, run_directory, static_pods};
+use gantry_agent::{check, cleanup, dns, run_directory, shutdown, static_pods};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -49,6 +50,8 @@ enum Command {
     Image(Image),
     /// Say what this machine lacks; exit code 1 when the agent cannot work
     Check,
+    /// End all pods in order because the machine goes down: for the ExecStop of a unit
+    Shutdown,
     /// Remove every pod, network, cgroup and eBPF program of ours from this machine
     Cleanup,
 }
@@ -153,6 +156,9 @@ fn main() -> ExitCode {
                 );
                 Ok(())
             }
+            Command::Shutdown => runtime
+                .block_on(shutdown::ask(&paths()?, |words| println!("{words}")))
+                .map_err(anyhow::Error::msg),
             Command::Cleanup => runtime.block_on(cleanup::run(&paths()?)),
         });
     match done {
@@ -197,6 +203,8 @@ async fn agent(run: Run) -> Result<()> {
     };
     check_unsafe_sysctls(&run.allowed_unsafe_sysctls)
         .map_err(|words| anyhow::anyhow!("--allowed-unsafe-sysctls: {words}"))?;
+    let periods = run.resources.shutdown();
+    periods.check().map_err(anyhow::Error::msg)?;
     let paths = paths()?;
     let shutdown = CancellationToken::new();
     run_directory::ensure(&paths.run)
@@ -274,6 +282,7 @@ async fn agent(run: Run) -> Result<()> {
         images: images.clone(),
         cgroups,
         allocatable: resources.allocatable(),
+        going_down: resources.going_down().subscribe(),
         device_guard,
         probes: Arc::default(),
         reporter: link.reporter.clone(),
@@ -285,7 +294,19 @@ async fn agent(run: Run) -> Result<()> {
     tasks.spawn(drop_in::watch(store.clone(), import, shutdown.clone()));
     tasks.spawn(keep_disk_free(store, link.view.clone(), shutdown.clone()));
     let resolver = dns::Resolver::start(resolver, link.view.clone(), shutdown.clone()).await?;
-    let orders = resources.watch(&images, &link.view, &tasks, &shutdown);
+    let going_down = resources.going_down();
+    let (order, orders) = resources.watch(&images, &link.view, &tasks, &shutdown);
+    let listener = shutdown::listen(&node.paths).context("the agent's socket")?;
+    let down = Shutdown {
+        periods,
+        going_down,
+        view: link.view.clone(),
+        orders: order,
+        runtime: node.runtime.clone(),
+        reporter: link.reporter.clone(),
+        paths: node.paths.clone(),
+    };
+    tasks.spawn(down.serve(listener, shutdown.clone()));
     let workers = PodWorkers::new(node, link.view.clone(), found, orders);
     tasks.spawn(workers.run(shutdown.clone()));
     tasks.spawn(follow(

@@ -169,6 +169,11 @@ impl Cluster {
         run(&mut self.command(arguments))
     }
 
+    /// Runs `gantry-agent` with a command for people.
+    pub fn agent(&self, arguments: &[&str]) -> Result<Output> {
+        run(Command::new(self.installation.bin.join("gantry-agent")).args(arguments))
+    }
+
     /// The command line, to be run by the caller.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.installation.bin.join("gantry"));

@@ -18,6 +18,7 @@ mod main_job;
 mod probes;
 mod resources;
 mod security;
+mod shutdown;
 mod static_pods;
 mod streams;
 mod volumes;
@@ -58,6 +59,7 @@ pub const ALL: &[Scenario] = &[
     scenario("resources", resources::resources),
     scenario("streams", streams::streams),
     scenario("static-pods", static_pods::static_pods),
+    scenario("shutdown", shutdown::shutdown),
 ];
 
 impl Scenario {

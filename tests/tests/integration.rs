@@ -56,4 +56,5 @@ scenarios! {
     resources: limits_resize_oom_and_pressure_are_seen_and_explained,
     streams: clients_attach_copy_and_forward_ports,
     static_pods: they_run_without_a_control_plane_and_no_deletion_stops_them,
+    shutdown: pods_end_in_order_and_say_why,
 }

@@ -200,6 +200,8 @@ struct Outbox {
     programmed: u64,
     stuck: Vec<proto::Stuck>,
     ack_due: bool,
+    /// The node's conditions are to go up now.
+    beat_due: bool,
     counters: Counters,
 }
 
@@ -380,6 +382,22 @@ impl Reporter {
             drop(outbox);
             self.shared.wake.notify_one();
         }
+    }
+
+    /// The node's conditions have changed: they go up now, not with the next beat.
+    pub fn beat(&self) {
+        lock(&self.shared.outbox).beat_due = true;
+        self.shared.wake.notify_one();
+    }
+
+    /// Returns when the control plane holds every status that was given, or `patience` is over.
+    pub async fn flushed(&self, patience: Duration) {
+        let flushed = async {
+            while !lock(&self.shared.reports).is_settled() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let _ = tokio::time::timeout(patience, flushed).await;
     }
 
     /// What went wrong and was healed, since the start.

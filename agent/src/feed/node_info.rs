@@ -236,6 +236,16 @@ fn conditions(
     all
 }
 
+/// The same node, that takes no pods any more.
+pub fn going_down(mut node: Node) -> Node {
+    let conditions = node.status.iter_mut();
+    let conditions = conditions.flat_map(|status| status.conditions.iter_mut().flatten());
+    for ready in conditions.filter(|condition| condition.type_ == "Ready") {
+        *ready = condition("Ready", false, "NodeShutdown", "the node is shutting down");
+    }
+    node
+}
+
 /// What `describe node` says about limits that this machine cannot hold.
 fn limits_degraded(sentences: &[String]) -> NodeCondition {
     let kind = "LimitsDegraded";

@@ -236,6 +236,11 @@ impl Reports {
             .is_none_or(|entry| entry.status.is_final && entry.persisted)
     }
 
+    /// Nothing waits to be sent or answered.
+    pub(super) fn is_settled(&self) -> bool {
+        self.in_flight == 0 && self.entries.values().all(|entry| !entry.dirty)
+    }
+
     /// Forgets entries that nobody needs any more: held by the control plane, pod not in the view.
     /// Returns those whose record on disk is to be deleted.
     pub(super) fn take_finished(&mut self) -> Vec<PodUid> {

@@ -290,7 +290,8 @@ impl Driver {
                 }));
             }
         }
-        if std::mem::take(&mut stream.beat_due) {
+        let at_once = std::mem::take(&mut lock(&self.shared.outbox).beat_due);
+        if std::mem::take(&mut stream.beat_due) || at_once {
             return Some(up::Message::Beat(self.beat(stream)));
         }
         if let Some(report) = lock(&self.shared.reports).take_next() {

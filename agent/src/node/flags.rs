@@ -7,6 +7,7 @@ use crate::cgroups::limits::{POD_PIDS_MAX, Policy};
 use crate::feed::node_info::PODS_MAX_DEFAULT;
 use crate::pressure;
 use crate::pressure::thresholds::{self, Signal, Thresholds};
+use crate::shutdown::plan::Periods;
 
 /// Flags about resources.
 #[derive(clap::Args, Clone, Debug)]
@@ -37,6 +38,13 @@ pub struct ResourceFlags {
     /// (memory.high, cgroup v2); 0: never, it is killed at its limit
     #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=100))]
     pub memory_throttling_percent: u64,
+    /// How long pods have when the machine goes down (gantry-agent shutdown); 0s: they are not ended
+    /// in order
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = duration)]
+    pub shutdown_grace_period: Duration,
+    /// The last part of it, for critical pods alone
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
+    pub shutdown_grace_period_critical_pods: Duration,
 }
 
 /// `90s`, `5m`, `1h`.
@@ -96,6 +104,14 @@ impl ResourceFlags {
                 .unwrap_or(usize::MAX)
                 .max(1),
             pids_allocatable: pid_max.checked_sub(reserved.pids).filter(|pids| *pids > 0),
+        }
+    }
+
+    /// What pods have when the machine goes down.
+    pub fn shutdown(&self) -> Periods {
+        Periods {
+            all: self.shutdown_grace_period,
+            critical: self.shutdown_grace_period_critical_pods,
         }
     }
 

@@ -46,6 +46,7 @@ pub struct NodeResources {
     identity: Arc<NodeIdentity>,
     usage: Collector,
     pressures: watch::Sender<BTreeSet<Resource>>,
+    going_down: watch::Sender<bool>,
 }
 
 impl NodeResources {
@@ -79,6 +80,7 @@ impl NodeResources {
             identity: Arc::new(identity),
             usage: Collector::new(node_name.to_owned(), cgroups.clone(), paths.clone()),
             pressures,
+            going_down: watch::Sender::new(false),
         }
     }
 
@@ -91,7 +93,14 @@ impl NodeResources {
     pub fn info(&self) -> NodeInfoSource {
         let (identity, lib) = (self.identity.clone(), self.paths.lib.clone());
         let pressures = self.pressures.subscribe();
-        Arc::new(move || node_info::read(&identity, &lib, &pressures.borrow()))
+        let going_down = self.going_down.subscribe();
+        Arc::new(move || {
+            let node = node_info::read(&identity, &lib, &pressures.borrow());
+            match *going_down.borrow() {
+                true => node_info::going_down(node),
+                false => node,
+            }
+        })
     }
 
     /// What pods may ask for.
@@ -104,20 +113,25 @@ impl NodeResources {
         }
     }
 
+    /// Set to true when the machine goes down.
+    pub fn going_down(&self) -> watch::Sender<bool> {
+        self.going_down.clone()
+    }
+
     /// Readings of what everything uses.
     pub fn usage(&self) -> Collector {
         self.usage.clone()
     }
 
     /// Starts watching for pressure and hit limits, and serving metrics; returns what they want of
-    /// pods.
+    /// pods, and how others may say what they want.
     pub fn watch(
         self,
         images: &Arc<ImageStore>,
         view: &watch::Receiver<Arc<View>>,
         tasks: &TaskTracker,
         shutdown: &CancellationToken,
-    ) -> mpsc::Receiver<Order> {
+    ) -> (mpsc::Sender<Order>, mpsc::Receiver<Order>) {
         let (orders, ordered) = mpsc::channel(ORDERS_MAX);
         self.usage.follow(view.clone());
         let (usage, socket) = (self.usage.clone(), self.paths.run.join("metrics.sock"));
@@ -150,9 +164,9 @@ impl NodeResources {
             Err(error) => warn!(%error, socket = %socket.display(), "metrics are not served"),
         }
         tasks.spawn(monitor.run(shutdown.clone()));
-        let watcher = oom::Watcher::new(self.cgroups, view.clone(), orders);
+        let watcher = oom::Watcher::new(self.cgroups, view.clone(), orders.clone());
         tasks.spawn(watcher.run(shutdown.clone()));
-        ordered
+        (orders, ordered)
     }
 }
 

@@ -43,7 +43,7 @@ mod launch;
 mod prepare;
 pub mod probes;
 mod processes;
-mod records;
+pub mod records;
 pub mod resize;
 pub mod rotation;
 pub mod state;
@@ -88,6 +88,8 @@ pub struct Node {
     pub cgroups: Arc<Cgroups>,
     /// What pods may ask for of this node.
     pub allocatable: Amounts,
+    /// The machine goes down: no pod is begun any more.
+    pub going_down: watch::Receiver<bool>,
     /// Where device rules are an eBPF program (pure cgroup v2): its exemptions.
     pub device_guard: Option<DeviceGuard>,
     /// How many probes are under way at once.
@@ -126,6 +128,13 @@ pub enum Order {
         reason: &'static str,
         /// Why this one, with the figures.
         message: String,
+    },
+    /// End it within this time: the machine goes down.
+    Shutdown {
+        /// Which pod.
+        pod: PodUid,
+        /// Seconds from SIGTERM to SIGKILL at most.
+        grace_s: u64,
     },
     /// A warning for its events.
     Event {
@@ -287,6 +296,9 @@ impl PodWorkers {
                 reason,
                 message,
             } => (pod, Message::Input(state::Input::Fail(reason, message))),
+            Order::Shutdown { pod, grace_s } => {
+                (pod, Message::Input(state::Input::Shutdown(grace_s)))
+            }
             Order::Event {
                 pod,
                 reason,

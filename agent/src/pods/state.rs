@@ -35,6 +35,7 @@ use super::records::Probed;
 use crate::ids::{ContainerRun, PodUid};
 use crate::network::PodNetwork;
 use crate::runtime::{Exit, ObservedContainer};
+use crate::shutdown;
 
 /// How long a failed sandbox, or a tear-down, waits before the next try; doubles to 64 s.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
@@ -236,6 +237,8 @@ pub enum Input {
     Exited(ContainerRun, Exit),
     /// The node ends the pod (`Evicted`): reason and words. It is Failed when it has stopped.
     Fail(&'static str, String),
+    /// The machine goes down: the pod has this many seconds.
+    Shutdown(u64),
     /// The postStart hook is over.
     PostStarted(ContainerRun, Result<(), String>),
     /// The preStop hook is over.
@@ -359,6 +362,13 @@ impl PodState {
         self.containers.iter().position(found)
     }
 
+    /// The pod is not begun here at all: reason and words. Before any input.
+    pub fn refuse(&mut self, reason: &'static str, message: &str) {
+        if self.failed.is_none() && self.phase == Phase::Syncing {
+            self.failed = Some((reason, message.to_owned()));
+        }
+    }
+
     /// Takes one input and returns what to do, in order. `now` is the worker's monotonic clock.
     pub fn next(&mut self, input: Input, now: Duration) -> Vec<Action> {
         let mut actions = Vec::new();
@@ -400,6 +410,11 @@ impl PodState {
             Input::Fail(reason, message) => {
                 let grace_s = stop::EVICTION_GRACE_S;
                 self.fail(reason, message, grace_s, now, &mut actions);
+            }
+            Input::Shutdown(grace_s) => {
+                let words = shutdown::MESSAGE.to_owned();
+                self.fail(shutdown::REASON, words, grace_s, now, &mut actions);
+                self.shrink_grace(grace_s, now);
             }
             Input::TornDown => {
                 if self.phase == Phase::TearingDown {

@@ -33,6 +33,7 @@ use super::timeline::Timeline;
 use super::{Node, configs, launch, prepare, processes, records, status};
 use crate::ids::{ContainerRun, PodUid};
 use crate::runtime::{Exit, ObservedContainer};
+use crate::shutdown;
 use crate::view::View;
 use crate::volumes::{self, ReadyVolumes};
 
@@ -130,6 +131,9 @@ impl Worker {
             true => PodState::ended(uid, pod),
             false => PodState::new(uid, pod),
         };
+        if *node.going_down.borrow() && found.is_empty() {
+            state.refuse(shutdown::REFUSED, shutdown::REFUSED_MESSAGE);
+        }
         state.recalled = records::read_probed(&node.paths, &state.uid);
         state.age = age(&reported);
         let mut timeline = Timeline::new();

@@ -39,6 +39,7 @@ mod watch;
 use crate::feed::Reporter;
 use crate::ids::PodUid;
 use crate::paths::Paths;
+use crate::shutdown;
 use crate::view::View;
 pub use manifest::is_static;
 pub use mirrors::Mirrors;
@@ -79,6 +80,8 @@ struct StaticPods {
     shown: Shown,
     /// Sentences that were told already.
     told: Vec<(PathBuf, String)>,
+    /// Before the first look: a shutdown of the machine before this start is over.
+    is_first: bool,
 }
 
 /// Reads the directory once, then follows it and `view` until `shutdown`.
@@ -101,10 +104,12 @@ pub fn run(
         objects: HashMap::new(),
         read: BTreeMap::new(),
         told: Vec::new(),
+        is_first: true,
     };
     let mut watch = Watch::new();
     watch.ensure(&pods.config.directory);
     pods.look();
+    pods.is_first = false;
     let first = view.borrow_and_update().clone();
     let mut is_busy = pods.mirror(&first);
     let (sender, merged) = channel::channel(pods.merge(&first));
@@ -177,6 +182,10 @@ impl StaticPods {
             now: Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default(),
             node: &self.config.node,
             is_away: &is_away,
+            is_due_again: &|uid| {
+                let uid = PodUid::new(uid).ok().filter(|_| self.is_first);
+                uid.is_some_and(|uid| shutdown::has_ended(paths, &uid))
+            },
         };
         let (list, refused) = plan(&self.list, &manifests, &around);
         let bad = manifests

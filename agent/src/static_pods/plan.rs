@@ -95,6 +95,8 @@ pub struct Surroundings<'a> {
     pub node: &'a str,
     /// Nothing of the pod of this UID is left.
     pub is_away: &'a dyn Fn(&str) -> bool,
+    /// The machine's shutdown has ended it, and that is over: it is to run again.
+    pub is_due_again: &'a dyn Fn(&str) -> bool,
 }
 
 /// The next list, and a sentence for each pod that cannot be.
@@ -122,7 +124,7 @@ pub fn plan(
             } else {
                 next.pods.push(old.clone());
             }
-        } else if is_bad(&old.path) || stays() {
+        } else if (is_bad(&old.path) || stays()) && !(around.is_due_again)(old.uid()) {
             next.pods.push(old.clone());
         } else {
             next.pods.push(old.clone().leave(around.now));
@@ -241,6 +243,7 @@ mod tests {
                 now: Timestamp::UNIX_EPOCH,
                 node: "n",
                 is_away: &|uid| self.away.borrow().contains(uid),
+                is_due_again: &|_| false,
             };
             let (list, refused) = plan(&self.list, manifests, &around);
             self.list = list;
