@@ -104,7 +104,6 @@ impl Shown {
 }
 
 /// What the API is to show, and each static pod with the mirror that it has.
-#[expect(clippy::type_complexity, reason = "a list of pairs")]
 fn wanted(
     list: &List,
     mirrors: &[(&str, &PodUid, &Arc<Pod>)],

@@ -143,13 +143,15 @@ pub fn plan(
     (next, refused)
 }
 
+/// A wanted pod and its file.
+type InFile<'a> = (&'a PathBuf, &'a Wanted);
+
 /// Wanted pods, one of each name: the first file has it.
-fn unique(manifests: &[Manifest]) -> (Vec<(&PathBuf, &Wanted)>, Vec<(PathBuf, String)>) {
-    let (mut wanted, mut refused) = (Vec::<(&PathBuf, &Wanted)>::new(), Vec::new());
+fn unique(manifests: &[Manifest]) -> (Vec<InFile<'_>>, Vec<(PathBuf, String)>) {
+    let (mut wanted, mut refused) = (Vec::<InFile<'_>>::new(), Vec::new());
     for (path, pods) in manifests {
         for pod in pods.iter().flatten() {
-            let is_same =
-                |(_, other): &&(&PathBuf, &Wanted)| name_of(&other.pod) == name_of(&pod.pod);
+            let is_same = |(_, other): &&InFile<'_>| name_of(&other.pod) == name_of(&pod.pod);
             if let Some((first, _)) = wanted.iter().find(is_same) {
                 let name = pod.pod.metadata.name.as_deref().unwrap_or_default();
                 let words = format!("pod {name} is in {} already", first.display());

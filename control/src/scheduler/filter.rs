@@ -174,7 +174,7 @@ fn untolerated(node: &NodeState, pod: &PodRequest, effects: &[&str]) -> Option<T
     let asks = pod.resources.cpu_millicores > 0 || pod.resources.memory_bytes > 0;
     strict.find(|taint| {
         let tolerated = pod.tolerations.iter().any(|t| tolerates(t, taint));
-        !tolerated && !(asks && taint.key == MEMORY_PRESSURE)
+        !(tolerated || asks && taint.key == MEMORY_PRESSURE)
     })
 }
 
