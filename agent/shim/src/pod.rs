@@ -524,9 +524,9 @@ impl Pod {
 
     fn spawn_helper(&mut self, mut command: Command, purpose: Purpose) -> io::Result<()> {
         let (report, theirs) = sys::pipe()?;
-        let report_fd = theirs.as_raw_fd();
+        let (own, report_fd) = (std::process::id() as i32, theirs.as_raw_fd());
         // SAFETY: the closure makes async-signal-safe calls only.
-        unsafe { command.pre_exec(move || sys::prepare_child(report_fd)) };
+        unsafe { command.pre_exec(move || sys::prepare_child(own, report_fd)) };
         // Dropping the handle does not wait: the SIGCHLD loop reaps every child.
         let child = command.spawn().map_err(|error| {
             io::Error::other(format!("cannot run {}: {error}", self.rt.display()))

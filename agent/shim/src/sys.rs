@@ -69,11 +69,19 @@ pub(crate) fn take_signals() -> io::Result<OwnedFd> {
     }
 }
 
-/// Between fork and exec of gantry-rt: an empty signal mask, default dispositions, and `report`
-/// as descriptor 3. Async-signal-safe calls only.
-pub(crate) fn prepare_child(report: RawFd) -> io::Result<()> {
+/// Between fork and exec of gantry-rt: it dies with `parent`, the shim; an empty signal mask,
+/// default dispositions, and `report` as descriptor 3. Async-signal-safe calls only.
+///
+/// A helper that outlived its shim would make a container beside the one that the next shim is told
+/// to make, in the same directory and the same cgroup.
+pub(crate) fn prepare_child(parent: i32, report: RawFd) -> io::Result<()> {
     // SAFETY: sigset_t is plain data initialised by sigemptyset; the rest takes integers.
     unsafe {
+        check(libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL, 0, 0, 0))?;
+        if libc::getppid() != parent {
+            // It has died already.
+            return Err(io::Error::from_raw_os_error(libc::ESRCH));
+        }
         for signal in 1..=64 {
             if signal != libc::SIGKILL && signal != libc::SIGSTOP {
                 // 32 and 33 are the C library's own: the error is of no interest.

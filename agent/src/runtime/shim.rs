@@ -187,6 +187,33 @@ impl ShimRuntime {
         })
     }
 
+    /// One try of [`Runtime::start_container`].
+    async fn try_to_start(&self, container: &ContainerSpec) -> Result<SystemTime, RuntimeError> {
+        let run = &container.run;
+        if let Some(time) = self.started_at(run)? {
+            return Ok(time);
+        }
+        let link = self.link(run).await?;
+        if !link.was_creating(&records::key(run)) {
+            // An intent without a start: an earlier agent died in between.
+            self.clean(run).await?;
+        } else if let Some(time) = self.started_at(run)? {
+            return Ok(time);
+        }
+        let start = self.prepare(container)?;
+        match link.ask(&Request::Start(start), &[]).await? {
+            Ok(Answer::Started(ns)) => Ok(records::time(ns)),
+            Ok(other) => Err(RuntimeError::Shim(format!(
+                "a start was answered by {other:?}"
+            ))),
+            Err(report) => {
+                // The next try begins with nothing.
+                self.clean(run).await?;
+                Err(report_error(&report))
+            }
+        }
+    }
+
     /// Removes everything a run left, by its intent. Idempotent.
     async fn clean(&self, run: &ContainerRun) -> Result<(), RuntimeError> {
         let directory = self.paths.container_run(run);
@@ -261,28 +288,13 @@ impl Runtime for ShimRuntime {
     }
 
     async fn start_container(&self, container: &ContainerSpec) -> Result<SystemTime, RuntimeError> {
-        let run = &container.run;
-        if let Some(time) = self.started_at(run)? {
-            return Ok(time);
-        }
-        let link = self.link(run).await?;
-        if !link.was_creating(&records::key(run)) {
-            // An intent without a start: an earlier agent died in between.
-            self.clean(run).await?;
-        } else if let Some(time) = self.started_at(run)? {
-            return Ok(time);
-        }
-        let start = self.prepare(container)?;
-        match link.ask(&Request::Start(start), &[]).await? {
-            Ok(Answer::Started(ns)) => Ok(records::time(ns)),
-            Ok(other) => Err(RuntimeError::Shim(format!(
-                "a start was answered by {other:?}"
-            ))),
-            Err(report) => {
-                // The next try begins with nothing.
-                self.clean(run).await?;
-                Err(report_error(&report))
+        match self.try_to_start(container).await {
+            // Our own program died or was killed: that is no reason for a container to wait.
+            Err(RuntimeError::Shim(words)) => {
+                tracing::warn!(run = %container.run, %words, "a start broke; trying once more");
+                self.try_to_start(container).await
             }
+            other => other,
         }
     }
 
