@@ -24,6 +24,7 @@ pub mod images;
 pub mod network;
 pub mod node;
 pub mod oom;
+pub mod open_files;
 pub mod paths;
 pub mod pods;
 pub mod pressure;

@@ -21,7 +21,7 @@ use gantry_agent::runtime::spec::security::{Host, check_unsafe_sysctls};
 use gantry_agent::runtime::{Runtime, shim::ShimRuntime};
 use gantry_agent::shutdown::Shutdown;
 use gantry_agent::view::View;
-use gantry_agent::{check, cleanup, dns, run_directory, shutdown, static_pods};
+use gantry_agent::{check, cleanup, dns, open_files, run_directory, shutdown, static_pods};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -205,6 +205,7 @@ async fn agent(run: Run) -> Result<()> {
         .map_err(|words| anyhow::anyhow!("--allowed-unsafe-sysctls: {words}"))?;
     let periods = run.resources.shutdown();
     periods.check().map_err(anyhow::Error::msg)?;
+    open_files::raise();
     let paths = paths()?;
     let shutdown = CancellationToken::new();
     run_directory::ensure(&paths.run)

@@ -1,7 +1,7 @@
 //! `gantry-shim`: one per pod, the parent of its containers.
 //!
 //! ```text
-//! usage: gantry-shim <sandbox directory> <path of gantry-rt>
+//! usage: gantry-shim <sandbox directory> <path of gantry-rt> [<open files of the containers>]
 //!        gantry-shim init
 //!
 //! agent ── spawn ──► gantry-shim ── fork ──► shim (own session, cgroup /gantry-shims, parent: init)
@@ -49,16 +49,23 @@ const LOCK_FILE: &str = "shim.lock";
 const EXIT_TAKEN: u8 = 3;
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
+    let mut arguments = std::env::args_os().skip(1);
     if std::env::args_os().skip(1).eq(["init"]) {
         return reap_forever();
     }
-    let (Some(sandbox), Some(rt), None) = (arguments.next(), arguments.next(), arguments.next())
-    else {
-        eprintln!("usage: gantry-shim <sandbox directory> <path of gantry-rt> | init");
+    let (Some(sandbox), Some(rt)) = (arguments.next(), arguments.next()) else {
+        eprintln!(
+            "usage: gantry-shim <sandbox directory> <path of gantry-rt> [<open files>] | init"
+        );
         return ExitCode::from(64);
     };
-    match launch(&sandbox, rt) {
+    let (sandbox, rt) = (PathBuf::from(sandbox), PathBuf::from(rt));
+    let open_files = arguments
+        .next()
+        .and_then(|text| text.to_str()?.parse().ok());
+    // Without it the containers have what the agent has.
+    let limited = open_files.map_or(Ok(()), sys::limit_open_files);
+    match limited.and_then(|()| launch(&sandbox, rt)) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("gantry-shim: {}: {error}", sandbox.display());

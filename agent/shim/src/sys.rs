@@ -102,6 +102,18 @@ pub(crate) fn prepare_child(parent: i32, report: RawFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Lowers or raises the soft limit of open files, never above the hard one.
+pub(crate) fn limit_open_files(soft: u64) -> io::Result<()> {
+    // SAFETY: `limit` is a valid place for one rlimit, read and written by the kernel only.
+    unsafe {
+        let mut limit: libc::rlimit = std::mem::zeroed();
+        check(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit))?;
+        limit.rlim_cur = soft.min(limit.rlim_max);
+        check(libc::setrlimit(libc::RLIMIT_NOFILE, &limit))?;
+    }
+    Ok(())
+}
+
 /// The next child that has ended: its pid and wait status. None when there is none.
 pub(crate) fn reap() -> Option<(i32, i32)> {
     let mut status = 0;

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, watch};
 use super::link::{Link, News, lock};
 use super::records;
 use crate::ids::{ContainerRun, PodUid};
+use crate::open_files;
 use crate::runtime::{RuntimeError, RuntimeEvent};
 
 /// A shim is ready in milliseconds; a machine that needs longer than this is in trouble.
@@ -157,6 +158,7 @@ impl Keeper {
         command
             .arg(&self.directory)
             .arg(&self.rt)
+            .args(open_files::given().map(|soft| soft.to_string()))
             .env_clear()
             .stdin(Stdio::null())
             .stdout(Stdio::null())
