@@ -49,9 +49,7 @@ impl Leaf {
         let roots = if unified {
             vec![(String::new(), PathBuf::from(MOUNT))]
         } else {
-            let table =
-                fs::read_to_string("/proc/self/cgroup").context("cannot read /proc/self/cgroup")?;
-            mounted(&table)
+            mounted(&own_cgroups().context("cannot read /proc/self/cgroup")?)
         };
         let mut directories = Vec::with_capacity(roots.len());
         for (controllers, root) in roots {
@@ -213,6 +211,16 @@ fn fill_cpuset(directory: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// `/proc/self/cgroup`, nearly always in one read.
+fn own_cgroups() -> io::Result<String> {
+    let mut table = [0; 4096];
+    let length = fs::File::open("/proc/self/cgroup")?.read(&mut table)?;
+    if length == table.len() {
+        return fs::read_to_string("/proc/self/cgroup");
+    }
+    Ok(String::from_utf8_lossy(&table[..length]).into_owned())
 }
 
 /// A short file of the kernel's, in one read.

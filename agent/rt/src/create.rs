@@ -28,7 +28,7 @@ use std::rc::Rc;
 
 use anyhow::{Context, anyhow};
 use libcgroups::common::CgroupConfig;
-use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::container::{ContainerStatus, State};
 use libcontainer::notify_socket::{NOTIFY_FILE, NotifyListener, NotifySocket};
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Spec};
 use libcontainer::process::args::{ContainerArgs, ContainerType};
@@ -88,10 +88,6 @@ pub(crate) fn create(
     let new = namespaces.new;
     if let Some(path) = &namespaces.pid {
         join(path, CloneFlags::CLONE_NEWPID)?;
-    }
-    let oom_score_adj = spec.process().as_ref().and_then(|p| p.oom_score_adj());
-    if let Some(score) = oom_score_adj {
-        fs::write("/proc/self/oom_score_adj", score.to_string()).context("set oom_score_adj")?;
     }
     // Init is a copy of this process: processes whose namespaces it joins may not look into it.
     nix::sys::prctl::set_dumpable(false)?;
@@ -173,7 +169,8 @@ pub(crate) fn create(
         let _ = fs::File::from(go).write_all(b"g");
     }
     let status = ContainerStatus::Running;
-    Container::new(STATE, status, Some(pid), bundle, &state)?.save()?;
+    // Both paths are absolute: nothing is to be made canonical.
+    State::new(STATE, status, Some(pid), bundle.to_owned()).save(&state)?;
     from_init.wait_for_init_ready()?;
     Ok((pid, started_ns))
 }

@@ -11,7 +11,7 @@
 //! filter is loaded first, the capabilities are dropped after.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -172,8 +172,11 @@ fn parse_filters(bytes: &[u8]) -> anyhow::Result<Vec<Vec<libc::sock_filter>>> {
 
 /// By the host's /proc, as long as it is in sight; all of them when it does not tell.
 fn ignored_signals() -> u64 {
-    fs::read_to_string("/proc/self/status")
-        .ok()
+    // In one read. What does not fit (a line of thousands of groups) counts as not told.
+    let mut text = [0; 4096];
+    let read = fs::File::open("/proc/self/status").and_then(|mut file| file.read(&mut text));
+    read.ok()
+        .map(|length| String::from_utf8_lossy(&text[..length]))
         .and_then(|status| mask_of(&status))
         .unwrap_or(u64::MAX)
 }
@@ -269,14 +272,15 @@ fn keep_capabilities(mask: u64) -> io::Result<()> {
     // SAFETY: integers, and two locals of the layout that version 3 of capset reads.
     unsafe {
         for capability in 0..64u64 {
-            // An unknown number ends the kernel's list.
-            if libc::prctl(libc::PR_CAPBSET_READ, capability, 0, 0, 0) < 0 {
-                break;
-            }
-            if mask & (1 << capability) == 0
-                && libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) < 0
+            if mask & (1 << capability) != 0
+                || libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) == 0
             {
-                return Err(io::Error::last_os_error());
+                continue;
+            }
+            match io::Error::last_os_error() {
+                // An unknown number ends the kernel's list.
+                error if error.raw_os_error() == Some(libc::EINVAL) => break,
+                error => return Err(error),
             }
         }
         libc::prctl(

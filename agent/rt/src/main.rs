@@ -131,10 +131,14 @@ fn run(arguments: &Arguments) -> anyhow::Result<(i32, u128)> {
     {
         workload = workload.entering(entry);
     }
-    let builder = ContainerBuilder::new(STATE.to_owned(), SyscallType::default())
-        .with_root_path(&arguments.root)?
-        .with_console_socket(arguments.console.as_ref())
-        .with_executor(workload.clone());
+    let builder = |workload| -> anyhow::Result<ContainerBuilder> {
+        Ok(
+            ContainerBuilder::new(STATE.to_owned(), SyscallType::default())
+                .with_root_path(&arguments.root)?
+                .with_console_socket(arguments.console.as_ref())
+                .with_executor(workload),
+        )
+    };
     if arguments.create {
         if permitted::restrict_spec(&mut spec)? {
             spec.save(&config)
@@ -143,14 +147,14 @@ fn run(arguments: &Arguments) -> anyhow::Result<(i32, u128)> {
         if create::is_enough_for(&spec) {
             return create::create(spec, &arguments.bundle, &arguments.root, workload);
         }
-        create_by_library(builder, &arguments.bundle)
+        create_by_library(builder(workload)?, &arguments.bundle)
     } else {
         let process = arguments
             .process
             .as_deref()
             .context("exec needs --process")?;
         permitted::restrict_process_file(process)?;
-        let result = exec(builder, process);
+        let result = exec(builder(workload)?, process);
         let _ = fs::remove_file(process);
         remove_stale_sockets(&arguments.root.join(STATE));
         result

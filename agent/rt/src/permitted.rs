@@ -55,7 +55,7 @@ fn restrict(process: &mut Process) -> anyhow::Result<bool> {
 }
 
 /// By doing it: the rule (privilege, or not below the lowest value ever set) is the kernel's.
-/// libcontainer sets the same value on this process again.
+/// Init inherits it; libcontainer's own way sets the same value again.
 fn oom_score_adj_permitted(score: i32) -> bool {
     File::options()
         .write(true)

@@ -61,7 +61,8 @@ impl Report {
     /// The process runs.
     pub(crate) fn started(&mut self, pid: i32, started_ns: u128) {
         // A shim that has gone cannot be told; its successor finds the container by its cgroup.
-        let _ = writeln!(self.to, "ok {pid} {started_ns}");
+        let line = format!("ok {pid} {started_ns}\n");
+        let _ = self.to.write_all(line.as_bytes());
     }
 
     /// It does not run, and why.
@@ -69,7 +70,7 @@ impl Report {
         let text = readable(&format!("{error:#}"));
         let context = self.context().unwrap_or_default();
         let line = serde_json::json!({ "error": text, "context": context });
-        let _ = writeln!(self.to, "err {line}");
+        let _ = self.to.write_all(format!("err {line}\n").as_bytes());
     }
 
     fn context(&self) -> io::Result<Vec<String>> {

@@ -69,8 +69,9 @@ pub(crate) fn take_signals() -> io::Result<OwnedFd> {
     }
 }
 
-/// Between fork and exec of gantry-rt: it dies with `parent`, the shim; an empty signal mask,
-/// default dispositions, and `report` as descriptor 3. Async-signal-safe calls only.
+/// Between fork and exec of gantry-rt: it dies with `parent`, the shim; an empty signal mask, and
+/// `report` as descriptor 3. Signals that are ignored stay so until gantry-rt resets them, and only
+/// them, before the container's program. Async-signal-safe calls only.
 ///
 /// A helper that outlived its shim would make a container beside the one that the next shim is told
 /// to make, in the same directory and the same cgroup.
@@ -81,12 +82,6 @@ pub(crate) fn prepare_child(parent: i32, report: RawFd) -> io::Result<()> {
         if libc::getppid() != parent {
             // It has died already.
             return Err(io::Error::from_raw_os_error(libc::ESRCH));
-        }
-        for signal in 1..=64 {
-            if signal != libc::SIGKILL && signal != libc::SIGSTOP {
-                // 32 and 33 are the C library's own: the error is of no interest.
-                libc::signal(signal, libc::SIG_DFL);
-            }
         }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&mut none);
