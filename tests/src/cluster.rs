@@ -51,6 +51,8 @@ impl Installation {
 pub struct Cluster {
     installation: Installation,
     logs: tempfile::TempDir,
+    /// Of every start of the control plane and of the agent.
+    flags: [Vec<String>; 2],
     control: Option<Child>,
     agent: Option<Child>,
     _lock: File,
@@ -70,6 +72,15 @@ pub struct Output {
 impl Cluster {
     /// Starts control plane and agent, imports the images, waits until the node is ready.
     pub fn start(installation: &Installation) -> Result<Self> {
+        Self::start_with(installation, &[], &[])
+    }
+
+    /// The same with flags for the control plane and for the agent, whenever they start.
+    pub fn start_with(
+        installation: &Installation,
+        control: &[&str],
+        agent: &[&str],
+    ) -> Result<Self> {
         let lock = File::create(std::env::temp_dir().join("gantry-tests.lock"))?;
         lock.lock()?;
         let census = census::take();
@@ -83,6 +94,7 @@ impl Cluster {
         let mut cluster = Self {
             installation: installation.clone(),
             logs,
+            flags: [control, agent].map(|words| words.iter().map(|&w| w.into()).collect()),
             control: None,
             agent: None,
             _lock: lock,
@@ -97,7 +109,9 @@ impl Cluster {
     /// Starts `gantry-control` and waits until it serves.
     pub fn start_control(&mut self) -> Result<()> {
         let agent = format!("/etc/gantry/agent:{NODE}");
-        let child = self.spawn("gantry-control", &["--agent-credentials", &agent])?;
+        let mut arguments = vec!["--agent-credentials", &agent];
+        arguments.extend(self.flags[0].iter().map(String::as_str));
+        let child = self.spawn("gantry-control", &arguments)?;
         self.control = Some(child);
         self.wait("gantry-control to serve", START, |c| {
             Ok(Path::new(KUBECONFIG).exists() && c.gantry(&["get", "namespaces"])?.code == 0)
@@ -112,9 +126,29 @@ impl Cluster {
     /// Starts `gantry-agent` with more flags.
     pub fn start_agent_with(&mut self, flags: &[&str]) -> Result<()> {
         let mut arguments = vec!["run", "--node-name", NODE];
-        arguments.extend(flags);
+        arguments.extend(
+            self.flags[1]
+                .iter()
+                .map(String::as_str)
+                .chain(flags.iter().copied()),
+        );
         self.agent = Some(self.spawn("gantry-agent", &arguments)?);
         Ok(())
+    }
+
+    /// The agent's process.
+    pub fn agent_pid(&self) -> Result<u32> {
+        Ok(self.agent.as_ref().context("no agent runs")?.id())
+    }
+
+    /// Starts the agent again if it has ended. Returns whether it had.
+    pub fn revive_agent(&mut self) -> Result<bool> {
+        let agent = self.agent.as_mut().context("no agent runs")?;
+        if agent.try_wait()?.is_none() {
+            return Ok(false);
+        }
+        self.start_agent()?;
+        Ok(true)
     }
 
     /// SIGKILL to the agent.

@@ -3,6 +3,7 @@
 //! ```text
 //! tests/integration.rs  one test per scenario on this machine (root; else skipped in words)
 //! src/bin/gantry-vm-init.rs  the same scenarios as init of a virtual machine
+//! src/sweep.rs  SIGKILL of agent, shim and helper at their system calls
 //!        └──► scenario.rs (its files: one an area) ──► cluster.rs ──► gantry-control, gantry-agent, gantry
 //! ```
 //! A scenario looks at the kernel (cgroup files, /proc, sockets), not only at our own status. Every
@@ -12,7 +13,9 @@ pub mod bench;
 #[path = "../../xtask/src/census.rs"]
 pub mod census;
 pub mod cluster;
+pub mod inventory;
 pub mod scenario;
+pub mod sweep;
 
 #[cfg(test)]
 mod feed;

@@ -12,6 +12,7 @@ use crate::cluster::{Cluster, Installation};
 mod bad_input;
 mod isolation;
 mod kills;
+mod leaks;
 mod life_cycle;
 mod limits;
 mod main_job;
@@ -60,6 +61,7 @@ pub const ALL: &[Scenario] = &[
     scenario("streams", streams::streams),
     scenario("static-pods", static_pods::static_pods),
     scenario("shutdown", shutdown::shutdown),
+    scenario("leaks", leaks::leaks),
 ];
 
 impl Scenario {

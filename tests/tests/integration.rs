@@ -57,4 +57,25 @@ scenarios! {
     streams: clients_attach_copy_and_forward_ports,
     static_pods: they_run_without_a_control_plane_and_no_deletion_stops_them,
     shutdown: pods_end_in_order_and_say_why,
+    leaks: fifty_pods_execs_and_probes_leave_nothing_in_agent_and_kernel,
+}
+
+mod sweep {
+    use gantry_tests::sweep::{self, Choice};
+
+    /// `cargo xtask test --sweep all|SEED|POINTS` sets the variable; else one sample is tried.
+    #[test]
+    fn a_kill_at_any_system_call_is_repaired_and_leaves_nothing() {
+        let installation = match super::Installation::find() {
+            Ok(installation) => installation,
+            Err(reason) => return eprintln!("skipped: sweep: {reason}"),
+        };
+        let strace = std::process::Command::new("strace").arg("-V").output();
+        if strace.is_err() {
+            return eprintln!("skipped: sweep: strace is not installed");
+        }
+        let choice = std::env::var("GANTRY_SWEEP").unwrap_or_else(|_| "1".into());
+        let choice = Choice::parse(&choice).unwrap();
+        sweep::run(&installation, &choice).unwrap();
+    }
 }

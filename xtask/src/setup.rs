@@ -95,6 +95,12 @@ fn needs(purpose: For) -> Vec<Need> {
                 plugins,
                 &["containernetworking-plugins"],
             ),
+            need(
+                "strace",
+                "kills at chosen system calls",
+                run::which("strace").is_some(),
+                &["strace"],
+            ),
         ]);
     }
     if purpose == For::Bench {

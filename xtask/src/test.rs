@@ -18,6 +18,10 @@ pub struct Arguments {
     /// Without the checks (fmt, tidy, clippy, deny)
     #[arg(long)]
     pub no_checks: bool,
+    /// Kill the agent, the shim and gantry-rt at `all` their system calls (hours), at some that a
+    /// number draws, or at those named as `shim:openat:3,...` [default: 1]
+    #[arg(long, value_name = "all|SEED|POINTS")]
+    pub sweep: Option<String>,
     /// Without the virtual machine
     #[arg(long)]
     pub no_vm: bool,
@@ -130,7 +134,13 @@ fn unit_and_integration(
         .args(["--", "--show-output"])
         .env("GANTRY_BIN", bin)
         .env("GANTRY_IMAGES", run::target().join("images"))
-        .env("RUST_BACKTRACE", "1");
+        .env("RUST_BACKTRACE", "1")
+        .envs(
+            arguments
+                .sweep
+                .iter()
+                .map(|choice| ("GANTRY_SWEEP", choice)),
+        );
     let mut child = cargo.stdout(Stdio::piped()).spawn().context("cargo test")?;
     let stdout = child.stdout.take().context("cargo test has no output")?;
     for line in BufReader::new(stdout).lines() {
