@@ -81,6 +81,7 @@ pub enum StartError {
 /// A running control plane.
 pub struct Control {
     registry: Registry,
+    feed: Feed,
     address: SocketAddr,
     tasks: JoinSet<Result<(), ServeError>>,
     ended: watch::Receiver<bool>,
@@ -105,7 +106,9 @@ impl Control {
             listen: control.address,
             advertise: arguments.advertise_address,
         };
-        spawn_loops(&mut control.tasks, &control.registry, settings, place, stop);
+        let remover: Arc<dyn controllers::VolumeRemover> = Arc::new(control.feed.clone());
+        let tasks = &mut control.tasks;
+        spawn_loops(tasks, &control.registry, settings, remover, place, stop);
         Ok(control)
     }
 
@@ -160,8 +163,9 @@ impl Control {
             result
         });
         let token = stop.clone();
+        let following = feed.clone();
         tasks.spawn(async move {
-            feed.run(token).await;
+            following.run(token).await;
             Ok(())
         });
         let (own, token) = (certificates.clone(), stop.clone());
@@ -171,6 +175,7 @@ impl Control {
         });
         Ok(Control {
             registry,
+            feed,
             address,
             tasks,
             ended,
@@ -237,6 +242,7 @@ fn spawn_loops(
     tasks: &mut JoinSet<Result<(), ServeError>>,
     registry: &Registry,
     settings: controllers::Settings,
+    remover: Arc<dyn controllers::VolumeRemover>,
     place: ApiPlace,
     stop: &CancellationToken,
 ) {
@@ -257,7 +263,7 @@ fn spawn_loops(
     });
     let (own, token) = (registry.clone(), stop.clone());
     tasks.spawn(async move {
-        controllers::run(own, settings, token).await;
+        controllers::run(own, settings, remover, token).await;
         Ok(())
     });
 }

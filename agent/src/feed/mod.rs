@@ -133,6 +133,11 @@ pub trait TunnelTarget: Send + Sync + 'static {
         Err(TunnelError("this agent does not measure usage".into()))
     }
 
+    /// Deletes the directory of a volume that class `local` made here; absent is fine.
+    async fn remove_volume(&self, name: &str) -> Result<(), TunnelError> {
+        Err(TunnelError(format!("this agent has no volume {name:?}")))
+    }
+
     /// A connection to a port of the pod, on its own loopback.
     async fn forward(&self, port: u16, pod: PodUid) -> Result<tokio::net::TcpStream, TunnelError>;
 

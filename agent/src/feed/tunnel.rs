@@ -54,6 +54,15 @@ pub(super) async fn serve(
         }
         return;
     }
+    if let (Some(open_tunnel::Target::RemoveVolume(volume)), false) = (&open.target, busy) {
+        let answered = client.tunnel(ReceiverStream::new(queue));
+        let removed = remove_volume(target, open.id, &volume.name, up);
+        let (_, down) = tokio::join!(removed, answered);
+        if let Ok(down) = down {
+            closed(&mut down.into_inner()).await;
+        }
+        return;
+    }
     let produce = produce(target, open, up, busy);
     let answered = client.tunnel(ReceiverStream::new(queue));
     // The first message travels while the answer is awaited: both have to make progress.
@@ -78,6 +87,18 @@ async fn tell_usage(target: Arc<dyn TunnelTarget>, id: String, up: Up) {
         && let Ok(usage) = usage
     {
         send(&up, tunnel_up::Message::Usage(usage)).await;
+    }
+}
+
+/// Opened at once: a large directory takes longer than an answer may.
+async fn remove_volume(target: Arc<dyn TunnelTarget>, id: String, name: &str, up: Up) {
+    let error = String::new();
+    let opened = tunnel_up::Message::Opened(proto::TunnelOpened { id, error });
+    if send(&up, opened).await {
+        let removed = target.remove_volume(name).await;
+        let error = removed.err().map(|e| e.to_string()).unwrap_or_default();
+        let message = tunnel_up::Message::VolumeRemoved(proto::VolumeRemoved { error });
+        send(&up, message).await;
     }
 }
 
@@ -136,9 +157,10 @@ async fn produce(
             }
             _ => Err(format!("{} is no port", start.port)),
         },
-        (Ok(_), Some(open_tunnel::Target::Usage(_)) | None) => {
-            Err("this agent does not know that kind of tunnel".into())
-        }
+        (
+            Ok(_),
+            Some(open_tunnel::Target::Usage(_) | open_tunnel::Target::RemoveVolume(_)) | None,
+        ) => Err("this agent does not know that kind of tunnel".into()),
     };
     let error = reached.as_ref().err().cloned().unwrap_or_default();
     let opened = proto::TunnelOpened { id: open.id, error };

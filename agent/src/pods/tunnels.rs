@@ -22,6 +22,7 @@ use crate::runtime::logs::{self, LogOptions};
 use crate::runtime::{ExecSession, ExecSpec, RunningContainer, Runtime};
 use crate::static_pods::Mirrors;
 use crate::stats::Collector;
+use crate::volumes::local;
 
 /// Loopback answers at once, or drops: then somebody filters it.
 const CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
@@ -126,6 +127,11 @@ impl TunnelTarget for PodTunnels {
             }
         }
         Ok(usage)
+    }
+
+    async fn remove_volume(&self, name: &str) -> Result<(), TunnelError> {
+        let removed = local::remove(&self.paths, name).await;
+        removed.map_err(|e| TunnelError(e.to_string()))
     }
 
     async fn exec(&self, start: proto::ExecStart, pod: PodUid) -> Result<ExecSession, TunnelError> {

@@ -27,6 +27,7 @@ mod field;
 mod host_path;
 pub mod hosts;
 pub mod image;
+pub mod local;
 mod ownership;
 mod payload;
 mod projected;

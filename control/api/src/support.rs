@@ -152,12 +152,8 @@ pub static POD_SPEC: &[Rule] = &[
     yes("volumes[].secret"),
     no("volumes[].csi", &[], "there are no CSI drivers yet"),
     yes("volumes[].downwardAPI"),
-    no("volumes[].ephemeral", &[], "use emptyDir"),
-    no(
-        "volumes[].persistentVolumeClaim",
-        &[],
-        "claims are bound, and not mounted into pods yet; use hostPath",
-    ),
+    yes("volumes[].ephemeral"),
+    yes("volumes[].persistentVolumeClaim"),
     listed("volumes[].projected"),
     yes("volumes[].projected.defaultMode"),
     listed("volumes[].projected.sources"),
@@ -367,11 +363,7 @@ pub static STATEFUL_SET_SPEC: &[Rule] = &[
         &["1"],
         "pods are replaced one at a time",
     ),
-    no(
-        "volumeClaimTemplates",
-        &[],
-        "claims are bound, and not mounted into pods yet; use hostPath",
-    ),
+    yes("volumeClaimTemplates"),
 ];
 
 /// Fields of a ReplicationController's spec, beside its template.
@@ -426,7 +418,7 @@ pub static PERSISTENT_VOLUME_SPEC: &[Rule] = &[
     warn(
         "persistentVolumeReclaimPolicy",
         &["\"Retain\""],
-        "a released volume stays until its directory and its object are removed by hand",
+        "volumes that Gantry made are deleted; one made by hand stays, as Failed",
     ),
     yes("storageClassName"),
     no(
@@ -503,9 +495,22 @@ fn check_workload(table: &Table, spec: &Value, path: &Path, findings: &mut Findi
     if let Some(pod) = spec.pointer("/template/spec") {
         check_pod_spec(pod, &path.child("template").child("spec"), findings);
     }
+    let claims = spec.get("volumeClaimTemplates").and_then(Value::as_array);
+    for (i, claim) in claims.into_iter().flatten().enumerate() {
+        let path = path.child("volumeClaimTemplates").index(i);
+        check_claim(claim, &path, findings);
+    }
     if let Some(job) = spec.pointer("/jobTemplate/spec") {
         let path = path.child("jobTemplate").child("spec");
         check_workload(&JOB_TABLE, job, &path, findings);
+    }
+}
+
+/// The spec of a claim inside something else.
+fn check_claim(claim: &Value, path: &Path, findings: &mut Findings) {
+    if let Some(spec) = claim.get("spec") {
+        let path = path.child("spec");
+        walk(&CLAIM_TABLE, "", spec, &path, Level::Listed, findings);
     }
 }
 
@@ -544,6 +549,13 @@ pub fn check(kind: &Kind, object: &Value) -> Findings {
 
 fn check_pod_spec(spec: &Value, path: &Path, findings: &mut Findings) {
     walk(&POD_SPEC_TABLE, "", spec, path, Level::Listed, findings);
+    let volumes = spec.get("volumes").and_then(Value::as_array);
+    for (i, volume) in volumes.into_iter().flatten().enumerate() {
+        if let Some(claim) = volume.pointer("/ephemeral/volumeClaimTemplate") {
+            let path = path.child("volumes").index(i).child("ephemeral");
+            check_claim(claim, &path.child("volumeClaimTemplate"), findings);
+        }
+    }
     let host_network = spec.get("hostNetwork") == Some(&Value::Bool(true));
     for list in ["containers", "initContainers", "ephemeralContainers"] {
         let containers = spec.get(list).and_then(Value::as_array);
@@ -799,6 +811,21 @@ mod tests {
             findings.errors[0].field,
             "spec.template.spec.containers[0].volumeDevices"
         );
+    }
+
+    #[test]
+    fn claims_inside_pods_and_sets_are_judged_too() {
+        let claim = json!({"spec": {"volumeMode": "Block", "accessModes": ["ReadWriteOnce"]}});
+        let findings = pod(&json!({"containers": [{"name": "a"}], "volumes": [
+            {"name": "v", "ephemeral": {"volumeClaimTemplate": claim}},
+            {"name": "c", "persistentVolumeClaim": {"claimName": "c"}}]}));
+        let fields: Vec<&str> = findings.errors.iter().map(|e| e.field.as_str()).collect();
+        let at = "spec.volumes[0].ephemeral.volumeClaimTemplate.spec.volumeMode";
+        assert_eq!(fields, [at]);
+        let object = json!({"spec": {"volumeClaimTemplates": [claim]}});
+        let findings = check(resolve("sts").unwrap(), &object);
+        let at = "spec.volumeClaimTemplates[0].spec.volumeMode";
+        assert_eq!(findings.errors[0].field, at);
     }
 
     #[test]

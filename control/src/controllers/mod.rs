@@ -19,6 +19,7 @@ mod cron_job;
 mod daemon_set;
 mod deployment;
 mod endpointslice;
+mod ephemeral_volume;
 mod garbage;
 pub(crate) mod informer;
 mod job;
@@ -34,6 +35,7 @@ mod revision;
 mod service_account;
 mod stateful_set;
 mod volume_binder;
+mod volume_reclaim;
 
 #[cfg(test)]
 mod tests;
@@ -69,6 +71,7 @@ use tokio_util::sync::CancellationToken;
 use crate::server::registry::{Registry, Resource};
 pub(crate) use node_health::is_ready as node_is_ready;
 pub(crate) use volume_binder::{PROVISIONER, satisfies as volume_satisfies};
+pub use volume_reclaim::VolumeRemover;
 
 use informer::{Cache, Informer, ObjectKey, Sink};
 use queue::WorkQueue;
@@ -202,7 +205,12 @@ trait Controller: Send + Sync + 'static {
 }
 
 /// Runs every controller until shutdown.
-pub async fn run(registry: Registry, settings: Settings, shutdown: CancellationToken) {
+pub async fn run(
+    registry: Registry,
+    settings: Settings,
+    remover: Arc<dyn VolumeRemover>,
+    shutdown: CancellationToken,
+) {
     let caches = Caches::new();
     let informer = Informer::new(registry.store().clone(), caches.sinks());
     let context = Arc::new(Context {
@@ -220,6 +228,8 @@ pub async fn run(registry: Registry, settings: Settings, shutdown: CancellationT
     job::start(&context, &mut tasks, &shutdown);
     cron_job::start(&context, &mut tasks, &shutdown);
     volume_binder::start(&context, &mut tasks, &shutdown);
+    ephemeral_volume::start(&context, &mut tasks, &shutdown);
+    volume_reclaim::start(&context, remover, &mut tasks, &shutdown);
     deployment::start(&context, &mut tasks, &shutdown);
     endpointslice::start(&context, &mut tasks, &shutdown);
     namespace::start(&context, &mut tasks, &shutdown);

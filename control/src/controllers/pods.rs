@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use gantry_api::k8s_openapi::api::core::v1::{Pod, PodCondition};
+use gantry_api::k8s_openapi::api::core::v1::{Pod, PodCondition, Volume};
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use gantry_api::k8s_openapi::jiff::Timestamp;
 
@@ -70,7 +70,6 @@ pub(crate) fn until_available(pod: &Pod, min_ready_s: i32, now: Timestamp) -> Op
 
 /// The claims that a pod uses, by name.
 pub(crate) fn claims(pod: &Pod) -> Vec<String> {
-    let name = pod.metadata.name.as_deref().unwrap_or_default();
     let volumes = pod
         .spec
         .iter()
@@ -80,12 +79,33 @@ pub(crate) fn claims(pod: &Pod) -> Vec<String> {
             if let Some(source) = &volume.persistent_volume_claim {
                 return Some(source.claim_name.clone());
             }
-            volume
-                .ephemeral
-                .as_ref()
-                .map(|_| format!("{name}-{}", volume.name))
+            let is_ephemeral = volume.ephemeral.is_some();
+            is_ephemeral.then(|| ephemeral_claim(pod, volume))
         })
         .collect()
+}
+
+/// Those of its claims that are made for it.
+pub(crate) fn ephemeral_claims(pod: &Pod) -> Vec<String> {
+    let volumes = pod
+        .spec
+        .iter()
+        .flat_map(|spec| spec.volumes.iter().flatten());
+    let made = volumes.filter(|volume| volume.ephemeral.is_some());
+    made.map(|volume| ephemeral_claim(pod, volume)).collect()
+}
+
+/// The name of the claim that is made for an ephemeral volume.
+pub(crate) fn ephemeral_claim(pod: &Pod, volume: &Volume) -> String {
+    let name = pod.metadata.name.as_deref().unwrap_or_default();
+    format!("{name}-{}", volume.name)
+}
+
+/// Whether the pod is among the owners.
+pub(crate) fn is_owned_by(metadata: &ObjectMeta, pod: &Pod) -> bool {
+    let uid = pod.metadata.uid.as_deref();
+    let mut owners = metadata.owner_references.iter().flatten();
+    owners.any(|owner| Some(owner.uid.as_str()) == uid)
 }
 
 /// The owner reference whose `controller` is true.

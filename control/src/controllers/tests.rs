@@ -1,6 +1,8 @@
 //! The controllers and the scheduler together, on a real registry and store, with a fake agent that
 //! makes every bound pod ready and lets deleted ones go.
 
+mod claims;
+
 use super::*;
 
 use gantry_api::k8s_openapi::api::core::v1::{ConfigMap, PodCondition, PodIP};
@@ -16,6 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 struct Cluster {
     registry: Registry,
     stop: CancellationToken,
+    disks: Arc<claims::FakeDisks>,
     _directory: tempfile::TempDir,
 }
 
@@ -36,7 +39,9 @@ impl Cluster {
         let registry = Registry::new(store, &settings);
         registry.ensure_defaults().await.unwrap();
         let stop = CancellationToken::new();
-        tokio::spawn(run(registry.clone(), Settings::default(), stop.clone()));
+        let disks = Arc::new(claims::FakeDisks::default());
+        let (own, remover) = (registry.clone(), Arc::clone(&disks));
+        tokio::spawn(run(own, Settings::default(), remover, stop.clone()));
         tokio::spawn(crate::scheduler::run(registry.clone(), stop.clone()));
         let agent = fake_agent(registry.clone());
         let ended = stop.clone();
@@ -49,6 +54,7 @@ impl Cluster {
         Self {
             registry,
             stop,
+            disks,
             _directory: directory,
         }
     }
@@ -62,7 +68,8 @@ impl Cluster {
 
     async fn node(&self, name: &str, cpu: &str) -> Node {
         self.create(json!({
-            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name},
+            "apiVersion": "v1", "kind": "Node",
+            "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
             "status": {
                 "allocatable": {"cpu": cpu, "memory": "8Gi", "pods": "110"},
                 "conditions": [{"type": "Ready", "status": "True"}],
@@ -77,6 +84,18 @@ impl Cluster {
             let mut object: K = self.registry.get(namespace, name).unwrap().unwrap();
             change(&mut object);
             match self.registry.update(&object).await {
+                Ok(_) => return,
+                Err(status) => assert_eq!(status.reason, Reason::Conflict, "{status}"),
+            }
+        }
+    }
+
+    /// The same for a node's status.
+    async fn change_status(&self, name: &str, change: impl Fn(&mut Node)) {
+        loop {
+            let mut node: Node = self.get("", name).unwrap();
+            change(&mut node);
+            match self.registry.update_status(&node).await {
                 Ok(_) => return,
                 Err(status) => assert_eq!(status.reason, Reason::Conflict, "{status}"),
             }

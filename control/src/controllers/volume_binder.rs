@@ -5,11 +5,11 @@
 //!              │      class with provisioner gantry.io/local: a directory of the   ├─► Bound ─► claim deleted
 //!              │      node that the first pod with the claim was placed on ────────┘              │
 //!              └ WaitForFirstConsumer: not before that pod has a node      volume: Released ◄─────┘
-//!                                                                          Retain: stays for the operator
+//!                                                                          then: `volume_reclaim`
 //! ```
 //! The volume's `spec.claimRef` with the claim's uid decides: it is written first, and a claim whose
 //! volume says otherwise is not bound. A claim that a pod uses stays until the pod is gone (finalizer
-//! [`CLAIM_IN_USE`]), a volume that is bound until its claim is.
+//! [`CLAIM_IN_USE`]), a volume that is bound until its claim is gone (`volume_reclaim`).
 //!
 //! Source: Kubernetes `pkg/controller/volume/persistentvolume`, `pvcprotection`.
 
@@ -38,10 +38,11 @@ use crate::scheduler::node_satisfies;
 /// The provisioner of class `local`.
 pub(crate) const PROVISIONER: &str = "gantry.io/local";
 /// Where volumes of class `local` are on a node.
-const LOCAL_VOLUMES: &str = "/var/lib/gantry/volumes";
+pub(super) const LOCAL_VOLUMES: &str = "/var/lib/gantry/volumes";
 /// Keeps a claim while a pod uses it.
 const CLAIM_IN_USE: &str = "kubernetes.io/pvc-protection";
-const PROVISIONED_BY: &str = "pv.kubernetes.io/provisioned-by";
+/// Who made a volume.
+pub(super) const PROVISIONED_BY: &str = "pv.kubernetes.io/provisioned-by";
 /// A claim that waits is looked at again after this, whatever happened.
 const RESYNC: Duration = Duration::from_secs(15);
 
@@ -481,9 +482,10 @@ impl Claims {
         let name = claim_ref.name.as_deref().unwrap_or_default();
         let claim: Option<PersistentVolumeClaim> = self.context.registry.get(namespace, name)?;
         let lives = claim.is_some_and(|claim| claim.metadata.uid == claim_ref.uid);
+        let phase = volume.status.as_ref().and_then(|s| s.phase.as_deref());
         if lives {
             self.set_volume_phase(&volume, "Bound").await?;
-        } else {
+        } else if phase != Some("Failed") {
             self.set_volume_phase(&volume, "Released").await?;
         }
         Ok(None)

@@ -55,6 +55,7 @@ mod status;
 mod token;
 mod tunnels;
 mod view;
+mod volumes;
 
 pub use pods::PodStreams;
 pub use stats::NodeStats;

@@ -45,7 +45,7 @@ use self::pending::{Pending, Wake};
 use self::preempt::Preemption;
 use self::request::PodRequest;
 use self::score::Decision;
-use self::volumes::Volumes;
+use self::volumes::{Volumes, Waits};
 use crate::controllers::informer::{REGISTRY_PREFIX, parse_store_key};
 use crate::controllers::{EventType, event_about, pods};
 use crate::server::registry::{DeleteOptions, Registry, decode};
@@ -289,8 +289,7 @@ impl Scheduler {
             };
             let request = match self.with_volumes(request) {
                 Ok(request) => request,
-                Err((request, message)) => {
-                    let blocked = filter::Blocked::default();
+                Err((request, message, blocked)) => {
                     self.pending.file_unschedulable(&request.uid, blocked, now);
                     self.report(request, message, now);
                     continue;
@@ -348,18 +347,19 @@ impl Scheduler {
     fn with_volumes(
         &self,
         request: Arc<PodRequest>,
-    ) -> Result<Arc<PodRequest>, (Arc<PodRequest>, String)> {
+    ) -> Result<Arc<PodRequest>, (Arc<PodRequest>, String, filter::Blocked)> {
         if request.claims.is_empty() {
             return Ok(request);
         }
-        match self.volumes.needs(&request) {
+        match self.volumes.needs(&request, self.nodes.states()) {
             Ok(volumes) => Ok(Arc::new(PodRequest {
                 volumes,
                 ..PodRequest::clone(&request)
             })),
-            Err(why) => {
+            Err(Waits { why, blocked }) => {
                 let count = self.nodes.states().len();
-                Err((request, format!("0/{count} nodes are available: {why}.")))
+                let message = format!("0/{count} nodes are available: {why}.");
+                Err((request, message, blocked))
             }
         }
     }

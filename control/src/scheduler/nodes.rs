@@ -296,6 +296,7 @@ mod tests {
             never_preempts: false,
             rules: Rules::default(),
             claims: Vec::new(),
+            own_claims: Vec::new(),
             volumes: Vec::new(),
             is_gated: false,
         })

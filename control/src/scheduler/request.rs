@@ -110,6 +110,8 @@ pub(super) struct PodRequest {
     pub(super) rules: Rules,
     /// The claims it uses, by name.
     pub(super) claims: Vec<String>,
+    /// Those of them that must have been made for this very pod.
+    pub(super) own_claims: Vec<String>,
     /// Where their volumes are: looked up anew for every decision.
     pub(super) volumes: Vec<VolumeNeed>,
     /// Somebody must take these away before the pod may be scheduled.
@@ -152,6 +154,7 @@ impl PodRequest {
                 pod.metadata.labels.clone().unwrap_or_default(),
             ),
             claims: pods::claims(pod),
+            own_claims: pods::ephemeral_claims(pod),
             volumes: Vec::new(),
             is_gated: spec
                 .scheduling_gates

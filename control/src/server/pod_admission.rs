@@ -33,7 +33,7 @@ pub(super) fn default_classes() -> Vec<(&'static str, Value)> {
         json!({
             "apiVersion": "storage.k8s.io/v1", "kind": "StorageClass",
             "metadata": {"name": LOCAL_CLASS, "annotations": {DEFAULT_CLASS: "true"}},
-            "provisioner": PROVISIONER, "reclaimPolicy": "Retain",
+            "provisioner": PROVISIONER, "reclaimPolicy": "Delete",
             "volumeBindingMode": "WaitForFirstConsumer",
         }),
     )];

@@ -107,6 +107,15 @@ fn volume_source(volume: &Volume, path: &Path, errors: &mut Vec<FieldError>) {
             each(&path, &source.claim_name, broken, errors);
         }
     }
+    if let Some(source) = &volume.ephemeral {
+        let path = path.child("ephemeral").child("volumeClaimTemplate");
+        match &source.volume_claim_template {
+            None => errors.push(FieldError::required(&path, "")),
+            Some(claim) => {
+                super::claim_spec(Some(&claim.spec), &path.child("spec"), errors);
+            }
+        }
+    }
 }
 
 /// Sources whose content is files that the node writes.
