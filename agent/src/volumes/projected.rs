@@ -7,7 +7,7 @@ use gantry_api::k8s_openapi::api::core::v1::{
 };
 
 use super::payload::{self, DEFAULT_MODE, Payload, PayloadFile, Selection};
-use super::{Context, VolumeError, atomic, downward_api, tmpfs};
+use super::{Context, VolumeError, atomic, downward_api, tmpfs, token};
 
 pub(super) fn ensure(
     context: &Context<'_>,
@@ -40,7 +40,7 @@ pub(super) fn ensure(
             let mode = payload::mode(source.default_mode, DEFAULT_MODE);
             downward_api::files(context, volume, items, mode)?
         } else if let Some(part) = &part.service_account_token {
-            token(context, volume, source, part)?
+            token_file(context, volume, source, part)?
         } else {
             let value = serde_json::to_value(part).unwrap_or_default();
             let kind = value.as_object().and_then(|o| o.keys().next().cloned());
@@ -57,7 +57,7 @@ pub(super) fn ensure(
 }
 
 /// The user that all containers run as may read its token, or the pod's group; else the mode says.
-fn token(
+fn token_file(
     context: &Context<'_>,
     volume: &Volume,
     source: &ProjectedVolumeSource,
@@ -68,6 +68,9 @@ fn token(
         reason,
     })?;
     let token = context.tokens.get(&(volume.name.clone(), path.clone()));
+    if token.is_none() && token::is_automatic(&volume.name) {
+        return Ok(Payload::new());
+    }
     let token = token
         .ok_or_else(|| VolumeError::Waiting(format!("volume {:?}: no token yet", volume.name)))?;
     let mode = if context.fs_group.is_some() || context.fs_user.is_some() {

@@ -436,6 +436,28 @@ async fn a_token_is_renewed_in_time_and_stays_when_nobody_answers() {
 }
 
 #[tokio::test]
+async fn a_token_that_nobody_asked_for_holds_no_pod_up_while_the_control_plane_is_away() {
+    let Some(node) = Node::new() else { return };
+    let mut pod = node.pod(
+        json!({"projected": {"sources": [{"serviceAccountToken": {"path": "token"}},
+            {"downwardAPI": {"items": [
+                {"path": "namespace", "fieldRef": {"fieldPath": "metadata.namespace"}}]}}]}}),
+        json!({}),
+    );
+    pod.spec.as_mut().unwrap().volumes.as_mut().unwrap()[0].name = "kube-api-access-x".into();
+    let again = || ensure(&pod, &node.blobs, &node.paths, &node.issuer);
+    let dir = again().await.unwrap()["kube-api-access-x"].path.clone();
+    assert_eq!(read(dir.join("namespace")), "shop");
+    assert!(!dir.join("token").exists());
+    let now = jiff::Timestamp::now().as_second();
+    let new = token(now, now + 3607);
+    *node.issuer.tokens.lock().unwrap() = vec![new.clone()];
+    again().await.unwrap();
+    assert_eq!(read(dir.join("token")), new, "it follows");
+    node.remove().await;
+}
+
+#[tokio::test]
 async fn a_claim_leads_to_its_volume_and_the_data_stays() {
     let Some(mut node) = Node::new() else { return };
     let data = node.dir.path().join("disk");

@@ -6,7 +6,8 @@
 //! ```
 //! The token in the volume is all the state there is: when it was issued and when it ends stand in
 //! it. So an agent that was away renews what is due, and one without a control plane changes
-//! nothing. Renewed at 80 % of its life, or after 24 h. Source: kubelet `pkg/kubelet/token`.
+//! nothing. After a reboot without a control plane a pod starts without the token that it did not
+//! ask for ([`is_automatic`]), and gets it when somebody issues tokens again. Renewed at 80 % of its life, or after 24 h. Source: kubelet `pkg/kubelet/token`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -39,11 +40,31 @@ pub struct TokenRequest {
     pub expiration_s: i64,
 }
 
+/// Why there is no token.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum TokenError {
+    /// Nobody there to issue one.
+    #[error("{0}")]
+    Away(String),
+    /// It was refused.
+    #[error("{0}")]
+    Refused(String),
+}
+
 /// Who issues tokens: the control plane; a fake in tests.
 #[async_trait]
 pub trait TokenSource: Send + Sync + 'static {
     /// A new token, or why there is none.
-    async fn token(&self, request: &TokenRequest) -> Result<String, String>;
+    async fn token(&self, request: &TokenRequest) -> Result<String, TokenError>;
+}
+
+/// What the name of a volume begins with that every pod gets without asking (admission writes it).
+const AUTOMATIC: &str = "kube-api-access-";
+
+/// Whether the pod may start without the volume's token: it did not ask for it, and without a control
+/// plane there is nobody to show it to.
+pub(super) fn is_automatic(volume: &str) -> bool {
+    volume.starts_with(AUTOMATIC)
 }
 
 /// Tokens by volume and path in it.
@@ -87,6 +108,13 @@ pub(super) async fn gather(
                 (Err(words), Some(held)) => {
                     tracing::warn!(volume, "a token is due and stays for now: {words}");
                     held
+                }
+                (Err(TokenError::Away(words)), None) if is_automatic(volume) => {
+                    tracing::warn!(
+                        volume,
+                        "the pod starts without its token, which follows: {words}"
+                    );
+                    continue;
                 }
                 (Err(words), None) => {
                     let account = pod
@@ -163,9 +191,10 @@ pub(super) mod tests {
 
     #[async_trait]
     impl TokenSource for Issuer {
-        async fn token(&self, request: &TokenRequest) -> Result<String, String> {
+        async fn token(&self, request: &TokenRequest) -> Result<String, TokenError> {
             self.asked.lock().unwrap().push(request.clone());
-            self.tokens.lock().unwrap().pop().ok_or("offline".into())
+            let token = self.tokens.lock().unwrap().pop();
+            token.ok_or(TokenError::Away("offline".into()))
         }
     }
 

@@ -78,14 +78,13 @@ const fn no(path: &'static str, except: &'static [&'static str], note: &'static 
     }
 }
 
-const TOKENS: &str = "tokens are mounted where a projected volume asks for one";
 const TCP_HOOK: &str = "Kubernetes does not run it either: use exec, httpGet or sleep";
 
 /// Fields of a PodSpec.
 pub static POD_SPEC: &[Rule] = &[
     yes("activeDeadlineSeconds"),
     yes("affinity"),
-    warn("automountServiceAccountToken", &[], TOKENS),
+    yes("automountServiceAccountToken"),
     listed("containers"),
     yes("dnsConfig"),
     yes("dnsPolicy"),
@@ -118,8 +117,8 @@ pub static POD_SPEC: &[Rule] = &[
     yes("schedulerName"),
     yes("schedulingGates"),
     listed("securityContext"),
-    warn("serviceAccount", &["\"default\""], TOKENS),
-    warn("serviceAccountName", &["\"default\""], TOKENS),
+    yes("serviceAccount"),
+    yes("serviceAccountName"),
     yes("setHostnameAsFQDN"),
     yes("shareProcessNamespace"),
     yes("subdomain"),
@@ -792,8 +791,13 @@ mod tests {
             "containers": [{"name": "a", "terminationMessagePath": "/dev/termination-log"}]
         }));
         assert!(findings.errors.is_empty(), "{:?}", findings.errors);
-        assert_eq!(findings.warnings.len(), 2, "{:?}", findings.warnings);
-        assert!(findings.warnings[0].starts_with("spec.automountServiceAccountToken: "));
+        assert!(findings.warnings.is_empty(), "{:?}", findings.warnings);
+        let service = json!({"spec": {"externalIPs": ["192.0.2.1"]}});
+        let findings = check(resolve("service").unwrap(), &service);
+        assert!(
+            findings.warnings[0].starts_with("spec.externalIPs: "),
+            "{findings:?}"
+        );
     }
 
     #[test]

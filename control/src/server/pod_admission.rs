@@ -2,7 +2,7 @@
 //!
 //! | object | gets |
 //! |---|---|
-//! | Pod | `serviceAccountName`, the account's pull secrets, `priority` and `preemptionPolicy` of its class |
+//! | Pod | `serviceAccountName`, the account's pull secrets and its token, `priority` and `preemptionPolicy` of its class |
 //! | PersistentVolumeClaim | the default class when it names none |
 //!
 //! Pure but for the look-ups. Source: Kubernetes' plugins ServiceAccount, Priority, DefaultStorageClass.
@@ -12,15 +12,22 @@ use gantry_api::k8s_openapi::api::scheduling::v1::PriorityClass;
 use gantry_api::k8s_openapi::api::storage::v1::StorageClass;
 use gantry_api::kinds::Kind;
 use gantry_api::status::Status;
-use gantry_api::validation::SYSTEM_PRIORITIES;
+use gantry_api::validation::{MIRROR_ANNOTATION, SYSTEM_PRIORITIES};
 use serde_json::{Value, json};
 
 use super::object::metadata_text;
 use super::registry::Registry;
+use super::rules::generated_name;
 use crate::controllers::PROVISIONER;
 
 /// The account of pods that name none; the one account that may still be missing.
 const DEFAULT_ACCOUNT: &str = "default";
+/// Where programs look for the account's token, the API's certificate and their namespace.
+const TOKEN_PATH: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// What the name of the volume begins with that holds them.
+const TOKEN_VOLUME_PREFIX: &str = "kube-api-access-";
+/// Kubernetes' odd number tells tokens that pods get by default from those that ask for an hour.
+const TOKEN_LIFE_S: i64 = 3607;
 /// The annotation of the class of claims that name none.
 const DEFAULT_CLASS: &str = "storageclass.kubernetes.io/is-default-class";
 /// The class whose volumes are directories of a node.
@@ -106,6 +113,62 @@ fn set_account(pod: &mut Value, name: &str, account: Option<&ServiceAccount>) {
     }
 }
 
+/// Whether the pod's containers get its account's token: the pod says, else the account.
+fn wants_token(pod: &Value, account: Option<&ServiceAccount>) -> bool {
+    let own = pod["spec"]["automountServiceAccountToken"].as_bool();
+    let accounts = account.and_then(|account| account.automount_service_account_token);
+    own.or(accounts).unwrap_or(true)
+}
+
+/// Mounts the token, the certificate and the namespace where nothing else is mounted there.
+fn mount_token(pod: &mut Value) {
+    let spec = &mut pod["spec"];
+    let is_ours = |volume: &Value| {
+        let name = volume["name"].as_str().unwrap_or_default();
+        name.starts_with(TOKEN_VOLUME_PREFIX)
+    };
+    // A pod that was read from the API and is made again brings its volume along.
+    let held = spec["volumes"].as_array().and_then(|all| {
+        let held = all.iter().find(|volume| is_ours(volume))?;
+        held["name"].as_str().map(str::to_owned)
+    });
+    let name = held
+        .clone()
+        .unwrap_or_else(|| generated_name(TOKEN_VOLUME_PREFIX));
+    let mut is_used = false;
+    for list in ["initContainers", "containers"] {
+        // Indexing would leave a null where there is no such list.
+        let containers = spec.get_mut(list).and_then(Value::as_array_mut);
+        for container in containers.into_iter().flatten() {
+            let mounts = &mut container["volumeMounts"];
+            let mut taken = mounts.as_array().into_iter().flatten();
+            if taken.any(|mount| mount["mountPath"] == TOKEN_PATH) {
+                continue;
+            }
+            let mount = json!({"name": name, "readOnly": true, "mountPath": TOKEN_PATH});
+            push(mounts, mount);
+            is_used = true;
+        }
+    }
+    if is_used && held.is_none() {
+        let volume = json!({"name": name, "projected": {"defaultMode": 0o644, "sources": [
+            {"serviceAccountToken": {"expirationSeconds": TOKEN_LIFE_S, "path": "token"}},
+            {"configMap": {"name": "kube-root-ca.crt",
+                "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+            {"downwardAPI": {"items": [{"path": "namespace",
+                "fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}]}}]}});
+        push(&mut spec["volumes"], volume);
+    }
+}
+
+/// Appends to a list that may not be there.
+fn push(list: &mut Value, item: Value) {
+    match list {
+        Value::Array(list) => list.push(item),
+        none => *none = json!([item]),
+    }
+}
+
 impl Registry {
     /// Completes a new object by what other objects say.
     pub(super) fn admit(&self, kind: &'static Kind, object: &mut Value) -> Result<(), Status> {
@@ -117,6 +180,9 @@ impl Registry {
     }
 
     fn admit_pod(&self, kind: &Kind, pod: &mut Value) -> Result<(), Status> {
+        // It stands for a pod that a node has from a file: what it runs with is said there.
+        let is_mirror = pod["metadata"]["annotations"].get(MIRROR_ANNOTATION);
+        let is_mirror = is_mirror.is_some();
         let namespace = metadata_text(pod, "namespace").to_owned();
         let text = |field: &str| pod["spec"][field].as_str().unwrap_or_default().to_owned();
         let mut name = text("serviceAccountName");
@@ -143,7 +209,12 @@ impl Registry {
         } else {
             None
         };
-        set_account(pod, &name, account.as_ref());
+        if !is_mirror {
+            set_account(pod, &name, account.as_ref());
+            if wants_token(pod, account.as_ref()) {
+                mount_token(pod);
+            }
+        }
         set_priority(kind, pod, named.as_ref(), default.as_ref())
     }
 
@@ -209,5 +280,69 @@ mod tests {
         set_account(&mut pod, "a", Some(&account));
         assert_eq!(pod["spec"]["serviceAccountName"], "a");
         assert_eq!(pod["spec"]["imagePullSecrets"][0]["name"], "s");
+    }
+
+    #[test]
+    fn the_pod_decides_about_its_token_and_then_the_account() {
+        let account = |automount: Value| -> ServiceAccount {
+            let account =
+                json!({"metadata": {"name": "a"}, "automountServiceAccountToken": automount});
+            serde_json::from_value(account).unwrap()
+        };
+        let (silent, not) = (account(Value::Null), account(json!(false)));
+        for (pod, account, wanted) in [
+            (Value::Null, None, true),
+            (Value::Null, Some(&silent), true),
+            (Value::Null, Some(&not), false),
+            (json!(true), Some(&not), true),
+            (json!(false), Some(&silent), false),
+        ] {
+            let pod = json!({"spec": {"automountServiceAccountToken": pod}});
+            assert_eq!(wants_token(&pod, account), wanted, "{pod} {account:?}");
+        }
+    }
+
+    #[test]
+    fn every_container_gets_the_token_once_and_a_mount_of_its_own_wins() {
+        let mut pod = json!({"spec": {
+            "initContainers": [{"name": "i"}],
+            "containers": [{"name": "a", "volumeMounts": [{"name": "x", "mountPath": "/x"}]},
+                {"name": "b", "volumeMounts": [{"name": "x", "mountPath": TOKEN_PATH}]}],
+            "volumes": [{"name": "x", "emptyDir": {}}]}});
+        mount_token(&mut pod);
+        let spec = &pod["spec"];
+        let name = spec["volumes"][1]["name"].as_str().unwrap();
+        assert!(
+            name.starts_with(TOKEN_VOLUME_PREFIX) && name.len() == TOKEN_VOLUME_PREFIX.len() + 5
+        );
+        assert_eq!(spec["initContainers"][0]["volumeMounts"][0]["name"], name);
+        assert_eq!(
+            spec["containers"][0]["volumeMounts"][1]["mountPath"],
+            TOKEN_PATH
+        );
+        assert_eq!(
+            spec["containers"][1]["volumeMounts"]
+                .as_array()
+                .unwrap()
+                .len(),
+            1
+        );
+        let whole = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {
+            "containers": [{"name": "a", "image": "a"}]}});
+        let mut whole = whole;
+        mount_token(&mut whole);
+        let typed: gantry_api::k8s_openapi::api::core::v1::Pod =
+            serde_json::from_value(whole.clone()).unwrap();
+        let again = serde_json::to_value(&typed).unwrap();
+        assert_eq!(again["spec"], whole["spec"], "an update would see a change");
+        let errors = gantry_api::validation::pod(&typed);
+        assert!(
+            errors.iter().all(|e| !e.field.contains("volume")),
+            "{errors:?}"
+        );
+        // The same again, as read from the API: nothing is added.
+        let before = pod.clone();
+        mount_token(&mut pod);
+        assert_eq!(pod, before);
     }
 }
