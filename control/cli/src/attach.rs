@@ -61,9 +61,10 @@ impl Streams<'_> {
 }
 
 fn has_terminal(pod: &Value, container: &str) -> bool {
-    let all = pod.pointer("/spec/containers").and_then(Value::as_array);
-    let found = all.into_iter().flatten().find(|c| c["name"] == container);
-    found.is_some_and(|c| c["tty"] == true)
+    let lists = ["containers", "initContainers", "ephemeralContainers"];
+    let all = lists.iter().filter_map(|list| pod["spec"][list].as_array());
+    let mut found = all.flatten().filter(|c| c["name"] == container);
+    found.any(|c| c["tty"] == true)
 }
 
 impl Attach {

@@ -5,9 +5,10 @@
 //! ```
 
 use crate::Global;
+use crate::attach::Streams;
 use crate::connection::Session;
 use crate::failure::Failure;
-use crate::logs::resolve_pod;
+use crate::logs::{self, resolve_pod};
 use crate::names;
 use clap::Args;
 use gantry_api::kinds::resolve;
@@ -144,19 +145,44 @@ impl Debug {
         Ok(false)
     }
 
+    /// With -i or -t its streams are the user's until it ends.
     async fn connect(
         &self,
-        _session: &Session,
-        _pod: &Value,
+        session: &Session,
+        pod: &Value,
         container: &str,
     ) -> Result<ExitCode, Failure> {
-        if self.stdin || self.tty {
-            return Err(Failure::Local(format!(
-                "debug container {container} runs; attach is not served yet: use exec -c {container}"
-            )));
+        if !self.stdin && !self.tty {
+            return Ok(ExitCode::SUCCESS);
         }
-        Ok(ExitCode::SUCCESS)
+        let streams = Streams {
+            container: Some(container),
+            stdin: self.stdin,
+            tty: self.tty,
+            quiet: self.quiet,
+        };
+        match streams.attach(session, pod).await {
+            Ok(exit) if exit.message.is_empty() => Ok(ExitCode::SUCCESS),
+            Ok(exit) => Err(Failure::Local(exit.message)),
+            // Faster than we were: what it wrote is in its log.
+            Err(failure) => {
+                let kind = resolve("pods").ok_or_else(|| Failure::local("no pods"))?;
+                let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+                let pod = session.get(session.key(kind, name)).await?;
+                if !has_ended(&pod, container) {
+                    return Err(failure);
+                }
+                logs::print(session, &pod, container).await?;
+                Ok(ExitCode::SUCCESS)
+            }
+        }
     }
+}
+
+fn has_ended(pod: &Value, container: &str) -> bool {
+    let all = pod["status"]["ephemeralContainerStatuses"].as_array();
+    let mut all = all.into_iter().flatten();
+    all.any(|s| s["name"] == container && s["state"].get("terminated").is_some())
 }
 
 fn generated() -> String {
