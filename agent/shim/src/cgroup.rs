@@ -113,7 +113,26 @@ pub fn kill_members(path: &str) -> usize {
         // a cgroup that only this pod's processes are in.
         unsafe { libc::kill(*pid, libc::SIGKILL) };
     }
+    if !members.is_empty() {
+        thaw(path);
+    }
     members.len()
+}
+
+/// Lets frozen processes run to their end: under v1's freezer not even SIGKILL reaches them.
+fn thaw(path: &str) {
+    let (root, file, word) = match is_v2() {
+        true => (PathBuf::from(MOUNT), "cgroup.freeze", "0"),
+        false => (Path::new(MOUNT).join("freezer"), "freezer.state", "THAWED"),
+    };
+    let mut directories = vec![(below(&root, path), DEPTH_MAX)];
+    while let Some((directory, depth)) = directories.pop() {
+        // Refused where there is no freezer: then there is nothing to thaw.
+        let _ = fs::write(directory.join(file), word);
+        if depth > 0 {
+            directories.extend(children(&directory).into_iter().map(|d| (d, depth - 1)));
+        }
+    }
 }
 
 /// Removes this cgroup, children first, in every hierarchy. Fails with `EBUSY` while a process or
