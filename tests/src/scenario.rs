@@ -23,6 +23,7 @@ mod shutdown;
 mod static_pods;
 mod streams;
 mod volumes;
+mod workloads;
 
 /// A named scenario.
 pub struct Scenario {
@@ -62,6 +63,7 @@ pub const ALL: &[Scenario] = &[
     scenario("static-pods", static_pods::static_pods),
     scenario("shutdown", shutdown::shutdown),
     scenario("leaks", leaks::leaks),
+    scenario("workloads", workloads::workloads),
 ];
 
 impl Scenario {

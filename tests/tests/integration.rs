@@ -58,6 +58,7 @@ scenarios! {
     static_pods: they_run_without_a_control_plane_and_no_deletion_stops_them,
     shutdown: pods_end_in_order_and_say_why,
     leaks: fifty_pods_execs_and_probes_leave_nothing_in_agent_and_kernel,
+    workloads: claims_are_mounted_kept_and_deleted_and_every_pod_has_its_token,
 }
 
 mod sweep {

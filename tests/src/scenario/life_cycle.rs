@@ -147,7 +147,7 @@ fn message(cluster: &Cluster, pod: &str) -> Result<String> {
 }
 
 /// The pid, on the host, of the first process of a pod's container.
-fn host_pid(cluster: &Cluster, pod: &str, container: &str, run: u64) -> Result<u32> {
+pub(super) fn host_pid(cluster: &Cluster, pod: &str, container: &str, run: u64) -> Result<u32> {
     let object = cluster.get(&["pod", pod])?;
     let uid = object["metadata"]["uid"].as_str().context("no uid")?;
     let file = PathBuf::from("/run/gantry/pods")

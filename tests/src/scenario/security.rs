@@ -160,6 +160,7 @@ kind: Pod
 metadata: {{name: {name}}}
 spec:
   hostUsers: false
+  automountServiceAccountToken: false
   terminationGracePeriodSeconds: 1
   containers:
     - name: main

@@ -154,6 +154,12 @@ pub(super) fn streams(cluster: &mut Cluster) -> Result<()> {
     words.push("cat; exit 7");
     let ran = typed(cluster, &words, "through\n")?;
     ensure!(ran == (7, "through\n".into()), "{ran:?}");
+    let line = "debug -i --quiet server --image=gantry.local/busybox:debian \
+                --image-pull-policy=IfNotPresent -- sh -c";
+    let mut words: Vec<&str> = line.split_whitespace().collect();
+    words.push("read word; echo seen $word");
+    let debugged = typed(cluster, &words, "this\n")?;
+    ensure!(debugged == (0, "seen this\n".into()), "{debugged:?}");
 
     copies(cluster)?;
     forwards(cluster)
