@@ -463,6 +463,10 @@ impl Runtime for ShimRuntime {
 
     async fn list(&self) -> Result<Vec<ObservedSandbox>, RuntimeError> {
         let pods = self.pods()?;
+        if pods.is_empty() {
+            // An agent that was killed while it removed the last sandbox has left it.
+            let _ = cgroup::remove(SHIM_CGROUP);
+        }
         // All keepers first, so that the shims start or connect side by side.
         let found: Vec<_> = pods.iter().filter_map(|pod| self.sandbox(pod)).collect();
         let mut observed = Vec::new();
