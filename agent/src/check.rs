@@ -6,13 +6,14 @@
 //! A must-have that is missing makes the exit code 1; everything else is advice. What cannot be
 //! found out counts as unknown and is said, never as fine.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use crate::cgroups::Cgroups;
 use crate::cgroups::limits::Policy;
+use crate::cgroups::{Cgroups, Lack};
 
 /// Below this the programs' cgroup hooks for IPv6 names and `BPF_LINK` are not all there.
 const KERNEL_MIN: (u32, u32) = (5, 10);
@@ -42,7 +43,7 @@ pub struct Finding {
     /// What was found.
     pub what: String,
     /// What to do; empty when fine.
-    pub remedy: &'static str,
+    pub remedy: Cow<'static, str>,
 }
 
 /// What the judgement is made of. Absent means: could not be found out.
@@ -54,8 +55,8 @@ pub struct Facts {
     pub in_chroot: Option<bool>,
     /// Major and minor of the running kernel.
     pub kernel: Option<(u32, u32)>,
-    /// What [`Cgroups::detect`] says: degradations, or why it refuses.
-    pub cgroups: Option<Result<Vec<String>, String>>,
+    /// What [`Cgroups::detect`] says: what is missing, or why it refuses.
+    pub cgroups: Option<Result<Vec<Lack>, String>>,
     /// A cgroup v2 hierarchy is mounted, whatever controllers it has.
     pub unified: bool,
     /// `bpf` is among the file systems, so the kernel has the system call.
@@ -90,11 +91,11 @@ fn fine(what: impl Into<String>) -> Finding {
     finding(Level::Fine, what, "")
 }
 
-fn finding(level: Level, what: impl Into<String>, remedy: &'static str) -> Finding {
+fn finding(level: Level, what: impl Into<String>, remedy: impl Into<Cow<'static, str>>) -> Finding {
     Finding {
         level,
         what: what.into(),
-        remedy,
+        remedy: remedy.into(),
     }
 }
 
@@ -183,13 +184,14 @@ fn cgroups(facts: &Facts) -> Vec<Finding> {
         Some(Err(words)) => found.push(finding(
             Level::Missing,
             words.clone(),
-            "boot with cgroup_enable=memory, or systemd.unified_cgroup_hierarchy=1",
+            "the agent does not start so",
         )),
-        Some(Ok(degraded)) if degraded.is_empty() => found.push(fine("cgroup controllers")),
-        Some(Ok(degraded)) => found.extend(degraded.iter().map(|words| {
-            let remedy = "boot with systemd.unified_cgroup_hierarchy=1 for all limits";
-            finding(Level::Advice, words.clone(), remedy)
-        })),
+        Some(Ok(lacks)) if lacks.is_empty() => found.push(fine("cgroup controllers")),
+        Some(Ok(lacks)) => found.extend(
+            lacks
+                .iter()
+                .map(|lack| finding(Level::Advice, lack.what.clone(), lack.remedy.clone())),
+        ),
         None => {}
     }
     found
@@ -298,7 +300,7 @@ pub fn render(findings: &[Finding]) -> String {
         };
         wrap(&mut text, mark, "      ", &finding.what);
         if !finding.remedy.is_empty() {
-            wrap(&mut text, "      -> ", "         ", finding.remedy);
+            wrap(&mut text, "      -> ", "         ", &finding.remedy);
         }
     }
     let missing = findings.iter().filter(|f| f.level == Level::Missing);
@@ -347,7 +349,7 @@ impl Facts {
             in_chroot: in_chroot(),
             kernel: kernel_version(&release),
             cgroups: Some(match Cgroups::detect(Policy::default()) {
-                Ok(cgroups) => Ok(cgroups.degraded().to_vec()),
+                Ok(cgroups) => Ok(cgroups.lacks().to_vec()),
                 Err(error) => Err(error.to_string()),
             }),
             unified: mounts.lines().any(|l| l.contains(" - cgroup2 ")),
@@ -507,7 +509,7 @@ mod tests {
             |f| f.is_root = false,
             |f| f.in_chroot = Some(true),
             |f| f.kernel = Some((4, 19)),
-            |f| f.cgroups = Some(Err("no memory controller".into())),
+            |f| f.cgroups = Some(Err("no device controller".into())),
             |f| f.unified = false,
             |f| f.bpf = false,
             |f| f.overlay = false,
@@ -536,7 +538,11 @@ mod tests {
         let facts = Facts {
             btf: false,
             kernel: Some((5, 15)),
-            cgroups: Some(Ok(vec!["io limits are not held".into()])),
+            cgroups: Some(Ok(vec![Lack {
+                controller: Some("io"),
+                what: "io limits are not held".into(),
+                remedy: String::new(),
+            }])),
             user_namespaces: Some(0),
             free_bytes: Some(1),
             clock_synchronised: None,

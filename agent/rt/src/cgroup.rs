@@ -49,7 +49,8 @@ impl Leaf {
         let roots = if unified {
             vec![(String::new(), PathBuf::from(MOUNT))]
         } else {
-            mounted(&own_cgroups().context("cannot read /proc/self/cgroup")?)
+            let table = own_cgroups().context("cannot read /proc/self/cgroup")?;
+            mounted(&table, |root| root.join("cgroup.procs").exists())
         };
         let mut directories = Vec::with_capacity(roots.len());
         for (controllers, root) in roots {
@@ -144,7 +145,7 @@ impl Leaf {
 }
 
 /// Hierarchies of v1 that hold controllers, by the lines of `/proc/self/cgroup`.
-fn mounted(table: &str) -> Vec<(String, PathBuf)> {
+fn mounted(table: &str, is_hierarchy: impl Fn(&Path) -> bool) -> Vec<(String, PathBuf)> {
     let mut found = Vec::new();
     for line in table.lines() {
         let Some(controllers) = line.split(':').nth(1) else {
@@ -160,7 +161,10 @@ fn mounted(table: &str) -> Vec<(String, PathBuf)> {
             Some((first, _)) if !joint.exists() => Path::new(MOUNT).join(first),
             _ => joint,
         };
-        found.push((controllers.to_owned(), directory));
+        // Known to the kernel and mounted nowhere: a directory there would be an ordinary one.
+        if is_hierarchy(&directory) {
+            found.push((controllers.to_owned(), directory));
+        }
     }
     found
 }
@@ -524,8 +528,10 @@ mod tests {
 
     #[test]
     fn hierarchies_without_controllers_are_left_alone() {
-        assert!(mounted("0::/\n1:name=systemd:/init\nnonsense\n").is_empty());
-        let found = mounted("3:pids:/x\n");
+        let table = "0::/\n1:name=systemd:/init\nnonsense\n";
+        assert!(mounted(table, |_| true).is_empty());
+        let is_hierarchy = |root: &Path| !root.ends_with("memory");
+        let found = mounted("3:pids:/x\n4:memory:/x\n", is_hierarchy);
         assert_eq!(found, [("pids".to_owned(), Path::new(MOUNT).join("pids"))]);
     }
 }

@@ -10,6 +10,13 @@ use super::{CgroupError, Cgroups, Layout, join, tree};
 impl Cgroups {
     /// Writes all limits of one cgroup that exists.
     pub(super) fn write_limits(&self, path: &str, limits: &Limits) -> Result<(), CgroupError> {
+        if let Some((what, lack)) = limits.unheld(&self.shared.lacks) {
+            return Err(CgroupError::NotHeld {
+                path: path.to_owned(),
+                what,
+                lack: lack.to_string(),
+            });
+        }
         let sizes: Vec<u64> = self.shared.hugepages.keys().copied().collect();
         let all = match self.shared.layout {
             Layout::V2 { .. } => settings::settings_v2(limits, &sizes),
@@ -39,6 +46,9 @@ impl Cgroups {
 
     /// Where a setting goes; none when it need not be written on this machine.
     fn file_of(&self, path: &str, setting: &Setting) -> Option<PathBuf> {
+        if !self.has(setting.controller) {
+            return None;
+        }
         let root = self.shared.layout.root_of(setting.controller)?;
         let file = join(root, path).join(&setting.file);
         (!setting.optional || file.exists()).then_some(file)
@@ -54,7 +64,8 @@ impl Cgroups {
         };
         let base = &self.shared.base;
         let used = self.stats(base)?.unwrap_or_default();
-        let wanted = Some(policy.memory_allocatable_bytes).filter(|bytes| *bytes > 0);
+        let wanted = Some(policy.memory_allocatable_bytes);
+        let wanted = wanted.filter(|bytes| *bytes > 0 && self.has("memory"));
         // A limit below what runs already would have the kernel kill at once: eviction is kinder.
         let memory_limit_bytes = wanted.filter(|bytes| used.memory_working_set_bytes < *bytes);
         if wanted != memory_limit_bytes {
@@ -99,7 +110,7 @@ impl Cgroups {
             return Ok(());
         };
         let dir = join(root, path);
-        if !dir.is_dir() {
+        if !self.has("memory") || !dir.is_dir() {
             return Ok(()); // removed by `down` while the last pod went
         }
         tree::write(&dir.join("memory.min"), &min.to_string())?;
@@ -107,7 +118,8 @@ impl Cgroups {
     }
 
     pub(super) fn write_shares(&self, path: &str, shares: u64) -> Result<(), CgroupError> {
-        let Some(root) = self.shared.layout.root_of("cpu") else {
+        let root = self.shared.layout.root_of("cpu");
+        let Some(root) = root.filter(|_| self.has("cpu")) else {
             return Ok(());
         };
         let dir = join(root, path);

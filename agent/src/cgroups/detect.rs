@@ -56,15 +56,6 @@ impl Layout {
         }
     }
 
-    /// Whether this machine offers `controller`.
-    pub fn has(&self, controller: &str) -> bool {
-        match self {
-            Self::V2 { root } => std::fs::read_to_string(root.join("cgroup.controllers"))
-                .is_ok_and(|text| text.split_whitespace().any(|name| name == controller)),
-            Self::V1 { .. } => self.root_of(controller).is_some(),
-        }
-    }
-
     /// The v2 root, on hybrid machines too.
     pub fn unified(&self) -> Option<&Path> {
         match self {

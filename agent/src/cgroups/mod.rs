@@ -20,6 +20,7 @@
 mod apply;
 pub mod cpu_pinning;
 pub mod detect;
+pub mod held;
 mod inspect;
 pub mod limits;
 mod pins;
@@ -34,6 +35,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 pub use detect::Layout;
+pub use inspect::Lack;
 pub use limits::{Limits, Policy, QosClass};
 pub use stats::Stats;
 
@@ -45,7 +47,7 @@ pub const ROOT: &str = "/gantry";
 const REMOVE_PATIENCE: Duration = Duration::from_secs(10);
 /// Enabled on v2 where the kernel has them.
 const WANTED: [&str; 6] = ["cpu", "memory", "pids", "cpuset", "io", "hugetlb"];
-/// Limits cannot be held without these.
+/// Where the kernel offers these, pods must get them: their limits are held by them.
 const REQUIRED: [&str; 3] = ["cpu", "memory", "pids"];
 
 /// Why a cgroup could not be made, read or removed.
@@ -54,15 +56,39 @@ pub enum CgroupError {
     /// Nothing mounted.
     #[error("no cgroup file system is mounted; run: mount -t cgroup2 none /sys/fs/cgroup")]
     NotMounted,
-    /// The kernel does not offer a controller that limits need.
-    #[error("cgroup controller {name:?} is missing ({place}): {hint}")]
+    /// A controller is missing that no pod may be without.
+    #[error("cgroup controller {name:?} is missing: {loss}; to mend it: {remedy}")]
     MissingController {
-        /// `cpu`, `memory` or `pids`.
+        /// `devices`.
         name: String,
-        /// The file or table that does not name it.
-        place: String,
+        /// What that means.
+        loss: String,
         /// What to do.
-        hint: String,
+        remedy: String,
+    },
+    /// A limit that must hold, and no controller for it.
+    #[error("{path}: {what} cannot be held on this node: {lack}")]
+    NotHeld {
+        /// The cgroup.
+        path: String,
+        /// `a memory limit`.
+        what: &'static str,
+        /// What is missing, and what to do.
+        lack: String,
+    },
+    /// The kernel does not pass a controller on to pods.
+    #[error(
+        "cgroup controller {name:?} cannot be enabled for what is below {dir}: {source}; if \
+         processes are in that cgroup itself, run the agent in a systemd unit with Delegate=yes and \
+         DelegateSubgroup=agent, or move them to a cgroup below"
+    )]
+    NotEnabled {
+        /// `cpu`, `memory` or `pids`.
+        name: &'static str,
+        /// The cgroup.
+        dir: String,
+        /// The kernel's error.
+        source: Box<CgroupError>,
     },
     /// Not below our own root.
     #[error("cgroup path {0:?}: want a path below /gantry without '..'")]
@@ -107,7 +133,7 @@ struct Shared {
     layout: Layout,
     /// `/gantry`; tests use a sibling.
     base: String,
-    degraded: Vec<String>,
+    lacks: Vec<Lack>,
     policy: Policy,
     /// Bytes of huge pages by page size; empty where they cannot be limited.
     hugepages: BTreeMap<u64, u64>,
@@ -129,7 +155,7 @@ impl Cgroups {
     /// Looks at the mount table and at what each hierarchy offers.
     ///
     /// # Errors
-    /// No cgroups at all, or no `cpu`, `memory` or `pids` controller: limits could not be held.
+    /// No cgroups at all, or containers would open any device.
     pub fn detect(policy: Policy) -> Result<Self, CgroupError> {
         Self::detect_at(ROOT, policy)
     }
@@ -137,19 +163,16 @@ impl Cgroups {
     fn detect_at(base: &str, policy: Policy) -> Result<Self, CgroupError> {
         let table = tree::read(Path::new("/proc/self/mountinfo"))?.unwrap_or_default();
         let layout = detect::parse(&table).ok_or(CgroupError::NotMounted)?;
-        let degraded = match &layout {
-            Layout::V2 { root } => inspect::inspect_v2(root)?,
-            Layout::V1 { .. } => inspect::inspect_v1(&layout)?,
-        };
-        let hugepages = match layout.has("hugetlb") {
-            true => inspect::hugepages(Path::new("/sys/kernel/mm/hugepages")),
-            false => BTreeMap::new(),
+        let lacks = inspect::inspect(&layout)?;
+        let hugepages = match lacks.iter().any(|l| l.controller == Some("hugetlb")) {
+            false => inspect::hugepages(Path::new("/sys/kernel/mm/hugepages")),
+            true => BTreeMap::new(),
         };
         Ok(Self {
             shared: Arc::new(Shared {
                 layout,
                 base: base.to_owned(),
-                degraded,
+                lacks,
                 policy,
                 hugepages,
                 requests: Mutex::default(),
@@ -168,9 +191,15 @@ impl Cgroups {
         matches!(self.shared.layout, Layout::V2 { .. })
     }
 
-    /// What does not work on this machine, one sentence each; empty when all does.
-    pub fn degraded(&self) -> &[String] {
-        &self.shared.degraded
+    /// What does not work on this machine; empty when all does.
+    pub fn lacks(&self) -> &[Lack] {
+        &self.shared.lacks
+    }
+
+    /// Whether this machine limits with a controller, by its name on v2.
+    pub fn has(&self, controller: &str) -> bool {
+        let missing = |lack: &Lack| lack.controller == Some(controller);
+        !self.shared.lacks.iter().any(missing)
     }
 
     /// What the operator has set for all pods.
@@ -424,8 +453,12 @@ fn enable_controllers(dir: &Path) -> Result<(), CgroupError> {
         }
         let result = tree::write(&dir.join("cgroup.subtree_control"), &format!("+{name}"));
         // Optional ones may be refused (cpuset with odd partitions); limits do not need them.
-        if REQUIRED.contains(&name) {
-            result?;
+        if let (true, Err(source)) = (REQUIRED.contains(&name), result) {
+            return Err(CgroupError::NotEnabled {
+                name,
+                dir: dir.display().to_string(),
+                source: Box::new(source),
+            });
         }
     }
     Ok(())

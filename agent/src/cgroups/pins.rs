@@ -32,7 +32,7 @@ impl Cgroups {
     /// exists. Does nothing where the machine has no cpusets.
     pub(super) fn pin_blocking(&self, path: &str, count: usize) -> Result<(), CgroupError> {
         let level = format!("{}/{}/", self.shared.base, QosClass::Guaranteed.dir());
-        let has_cpusets = self.shared.layout.has("cpuset");
+        let has_cpusets = self.has("cpuset");
         let Some(key) = key_of(path).filter(|_| path.starts_with(&level) && has_cpusets) else {
             return Ok(());
         };
@@ -75,7 +75,7 @@ impl Cgroups {
 
     /// At the agent's start: what an earlier one has pinned stays, or ends with the policy.
     pub(super) fn restore_pins(&self) -> Result<(), CgroupError> {
-        if !self.shared.layout.has("cpuset") {
+        if !self.has("cpuset") {
             return Ok(());
         }
         let mut pins = self.pins();

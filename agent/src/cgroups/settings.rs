@@ -4,7 +4,7 @@
 //! refuses a quota below the burst), the period comes before the quota it is judged against, and
 //! the memory limit before that of memory and swap together.
 //!
-//! What v1 cannot say is left out here and named by [`super::Cgroups::degraded`].
+//! What v1 cannot say is left out here and named by [`super::Cgroups::lacks`].
 
 use std::collections::BTreeMap;
 

@@ -171,24 +171,24 @@ impl Cgroups {
 
     /// Usage of a cgroup; none when it does not exist.
     pub fn stats(&self, path: &str) -> Result<Option<Stats>, CgroupError> {
-        self.dirs(path)?;
+        let all = self.dirs(path)?;
         let dir = |controller| {
             self.shared
                 .layout
                 .root_of(controller)
                 .map(|r| join(r, path))
         };
-        let (Some(memory), Some(pids)) = (dir("memory"), dir("pids")) else {
-            return Ok(None);
-        };
-        if !memory.is_dir() {
+        if !all.iter().any(|dir| dir.is_dir()) {
             return Ok(None);
         }
+        // What no controller counts is 0.
         let mut stats = match &self.shared.layout {
-            Layout::V2 { .. } => stats_v2(&memory)?,
-            Layout::V1 { .. } => stats_v1(&memory, dir("cpu"), dir("cpuacct"))?,
+            Layout::V2 { root } => stats_v2(&join(root, path))?,
+            Layout::V1 { .. } => stats_v1(dir("memory"), dir("cpu"), dir("cpuacct"))?,
         };
-        stats.task_count = number(&pids.join("pids.current"))?;
+        if let Some(pids) = dir("pids") {
+            stats.task_count = number(&pids.join("pids.current"))?;
+        }
         Ok(Some(stats))
     }
 }
@@ -214,17 +214,21 @@ fn stats_v2(dir: &Path) -> Result<Stats, CgroupError> {
 }
 
 fn stats_v1(
-    dir: &Path,
+    memory: Option<PathBuf>,
     cpu: Option<PathBuf>,
     account: Option<PathBuf>,
 ) -> Result<Stats, CgroupError> {
-    let memory = tree::read(&dir.join("memory.stat"))?.unwrap_or_default();
-    let cpu = match cpu {
-        Some(cpu) => tree::read(&cpu.join("cpu.stat"))?.unwrap_or_default(),
-        None => String::new(),
+    let text = |dir: Option<&PathBuf>, file: &str| match dir {
+        Some(dir) => Ok(tree::read(&dir.join(file))?.unwrap_or_default()),
+        None => Ok(String::new()),
     };
+    let usage = match &memory {
+        Some(memory) => number(&memory.join("memory.usage_in_bytes"))?,
+        None => 0,
+    };
+    let memory = text(memory.as_ref(), "memory.stat")?;
+    let cpu = text(cpu.as_ref(), "cpu.stat")?;
     let of = |text: &str, key| field(text, key).unwrap_or(0);
-    let usage = number(&dir.join("memory.usage_in_bytes"))?;
     Ok(Stats {
         cpu_usage_ns: match account {
             Some(account) => number(&account.join("cpuacct.usage"))?,

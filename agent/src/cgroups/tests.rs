@@ -18,7 +18,7 @@ impl Scratch {
         let base = format!("/gantry-test-{name}-{}", std::process::id());
         match Cgroups::detect_at(&base, policy) {
             Ok(cgroups) => {
-                for note in cgroups.degraded() {
+                for note in cgroups.lacks() {
                     eprintln!("degraded: {note}");
                 }
                 if let Err(e) = cgroups.ensure_root_blocking() {
@@ -282,7 +282,7 @@ async fn whole_cpus_are_exclusive_across_a_restart_and_given_back() {
     let Some(root) = cgroups.layout().root_of("cpuset") else {
         return eprintln!("skipped: no cpusets");
     };
-    if online < 2 || !cgroups.layout().has("cpuset") {
+    if online < 2 || !cgroups.has("cpuset") {
         return eprintln!("skipped: no cpusets, or one CPU only");
     }
     let set = |path: &str| {

@@ -64,7 +64,7 @@ impl NodeResources {
         identity.pods_max = flags.max_pods;
         identity.reserved = flags.reserved(&capacity).plus(room);
         identity.hugepages = cgroups.hugepages().clone();
-        identity.degraded = cgroups.degraded().to_vec();
+        identity.degraded = cgroups.lacks().iter().map(ToString::to_string).collect();
         if !host.may_lower_oom_score() {
             identity.degraded.push(
                 "the agent lacks CAP_SYS_RESOURCE: containers keep the agent's oom_score_adj where \

@@ -13,6 +13,7 @@ use tokio::sync::{mpsc, watch};
 use super::timeline::timed;
 use super::worker::Message;
 use super::{Node, launch};
+use crate::cgroups::held::{Held, held};
 use crate::cgroups::limits::{container_limits, pod_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
 use crate::images::auth::{self, RegistryAuth};
@@ -95,6 +96,7 @@ pub async fn sandbox(
         log_dir: node.paths.pod_log(namespace, name, uid),
     };
     let is_new = !node.paths.sandbox(uid).exists();
+    check_limits(node, pod, is_new, inputs).await?;
     let ready_volumes = async {
         if pod.spec.as_ref().is_none_or(|s| s.host_ipc != Some(true)) {
             volumes::shm::ensure(uid, &node.paths).await?;
@@ -131,6 +133,24 @@ pub async fn sandbox(
         let _ = inputs.send(Message::Took(phase, took)).await;
     }
     Ok((network, volumes))
+}
+
+/// A pod whose limits this machine cannot hold is refused or, the first time, told.
+async fn check_limits(
+    node: &Node,
+    pod: &Pod,
+    is_new: bool,
+    inputs: &mpsc::Sender<Message>,
+) -> Result<(), Failure> {
+    match held(pod, node.cgroups.policy(), node.cgroups.lacks()) {
+        Held::All => {}
+        Held::Refused(words) => return Err(Failure::new("LimitNotHeld", words)),
+        Held::Not(words) if is_new => {
+            let _ = inputs.send(Message::Warning("LimitNotHeld", words)).await;
+        }
+        Held::Not(_) => {}
+    }
+    Ok(())
 }
 
 /// `hostUsers: false`: the pod's own ids.

@@ -609,6 +609,7 @@ fn event_reason(reason: &str) -> &'static str {
     match reason {
         "FailedMount" => "FailedMount",
         "FailedCreatePodSandBox" => "FailedCreatePodSandBox",
+        "LimitNotHeld" => "LimitNotHeld",
         _ => "Failed",
     }
 }
