@@ -9,11 +9,10 @@ use anyhow::{Result, bail};
 use tracing::info;
 
 use crate::cgroups::{Cgroups, Policy};
-use crate::images::ImageStore;
 use crate::paths::Paths;
 use crate::runtime::{Runtime, shim::ShimRuntime};
 use crate::user_namespaces::{Ranges, idmap};
-use crate::{dataplane, network, run_directory, volumes};
+use crate::{dataplane, images, network, run_directory, volumes};
 
 /// Removes all pods, networks, cgroups, programs. The agent must not run.
 pub async fn run(paths: &Paths) -> Result<()> {
@@ -56,17 +55,12 @@ pub async fn run(paths: &Paths) -> Result<()> {
         "id-mapped mounts".into(),
         idmap::remove_all(&paths.run).map_err(|e| e.to_string()),
     );
-    match ImageStore::open(&paths.lib) {
-        Ok(images) => {
-            for layers in run_layers(paths) {
-                let removed = images.remove_rootfs(&layers).await;
-                note(
-                    layers.display().to_string(),
-                    removed.map_err(|e| e.to_string()),
-                );
-            }
-        }
-        Err(error) => note("images".into(), Err(error.to_string())),
+    for layers in run_layers(paths) {
+        let removed = images::remove_rootfs(&layers).await;
+        note(
+            layers.display().to_string(),
+            removed.map_err(|e| e.to_string()),
+        );
     }
     for uid in pod_uids(paths) {
         let removed = volumes::remove(&uid, paths).await;

@@ -273,18 +273,6 @@ impl ImageStore {
         self.blocking(move |_| overlay::unmount_rootfs(&dir)).await
     }
 
-    /// Unmounts and deletes a container run's layers directory. Idempotent.
-    pub async fn remove_rootfs(&self, layers_dir: &Path) -> Result<(), ImageError> {
-        let dir = layers_dir.to_owned();
-        self.blocking(move |_| {
-            overlay::unmount_rootfs(&dir)?;
-            // The container shaped the upper directory: any depth, any name.
-            crate::volumes::tree::remove(&dir)
-                .map_err(ImageError::io(format!("remove {}", dir.display())))
-        })
-        .await
-    }
-
     /// Imports every image of an OCI layout directory, an OCI archive or a docker-save archive
     /// (plain, gzip or zstd). `progress` is called often; make it cheap.
     pub async fn import(
@@ -529,10 +517,29 @@ impl ImageStore {
         work: impl FnOnce(&Self) -> Result<T, ImageError> + Send + 'static,
     ) -> Result<T, ImageError> {
         let this = self.clone();
-        tokio::task::spawn_blocking(move || work(&this))
-            .await
-            .unwrap_or_else(|e| Err(ImageError::io("image task")(std::io::Error::other(e))))
+        blocking(move || work(&this)).await
     }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+) -> Result<T, ImageError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| Err(ImageError::io("image task")(std::io::Error::other(e))))
+}
+
+/// Unmounts and deletes a container run's layers directory, whether or not its image is still here.
+/// Idempotent.
+pub async fn remove_rootfs(layers_dir: &Path) -> Result<(), ImageError> {
+    let dir = layers_dir.to_owned();
+    blocking(move || {
+        overlay::unmount_rootfs(&dir)?;
+        // The container shaped the upper directory: any depth, any name.
+        crate::volumes::tree::remove(&dir)
+            .map_err(ImageError::io(format!("remove {}", dir.display())))
+    })
+    .await
 }
 
 /// IDs that container layer directories were made from: `<pods>/<uid>/containers/<name>/<run>/image`.

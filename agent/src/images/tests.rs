@@ -254,8 +254,8 @@ async fn rootfs_is_writable_shared_and_shows_no_deleted_file() {
     );
     drop(image);
     for dir in [&one, &two] {
-        store.remove_rootfs(dir).await.unwrap();
-        store.remove_rootfs(dir).await.unwrap();
+        remove_rootfs(dir).await.unwrap();
+        remove_rootfs(dir).await.unwrap();
         assert!(!dir.exists());
     }
     assert_eq!(

@@ -17,7 +17,7 @@ use super::worker::Message;
 use super::{Node, configs, processes, termination};
 use crate::cgroups::limits::{container_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
-use crate::images::{Image, Progress, PullPolicy};
+use crate::images::{self, Image, Progress, PullPolicy};
 use crate::network::PodNetwork;
 use crate::paths::Paths;
 use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, app_armor, identity};
@@ -193,7 +193,7 @@ async fn clean_before(job: &Job) {
         }
         let layers = job.node.paths.container_layers(&run);
         if layers.exists()
-            && let Err(error) = job.node.images.remove_rootfs(&layers).await
+            && let Err(error) = images::remove_rootfs(&layers).await
         {
             tracing::warn!(%run, %error, "remove the layers of an earlier run");
         }

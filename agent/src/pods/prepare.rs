@@ -16,6 +16,7 @@ use super::{Node, launch};
 use crate::cgroups::held::{Held, held};
 use crate::cgroups::limits::{container_limits, pod_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
+use crate::images;
 use crate::images::auth::{self, RegistryAuth};
 use crate::network::{self, PodNetwork, PodNetworkSpec};
 use crate::runtime::{ObservedSandbox, SandboxSpec};
@@ -343,7 +344,7 @@ async fn remove_rest(node: &Arc<Node>, uid: &PodUid, errors: &mut Vec<String>) {
     // effort: an empty directory on tmpfs that stays is found again at the next start.
     let _ = std::fs::remove_dir(node.paths.sandbox(uid));
     for layers in layer_directories(&node.paths.pod_lib(uid).join("containers")) {
-        if let Err(error) = node.images.remove_rootfs(&layers).await {
+        if let Err(error) = images::remove_rootfs(&layers).await {
             errors.push(format!("root file system: {error}"));
         }
     }
