@@ -176,9 +176,7 @@ impl Worker {
             }
             let actions = state.next(Input::Observed(found), Duration::ZERO);
             worker.state = state;
-            for action in actions {
-                worker.act(action);
-            }
+            worker.carry_out(actions);
         }
         (
             worker,
@@ -382,14 +380,11 @@ impl Worker {
     fn turn(&mut self, input: Input) {
         debug!(pod = %self.state.uid, ?input, "input");
         let before = self.state.phase;
-        for action in self.state.next(input, self.began.elapsed()) {
-            self.act(action);
-        }
+        let actions = self.state.next(input, self.began.elapsed());
+        self.carry_out(actions);
         if before != self.state.phase {
             info!(pod = %self.state.uid, phase = ?self.state.phase, "pod phase");
         }
-        self.keep_probed();
-        self.report(false);
         let running = |c: &super::state::Container| match c.run {
             Run::Running { .. } => true,
             Run::Exited(_) => c.role == Role::Init,
@@ -400,6 +395,21 @@ impl Worker {
             && let Some(words) = self.timeline.tell()
         {
             self.event("Timeline", words, false);
+        }
+    }
+
+    /// Acts and reports. The removal comes last: the exit codes go with the sandbox, and from then
+    /// on the final status, which reporting puts on the disk, is all there is.
+    fn carry_out(&mut self, actions: Vec<Action>) {
+        let is_removal = |action: &Action| matches!(action, Action::TearDown);
+        let (removals, others): (Vec<_>, Vec<_>) = actions.into_iter().partition(is_removal);
+        for action in others {
+            self.act(action);
+        }
+        self.keep_probed();
+        self.report(false);
+        for action in removals {
+            self.act(action);
         }
     }
 
