@@ -40,6 +40,31 @@ pub(super) struct ObjectsService {
     stop: CancellationToken,
 }
 
+/// Subresources that update and patch take.
+const CHANGEABLE: &[&str] = &["status", "scale", "resize", EPHEMERAL];
+
+/// A create, update or apply, taken apart.
+struct Write {
+    target: Target,
+    object: Value,
+    options: WriteOptions,
+}
+
+impl Write {
+    fn new(request: WriteRequest, subresources: &[&str]) -> Result<Write, Status> {
+        refuse_subresource(&request.subresource, subresources)?;
+        let object = decode::parse(&request.json)?;
+        Ok(Write {
+            target: Target::new(request.key, &object)?,
+            object,
+            options: WriteOptions {
+                dry_run: request.dry_run,
+                strict: request.strict,
+            },
+        })
+    }
+}
+
 /// What a write request is about.
 struct Target {
     kind: &'static Kind,
@@ -113,103 +138,67 @@ impl ObjectsService {
                 unchanged: false,
             });
         }
-        refuse_subresource(&request.subresource, &[])?;
-        let object = decode::parse(&request.json)?;
-        let target = Target::new(request.key, &object)?;
-        let options = WriteOptions {
-            dry_run: request.dry_run,
-            strict: request.strict,
-        };
+        let write = Write::new(request, &[])?;
+        let (kind, namespace) = (write.target.kind, &write.target.namespace);
         self.registry
-            .create_value(target.kind, &target.namespace, object, &options)
+            .create_value(kind, namespace, write.object, &write.options)
             .await
     }
 
     async fn update_object(&self, request: WriteRequest) -> Result<Written, Status> {
-        refuse_subresource(
-            &request.subresource,
-            &["status", "scale", "resize", EPHEMERAL],
-        )?;
-        let object = decode::parse(&request.json)?;
-        let target = Target::new(request.key, &object)?;
-        let name = target.required_name()?;
-        let options = WriteOptions {
-            dry_run: request.dry_run,
-            strict: request.strict,
-        };
-        let (kind, namespace) = (target.kind, target.namespace.as_str());
-        if request.subresource == "scale" {
-            let change = |old: &Value| scale::applied(kind, old, &object);
-            let written = self
-                .registry
-                .change_value(kind, namespace, name, Part::Object, &options, change)
-                .await?;
-            return scale::written(kind, written);
-        }
-        if request.subresource == "resize" {
-            let change = |old: &Value| resize::applied(kind, old, &object);
-            return self
-                .registry
-                .change_value(kind, namespace, name, Part::Object, &options, change)
-                .await;
-        }
-        let part = part_of(kind, &request.subresource)?;
-        self.registry
-            .update_value(kind, namespace, name, object, part, &options)
+        let subresource = request.subresource.clone();
+        let write = Write::new(request, CHANGEABLE)?;
+        let wanted = |_: &Value| Ok(write.object.clone());
+        self.change(&write.target, &subresource, &write.options, wanted)
             .await
     }
 
     async fn apply_object(&self, request: WriteRequest) -> Result<Written, Status> {
-        refuse_subresource(&request.subresource, &[])?;
-        let object = decode::parse(&request.json)?;
-        let target = Target::new(request.key, &object)?;
-        let options = WriteOptions {
-            dry_run: request.dry_run,
-            strict: request.strict,
-        };
-        let (kind, namespace) = (target.kind, target.namespace.as_str());
-        let name = target.required_name()?;
+        let write = Write::new(request, &[])?;
+        let (kind, namespace) = (write.target.kind, &write.target.namespace);
+        let name = write.target.required_name()?;
         self.registry
-            .apply_value(kind, namespace, name, object, &options)
+            .apply_value(kind, namespace, name, write.object, &write.options)
             .await
     }
 
     async fn patch_object(&self, request: PatchRequest) -> Result<Written, Status> {
-        refuse_subresource(
-            &request.subresource,
-            &["status", "scale", "resize", EPHEMERAL],
-        )?;
+        refuse_subresource(&request.subresource, CHANGEABLE)?;
         let patch = Patch::parse(request.r#type(), &request.patch)?;
         let target = Target::new(request.key, &Value::Null)?;
-        let name = target.required_name()?;
         let options = WriteOptions {
             dry_run: request.dry_run,
             strict: true,
         };
-        let (kind, namespace) = (target.kind, target.namespace.as_str());
-        if request.subresource == "scale" {
-            let change = |old: &Value| {
-                let wanted = patch.applied(&scale::view(kind, old)?)?;
-                scale::applied(kind, old, &wanted)
-            };
-            let written = self
-                .registry
-                .change_value(kind, namespace, name, Part::Object, &options, change)
-                .await?;
-            return scale::written(kind, written);
-        }
-        let resizes = request.subresource == "resize";
-        let change = |old: &Value| {
-            let wanted = patch.applied(old)?;
-            match resizes {
-                true => resize::applied(kind, old, &wanted),
-                false => Ok(wanted),
-            }
-        };
-        let part = part_of(kind, &request.subresource)?;
-        self.registry
-            .change_value(kind, namespace, name, part, &options, change)
+        let wanted = |seen: &Value| patch.applied(seen);
+        self.change(&target, &request.subresource, &options, wanted)
             .await
+    }
+
+    /// Update and patch: `wanted` makes what the client wants of what it sees.
+    async fn change(
+        &self,
+        target: &Target,
+        subresource: &str,
+        options: &WriteOptions,
+        wanted: impl Fn(&Value) -> Result<Value, Status> + Send + Sync,
+    ) -> Result<Written, Status> {
+        let (kind, namespace) = (target.kind, target.namespace.as_str());
+        let name = target.required_name()?;
+        let part = part_of(kind, subresource)?;
+        let change = |old: &Value| match subresource {
+            "scale" => scale::applied(kind, old, &wanted(&scale::view(kind, old)?)?),
+            "resize" => resize::applied(kind, old, &wanted(old)?),
+            _ => wanted(old),
+        };
+        let written = self
+            .registry
+            .change_value(kind, namespace, name, part, options, change)
+            .await?;
+        match subresource {
+            "scale" => scale::written(kind, written),
+            _ => Ok(written),
+        }
     }
 
     async fn delete_object(&self, request: DeleteRequest) -> Result<Written, Status> {
