@@ -25,7 +25,6 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::informer::{Delta, ObjectKey};
-use super::queue::WorkQueue;
 use super::replicaset::count;
 use super::revision::{self, HASH_LABEL};
 use super::{Context, Controller, WORKER_COUNT, owned, pods};
@@ -421,22 +420,8 @@ impl Controller for DaemonSets {
 
 /// Starts the workers.
 pub(super) fn start(context: &Arc<Context>, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) {
-    let queue: WorkQueue<ObjectKey> = WorkQueue::new();
     let caches = &context.caches;
-    let own = queue.clone();
-    caches
-        .daemon_sets
-        .on_change(move |delta: &Delta<DaemonSet>| {
-            own.add(ObjectKey::of(&delta.object().metadata));
-        });
-    let owners = queue.clone();
-    caches.pods.on_change(move |delta: &Delta<Pod>| {
-        for pod in delta.states() {
-            if let Some(key) = super::controller_key::<DaemonSet, Pod>(&**pod) {
-                owners.add(key);
-            }
-        }
-    });
+    let queue = owned::queue(&caches.daemon_sets, &caches.pods);
     let (all, weak) = (queue.clone(), Arc::downgrade(context));
     caches.nodes.on_change(move |delta: &Delta<Node>| {
         // A heartbeat changes nothing about where pods may be.

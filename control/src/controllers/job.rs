@@ -27,8 +27,7 @@ use gantry_api::status::Status;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::informer::{Delta, ObjectKey};
-use super::queue::WorkQueue;
+use super::informer::ObjectKey;
 use super::replicaset::count;
 use super::{Context, Controller, EventType, WORKER_COUNT, event_about, owned, pods};
 use crate::server::registry::{DeleteOptions, Propagation};
@@ -685,19 +684,7 @@ impl Controller for Jobs {
 
 /// Starts the workers.
 pub(super) fn start(context: &Arc<Context>, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) {
-    let queue: WorkQueue<ObjectKey> = WorkQueue::new();
-    let own = queue.clone();
-    context.caches.jobs.on_change(move |delta: &Delta<Job>| {
-        own.add(ObjectKey::of(&delta.object().metadata));
-    });
-    let owners = queue.clone();
-    context.caches.pods.on_change(move |delta: &Delta<Pod>| {
-        for pod in delta.states() {
-            if let Some(key) = super::controller_key::<Job, Pod>(&**pod) {
-                owners.add(key);
-            }
-        }
-    });
+    let queue = owned::queue(&context.caches.jobs, &context.caches.pods);
     let controller = Jobs {
         context: Arc::clone(context),
     };

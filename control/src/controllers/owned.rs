@@ -11,9 +11,28 @@ use gantry_api::k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
 use gantry_api::status::{Reason, Status};
 
-use super::informer::ObjectKey;
-use super::{Context, EventType, event_about, pods, selects};
+use super::informer::{Cache, Delta, ObjectKey};
+use super::queue::WorkQueue;
+use super::{Context, EventType, controller_key, event_about, pods, selects};
 use crate::server::registry::{DeleteOptions, Resource};
+
+/// A queue of owners to look at: an owner when it changes, and when a pod that it controls does.
+pub(super) fn queue<K: Resource>(own: &Cache<K>, pods: &Cache<Pod>) -> WorkQueue<ObjectKey> {
+    let queue: WorkQueue<ObjectKey> = WorkQueue::new();
+    let changed = queue.clone();
+    own.on_change(move |delta: &Delta<K>| {
+        changed.add(ObjectKey::of(delta.object().metadata()));
+    });
+    let owners = queue.clone();
+    pods.on_change(move |delta: &Delta<Pod>| {
+        for pod in delta.states() {
+            if let Some(key) = controller_key::<K, Pod>(&**pod) {
+                owners.add(key);
+            }
+        }
+    });
+    queue
+}
 
 /// The pods whose controller is `owner`, after adopting those that match its selector.
 pub(super) async fn claim<K: Resource>(

@@ -32,8 +32,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::informer::{Cache, Delta, ObjectKey};
-use super::queue::WorkQueue;
-use super::{Caches, Context, Controller, EventType, WORKER_COUNT, pods, selects};
+use super::{Caches, Context, Controller, EventType, WORKER_COUNT, owned, pods, selects};
 use crate::server::registry::{DeleteOptions, Resource};
 
 /// Most pods created or deleted in one pass over one ReplicaSet, as in Kubernetes.
@@ -549,19 +548,10 @@ pub(super) fn start<K: Replicated>(
     tasks: &mut JoinSet<()>,
     shutdown: &CancellationToken,
 ) {
-    let queue: WorkQueue<ObjectKey> = WorkQueue::new();
     let caches = &context.caches;
-    let sets = queue.clone();
-    K::cache(caches).on_change(move |delta| {
-        sets.add(ObjectKey::of(delta.object().metadata()));
-    });
+    let queue = owned::queue(K::cache(caches), &caches.pods);
     let (owners, weak) = (queue.clone(), Arc::downgrade(context));
     caches.pods.on_change(move |delta: &Delta<Pod>| {
-        for pod in delta.states() {
-            if let Some(key) = super::controller_key::<K, Pod>(&**pod) {
-                owners.add(key);
-            }
-        }
         let pod = delta.object();
         if pods::controller_of(&pod.metadata).is_some() {
             return;

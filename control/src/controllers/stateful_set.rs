@@ -27,8 +27,7 @@ use gantry_api::status::{Reason, Status};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::informer::{Delta, ObjectKey};
-use super::queue::WorkQueue;
+use super::informer::ObjectKey;
 use super::replicaset::count;
 use super::revision::{self, HASH_LABEL, History};
 use super::{Context, Controller, EventType, WORKER_COUNT, event_about, owned, pods};
@@ -486,22 +485,8 @@ impl Controller for StatefulSets {
 
 /// Starts the workers.
 pub(super) fn start(context: &Arc<Context>, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) {
-    let queue: WorkQueue<ObjectKey> = WorkQueue::new();
     let caches = &context.caches;
-    let own = queue.clone();
-    caches
-        .stateful_sets
-        .on_change(move |delta: &Delta<StatefulSet>| {
-            own.add(ObjectKey::of(&delta.object().metadata));
-        });
-    let owners = queue.clone();
-    caches.pods.on_change(move |delta: &Delta<Pod>| {
-        for pod in delta.states() {
-            if let Some(key) = super::controller_key::<StatefulSet, Pod>(&**pod) {
-                owners.add(key);
-            }
-        }
-    });
+    let queue = owned::queue(&caches.stateful_sets, &caches.pods);
     let controller = StatefulSets {
         context: Arc::clone(context),
     };
