@@ -25,28 +25,21 @@ impl Create {
         }
         let manifests = self.files.read()?;
         let session = Session::open(global).await?;
-        each(&manifests, async |manifest| {
-            self.one(&session, manifest).await
-        })
-        .await
+        let send = async |manifest| self.send(&session, manifest).await;
+        let report = |manifest: &Manifest, reply| self.write.report(manifest, reply, "created");
+        each(&manifests, send, report).await
     }
 
-    async fn one(&self, session: &Session, manifest: &Manifest) -> Result<(), Failure> {
+    async fn send(&self, session: &Session, manifest: &Manifest) -> Result<WriteReply, Failure> {
         let namespace = manifest.namespace(&session.namespace, session.namespace_given)?;
-        let reply = if self.write.dry_run == DryRun::Client {
-            WriteReply {
+        if self.write.dry_run == DryRun::Client {
+            return Ok(WriteReply {
                 json: manifest.object.to_string().into(),
                 ..WriteReply::default()
-            }
-        } else {
-            let request = self.write.request(manifest, &namespace);
-            session
-                .objects
-                .clone()
-                .create(session.request(request))
-                .await?
-                .into_inner()
-        };
-        self.write.report(manifest, reply, "created")
+            });
+        }
+        let request = self.write.request(manifest, &namespace);
+        let mut objects = session.objects.clone();
+        Ok(objects.create(session.request(request)).await?.into_inner())
     }
 }
