@@ -67,7 +67,7 @@ pub struct LimitHits {
 }
 
 /// The number after `key` in a file of `key value` lines.
-fn field(text: &str, key: &str) -> Option<u64> {
+pub(crate) fn field(text: &str, key: &str) -> Option<u64> {
     text.lines()
         .filter_map(|line| line.split_once(' '))
         .find(|(name, _)| *name == key)

@@ -85,9 +85,11 @@ pub(super) fn run_of(pod: &PodUid, key: &str) -> Option<ContainerRun> {
 
 /// Every run of a sandbox that has an intent, oldest first.
 pub(super) fn runs(pod: &PodUid, sandbox: &Path) -> Vec<ContainerRun> {
+    // Directories only: sockets, pins and records cost a call each, and this is looked at often.
     let names = |path: &Path| -> Vec<String> {
         let entries = fs::read_dir(path).into_iter().flatten().flatten();
         entries
+            .filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir()))
             .filter_map(|e| e.file_name().into_string().ok())
             .collect()
     };
