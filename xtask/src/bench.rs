@@ -13,13 +13,14 @@ use serde_json::Value;
 use crate::{build, image, report, run, setup};
 
 /// In the order of running; `tests/src/bench/mod.rs` has the same.
-const NAMES: [&str; 6] = [
+const NAMES: [&str; 7] = [
     "pod_start",
     "burst",
     "exec",
     "restart",
     "service_connect",
     "footprint",
+    "density",
 ];
 
 /// What `bench` takes.
@@ -28,6 +29,9 @@ pub struct Arguments {
     /// Which ones; all without a name
     #[arg(value_parser = clap::builder::PossibleValuesParser::new(NAMES))]
     names: Vec<String>,
+    /// Pods of the benchmarks of a full node [default: 500, or what half of the free memory holds]
+    #[arg(long, value_name = "COUNT")]
+    pods: Option<usize>,
     /// Exit with 1 and name each target that is missed
     #[arg(long)]
     check: bool,
@@ -49,7 +53,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     std::fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
     let mut missed = Vec::new();
     for name in NAMES.iter().filter(|n| is_wanted(arguments, n)) {
-        let figures = measure(name, &bin, &out)?;
+        let figures = measure(name, &bin, &out, arguments.pods)?;
         print!("{}", text(&figures));
         let lost = missed_targets(&figures).into_iter();
         missed.extend(lost.map(|what| format!("{name}: {what}")));
@@ -67,7 +71,7 @@ fn is_wanted(arguments: &Arguments, name: &str) -> bool {
     arguments.names.is_empty() || arguments.names.iter().any(|n| n == name)
 }
 
-fn measure(name: &str, bin: &Path, out: &Path) -> Result<Value> {
+fn measure(name: &str, bin: &Path, out: &Path, pods: Option<usize>) -> Result<Value> {
     let _step = report::step(&format!("measuring {name}"));
     let file = out.join(format!("{name}.json"));
     // Old figures must not pass for new ones.
@@ -81,6 +85,7 @@ fn measure(name: &str, bin: &Path, out: &Path) -> Result<Value> {
     bench
         .arg(out)
         .env("GANTRY_BIN", bin)
+        .envs(pods.map(|count| ("GANTRY_BENCH_PODS", count.to_string())))
         .env("GANTRY_IMAGES", run::target().join("images"));
     run::shown(&mut bench)?;
     let text = std::fs::read(&file).with_context(|| format!("read {}", file.display()))?;
@@ -200,6 +205,7 @@ mod tests {
     fn without_names_all_are_wanted() {
         let mut arguments = Arguments {
             names: Vec::new(),
+            pods: None,
             check: false,
         };
         assert!(NAMES.iter().all(|n| is_wanted(&arguments, n)));

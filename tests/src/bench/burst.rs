@@ -1,18 +1,23 @@
 //! Many pods at once: from the first create to the last Running seen, and from the first delete to
 //! the last object gone.
 //!
-//! The pods end at SIGTERM, so that no grace period is measured.
+//! The pods end at SIGTERM, so that no grace period is measured. Beside them as many containers of
+//! `runc`, and of `crun` where it runs: five started at a time, without a network, and deleted.
 
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use futures_util::future::try_join_all;
 
 use super::api::{Api, NAMESPACE, PodWatch, obedient_pod};
+use super::pod_start;
 use super::report::{Bound, Report};
+use super::runc::Runc;
 use crate::cluster::{Cluster, Installation};
 
 const POD_COUNT: usize = 100;
+/// Starts of a peer at a time; divides the pods.
+const PEER_WORKER_COUNT: usize = 5;
 const ROUND_COUNT: usize = 5;
 /// Between rounds: what the last one left to do is done.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -22,6 +27,9 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
     let api = Api::connect().await?;
     api.create_namespace(NAMESPACE).await?;
     let mut watch = api.watch_pods().await?;
+    let crun = pod_start::crun(installation).map(|crun| ("crun", crun));
+    let runc = ("runc", Runc::prepare(installation, "runc")?);
+    let peers: Vec<(&str, Runc)> = std::iter::once(runc).chain(crun).collect();
     let mut report = Report::new("burst", "ms");
     // The first of all pays for cold caches.
     round(&api, &mut watch, "warm", 10).await?;
@@ -29,8 +37,17 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
         tokio::time::sleep(PAUSE).await;
         let prefix = format!("burst-{number}");
         let (running, gone) = round(&api, &mut watch, &prefix, POD_COUNT).await?;
-        report.add_round("running", vec![running.as_secs_f64() * 1e3]);
-        report.add_round("gone", vec![gone.as_secs_f64() * 1e3]);
+        report.add_round("running", vec![ms(running)]);
+        report.add_round("gone", vec![ms(gone)]);
+        for (name, peer) in peers.iter() {
+            let (running, gone) = peer_round(peer)?;
+            report.add_round(&format!("{name} running"), vec![ms(running)]);
+            report.add_round(&format!("{name} gone"), vec![ms(gone)]);
+        }
+    }
+    for (name, _) in &peers {
+        report.ratio("running", &format!("{name} running"));
+        report.ratio("gone", &format!("{name} gone"));
     }
     report.count("pods", POD_COUNT as f64);
     for (case, what, limit) in [
@@ -46,6 +63,41 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
     }
     cluster.finish()?;
     Ok(report)
+}
+
+fn ms(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1e3
+}
+
+/// As many containers as a round has pods.
+fn peer_round(peer: &Runc) -> Result<(Duration, Duration)> {
+    let share = POD_COUNT / PEER_WORKER_COUNT;
+    let started = |_| (0..share).map(|_| peer.start()).collect::<Result<Vec<_>>>();
+    let deleted = |ids: Vec<String>| ids.iter().try_for_each(|id| peer.delete(id));
+    let began = Instant::now();
+    let ids = side_by_side(vec![(); PEER_WORKER_COUNT], started)?;
+    let running = began.elapsed();
+    let began = Instant::now();
+    side_by_side(ids, deleted)?;
+    Ok((running, began.elapsed()))
+}
+
+/// One thread for each share of the work.
+fn side_by_side<I: Send, O: Send>(
+    shares: Vec<I>,
+    work: impl Fn(I) -> Result<O> + Sync,
+) -> Result<Vec<O>> {
+    std::thread::scope(|scope| {
+        let work = &work;
+        let threads: Vec<_> = shares
+            .into_iter()
+            .map(|share| scope.spawn(move || work(share)))
+            .collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined
+            .map(|done| done.unwrap_or_else(|_| bail!("a peer's thread panicked")))
+            .collect()
+    })
 }
 
 async fn round(

@@ -1,5 +1,6 @@
 //! A command in a running pod, from the call to its exit code, over a connection that is open: the
-//! way through control plane, agent and shim included. Beside it `runc exec`, which has no such way.
+//! way through control plane, agent and shim included. Beside it `runc exec` and, where crun runs,
+//! `crun exec`, which have no such way.
 
 use std::time::Instant;
 
@@ -7,6 +8,7 @@ use anyhow::{Result, bail};
 use serde_json::json;
 
 use super::api::{Api, NAMESPACE, pod};
+use super::pod_start;
 use super::report::{Bound, Report};
 use super::runc::Runc;
 use crate::cluster::{Cluster, Installation};
@@ -21,11 +23,15 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
     let mut watch = api.watch_pods().await?;
     api.create("pods", &pod("target", json!({}))).await?;
     watch.running("target").await?;
-    let mut runc = Runc::prepare(installation, "runc")?;
+    let runc = Runc::prepare(installation, "runc")?;
     let beside = runc.start()?;
+    let crun = match pod_start::crun(installation) {
+        Some(crun) => Some((crun.start()?, crun)),
+        None => None,
+    };
     let mut report = Report::new("exec", "ms");
     for round in 0..=ROUND_COUNT {
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let (mut ours, mut theirs, mut cruns) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..PER_ROUND {
             let began = Instant::now();
             let code = api.exec("target", &["/bin/true"]).await?;
@@ -34,15 +40,23 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
                 bail!("/bin/true exited with {code}");
             }
             theirs.push(runc.exec(&beside)?.as_secs_f64() * 1e3);
+            if let Some((id, crun)) = &crun {
+                cruns.push(crun.exec(id)?.as_secs_f64() * 1e3);
+            }
         }
         // The first round warms up.
         if round > 0 {
             report.add_round("gantry", ours);
             report.add_round("runc", theirs);
+            report.add_round("crun", cruns);
         }
     }
     runc.delete(&beside)?;
     report.ratio("gantry", "runc");
+    if let Some((id, crun)) = &crun {
+        crun.delete(id)?;
+        report.ratio("gantry", "crun");
+    }
     let p50 = report.quantiles("gantry").map_or(f64::NAN, |q| q.p50);
     report.target("exec p50, ms", Bound::Max, 15.0, p50);
     api.delete_pod("target").await?;

@@ -3,12 +3,12 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::json;
 
 use super::api::{Api, NAMESPACE, pod};
+use super::memory::of_programs_mib;
 use super::report::{Bound, Report};
-use crate::census;
 use crate::cluster::{Cluster, Installation};
 
 const POD_COUNT: usize = 30;
@@ -32,7 +32,7 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
     for _ in 0..ROUND_COUNT {
         tokio::time::sleep(ROUND_PAUSE).await;
         let [control, agent, shims] =
-            ["gantry-control", "gantry-agent", "gantry-shim"].map(memory_mib);
+            ["gantry-control", "gantry-agent", "gantry-shim"].map(of_programs_mib);
         let (control, agent, shims) = (control?, agent?, shims?);
         report.add_round("control", vec![control]);
         report.add_round("agent", vec![agent]);
@@ -51,32 +51,4 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
     report.target("PSS of a shim, MiB", Bound::Max, 0.3, shim);
     cluster.finish()?;
     Ok(report)
-}
-
-/// The proportional set sizes of all processes of this name.
-fn memory_mib(name: &str) -> Result<f64> {
-    let ours = census::processes().into_iter().filter(|(_, n)| n == name);
-    let sizes: Result<Vec<f64>> = ours
-        .map(|(pid, _)| {
-            let path = format!("/proc/{pid}/smaps_rollup");
-            let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
-            pss_kib(&text).with_context(|| format!("{path} has no Pss line"))
-        })
-        .collect();
-    Ok(sizes?.iter().sum::<f64>() / 1024.0)
-}
-
-fn pss_kib(rollup: &str) -> Option<f64> {
-    let line = rollup.lines().find_map(|l| l.strip_prefix("Pss:"))?;
-    line.split_whitespace().next()?.parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn the_pss_line_is_read_and_not_its_parts() {
-        let rollup = "0-f ---p 0 0:0 0 [rollup]\nRss:  900 kB\nPss_Dirty: 1 kB\nPss:   307 kB\n";
-        assert_eq!(super::pss_kib(rollup), Some(307.0));
-        assert_eq!(super::pss_kib(""), None);
-    }
 }

@@ -17,8 +17,11 @@ use crate::cluster::Installation;
 
 mod api;
 mod burst;
+mod density;
 mod exec;
 mod footprint;
+mod full_node;
+mod memory;
 mod pod_start;
 mod podman;
 pub mod probe;
@@ -28,13 +31,14 @@ mod runc;
 mod service_connect;
 
 /// The benchmarks' names, in the order of running.
-pub const NAMES: [&str; 6] = [
+pub const NAMES: [&str; 7] = [
     "pod_start",
     "burst",
     "exec",
     "restart",
     "service_connect",
     "footprint",
+    "density",
 ];
 
 /// Runs one and writes `NAME.json` into `out`.
@@ -50,6 +54,7 @@ pub fn run(name: &str, installation: &Installation, out: &Path) -> Result<()> {
         "exec" => runtime.block_on(Box::pin(exec::run(installation)))?,
         "restart" => runtime.block_on(Box::pin(restart::run(installation)))?,
         "service_connect" => runtime.block_on(Box::pin(service_connect::run(installation)))?,
+        "density" => runtime.block_on(Box::pin(density::run(installation)))?,
         "footprint" => runtime.block_on(Box::pin(footprint::run(installation)))?,
         other => bail!("no benchmark {other:?}: there are {}", NAMES.join(", ")),
     };

@@ -78,7 +78,7 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
 }
 
 /// None, with the reason told, where crun is missing or refuses this machine's cgroups.
-fn crun(installation: &Installation) -> Option<Runc> {
+pub(super) fn crun(installation: &Installation) -> Option<Runc> {
     let tried = Runc::prepare(installation, "crun").and_then(|mut crun| {
         crun.run()?;
         Ok(crun)

@@ -37,6 +37,39 @@ impl Podman {
 
     /// Create, start, wait, remove.
     pub(super) fn run(&self) -> Result<Duration> {
+        let began = Instant::now();
+        self.ok(&["run", "--rm"], &["/bin/true"])?;
+        Ok(began.elapsed())
+    }
+
+    /// Starts what stays, until [`Podman::remove_all`]; its id.
+    pub(super) fn start(&self) -> Result<String> {
+        let id = self.ok(&["run", "--detach"], &["/bin/sleep", "86400"])?;
+        Ok(id.trim().to_owned())
+    }
+
+    pub(super) fn remove_all(&self) -> Result<()> {
+        let mut command = self.command();
+        command.args(["rm", "--all", "--force", "--time=0"]);
+        let output = run(&mut command)?;
+        if output.code != 0 {
+            bail!("podman rm: {}", output.stderr.trim());
+        }
+        Ok(())
+    }
+
+    fn ok(&self, verb: &[&str], words: &[&str]) -> Result<String> {
+        let mut command = self.command();
+        command.args(verb).args(["--network=none", "--rootfs"]);
+        command.arg(&self.rootfs).args(words);
+        let output = run(&mut command)?;
+        if output.code != 0 {
+            bail!("exited with {}: {}", output.code, output.stderr.trim());
+        }
+        Ok(output.stdout)
+    }
+
+    fn command(&self) -> Command {
         let mut command = Command::new("podman");
         for (flag, name) in [
             ("--root", "root"),
@@ -49,20 +82,8 @@ impl Podman {
             "--runtime=runc",
             "--cgroup-manager=cgroupfs",
             "--storage-driver=vfs",
-        ]);
-        command.args([
             "--events-backend=none",
-            "run",
-            "--rm",
-            "--network=none",
-            "--rootfs",
         ]);
-        command.arg(&self.rootfs).arg("/bin/true");
-        let began = Instant::now();
-        let output = run(&mut command)?;
-        if output.code != 0 {
-            bail!("exited with {}: {}", output.code, output.stderr.trim());
-        }
-        Ok(began.elapsed())
+        command
     }
 }

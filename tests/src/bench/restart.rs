@@ -7,30 +7,22 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use futures_util::future::try_join_all;
 
-use super::api::{Api, NAMESPACE, PodWatch, obedient_pod};
+use super::api::{Api, NAMESPACE, obedient_pod};
+use super::full_node;
 use super::report::{Bound, Report};
-use crate::cluster::{Cluster, Installation};
+use crate::cluster::Installation;
 
-/// A node takes 110, of which each round adds one.
-const POD_COUNT_MAX: usize = 100;
-/// At once: more would only wait for each other.
-const BATCH: usize = 50;
 const ROUND_COUNT: usize = 5;
-/// What a pod of a shell may take, kernel's part included.
-const POD_MIB: u64 = 4;
 
 pub(super) async fn run(installation: &Installation) -> Result<Report> {
-    let mut cluster = Cluster::start(installation)?;
+    let count = full_node::pod_count()?;
+    let mut cluster = full_node::start(installation, count)?;
     let api = Api::connect().await?;
     api.create_namespace(NAMESPACE).await?;
     let mut watch = api.watch_pods().await?;
-    let count = pod_count(&std::fs::read_to_string("/proc/meminfo")?);
     let names: Vec<String> = (0..count).map(|n| format!("pod-{n}")).collect();
-    for batch in names.chunks(BATCH) {
-        create(&api, &mut watch, batch).await?;
-    }
+    full_node::fill(&api, &mut watch, &names).await?;
     let mut report = Report::new("restart", "ms");
     report.count("pods", count as f64);
     for round in 0..ROUND_COUNT {
@@ -55,28 +47,9 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
         .into_iter()
         .chain((0..ROUND_COUNT).map(|r| format!("late-{r}")))
         .collect();
-    for batch in all.chunks(BATCH) {
-        try_join_all(batch.iter().map(|name| api.delete_pod(name))).await?;
-        watch.deleted(batch.len()).await?;
-    }
+    full_node::empty(&api, &mut watch, &all).await?;
     cluster.finish()?;
     Ok(report)
-}
-
-async fn create(api: &Api, watch: &mut PodWatch, names: &[String]) -> Result<()> {
-    let objects: Vec<_> = names.iter().map(|name| obedient_pod(name)).collect();
-    try_join_all(objects.iter().map(|object| api.create("pods", object))).await?;
-    watch.all_running(names).await.map(drop)
-}
-
-/// What half of the free memory holds.
-fn pod_count(meminfo: &str) -> usize {
-    let available = meminfo
-        .lines()
-        .find_map(|l| l.strip_prefix("MemAvailable:"));
-    let kib = available.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-    let fits = kib.unwrap_or(0) / 1024 / 2 / POD_MIB;
-    usize::try_from(fits).map_or(POD_COUNT_MAX, |n| n.clamp(10, POD_COUNT_MAX))
 }
 
 fn restart_count(list: &serde_json::Value) -> u64 {
@@ -95,16 +68,6 @@ fn restart_count(list: &serde_json::Value) -> u64 {
 mod tests {
     use super::*;
     use serde_json::json;
-
-    #[test]
-    fn a_small_machine_gets_fewer_pods() {
-        assert_eq!(
-            pod_count("MemTotal: 1 kB\nMemAvailable:   819200 kB\n"),
-            100
-        );
-        assert_eq!(pod_count("MemAvailable: 99999999 kB\n"), POD_COUNT_MAX);
-        assert_eq!(pod_count(""), 10);
-    }
 
     #[test]
     fn restarts_of_all_containers_are_summed() {

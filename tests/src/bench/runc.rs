@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -14,7 +15,7 @@ use crate::cluster::{Installation, run};
 pub(super) struct Runc {
     program: &'static str,
     directory: tempfile::TempDir,
-    next: usize,
+    next: AtomicUsize,
 }
 
 impl Runc {
@@ -28,7 +29,7 @@ impl Runc {
         let runc = Self {
             program,
             directory,
-            next: 0,
+            next: AtomicUsize::new(0),
         };
         std::fs::create_dir(runc.rootfs())?;
         unpack(&archive(installation)?, &runc.rootfs())?;
@@ -72,9 +73,14 @@ impl Runc {
         runc
     }
 
-    fn run_words(&mut self, bundle: &str, detach: bool) -> (Command, String) {
-        self.next += 1;
-        let id = format!("gantry-bench-{}-{}", std::process::id(), self.next);
+    fn run_words(&self, bundle: &str, detach: bool) -> (Command, String) {
+        let next = self.next.fetch_add(1, Ordering::Relaxed);
+        // Its cgroup has this name: two runtimes must not share one.
+        let id = format!(
+            "gantry-bench-{}-{}-{next}",
+            self.program,
+            std::process::id()
+        );
         let mut runc = self.command();
         runc.arg("run").args(detach.then_some("--detach"));
         runc.arg("--bundle")
@@ -100,8 +106,8 @@ impl Runc {
         Ok(took)
     }
 
-    /// Starts what stays; its id.
-    pub(super) fn start(&mut self) -> Result<String> {
+    /// Starts what stays; its id. Many may be started side by side.
+    pub(super) fn start(&self) -> Result<String> {
         let (mut command, id) = self.run_words("detached", true);
         // The container inherits the descriptors: no pipe may wait for it.
         command.stdin(std::process::Stdio::null());
