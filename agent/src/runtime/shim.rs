@@ -30,7 +30,8 @@ use async_trait::async_trait;
 use gantry_shim::wire::{Request, Start};
 use gantry_shim::{cgroup, record};
 use oci_spec::runtime::Spec;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
 
 use self::link::{Answer, Link, lock};
 use self::records::{Intent, SandboxIntent};
@@ -48,6 +49,10 @@ const EVENT_COUNT_MAX: usize = 1024;
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two looks at what was killed.
 const KILL_PAUSE: Duration = Duration::from_millis(5);
+/// Containers that are made at the same time, per CPU.
+const TURNS_PER_CPU: usize = 2;
+/// A start that hangs (a dead file server below a mount) holds its turn: others wait this long.
+const TURN_WAIT: Duration = Duration::from_secs(1);
 /// The executor drops to these when libcontainer was told to leave capabilities alone.
 const CAPABILITIES_ANNOTATION: &str = "gantry.dev/capabilities";
 /// Where the shims live; removed when the last one has gone.
@@ -59,6 +64,9 @@ pub struct ShimRuntime {
     sandboxes: Mutex<HashMap<PodUid, Arc<Sandbox>>>,
     events: mpsc::Sender<RuntimeEvent>,
     taken: Mutex<Option<mpsc::Receiver<RuntimeEvent>>>,
+    /// A hundred containers made at once stand in each other's way: in the kernel's locks for
+    /// cgroups and mounts, and three processes for each.
+    turns: Semaphore,
 }
 
 fn io_error(context: &str, path: &Path) -> impl FnOnce(io::Error) -> RuntimeError {
@@ -98,11 +106,13 @@ impl ShimRuntime {
     /// Touches nothing; call inside a tokio runtime.
     pub fn new(paths: Paths) -> Self {
         let (events, receiver) = mpsc::channel(EVENT_COUNT_MAX);
+        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             paths,
             sandboxes: Mutex::default(),
             events,
             taken: Mutex::new(Some(receiver)),
+            turns: Semaphore::new(TURNS_PER_CPU * cpus),
         }
     }
 
@@ -201,6 +211,8 @@ impl ShimRuntime {
             return Ok(time);
         }
         let start = self.prepare(container)?;
+        // Without a turn after all this time it starts as well.
+        let _turn = timeout(TURN_WAIT, self.turns.acquire()).await;
         match link.ask(&Request::Start(start), &[]).await? {
             Ok(Answer::Started(ns)) => Ok(records::time(ns)),
             Ok(other) => Err(RuntimeError::Shim(format!(
