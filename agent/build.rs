@@ -8,7 +8,7 @@ use std::process::ExitCode;
 mod ebpf;
 
 fn main() -> ExitCode {
-    match embed() {
+    match embed().and_then(|()| device_plugin_api()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Cargo prints each such line as an error of this crate, without a panic's noise.
@@ -18,6 +18,14 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Generates the device plugin API, without an installed protoc.
+fn device_plugin_api() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo::rerun-if-changed=proto");
+    let descriptors = protox::compile(["proto/deviceplugin.proto"], ["proto"])?;
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
 }
 
 fn embed() -> Result<(), Box<dyn std::error::Error>> {

@@ -4,6 +4,7 @@
 //! of what was made, so it also works after a crash. It goes on after an error and tells them all.
 
 use std::collections::HashSet;
+use std::path::Path;
 
 use anyhow::{Result, bail};
 use tracing::info;
@@ -12,7 +13,7 @@ use crate::cgroups::{Cgroups, Policy};
 use crate::paths::Paths;
 use crate::runtime::{Runtime, shim::ShimRuntime};
 use crate::user_namespaces::{Ranges, idmap};
-use crate::{dataplane, images, network, run_directory, volumes};
+use crate::{dataplane, devices, images, network, run_directory, volumes};
 
 /// Removes all pods, networks, cgroups, programs. The agent must not run.
 pub async fn run(paths: &Paths) -> Result<()> {
@@ -91,6 +92,9 @@ pub async fn run(paths: &Paths) -> Result<()> {
         paths.run.display().to_string(),
         unmounted.map_err(|e| e.to_string()),
     );
+    // Plugins see by it that there is nobody to register with.
+    let _ = std::fs::remove_file(Path::new(devices::DIRECTORY).join(devices::SOCKET));
+    let _ = std::fs::remove_dir(devices::DIRECTORY);
     note("logs".into(), remove_logs(paths).map_err(|e| e.to_string()));
     if errors.is_empty() {
         return Ok(());

@@ -17,6 +17,7 @@ pub mod cgroups;
 pub mod check;
 pub mod cleanup;
 pub mod dataplane;
+pub mod devices;
 pub mod dns;
 pub mod feed;
 pub mod ids;

@@ -9,6 +9,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use gantry_agent::cgroups::Cgroups;
 use gantry_agent::dataplane::{Dataplane, bpf::BpfDataplane, bpf::Options};
+use gantry_agent::devices::DevicePlugins;
 use gantry_agent::feed::node_info;
 use gantry_agent::feed::{self, Reporter};
 use gantry_agent::images::{ImageStore, Registries, drop_in, keep_disk_free};
@@ -76,6 +77,9 @@ struct Run {
     /// Pod prefix for static pods until a control plane has allocated this node's
     #[arg(long, value_name = "CIDR", default_value = "10.243.255.0/24")]
     standalone_pod_cidr: ipnet::IpNet,
+    /// Directory of the sockets of device plugins
+    #[arg(long, value_name = "DIR", default_value = gantry_agent::devices::DIRECTORY)]
+    device_plugins: PathBuf,
     /// Directory with client.crt, client.key and ca.crt
     #[arg(long, value_name = "DIR", default_value = "/etc/gantry/agent")]
     credentials: PathBuf,
@@ -239,7 +243,8 @@ async fn agent(run: Run) -> Result<()> {
     for sentence in resources.degraded() {
         warn!("limits: {sentence}");
     }
-    let node_info = resources.info();
+    let devices = DevicePlugins::open(&run.device_plugins, &paths, shutdown.clone());
+    let node_info = resources.info(&devices.amounts());
     let host_addresses = pods::node_addresses(&node_info());
     let config = feed::Config::new(run.server, run.credentials, node_name.clone(), &paths);
     let mirrors = static_pods::Mirrors::default();
@@ -284,6 +289,7 @@ async fn agent(run: Run) -> Result<()> {
         cgroups,
         allocatable: resources.allocatable(),
         going_down: resources.going_down().subscribe(),
+        devices: devices.clone(),
         device_guard,
         probes: Arc::default(),
         reporter: link.reporter.clone(),
@@ -308,6 +314,15 @@ async fn agent(run: Run) -> Result<()> {
         paths: node.paths.clone(),
     };
     tasks.spawn(down.serve(listener, shutdown.clone()));
+    let (mut offered, beat) = (devices.amounts(), link.reporter.clone());
+    tasks.spawn(devices.serve());
+    let stop = shutdown.clone();
+    tasks.spawn(async move {
+        // Cancel-safe: both only wait.
+        while let Some(Ok(())) = stop.run_until_cancelled(offered.changed()).await {
+            beat.beat();
+        }
+    });
     let workers = PodWorkers::new(node, link.view.clone(), found, orders);
     tasks.spawn(workers.run(shutdown.clone()));
     tasks.spawn(follow(

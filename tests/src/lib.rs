@@ -13,6 +13,7 @@ pub mod bench;
 #[path = "../../xtask/src/census.rs"]
 pub mod census;
 pub mod cluster;
+pub mod device_plugin;
 pub mod inventory;
 pub mod scenario;
 pub mod sweep;

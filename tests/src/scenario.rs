@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use crate::cluster::{Cluster, Installation};
 
 mod bad_input;
+mod device_plugins;
 mod isolation;
 mod kills;
 mod leaks;
@@ -64,6 +65,7 @@ pub const ALL: &[Scenario] = &[
     scenario("shutdown", shutdown::shutdown),
     scenario("leaks", leaks::leaks),
     scenario("workloads", workloads::workloads),
+    scenario("device-plugins", device_plugins::device_plugins),
 ];
 
 impl Scenario {

@@ -59,6 +59,7 @@ scenarios! {
     shutdown: pods_end_in_order_and_say_why,
     leaks: fifty_pods_execs_and_probes_leave_nothing_in_agent_and_kernel,
     workloads: claims_are_mounted_kept_and_deleted_and_every_pod_has_its_token,
+    device_plugins: a_pod_gets_its_device_keeps_it_and_nobody_else_opens_it,
 }
 
 mod sweep {

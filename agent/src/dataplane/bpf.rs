@@ -23,6 +23,7 @@ use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError, PerCpuArray};
 use aya::programs::ProgramFd;
 use ebpf_maps::counter::COUNTER_NAMES;
+use ebpf_maps::device::{BLOCK, CHARACTER, DeviceRuleKey, READ, WRITE};
 use ebpf_maps::services::Addr;
 use gantry_api::proto;
 use imbl::OrdMap;
@@ -31,7 +32,7 @@ use tokio::sync::Mutex;
 use super::hooks::{self, DEVICE_HOOK, SERVICE_HOOKS};
 use super::load::{self, Loaded, program_fd, take_map, unexpected};
 use super::tables::Tables;
-use super::{Dataplane, DataplaneError, StuckService, bpffs, sys};
+use super::{Dataplane, DataplaneError, DeviceRule, StuckService, bpffs, sys};
 use crate::paths::Paths;
 use crate::services::arena::QUARANTINE;
 use crate::services::changed::{Shared, changed};
@@ -62,6 +63,7 @@ pub struct BpfDataplane {
     counters: PerCpuArray<MapData, u64>,
     device_guard: Result<ProgramFd, String>,
     device_exempt: std::sync::Mutex<HashMap<MapData, u64, u32>>,
+    device_rules: std::sync::Mutex<HashMap<MapData, DeviceRuleKey, u32>>,
 }
 
 struct State {
@@ -130,6 +132,8 @@ impl BpfDataplane {
         let counters = counters.map_err(|error: MapError| unexpected("COUNTERS", error))?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
         let exempt = exempt.map_err(|error: MapError| unexpected("DEVICE_EXEMPT", error))?;
+        let rules = take_map(&mut ebpf, "DEVICE_RULES")?.try_into();
+        let rules = rules.map_err(|error: MapError| unexpected("DEVICE_RULES", error))?;
         let adopted = table.frontend_count();
         let mut upgrade = Some(Upgrade {
             ebpf,
@@ -162,6 +166,7 @@ impl BpfDataplane {
             counters,
             device_guard,
             device_exempt: std::sync::Mutex::new(exempt),
+            device_rules: std::sync::Mutex::new(rules),
         })
     }
 
@@ -221,6 +226,45 @@ impl BpfDataplane {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    fn rules_map(&self) -> std::sync::MutexGuard<'_, HashMap<MapData, DeviceRuleKey, u32>> {
+        // As above.
+        self.device_rules
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Makes the devices of a cgroup exactly these.
+    fn set_rules(&self, cgroup_id: u64, rules: &[DeviceRule]) -> Result<(), DataplaneError> {
+        let key = |rule: &DeviceRule| DeviceRuleKey {
+            cgroup_id,
+            kind: if rule.is_block { BLOCK } else { CHARACTER },
+            major: rule.major,
+            minor: rule.minor,
+            _pad: 0,
+        };
+        let mut map = self.rules_map();
+        let failed = |error: MapError| unexpected("DEVICE_RULES", error);
+        let wanted: BTreeMap<DeviceRuleKey, u32> = rules
+            .iter()
+            .map(|rule| {
+                (
+                    key(rule),
+                    (u32::from(rule.read) * READ) | (u32::from(rule.write) * WRITE),
+                )
+            })
+            .collect();
+        let there: Vec<DeviceRuleKey> = map.keys().filter_map(Result::ok).collect();
+        for old in there.iter().filter(|key| key.cgroup_id == cgroup_id) {
+            if !wanted.contains_key(old) {
+                map.remove(old).map_err(failed)?;
+            }
+        }
+        for (key, access) in wanted {
+            map.insert(key, access, 0).map_err(failed)?;
+        }
+        Ok(())
+    }
+
     fn now(&self) -> Duration {
         self.started.elapsed()
     }
@@ -268,9 +312,19 @@ impl Dataplane for BpfDataplane {
         })?)
     }
 
+    fn allow_devices(&self, cgroup: &Path, rules: &[DeviceRule]) -> Result<(), DataplaneError> {
+        let id = cgroup_id(cgroup).map_err(|error| {
+            DataplaneError::kernel(format!("cgroup {}", cgroup.display()), &error)
+        })?;
+        self.set_rules(id, rules)
+    }
+
     fn end_device_exemption(&self, cgroup: &Path) -> Result<(), DataplaneError> {
         match cgroup_id(cgroup) {
-            Ok(id) => self.remove_exemption(id),
+            Ok(id) => {
+                self.set_rules(id, &[])?;
+                self.remove_exemption(id)
+            }
             // A cgroup that is gone has no processes to exempt.
             Err(_) => Ok(()),
         }

@@ -16,7 +16,7 @@ use crate::paths::Paths;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 8] = [
+pub(super) const PINNED_MAPS: [&str; 9] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
@@ -25,6 +25,7 @@ pub(super) const PINNED_MAPS: [&str; 8] = [
     "AFFINITY",
     "COUNTERS",
     "DEVICE_EXEMPT",
+    "DEVICE_RULES",
 ];
 
 /// Lines of the verifier's log that an error shows: the last ones say what it did not like.

@@ -84,6 +84,21 @@ fn advice(errno: Option<i32>) -> &'static str {
     }
 }
 
+/// A device that a container was given, where the device guard is attached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DeviceRule {
+    /// Else a character device.
+    pub is_block: bool,
+    /// Its number.
+    pub major: u32,
+    /// Its number.
+    pub minor: u32,
+    /// May be read.
+    pub read: bool,
+    /// May be written.
+    pub write: bool,
+}
+
 /// The service data plane of a node. One implementation, one fake in tests.
 #[async_trait]
 pub trait Dataplane: Send + Sync + 'static {
@@ -95,6 +110,14 @@ pub trait Dataplane: Send + Sync + 'static {
     /// device guard is attached (pure cgroup v2). Idempotent.
     fn exempt_devices(&self, cgroup: &std::path::Path) -> Result<(), DataplaneError>;
 
-    /// Takes that back; to be called while the cgroup is still there. Idempotent.
+    /// The devices that a container's cgroup was given, all of them. Needed where the device guard
+    /// is attached. Idempotent.
+    fn allow_devices(
+        &self,
+        cgroup: &std::path::Path,
+        rules: &[DeviceRule],
+    ) -> Result<(), DataplaneError>;
+
+    /// Takes both back; to be called while the cgroup is still there. Idempotent.
     fn end_device_exemption(&self, cgroup: &std::path::Path) -> Result<(), DataplaneError>;
 }

@@ -14,6 +14,7 @@ use gantry_api::k8s_openapi::api::core::v1::{
 use gantry_api::k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
+use crate::devices::Offered;
 use crate::node::reservation::{Capacity, Reservation};
 use crate::pressure::thresholds::Resource;
 
@@ -234,6 +235,22 @@ fn conditions(
         "the agent is connected",
     ));
     all
+}
+
+/// The same node with the devices that plugins offer.
+pub fn with_devices(mut node: Node, amounts: &Offered) -> Node {
+    let Some(status) = &mut node.status else {
+        return node;
+    };
+    let add = |name: &String, list: &mut Option<BTreeMap<String, Quantity>>, count: usize| {
+        let list = list.get_or_insert_default();
+        list.insert(name.clone(), Quantity(count.to_string()));
+    };
+    for (name, (total, healthy)) in amounts {
+        add(name, &mut status.capacity, *total);
+        add(name, &mut status.allocatable, *healthy);
+    }
+    node
 }
 
 /// The same node, that takes no pods any more.

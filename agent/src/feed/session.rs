@@ -63,6 +63,7 @@ struct Stream {
     beat_due: bool,
     beats: u64,
     conditions: Vec<u8>,
+    resources: Vec<u8>,
     tunnels: JoinSet<()>,
 }
 
@@ -154,6 +155,7 @@ impl Driver {
         let (up, queue) = mpsc::channel(UP_QUEUE);
         let node = (self.node_info)();
         let conditions = conditions_json(&node);
+        let resources = resources_json(&node);
         let hello = proto::Up {
             message: Some(up::Message::Hello(self.hello(&node))),
         };
@@ -199,6 +201,7 @@ impl Driver {
             beat_due: true,
             beats: 0,
             conditions,
+            resources,
             tunnels: JoinSet::new(),
         };
         Ok((stream, inbound))
@@ -306,7 +309,13 @@ impl Driver {
 
     fn beat(&self, stream: &mut Stream) -> proto::Beat {
         stream.beats += 1;
-        let conditions = conditions_json(&(self.node_info)());
+        let node = (self.node_info)();
+        let resources = resources_json(&node);
+        let more = resources != stream.resources;
+        if more {
+            stream.resources.clone_from(&resources);
+        }
+        let conditions = conditions_json(&node);
         let changed = conditions != stream.conditions;
         if changed {
             stream.conditions.clone_from(&conditions);
@@ -319,6 +328,7 @@ impl Driver {
             } else {
                 Bytes::new()
             },
+            resources_json: if more { resources.into() } else { Bytes::new() },
         }
     }
 
@@ -455,6 +465,18 @@ fn conditions_json(node: &Node) -> Vec<u8> {
     conditions
         .and_then(|all| serde_json::to_vec(all).ok())
         .unwrap_or_default()
+}
+
+/// Capacity and allocatable: device plugins come and go.
+fn resources_json(node: &Node) -> Vec<u8> {
+    let Some(status) = &node.status else {
+        return Vec::new();
+    };
+    let both = serde_json::json!({
+        "capacity": status.capacity,
+        "allocatable": status.allocatable,
+    });
+    both.to_string().into_bytes()
 }
 
 fn went_away(go_away: proto::GoAway) -> Ended {

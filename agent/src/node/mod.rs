@@ -23,6 +23,7 @@ use tracing::warn;
 use self::flags::ResourceFlags;
 use crate::cgroups::Cgroups;
 use crate::cgroups::requests::Amounts;
+use crate::devices::Offered;
 use crate::feed::NodeInfoSource;
 use crate::feed::node_info::{self, NodeIdentity};
 use crate::images::ImageStore;
@@ -90,12 +91,14 @@ impl NodeResources {
     }
 
     /// The Node object's side of it, read anew at each call.
-    pub fn info(&self) -> NodeInfoSource {
+    pub fn info(&self, devices: &watch::Receiver<Offered>) -> NodeInfoSource {
         let (identity, lib) = (self.identity.clone(), self.paths.lib.clone());
         let pressures = self.pressures.subscribe();
         let going_down = self.going_down.subscribe();
+        let devices = devices.clone();
         Arc::new(move || {
             let node = node_info::read(&identity, &lib, &pressures.borrow());
+            let node = node_info::with_devices(node, &devices.borrow());
             match *going_down.borrow() {
                 true => node_info::going_down(node),
                 false => node,

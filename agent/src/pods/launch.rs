@@ -16,11 +16,14 @@ use super::timeline::timed;
 use super::worker::Message;
 use super::{Node, configs, processes, termination};
 use crate::cgroups::limits::{container_limits, qos_class};
+use crate::devices::plan::Grant;
 use crate::ids::{ContainerRun, PodUid};
 use crate::images::{self, Image, Progress, PullPolicy};
 use crate::network::PodNetwork;
 use crate::paths::Paths;
-use crate::runtime::spec::{self, Namespaces, PodFiles, SpecInput, app_armor, identity};
+use crate::runtime::spec::{
+    self, GivenDevices, Namespaces, PodFiles, SpecInput, app_armor, identity,
+};
 use crate::runtime::{ContainerSpec, RuntimeError, logs};
 use crate::user_namespaces::idmap;
 use crate::view::View;
@@ -70,6 +73,7 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
     let rootfs = rootfs.map_err(|e| Failure::new("CreateContainerError", e))?;
     let _ = job.inputs.send(Message::Took("rootfs", took)).await;
     limit(&job, &config).await?;
+    let grant = super::devices::grant(&job, &config).await?;
     let pid_namespace = processes::namespace_of(
         &job.node,
         &job.pod,
@@ -83,7 +87,7 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
     let spec = tokio::task::spawn_blocking({
         let (image, rootfs) = (image.clone(), rootfs.clone());
         let job_parts = SpecParts::of(&job);
-        move || job_parts.build(&config, &image, &rootfs, pid_path.as_deref())
+        move || job_parts.build(&config, &image, &rootfs, pid_path.as_deref(), &grant)
     })
     .await
     .map_err(|e| Failure::new("CreateContainerError", e))??;
@@ -231,6 +235,7 @@ impl SpecParts {
         image: &Image,
         rootfs: &std::path::Path,
         pid_namespace: Option<&std::path::Path>,
+        grant: &Grant,
     ) -> Result<ContainerSpec, Failure> {
         let config_error = |e: &dyn std::fmt::Display| Failure {
             reason: "CreateContainerConfigError",
@@ -244,7 +249,9 @@ impl SpecParts {
             &app_armor::Node::look(),
         )
         .map_err(|e| config_error(&e))?;
-        let env = self.env(config).map_err(|e| config_error(&e))?;
+        let own = self.env(config).map_err(|e| config_error(&e))?;
+        let env: Vec<(String, String)> = grant.env.clone().into_iter().chain(own).collect();
+        let devices = super::devices::look_up(grant).map_err(|e| config_error(&e))?;
         // Written before it is shown: a run's termination log is new each time.
         self.termination_log().map_err(|e| config_error(&e))?;
         let (etc, volumes) = self.with_pod_ids(config).map_err(|e| config_error(&e))?;
@@ -291,10 +298,11 @@ impl SpecParts {
             },
             pod_cgroup: &cgroup,
             host: &self.node.host,
+            devices: &devices,
             app_armor: app_armor.as_deref(),
         };
         let oci = spec::build(&input).map_err(|e| config_error(&e))?;
-        self.exempt_if_privileged(config, &cgroup)
+        self.open_devices(config, &cgroup, &devices)
             .map_err(|e| Failure::new("CreateContainerError", format!("{e:#}")))?;
         let (namespace, name) = names(&self.pod);
         let pod_log = self.node.paths.pod_log(namespace, name, &self.run.pod);
@@ -310,16 +318,29 @@ impl SpecParts {
         })
     }
 
-    /// A privileged container opens any device: its cgroup is made here, so that the exemption is
-    /// there before its first process. libcontainer joins a cgroup that exists.
-    fn exempt_if_privileged(&self, config: &Container, pod_cgroup: &str) -> anyhow::Result<()> {
+    /// A privileged container opens any device, others what they were given: the cgroup is made
+    /// here, so that the rules are there before its first process. libcontainer joins a cgroup that
+    /// exists.
+    fn open_devices(
+        &self,
+        config: &Container,
+        pod_cgroup: &str,
+        devices: &GivenDevices,
+    ) -> anyhow::Result<()> {
         let privileged = config.security_context.as_ref().and_then(|c| c.privileged);
-        let (Some(guard), Some(true)) = (&self.node.device_guard, privileged) else {
+        let Some(guard) = &self.node.device_guard else {
             return Ok(());
         };
+        if privileged != Some(true) && devices.nodes.is_empty() {
+            return Ok(());
+        }
         let cgroup = guard.cgroup(pod_cgroup, &config.name);
         std::fs::create_dir_all(&cgroup).with_context(|| format!("create {}", cgroup.display()))?;
-        Ok(guard.dataplane.exempt_devices(&cgroup)?)
+        if privileged == Some(true) {
+            return Ok(guard.dataplane.exempt_devices(&cgroup)?);
+        }
+        let rules = super::devices::rules(devices);
+        Ok(guard.dataplane.allow_devices(&cgroup, &rules)?)
     }
 
     /// The container's own variables and those of the namespace's Services.

@@ -25,6 +25,7 @@ use tracing::{info, warn};
 use crate::cgroups::Cgroups;
 use crate::cgroups::requests::Amounts;
 use crate::dataplane::Dataplane;
+use crate::devices::DevicePlugins;
 use crate::feed::Reporter;
 use crate::ids::PodUid;
 use crate::images::ImageStore;
@@ -38,6 +39,7 @@ use crate::volumes::token::TokenSource;
 pub mod backoff;
 mod check;
 mod configs;
+mod devices;
 mod hooks;
 mod launch;
 mod prepare;
@@ -90,6 +92,8 @@ pub struct Node {
     pub allocatable: Amounts,
     /// The machine goes down: no pod is begun any more.
     pub going_down: watch::Receiver<bool>,
+    /// Devices that plugins hand out.
+    pub devices: DevicePlugins,
     /// Where device rules are an eBPF program (pure cgroup v2): its exemptions.
     pub device_guard: Option<DeviceGuard>,
     /// How many probes are under way at once.

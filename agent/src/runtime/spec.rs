@@ -31,13 +31,14 @@ use std::path::{Path, PathBuf};
 
 use gantry_api::k8s_openapi::api::core::v1::{Container, Pod, PodSpec, SecurityContext};
 use oci_spec::image::ImageConfiguration;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{LinuxDevice, Spec};
 use serde_json::{Value, json};
 
 use self::identity::Identity;
 use self::security::Host;
 use super::Seccomp;
 use crate::cgroups::limits;
+use crate::devices::plan::Mount;
 use crate::user_namespaces::{RANGE_LENGTH, UserNamespace};
 use crate::volumes::ReadyVolume;
 #[cfg(doc)]
@@ -77,8 +78,19 @@ pub struct SpecInput<'a> {
     pub pod_cgroup: &'a str,
     /// What this machine can do.
     pub host: &'a Host,
+    /// What its device plugins give it.
+    pub devices: &'a GivenDevices,
     /// The AppArmor profile to run under: [`app_armor::decide`].
     pub app_armor: Option<&'a str>,
+}
+
+/// What device plugins give a container, looked up on this machine.
+#[derive(Clone, Default, Debug)]
+pub struct GivenDevices {
+    /// Nodes to make, with the access of each, of `rwm`.
+    pub nodes: Vec<(LinuxDevice, String)>,
+    /// Host paths to mount.
+    pub mounts: Vec<Mount>,
 }
 
 /// Host paths of generated files that are mounted into every container; none: not mounted.
@@ -329,6 +341,10 @@ fn linux(
     if !sysctls.is_empty() {
         linux["sysctl"] = json!(sysctls);
     }
+    let given: Vec<&LinuxDevice> = input.devices.nodes.iter().map(|(node, _)| node).collect();
+    if !privileged && !given.is_empty() {
+        linux["devices"] = serde_json::to_value(&given).map_err(SpecError::Schema)?;
+    }
     if privileged {
         linux["devices"] = serde_json::to_value(&input.host.devices).map_err(SpecError::Schema)?;
     } else if context.proc_mount.as_deref() != Some("Unmasked") {
@@ -374,7 +390,7 @@ fn resources(input: &SpecInput<'_>, privileged: bool) -> Value {
     }
     let mut resources = json!({
         "cpu": cpu,
-        "devices": security::device_rules(privileged),
+        "devices": security::device_rules(privileged, &input.devices.nodes),
     });
     if let Some(bytes) = limits.memory_limit_bytes {
         resources["memory"] = json!({ "limit": bytes });

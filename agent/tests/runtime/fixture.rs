@@ -10,7 +10,9 @@ use std::time::{Duration, Instant, SystemTime};
 use gantry_agent::ids::{ContainerRun, PodUid};
 use gantry_agent::paths::Paths;
 use gantry_agent::runtime::shim::ShimRuntime;
-use gantry_agent::runtime::spec::{self, Namespaces, PodFiles, SpecInput, security::Host};
+use gantry_agent::runtime::spec::{
+    self, GivenDevices, Namespaces, PodFiles, SpecInput, security::Host,
+};
 use gantry_agent::runtime::{
     ContainerSpec, ExecSession, ExecSpec, Exit, ObservedContainer, Runtime, RuntimeError,
     SandboxSpec, Seccomp,
@@ -219,6 +221,7 @@ impl Fixture {
         let identity = spec::identity::resolve(&pod, container, &image, &self.rootfs()).unwrap();
         let namespaces = self.namespaces();
         let oci = spec::build(&SpecInput {
+            devices: &GivenDevices::default(),
             app_armor: None,
             pod: &pod,
             container,

@@ -607,9 +607,11 @@ fn check_resources(container: &Value, path: &Path, findings: &mut Findings) {
                         .warnings
                         .push(format!("{path}: local storage is not limited yet"));
                 }
+                // Offered by device plugins, on nodes that have one.
+                device if device.contains('/') && !device.contains("kubernetes.io/") => {}
                 _ => {
-                    let note =
-                        "not supported by Gantry yet: nodes offer cpu, memory and huge pages";
+                    let note = "not supported by Gantry: nodes offer cpu, memory, huge pages and \
+                                what device plugins name (vendor.example/kind)";
                     findings.errors.push(FieldError::forbidden(&path, note));
                 }
             }
@@ -765,7 +767,7 @@ mod tests {
             "hostUsers": false,
             "containers": [{"name": "a", "lifecycle": {"preStop": {"tcpSocket": {"port": 1}}},
                 "ports": [{"containerPort": 80, "hostPort": 80}],
-                "resources": {"limits": {"nvidia.com/gpu": "1"}},
+                "resources": {"limits": {"nvidia.com/gpu": "1", "disk": "1"}},
                 "volumeDevices": [{"name": "b", "devicePath": "/dev/b"}]}],
             "volumes": [{"name": "v", "csi": {"driver": "x"}}, {"name": "e", "emptyDir": {}}]
         }));
@@ -773,7 +775,7 @@ mod tests {
         for field in [
             "spec.containers[0].lifecycle.preStop.tcpSocket",
             "spec.containers[0].ports[0].hostPort",
-            "spec.containers[0].resources.limits[nvidia.com/gpu]",
+            "spec.containers[0].resources.limits[disk]",
             "spec.containers[0].volumeDevices",
             "spec.volumes[0].csi",
         ] {

@@ -389,13 +389,19 @@ impl Session {
             .any(|condition| condition["type"] == "Ready" && condition["status"] == "True");
         // Given up while it was silent, and it is back.
         let conditions = (is_changed || (says_ready && !ready)).then(|| self.conditions.clone());
+        let resources = serde_json::from_slice::<Value>(&beat.resources_json).ok();
         let (inner, node) = (self.inner.clone(), self.node.clone());
         self.writes.spawn(async move {
             if let Err(status) = inner.renew_lease(&node, None).await {
                 tracing::warn!(node, %status, "the node's lease was not renewed");
             }
-            if let Some(conditions) = conditions {
-                let status = json!({"conditions": conditions});
+            if conditions.is_some() || resources.is_some() {
+                let resources = resources.unwrap_or_default();
+                let status = json!({
+                    "conditions": conditions,
+                    "capacity": resources["capacity"],
+                    "allocatable": resources["allocatable"],
+                });
                 if let Err(status) = inner.write_node_status(&node, &status).await {
                     tracing::warn!(node, %status, "the node's conditions were not written");
                 }

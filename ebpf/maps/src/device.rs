@@ -6,6 +6,37 @@
 /// Cgroups that `DEVICE_EXEMPT` can name: more privileged pods than any node runs.
 pub const DEVICE_EXEMPT_COUNT_MAX: u32 = 4096;
 
+/// Devices of all containers together that `DEVICE_RULES` can name.
+pub const DEVICE_RULE_COUNT_MAX: u32 = 16_384;
+
+/// `BPF_DEVCG_DEV_BLOCK`
+pub const BLOCK: u32 = 1;
+/// `BPF_DEVCG_DEV_CHAR`
+pub const CHARACTER: u32 = 2;
+/// `BPF_DEVCG_ACC_READ`
+pub const READ: u32 = 2;
+/// `BPF_DEVCG_ACC_WRITE`
+pub const WRITE: u32 = 4;
+
+/// Key of `DEVICE_RULES`: a device that the processes of a cgroup may open. The value is how:
+/// [`READ`], [`WRITE`] or both.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct DeviceRuleKey {
+    /// The container's cgroup.
+    pub cgroup_id: u64,
+    /// [`BLOCK`] or [`CHARACTER`].
+    pub kind: u32,
+    /// The device's major number.
+    pub major: u32,
+    /// And its minor number.
+    pub minor: u32,
+    /// Always 0.
+    pub _pad: u32,
+}
+const _: () = assert!(core::mem::size_of::<DeviceRuleKey>() == 24);
+crate::plain_old_data!(DeviceRuleKey);
+
 /// Ancestors of a process' cgroup that are looked up in `DEVICE_EXEMPT`, from the root down.
 /// `/gantry/<qos>/pod<uid>/<container>` is 4 deep; a mount inside another cgroup adds some.
 pub const DEVICE_CGROUP_DEPTH_MAX: u32 = 8;

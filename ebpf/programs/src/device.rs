@@ -2,7 +2,8 @@
 //!
 //! Attached once to `/gantry`, so it holds for every container below it without a program per
 //! container. Making a node passes; opening anything beyond the standard list needs an exemption
-//! of the process' cgroup or one above it, which only privileged pods get.
+//! of the process' cgroup or one above it, which only privileged pods get, or a rule for the very
+//! device, which a container gets from its device plugin.
 
 use core::ptr::{addr_of, read_volatile};
 
@@ -10,9 +11,9 @@ use aya_ebpf::bindings::{BPF_DEVCG_ACC_MKNOD, BPF_DEVCG_DEV_CHAR};
 use aya_ebpf::helpers::bpf_get_current_ancestor_cgroup_id;
 use aya_ebpf::programs::DeviceContext;
 use ebpf_maps::counter;
-use ebpf_maps::device::{DEVICE_CGROUP_DEPTH_MAX, is_standard};
+use ebpf_maps::device::{DEVICE_CGROUP_DEPTH_MAX, DeviceRuleKey, is_standard};
 
-use crate::maps::{DEVICE_EXEMPT, count};
+use crate::maps::{DEVICE_EXEMPT, DEVICE_RULES, count};
 
 /// Whether this access may go on.
 #[inline(always)]
@@ -30,7 +31,7 @@ pub fn is_allowed(ctx: &DeviceContext) -> bool {
     let character = access_type & 0xffff == BPF_DEVCG_DEV_CHAR as u32;
     if access & !(BPF_DEVCG_ACC_MKNOD as u32) == 0
         || is_standard(character, major, minor)
-        || is_exempt()
+        || is_exempt(access, access_type & 0xffff, major, minor)
     {
         return true;
     }
@@ -38,9 +39,10 @@ pub fn is_allowed(ctx: &DeviceContext) -> bool {
     false
 }
 
-/// Whether the process is in an exempt cgroup or below one.
+/// Whether the process is in a cgroup, or below one, that is exempt or was given this device.
 #[inline(always)]
-fn is_exempt() -> bool {
+fn is_exempt(access: u32, kind: u32, major: u32, minor: u32) -> bool {
+    let wanted = access & !(BPF_DEVCG_ACC_MKNOD as u32);
     let mut level = 1;
     while level <= DEVICE_CGROUP_DEPTH_MAX {
         // SAFETY: any level is a valid argument; 0 comes back where there is no such ancestor.
@@ -50,6 +52,19 @@ fn is_exempt() -> bool {
         }
         if DEVICE_EXEMPT.get_ptr(&id).is_some() {
             return true;
+        }
+        let key = DeviceRuleKey {
+            cgroup_id: id,
+            kind,
+            major,
+            minor,
+            _pad: 0,
+        };
+        if let Some(given) = DEVICE_RULES.get_ptr(&key) {
+            // SAFETY: the pointer is an element of the map, checked by the lookup.
+            if wanted & !unsafe { *given } == 0 {
+                return true;
+            }
         }
         level += 1;
     }

@@ -5,7 +5,7 @@ use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use ebpf_maps::counter::COUNTER_COUNT;
-use ebpf_maps::device::DEVICE_EXEMPT_COUNT_MAX;
+use ebpf_maps::device::{DEVICE_EXEMPT_COUNT_MAX, DEVICE_RULE_COUNT_MAX, DeviceRuleKey};
 use ebpf_maps::services::{
     AFFINITY_COUNT_MAX, Addr, AffinityKey, AffinityValue, BACKEND_COUNT, BackendValue,
     FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, NODE_ADDRESS_COUNT_MAX, REVERSE_COUNT_MAX,
@@ -49,6 +49,11 @@ pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_CO
 #[map]
 pub static DEVICE_EXEMPT: HashMap<u64, u32> =
     HashMap::with_max_entries(DEVICE_EXEMPT_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// Devices that single containers were given. Written by the agent only.
+#[map]
+pub static DEVICE_RULES: HashMap<DeviceRuleKey, u32> =
+    HashMap::with_max_entries(DEVICE_RULE_COUNT_MAX, BPF_F_NO_PREALLOC);
 
 /// Adds one to a counter of this CPU.
 #[inline(always)]

@@ -69,6 +69,11 @@ pub(super) fn list(input: &SpecInput<'_>) -> Result<Value, SpecError> {
     for (index, mount) in volumes {
         mounts.push(volume(input, index, mount)?);
     }
+    for mount in &input.devices.mounts {
+        let access = if mount.read_only { "ro" } else { "rw" };
+        let (source, destination) = (Path::new(&mount.host_path), &mount.container_path);
+        mounts.push(bind(source, destination, &["rbind", "rprivate", access]));
+    }
     Ok(Value::Array(mounts))
 }
 

@@ -244,7 +244,7 @@ pub(super) fn adds_sys_admin(container: &Container) -> bool {
 }
 
 /// The device rules of cgroup v1 (on v2 the agent's own program holds the same list).
-pub(super) fn device_rules(privileged: bool) -> Value {
+pub(super) fn device_rules(privileged: bool, given: &[(LinuxDevice, String)]) -> Value {
     if privileged {
         return json!([{ "allow": true, "access": "rwm" }]);
     }
@@ -269,7 +269,45 @@ pub(super) fn device_rules(privileged: bool) -> Value {
     ];
     let mut rules = vec![json!({ "allow": false, "access": "rwm" })];
     rules.extend(character.map(|(major, minor)| rule("c", major, minor)));
+    rules.extend(given.iter().map(|(node, access)| {
+        let kind = if node.typ() == LinuxDeviceType::B {
+            "b"
+        } else {
+            "c"
+        };
+        let mut rule = rule(kind, node.major(), Some(node.minor()));
+        rule["access"] = json!(access);
+        rule
+    }));
     Value::Array(rules)
+}
+
+/// A device node of this machine as it is to appear in a container.
+///
+/// # Errors
+/// In words: there is none at this path.
+pub fn device_node(host_path: &Path, container_path: &Path) -> Result<LinuxDevice, String> {
+    let metadata = fs::metadata(host_path)
+        .map_err(|error| format!("device {}: {error}", host_path.display()))?;
+    let kind = metadata.file_type();
+    let kind = if kind.is_char_device() {
+        LinuxDeviceType::C
+    } else if kind.is_block_device() {
+        LinuxDeviceType::B
+    } else {
+        return Err(format!("{} is no device node", host_path.display()));
+    };
+    let number = metadata.rdev();
+    LinuxDeviceBuilder::default()
+        .path(container_path)
+        .typ(kind)
+        .major(i64::from(libc::major(number)))
+        .minor(i64::from(libc::minor(number)))
+        .file_mode(metadata.mode() & 0o7777)
+        .uid(metadata.uid())
+        .gid(metadata.gid())
+        .build()
+        .map_err(|error| format!("device {}: {error}", host_path.display()))
 }
 
 /// Which namespace a sysctl belongs to; the kernel has no others that a pod could have of its own.

@@ -75,6 +75,7 @@ fn built(pod: &Pod, image: &ImageConfiguration) -> Result<Spec, SpecError> {
         },
         pod_cgroup: "/gantry/burstable/podu1",
         host: &host(),
+        devices: &GivenDevices::default(),
         app_armor: None,
     })
 }

@@ -54,11 +54,17 @@ pub(super) fn spec(spec: &PodSpec, path: &Path, errors: &mut Vec<FieldError>) {
     }
 }
 
-/// Huge pages cannot be overcommitted: what is requested is the limit.
+/// What device plugins offer: `vendor.example/kind`.
+fn is_device(name: &str) -> bool {
+    name.contains('/') && !name.contains("kubernetes.io/")
+}
+
+/// Huge pages and devices cannot be overcommitted: what is requested is the limit.
 fn hugepages(resources: &ResourceRequirements, path: &Path, errors: &mut Vec<FieldError>) {
     let names = |list: &List| -> Vec<String> {
         let all = list.iter().flatten().map(|(name, _)| name.clone());
-        all.filter(|name| name.starts_with("hugepages-")).collect()
+        all.filter(|name| name.starts_with("hugepages-") || is_device(name))
+            .collect()
     };
     for name in names(&resources.requests) {
         let equal = amount(&resources.requests, &name) == amount(&resources.limits, &name);
@@ -70,6 +76,17 @@ fn hugepages(resources: &ResourceRequirements, path: &Path, errors: &mut Vec<Fie
     }
     for name in names(&resources.limits) {
         let path = path.child("limits").key(&name);
+        if is_device(&name) {
+            let thousandths = amount(&resources.limits, &name).map_or(0, Amount::milli);
+            if thousandths < 0 || thousandths % 1000 != 0 {
+                errors.push(FieldError::invalid(
+                    &path,
+                    name.as_str(),
+                    "must be an integer",
+                ));
+            }
+            continue;
+        }
         let size = name
             .strip_prefix("hugepages-")
             .and_then(|s| Amount::parse(s).ok());
@@ -319,6 +336,14 @@ mod tests {
             (
                 json!({"containers": container(json!({"limits": {"hugepages-2Mi": "3Mi"}}), json!([]))}),
                 "spec.containers[0].resources.limits[hugepages-2Mi]",
+            ),
+            (
+                json!({"containers": container(json!({"limits": {"example.com/x": "1500m"}}), json!([]))}),
+                "spec.containers[0].resources.limits[example.com/x]",
+            ),
+            (
+                json!({"containers": container(json!({"limits": {"example.com/x": "2"}, "requests": {"example.com/x": "1"}}), json!([]))}),
+                "spec.containers[0].resources.requests[example.com/x]",
             ),
             (
                 json!({"containers": container(json!({}), policy("disk", "NotRequired"))}),
