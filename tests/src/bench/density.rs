@@ -7,7 +7,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::api::{Api, NAMESPACE};
 use super::full_node;
@@ -58,11 +58,11 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
         report.add_round("agent", vec![agent]);
         report.add_round("shim per pod", vec![shims]);
         report.add_round("agent's growth per pod", vec![grown]);
-        report.add_round("kernel per pod", kernel.into_iter().collect());
-        report.add_round(
-            "overhead per pod",
-            vec![shims + grown + kernel.unwrap_or(0.0)],
-        );
+        // Where the kernel does not tell its part, the whole is not known either.
+        if let Some(kernel) = kernel {
+            report.add_round("kernel per pod", vec![kernel]);
+            report.add_round("overhead per pod", vec![shims + grown + kernel]);
+        }
     }
     targets(&mut report, count, &idle);
     // A new one: a minute in which nothing was said may have ended the first.
@@ -118,7 +118,11 @@ fn of_others_mib(name: &str) -> Result<f64> {
 
 /// Processor time of all processes of ours of this name, user and system.
 fn ticks_of(name: &str) -> Result<f64> {
-    let ours = census::processes().into_iter().filter(|(_, n)| n == name);
+    let mut ours = census::processes();
+    ours.retain(|(_, n)| n == name);
+    if ours.is_empty() {
+        bail!("no {name} of this cluster runs: its processor time cannot be measured");
+    }
     let mut sum = 0.0;
     for (pid, _) in ours {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;

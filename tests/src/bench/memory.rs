@@ -2,14 +2,22 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use crate::census;
 
 /// The proportional set sizes of all processes of this name: a page shared between them counts once.
+///
+/// # Errors
+/// When there is none: nothing measured must not pass for nothing needed.
 pub(super) fn of_programs_mib(name: &str) -> Result<f64> {
-    let ours = census::processes().into_iter().filter(|(_, n)| n == name);
+    let mut ours = census::processes();
+    ours.retain(|(_, n)| n == name);
+    if ours.is_empty() {
+        bail!("no {name} of this cluster runs: its memory cannot be measured");
+    }
     let sizes: Result<Vec<f64>> = ours
+        .into_iter()
         .map(|(pid, _)| {
             let path = format!("/proc/{pid}/smaps_rollup");
             let text = std::fs::read_to_string(&path).with_context(|| path.clone())?;
