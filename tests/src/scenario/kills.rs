@@ -35,7 +35,7 @@ spec:
     - name: main
       image: gantry.local/busybox:debian
       imagePullPolicy: IfNotPresent
-      command: [\"sh\", \"-c\", \"sleep 6; echo last words; exit 7\"]
+      command: [\"sh\", \"-c\", \"nc -l -p 9000 < /dev/null; echo last words; exit 7\"]
 ---
 apiVersion: v1
 kind: Service
@@ -60,7 +60,14 @@ spec:
         Ok(TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok())
     })?;
     let before = cluster.get(&["pod", "counter"])?;
+    let leaver = cluster.get(&["pod", "leaver"])?;
+    let leaver = leaver["status"]["podIP"].as_str().context("no address")?;
+    let leaver = SocketAddr::new(leaver.parse()?, 9000);
     cluster.kill_agent()?;
+    // It ends when somebody connects: now, while nobody looks after it.
+    cluster.wait("the leaver to listen", Duration::from_secs(60), |_| {
+        Ok(TcpStream::connect_timeout(&leaver, Duration::from_secs(1)).is_ok())
+    })?;
     for _ in 0..20 {
         TcpStream::connect_timeout(&address, Duration::from_secs(2))
             .context("the Service does not answer while the agent is dead")?;
