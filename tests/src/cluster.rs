@@ -17,7 +17,7 @@ use crate::census;
 pub const KUBECONFIG: &str = "/etc/gantry/admin.kubeconfig";
 /// The node's name, whatever the machine is called.
 pub const NODE: &str = "node-1";
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_secs(120);
 
 /// Where the binaries and images are.
 #[derive(Clone, Debug)]
@@ -282,7 +282,7 @@ impl Cluster {
     pub fn wait_ready(&self, namespace: &str, pod: &str) -> Result<()> {
         self.wait(
             &format!("pod {pod} to be ready"),
-            Duration::from_secs(60),
+            Duration::from_secs(120),
             |c| Ok(is_ready(&c.get(&["pod", pod, "-n", namespace])?)),
         )
     }
@@ -291,7 +291,7 @@ impl Cluster {
     pub fn wait_phase(&self, namespace: &str, pod: &str, phase: &str) -> Result<()> {
         self.wait(
             &format!("pod {pod} to be {phase}"),
-            Duration::from_secs(60),
+            Duration::from_secs(120),
             |c| Ok(c.get(&["pod", pod, "-n", namespace])?["status"]["phase"] == phase),
         )
     }

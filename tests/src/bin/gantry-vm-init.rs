@@ -171,6 +171,11 @@ fn run() -> Result<()> {
         .iter()
         .filter(|s| wanted.is_none_or(|w| w == s.name))
     {
+        if wanted.is_none() && scenario.is_for_real_machines {
+            let words = "takes minutes when emulated: ask for it with --scenario";
+            println!("vm: skipped {}: {words}", scenario.name);
+            continue;
+        }
         let began = Instant::now();
         match scenario.run(&installation) {
             Ok(()) => println!(

@@ -12,7 +12,7 @@ use super::sleeper;
 use crate::cluster::{Cluster, NODE};
 use crate::device_plugin::{self, CDI_SPEC, HOST_PATH, RESOURCE};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 const SPEC: &str = "/var/run/cdi/gantry-tests.json";
 
 /// The plugin, and its files, for as long as the scenario runs.

@@ -17,8 +17,8 @@ use crate::cluster::{Cluster, NODE};
 const ROOM_MIB: u64 = 360;
 /// Less than this left of it is pressure.
 const THRESHOLD_MIB: u64 = 60;
-/// For what takes a few seconds on a quiet machine.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// For what takes a few seconds on a quiet machine, and a minute on an emulated one that is not.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 pub(super) fn resources(cluster: &mut Cluster) -> Result<()> {
     make_the_node_small(cluster)?;

@@ -12,7 +12,7 @@ use crate::cluster::{Cluster, is_ready};
 /// Where profiles of this machine lie.
 const PROFILES: &str = "/var/lib/gantry/seccomp";
 /// How long a pod may take to say why it does not start.
-const REFUSAL: Duration = Duration::from_secs(30);
+const REFUSAL: Duration = Duration::from_secs(90);
 
 fn sh(cluster: &Cluster, pod: &str, script: &str) -> Result<String> {
     cluster.ok(&["exec", pod, "--", "sh", "-c", script])

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::sleeper;
 use crate::cluster::{Cluster, NODE, is_ready};
 
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 const MESSAGE: &str = "Pod was terminated in response to imminent node shutdown.";
 
 /// A pod that does `script` until SIGTERM, and has a minute to end by itself.

@@ -10,7 +10,7 @@ use super::sleeper;
 use crate::cluster::{Cluster, NODE};
 
 const DIRECTORY: &str = "/etc/gantry/manifests";
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(120);
 
 fn manifest(word: &str) -> String {
     format!(

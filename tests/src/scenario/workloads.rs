@@ -13,7 +13,7 @@ use super::life_cycle::host_pid;
 use crate::cluster::{Cluster, NODE, is_ready};
 
 /// Generous: the machine may be busy.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// Where a pod finds its account's token.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 /// Where class `local` makes its directories.
