@@ -30,7 +30,7 @@ mod workloads;
 pub struct Scenario {
     /// For `--scenario`.
     pub name: &'static str,
-    /// Minutes in an emulated machine, and nothing in it depends on the kernel's version or on
+    /// Minutes in an emulated machine, and little in it depends on the kernel's version or on
     /// cgroup v2: there it runs only when it is asked for.
     pub is_for_real_machines: bool,
     run: fn(&mut Cluster) -> Result<()>,
@@ -78,7 +78,7 @@ pub const ALL: &[Scenario] = &[
     scenario("static-pods", static_pods::static_pods),
     scenario("shutdown", shutdown::shutdown),
     for_real_machines("leaks", leaks::leaks),
-    scenario("workloads", workloads::workloads),
+    for_real_machines("workloads", workloads::workloads),
     scenario("device-plugins", device_plugins::device_plugins),
 ];
 
