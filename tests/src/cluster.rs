@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use crate::census;
@@ -111,7 +111,7 @@ impl Cluster {
         let agent = format!("/etc/gantry/agent:{NODE}");
         let mut arguments = vec!["--agent-credentials", &agent];
         arguments.extend(self.flags[0].iter().map(String::as_str));
-        let child = self.spawn("gantry-control", &arguments)?;
+        let child = self.start_program("gantry-control", &arguments)?;
         self.control = Some(child);
         self.wait("gantry-control to serve", START, |c| {
             Ok(Path::new(KUBECONFIG).exists() && c.gantry(&["get", "namespaces"])?.code == 0)
@@ -132,8 +132,29 @@ impl Cluster {
                 .map(String::as_str)
                 .chain(flags.iter().copied()),
         );
-        self.agent = Some(self.spawn("gantry-agent", &arguments)?);
+        self.agent = Some(self.start_program("gantry-agent", &arguments)?);
         Ok(())
+    }
+
+    /// Runs `gantry-agent` with `arguments` behind another command (strace, unshare) to its end.
+    pub fn run_agent_behind(&self, command: &[&str], arguments: &[&str]) -> Result<Output> {
+        run(self.behind(command)?.args(arguments))
+    }
+
+    /// Starts `gantry-agent` behind another command that becomes it.
+    pub fn start_agent_behind(&mut self, command: &[&str]) -> Result<()> {
+        let mut command = self.behind(command)?;
+        command.args(["run", "--node-name", NODE]);
+        self.agent = Some(self.spawn(command, "gantry-agent")?);
+        Ok(())
+    }
+
+    fn behind(&self, command: &[&str]) -> Result<Command> {
+        let (program, arguments) = command.split_first().context("no command")?;
+        let mut command = Command::new(program);
+        command.args(arguments);
+        command.arg(self.installation.bin.join("gantry-agent"));
+        Ok(command)
     }
 
     /// The agent's process.
@@ -167,11 +188,50 @@ impl Cluster {
         Ok(())
     }
 
-    fn spawn(&self, name: &str, arguments: &[&str]) -> Result<Child> {
+    /// What a reboot takes is gone: processes, mounts, cgroups, links, eBPF objects, `/run`. What the
+    /// disk holds is as it was, but for the logs. Agent and control plane must not run.
+    pub fn lose_all_but_the_disk(&self) -> Result<()> {
+        let (disk, aside) = (
+            Path::new("/var/lib/gantry"),
+            Path::new("/var/lib/gantry.aside"),
+        );
+        unmount_below(disk)?;
+        std::fs::rename(disk, aside).context("put the disk aside")?;
+        let cleaned = self.cleanup();
+        let made = disk.exists();
+        if made {
+            std::fs::remove_dir_all(disk)?;
+        }
+        std::fs::rename(aside, disk).context("put the disk back")?;
+        cleaned?;
+        ensure!(!made, "cleanup has made {}", disk.display());
+        Ok(())
+    }
+
+    fn cleanup(&self) -> Result<()> {
+        let mut cleanup = Command::new(self.installation.bin.join("gantry-agent"));
+        let output = run(cleanup.arg("cleanup"))?;
+        ensure!(
+            output.code == 0,
+            "cleanup: {}{}",
+            output.stdout,
+            output.stderr
+        );
+        Ok(())
+    }
+
+    /// Starts a program of ours.
+    fn start_program(&self, name: &str, arguments: &[&str]) -> Result<Child> {
+        let mut command = Command::new(self.installation.bin.join(name));
+        command.args(arguments);
+        self.spawn(command, name)
+    }
+
+    /// Starts a command whose words go to the log of `name`.
+    fn spawn(&self, mut command: Command, name: &str) -> Result<Child> {
         let log = self.logs.path().join(format!("{name}.log"));
         let log = File::options().create(true).append(true).open(&log)?;
-        let mut command = Command::new(self.installation.bin.join(name));
-        command.args(arguments).stdin(Stdio::null());
+        command.stdin(Stdio::null());
         command.stdout(log.try_clone()?).stderr(log);
         command.spawn().with_context(|| format!("start {name}"))
     }
@@ -351,8 +411,7 @@ impl Cluster {
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
-        let mut cleanup = Command::new(self.installation.bin.join("gantry-agent"));
-        let output = run(cleanup.arg("cleanup"))?;
+        let cleaned = self.cleanup();
         for file in census::FILES {
             let path = Path::new(file);
             let _ = if path.is_dir() {
@@ -361,10 +420,7 @@ impl Cluster {
                 std::fs::remove_file(path)
             };
         }
-        if output.code != 0 {
-            bail!("cleanup: {}{}", output.stdout, output.stderr);
-        }
-        Ok(())
+        cleaned
     }
 }
 
@@ -374,6 +430,20 @@ impl Drop for Cluster {
             eprintln!("removing the test cluster: {error:#}");
         }
     }
+}
+
+/// Detaches every mount below a directory, the innermost first.
+fn unmount_below(directory: &Path) -> Result<()> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo")?;
+    let points = table.lines().filter_map(|line| line.split(' ').nth(4));
+    let below: Vec<&str> = points
+        .filter(|point| Path::new(point).starts_with(directory))
+        .collect();
+    for point in below.iter().rev() {
+        nix::mount::umount2(*point, nix::mount::MntFlags::MNT_DETACH)
+            .with_context(|| format!("unmount {point}"))?;
+    }
+    Ok(())
 }
 
 /// condition Ready is True.

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use crate::cluster::{Cluster, Installation};
 
 mod bad_input;
+mod degraded;
 mod device_plugins;
 mod isolation;
 mod kills;
@@ -18,6 +19,7 @@ mod life_cycle;
 mod limits;
 mod main_job;
 mod probes;
+mod reboot;
 mod resources;
 mod security;
 mod shutdown;
@@ -80,6 +82,9 @@ pub const ALL: &[Scenario] = &[
     for_real_machines("leaks", leaks::leaks),
     for_real_machines("workloads", workloads::workloads),
     scenario("device-plugins", device_plugins::device_plugins),
+    scenario("no-ebpf", degraded::no_ebpf),
+    scenario("missing-controller", degraded::missing_controller),
+    scenario("reboot", reboot::reboot),
 ];
 
 impl Scenario {

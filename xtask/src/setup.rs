@@ -79,6 +79,11 @@ fn needs(purpose: For) -> Vec<Need> {
             need("busybox", "test containers", busybox, &["busybox-static"]),
         ]);
     }
+    if purpose != For::Up {
+        let strace = run::which("strace").is_some();
+        let why = "counts system calls, makes them fail, kills at them";
+        needs.push(need("strace", why, strace, &["strace"]));
+    }
     if purpose == For::Test {
         let registry = run::which("docker-registry").is_some();
         let plugins = file("/usr/lib/cni/bridge") || file("/opt/cni/bin/bridge");
@@ -95,12 +100,6 @@ fn needs(purpose: For) -> Vec<Need> {
                 plugins,
                 &["containernetworking-plugins"],
             ),
-            need(
-                "strace",
-                "kills at chosen system calls",
-                run::which("strace").is_some(),
-                &["strace"],
-            ),
         ]);
     }
     if purpose == For::Bench {
@@ -110,12 +109,6 @@ fn needs(purpose: For) -> Vec<Need> {
                 "what a pod's start is compared with",
                 run::which("runc").is_some(),
                 &["runc"][..],
-            ),
-            need(
-                "strace",
-                "counts system calls",
-                run::which("strace").is_some(),
-                &["strace"],
             ),
             need(
                 "crun",

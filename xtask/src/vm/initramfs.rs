@@ -1,5 +1,5 @@
 //! The guest's first root: our binaries as they are installed, the libraries they name, a static
-//! busybox, images, and kernel modules numbered in load order.
+//! busybox, strace, images, and kernel modules numbered in load order.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -45,6 +45,10 @@ pub fn write(
     for binary in build::BINARIES.iter().chain(&["gantry-shim"]) {
         let inside = format!("usr/lib/gantry/{binary}");
         add_binary(&mut archive, &bin.join(binary), &inside, &mut libraries)?;
+    }
+    // Without it, the scenarios that want it say that they are skipped.
+    if let Some(strace) = run::which("strace") {
+        add_binary(&mut archive, &strace, "bin/strace", &mut libraries)?;
     }
     for library in &libraries {
         // By its own name where the loader looks for it; a link's target under the link's name.
