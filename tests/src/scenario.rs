@@ -32,23 +32,23 @@ mod workloads;
 pub struct Scenario {
     /// For `--scenario`.
     pub name: &'static str,
-    /// Minutes in an emulated machine, and little in it depends on the kernel's version or on
-    /// cgroup v2: there it runs only when it is asked for.
-    pub is_for_real_machines: bool,
+    /// What it shows depends on the kernel's version or on the version of cgroups: `cargo xtask test`
+    /// runs it in the virtual machine as well, the others on the machine itself only.
+    pub is_for_every_kernel: bool,
     run: fn(&mut Cluster) -> Result<()>,
 }
 
 const fn scenario(name: &'static str, run: fn(&mut Cluster) -> Result<()>) -> Scenario {
     Scenario {
         name,
-        is_for_real_machines: false,
+        is_for_every_kernel: false,
         run,
     }
 }
 
-const fn for_real_machines(name: &'static str, run: fn(&mut Cluster) -> Result<()>) -> Scenario {
+const fn for_every_kernel(name: &'static str, run: fn(&mut Cluster) -> Result<()>) -> Scenario {
     Scenario {
-        is_for_real_machines: true,
+        is_for_every_kernel: true,
         ..scenario(name, run)
     }
 }
@@ -61,30 +61,30 @@ pub struct Skipped(pub String);
 
 /// All of them, each on a cluster of its own.
 pub const ALL: &[Scenario] = &[
-    scenario("main-job", main_job::main_job),
-    scenario("limits", limits::limits),
-    scenario("devices", limits::devices),
-    scenario("isolation", isolation::isolation),
-    scenario("agent-kill", kills::agent_kill),
+    for_every_kernel("main-job", main_job::main_job),
+    for_every_kernel("limits", limits::limits),
+    for_every_kernel("devices", limits::devices),
+    for_every_kernel("isolation", isolation::isolation),
+    for_every_kernel("agent-kill", kills::agent_kill),
     scenario("control-kill", kills::control_kill),
     scenario("probes-and-restarts", probes::probes_and_restarts),
     scenario("bad-input", bad_input::bad_input),
     scenario("logs-and-exec", streams::logs_and_exec),
-    scenario("security", security::security),
-    scenario("user-namespaces", security::user_namespaces),
-    scenario("volumes", volumes::volumes),
+    for_every_kernel("security", security::security),
+    for_every_kernel("user-namespaces", security::user_namespaces),
+    for_every_kernel("volumes", volumes::volumes),
     scenario("life-cycle", life_cycle::life_cycle),
-    scenario("processes", life_cycle::processes),
-    scenario("resources", resources::resources),
+    for_every_kernel("processes", life_cycle::processes),
+    for_every_kernel("resources", resources::resources),
     scenario("streams", streams::streams),
     scenario("static-pods", static_pods::static_pods),
     scenario("shutdown", shutdown::shutdown),
-    for_real_machines("leaks", leaks::leaks),
-    for_real_machines("workloads", workloads::workloads),
-    scenario("device-plugins", device_plugins::device_plugins),
+    scenario("leaks", leaks::leaks),
+    scenario("workloads", workloads::workloads),
+    for_every_kernel("device-plugins", device_plugins::device_plugins),
     scenario("no-ebpf", degraded::no_ebpf),
-    scenario("missing-controller", degraded::missing_controller),
-    scenario("reboot", reboot::reboot),
+    for_every_kernel("missing-controller", degraded::missing_controller),
+    for_every_kernel("reboot", reboot::reboot),
 ];
 
 impl Scenario {

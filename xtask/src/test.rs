@@ -54,7 +54,8 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     );
     unit_and_integration(arguments, &bin, &mut count)?;
     if !arguments.no_vm && arguments.filter.is_none() {
-        let outcome = vm::run(&vm::Arguments::defaults())?;
+        report::note("scenarios that depend on the kernel (all of them: cargo xtask vm-test)");
+        let outcome = vm::run(&vm::Arguments::every_kernel())?;
         count.passed += outcome.passed;
         count.failed += outcome.failed;
         count.skipped.extend(outcome.skipped);

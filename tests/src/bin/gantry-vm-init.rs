@@ -165,17 +165,21 @@ fn run() -> Result<()> {
     let command_line = fs::read_to_string("/proc/cmdline")?;
     let wanted = command_line
         .split_whitespace()
-        .find_map(|w| w.strip_prefix("gantry.scenario="));
-    let wanted = wanted.filter(|w| *w != "all");
-    for scenario in scenario::ALL
-        .iter()
-        .filter(|s| wanted.is_none_or(|w| w == s.name))
-    {
-        if wanted.is_none() && scenario.is_for_real_machines {
-            let words = "takes minutes when emulated: ask for it with --scenario";
-            println!("vm: skipped {}: {words}", scenario.name);
-            continue;
-        }
+        .find_map(|w| w.strip_prefix("gantry.scenario="))
+        .unwrap_or("all");
+    let is_wanted = |scenario: &&scenario::Scenario| match wanted {
+        "all" => true,
+        "every-kernel" => scenario.is_for_every_kernel,
+        name => scenario.name == name,
+    };
+    if !scenario::ALL.iter().any(|scenario| is_wanted(&scenario)) {
+        let names: Vec<&str> = scenario::ALL.iter().map(|s| s.name).collect();
+        println!(
+            "vm: FAILED {wanted}: no such scenario: {}",
+            names.join(", ")
+        );
+    }
+    for scenario in scenario::ALL.iter().filter(is_wanted) {
         let began = Instant::now();
         match scenario.run(&installation) {
             Ok(()) => println!(
