@@ -16,11 +16,12 @@ use crate::paths::Paths;
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 9] = [
+pub(super) const PINNED_MAPS: [&str; 10] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
     "NODE_ADDRESSES",
+    "PEERS",
     "REVERSE_NAT",
     "AFFINITY",
     "COUNTERS",

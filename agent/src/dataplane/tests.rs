@@ -57,11 +57,44 @@ fn tcp_goes_to_a_backend_and_shows_the_service_as_its_peer() {
     });
     let counters = dataplane.counters().unwrap();
     assert!(counters.contains(&("translated", 2)), "{counters:?}");
-    assert_eq!(
-        bed.map_len("REVERSE_NAT"),
-        0,
-        "closed sockets leave nothing"
-    );
+    assert_eq!(bed.peers(), 0, "closed sockets leave nothing");
+}
+
+#[test]
+fn sockets_that_were_refused_or_are_unconnected_leave_nothing_of_a_connection() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let web = service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]);
+    let dns = service("10.96.0.10", 17, 53, &[backend("127.0.0.2", 5353)]);
+    block_on(dataplane.apply(&view(1, vec![("web", web), ("dns", dns)]))).unwrap();
+    bed.inside(|| {
+        // Nobody listens: the kernel clears the socket's port, and its entry must go all the same.
+        TcpStream::connect("10.96.0.1:80").unwrap_err();
+        let server = udp("127.0.0.2:5353");
+        let client = udp("0.0.0.0:0");
+        client.connect("10.96.0.10:53").unwrap();
+        assert_eq!(bed.peers(), 1);
+        // Connected elsewhere, to the backend's port at another address: no Service's name.
+        client.connect("127.0.0.3:5353").unwrap();
+        assert_eq!(client.peer_addr().unwrap(), addr("127.0.0.3:5353"));
+        drop((client, server));
+    });
+    assert_eq!(bed.peers(), 0);
+}
+
+/// More connections than PEERS has elements: the others' names are kept by age.
+#[test]
+fn a_connection_that_finds_no_room_still_shows_the_service() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let web = service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]);
+    block_on(dataplane.apply(&view(1, vec![("web", web)]))).unwrap();
+    bed.fill_peers();
+    bed.inside(|| {
+        let _server = TcpListener::bind("127.0.0.2:8080").unwrap();
+        let client = TcpStream::connect("10.96.0.1:80").unwrap();
+        assert_eq!(client.peer_addr().unwrap(), addr("10.96.0.1:80"));
+    });
 }
 
 #[test]

@@ -8,7 +8,7 @@ pub const AFFINITY_HITS: u32 = 1;
 pub const NO_BACKEND: u32 = 2;
 /// Slots or backends out of range: a fault of the agent, never of a packet; refused.
 pub const BROKEN_SLOT: u32 = 3;
-/// Entries that `REVERSE_NAT` did not take: the peer's name will be the backend's.
+/// Entries that neither `PEERS` nor `REVERSE_NAT` took: the peer's name will be the backend's.
 pub const REVERSE_LOST: u32 = 4;
 /// Peer names and datagram sources that were turned back into a frontend.
 pub const REVERSED: u32 = 5;

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  agent (services::plan) ──► FRONTENDS ─► SLOTS ─► BACKENDS        connect(), sendmsg()
-//!                             REVERSE_NAT ◄───────────────────────  written by the programs
-//!                             AFFINITY    ◄───────────────────────  read by recvmsg(), getpeername()
+//!                             PEERS, REVERSE_NAT ◄────────────────  written by the programs,
+//!                             AFFINITY           ◄────────────────  read by recvmsg(), getpeername()
 //! ```
 //! Every address is 16 bytes in network order, an IPv4 address in its v4-mapped form
 //! (`::ffff:a.b.c.d`), so that one set of maps serves both families.
@@ -18,7 +18,7 @@ pub mod device;
 pub mod services;
 
 /// Version of the layouts in this crate; part of the directory in which maps are pinned.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// A marker for types that may be copied to and from a map as bytes.
 macro_rules! plain_old_data {

@@ -21,6 +21,8 @@ pub const SLOT_COUNT: u32 = 1 << 20;
 pub const SLOTS_PER_ELEMENT: u32 = 2;
 /// Entries of `BACKENDS`; id 0 is none. 6 MiB.
 pub const BACKEND_COUNT: u32 = 1 << 17;
+/// Entries of `PEERS`: sockets connected through a Service at a time; more go to `REVERSE_NAT`.
+pub const PEER_COUNT_MAX: u32 = 32_768;
 /// Entries of `REVERSE_NAT`; the least recently used go first.
 pub const REVERSE_COUNT_MAX: u32 = 65_536;
 /// Entries of `AFFINITY`; the least recently used go first.
@@ -149,7 +151,21 @@ pub struct BackendValue {
     pub _pad: u32,
 }
 
-/// Key of `REVERSE_NAT`: a socket and the backend it talks to.
+/// Value of `PEERS`, whose key is the cookie of a connected socket: it has one peer.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct PeerValue {
+    /// The backend's address: tells this connection from a later one of the same socket.
+    pub backend: Addr,
+    /// What the client believes to talk to.
+    pub frontend: ReverseValue,
+    /// The backend's port, network order.
+    pub backend_port_be: u16,
+    /// Always 0.
+    pub _pad: [u16; 3],
+}
+
+/// Key of `REVERSE_NAT`: a socket without a connection, and one of the backends it talks to.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct ReverseKey {
@@ -163,7 +179,7 @@ pub struct ReverseKey {
     pub _pad: [u16; 3],
 }
 
-/// Value of `REVERSE_NAT`: what the client believes to talk to.
+/// Value of `REVERSE_NAT`, part of that of `PEERS`: what the client believes to talk to.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct ReverseValue {
@@ -236,6 +252,11 @@ const _: () = {
     assert!(offset_of!(ReverseValue, port_be) == 16);
     assert!(offset_of!(ReverseValue, service_id) == 20);
 
+    assert!(size_of::<PeerValue>() == 48);
+    assert!(offset_of!(PeerValue, frontend) == 16);
+    assert!(offset_of!(PeerValue, backend_port_be) == 40);
+    assert!(offset_of!(PeerValue, _pad) == 42);
+
     assert!(size_of::<AffinityKey>() == 16);
     assert!(offset_of!(AffinityKey, service_id) == 8);
     assert!(offset_of!(AffinityKey, kind) == 12);
@@ -251,6 +272,7 @@ plain_old_data!(
     BackendValue,
     ReverseKey,
     ReverseValue,
+    PeerValue,
     AffinityKey,
     AffinityValue,
 );

@@ -8,8 +8,8 @@ use ebpf_maps::counter::COUNTER_COUNT;
 use ebpf_maps::device::{DEVICE_EXEMPT_COUNT_MAX, DEVICE_RULE_COUNT_MAX, DeviceRuleKey};
 use ebpf_maps::services::{
     AFFINITY_COUNT_MAX, Addr, AffinityKey, AffinityValue, BACKEND_COUNT, BackendValue,
-    FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, NODE_ADDRESS_COUNT_MAX, REVERSE_COUNT_MAX,
-    ReverseKey, ReverseValue, SLOT_COUNT, SLOTS_PER_ELEMENT,
+    FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, NODE_ADDRESS_COUNT_MAX, PEER_COUNT_MAX,
+    PeerValue, REVERSE_COUNT_MAX, ReverseKey, ReverseValue, SLOT_COUNT, SLOTS_PER_ELEMENT,
 };
 
 /// What clients address. Written by the agent only, one element at a time.
@@ -31,7 +31,13 @@ pub static BACKENDS: Array<BackendValue> = Array::with_max_entries(BACKEND_COUNT
 pub static NODE_ADDRESSES: HashMap<Addr, u32> =
     HashMap::with_max_entries(NODE_ADDRESS_COUNT_MAX, BPF_F_NO_PREALLOC);
 
-/// Which frontend a socket went through. Written by the programs only.
+/// Which frontend a connected socket went through, by its cookie. All elements exist from the
+/// start: an insertion costs a third of one into `REVERSE_NAT`. Written by the programs only, which
+/// remove the entry with its socket.
+#[map]
+pub static PEERS: HashMap<u64, PeerValue> = HashMap::with_max_entries(PEER_COUNT_MAX, 0);
+
+/// Which frontend an unconnected datagram went through. Written by the programs only.
 #[map]
 pub static REVERSE_NAT: LruHashMap<ReverseKey, ReverseValue> =
     LruHashMap::with_max_entries(REVERSE_COUNT_MAX, 0);

@@ -58,44 +58,46 @@ pub fn forward(
     call: Call,
     set: fn(&SockAddrContext, &Addr, u16),
 ) -> i32 {
-    let Some(key) = frontend_of(&peer) else {
+    let Some((key, mut value)) = frontend_of(&peer) else {
         return PASS;
     };
     let mut attempt = 0;
     while attempt < READ_ATTEMPTS {
         attempt += 1;
-        let frontend = match read_frontend(&key) {
-            Read::Absent => return PASS, // removed this moment
-            Read::Torn => continue,
-            Read::Is(frontend) => frontend,
-        };
-        if frontend.count == 0 {
-            count(counter::NO_BACKEND);
-            return refuse();
+        if let Some(frontend) = read_frontend(&key, value) {
+            if frontend.count == 0 {
+                count(counter::NO_BACKEND);
+                return refuse();
+            }
+            if let Some(backend) = choose(ctx, &frontend, call) {
+                count(counter::TRANSLATED);
+                reverse::remember(ctx, &peer, backend, call);
+                set(ctx, &backend.addr, backend.port_be);
+                log(ctx, frontend.service_id, backend);
+                return PASS;
+            }
         }
-        if let Some(backend) = choose(ctx, &frontend, call) {
-            count(counter::TRANSLATED);
-            reverse::remember(ctx, &peer, backend);
-            set(ctx, &backend.addr, backend.port_be);
-            log(ctx, frontend.service_id, backend);
-            return PASS;
+        // Changed under the reader.
+        match FRONTENDS.get_ptr(&key) {
+            Some(newer) => value = newer,
+            None => return PASS, // removed this moment
         }
     }
     count(counter::BROKEN_SLOT);
     refuse()
 }
 
-/// The key of the frontend that answers for this peer, if any does.
+/// The frontend that answers for this peer, if any does: its key and its element.
 #[inline(always)]
-fn frontend_of(peer: &Peer) -> Option<FrontendKey> {
+fn frontend_of(peer: &Peer) -> Option<(FrontendKey, *const FrontendValue)> {
     let key = FrontendKey {
         addr: peer.addr,
         port_be: peer.port_be,
         proto: peer.proto,
         scope: SCOPE_ADDRESS,
     };
-    if FRONTENDS.get_ptr(&key).is_some() {
-        return Some(key);
+    if let Some(value) = FRONTENDS.get_ptr(&key) {
+        return Some((key, value));
     }
     NODE_ADDRESSES.get_ptr(&peer.addr)?;
     let any = if is_v4_mapped(&peer.addr) {
@@ -108,23 +110,13 @@ fn frontend_of(peer: &Peer) -> Option<FrontendKey> {
         scope: SCOPE_NODE_PORT,
         ..key
     };
-    FRONTENDS.get_ptr(&key)?;
-    Some(key)
+    let value = FRONTENDS.get_ptr(&key)?;
+    Some((key, value))
 }
 
-enum Read {
-    Absent,
-    Torn,
-    Is(Frontend),
-}
-
-/// Reads a frontend's value so that a concurrent reuse of its element is noticed: see
-/// [`FrontendValue`].
+/// Reads a frontend's element; none when it was reused meanwhile: see [`FrontendValue`].
 #[inline(always)]
-fn read_frontend(key: &FrontendKey) -> Read {
-    let Some(value) = FRONTENDS.get_ptr(key) else {
-        return Read::Absent;
-    };
+fn read_frontend(key: &FrontendKey, value: *const FrontendValue) -> Option<Frontend> {
     // SAFETY: the lookup checked the pointer; the element stays mapped while the program runs.
     // base and count are 8-byte aligned neighbours (asserted in ebpf_maps).
     let (range, service_id, affinity_s, check) = unsafe {
@@ -139,10 +131,10 @@ fn read_frontend(key: &FrontendKey) -> Read {
         )
     };
     if check != key.check() {
-        return Read::Torn;
+        return None;
     }
     let [base, count] = words(range);
-    Read::Is(Frontend {
+    Some(Frontend {
         base,
         count,
         service_id,

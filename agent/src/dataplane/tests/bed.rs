@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::maps::{Map, MapData};
-use ebpf_maps::services::{FrontendKey, FrontendValue};
+use ebpf_maps::services::{FrontendKey, FrontendValue, PEER_COUNT_MAX, PeerValue};
 use gantry_api::proto;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
@@ -114,11 +114,23 @@ impl Bed {
         }
     }
 
-    /// Entries in a pinned LRU hash map.
-    pub(super) fn map_len(&self, name: &str) -> usize {
-        let map = Map::LruHashMap(self.pinned(name));
-        let map: aya::maps::HashMap<_, [u8; 32], [u8; 24]> = map.try_into().unwrap();
-        map.keys().count()
+    /// Entries of PEERS.
+    pub(super) fn peers(&self) -> usize {
+        self.peers_map().keys().count()
+    }
+
+    /// Takes every element with cookies that no socket has.
+    pub(super) fn fill_peers(&self) {
+        let mut peers = self.peers_map();
+        for number in 0..u64::from(PEER_COUNT_MAX) {
+            peers
+                .insert(u64::MAX - number, PeerValue::default(), 0)
+                .unwrap();
+        }
+    }
+
+    fn peers_map(&self) -> aya::maps::HashMap<MapData, u64, PeerValue> {
+        Map::HashMap(self.pinned("PEERS")).try_into().unwrap()
     }
 
     fn frontends_map(&self) -> aya::maps::HashMap<MapData, FrontendKey, FrontendValue> {
