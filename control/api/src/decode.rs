@@ -166,11 +166,7 @@ pub fn decode<K: DeserializeOwned>(kind: &Kind, value: &Value) -> Result<Decoded
     let mut unknown = Vec::new();
     let mut track = serde_path_to_error::Track::new();
     let tracked = serde_path_to_error::Deserializer::new(value, &mut track);
-    let result = serde_ignored::deserialize(tracked, |path| {
-        if unknown.len() < UNKNOWN_FIELDS_MAX {
-            unknown.push(ignored_path(&path));
-        }
-    });
+    let result = serde_ignored::deserialize(tracked, collect(&mut unknown));
     match result {
         Ok(object) => Ok(Decoded { object, unknown }),
         Err(error) => {
@@ -183,6 +179,17 @@ pub fn decode<K: DeserializeOwned>(kind: &Kind, value: &Value) -> Result<Decoded
                 field,
             });
             Err(status)
+        }
+    }
+}
+
+/// Of one type for all kinds: a closure of the generic function above would be a type of its own for
+/// each, and with it every type of the API compiled once more for each kind that holds it (eight
+/// copies of a pod's specification).
+fn collect(unknown: &mut Vec<String>) -> impl FnMut(serde_ignored::Path<'_>) {
+    |path| {
+        if unknown.len() < UNKNOWN_FIELDS_MAX {
+            unknown.push(ignored_path(&path));
         }
     }
 }
