@@ -2,46 +2,34 @@
 
 use crate::Global;
 use crate::connection::Session;
+use crate::exec;
 use crate::failure::Failure;
-use crate::logs::resolve_pod;
-use crate::{exec, names, streams};
+use crate::streams::{self, PodArgs, StreamArgs};
 use clap::Args;
-use gantry_api::kinds::resolve;
 use gantry_api::proto::ExecExit;
 use serde_json::Value;
 use std::process::ExitCode;
 
 #[derive(Args, Debug)]
 pub(crate) struct Attach {
-    /// A pod, or type/name (deploy/web)
-    #[arg(required = true, num_args = 1..=2)]
-    words: Vec<String>,
+    #[command(flatten)]
+    pod: PodArgs,
     /// Container
     #[arg(short, long)]
     container: Option<String>,
-    /// Pass stdin to the container
-    #[arg(short = 'i', long)]
-    stdin: bool,
-    /// Stdin is a terminal
-    #[arg(short, long)]
-    tty: bool,
-    /// Nothing but the container's own output
-    #[arg(short, long)]
-    quiet: bool,
+    #[command(flatten)]
+    streams: StreamArgs,
 }
 
-/// How to connect to a container's own process.
-pub(crate) struct Streams<'a> {
-    pub(crate) container: Option<&'a str>,
-    pub(crate) stdin: bool,
-    pub(crate) tty: bool,
-    pub(crate) quiet: bool,
-}
-
-impl Streams<'_> {
-    /// Returns when the container has ended, or this client leaves.
-    pub(crate) async fn attach(&self, session: &Session, pod: &Value) -> Result<ExecExit, Failure> {
-        let mut start = exec::start(session, pod, self.container, "attach to")?;
+impl StreamArgs {
+    /// Connects to a container's own process. Returns when it has ended, or this client leaves.
+    pub(crate) async fn attach(
+        self,
+        session: &Session,
+        pod: &Value,
+        container: Option<&str>,
+    ) -> Result<ExecExit, Failure> {
+        let mut start = exec::start(session, pod, container, "attach to")?;
         let has_tty = has_terminal(pod, &start.container);
         if self.tty && !has_tty && !self.quiet {
             eprintln!(
@@ -51,7 +39,7 @@ impl Streams<'_> {
         }
         start.attach = true;
         start.stdin = self.stdin;
-        start.tty = has_tty && streams::use_terminal(self.tty, self.stdin, self.quiet);
+        start.tty = has_tty && self.use_terminal();
         start.size = start.tty.then(streams::terminal_size).flatten();
         if start.tty && start.stdin && !self.quiet {
             eprintln!("If you don't see a command prompt, try pressing enter.");
@@ -69,18 +57,9 @@ fn has_terminal(pod: &Value, container: &str) -> bool {
 
 impl Attach {
     pub(crate) async fn run(&self, global: &Global) -> Result<ExitCode, Failure> {
-        let pods =
-            resolve("pods").ok_or_else(|| Failure::local("this build does not know pods"))?;
-        let (kind, name) = names::one(&self.words, Some(pods))?;
-        let session = Session::open(global).await?;
-        let pod = resolve_pod(&session, kind, &name).await?;
-        let streams = Streams {
-            container: self.container.as_deref(),
-            stdin: self.stdin,
-            tty: self.tty,
-            quiet: self.quiet,
-        };
-        let exit = streams.attach(&session, &pod).await?;
+        let (session, pod) = self.pod.find(global).await?;
+        let container = self.container.as_deref();
+        let exit = self.streams.attach(&session, &pod, container).await?;
         match exit.message.is_empty() {
             // As kubectl: the container's own code is not the client's.
             true => Ok(ExitCode::SUCCESS),

@@ -5,11 +5,10 @@
 //! ```
 
 use crate::Global;
-use crate::attach::Streams;
 use crate::connection::Session;
 use crate::failure::Failure;
-use crate::logs::{self, resolve_pod};
-use crate::names;
+use crate::logs;
+use crate::streams::{PodArgs, StreamArgs};
 use clap::Args;
 use gantry_api::kinds::resolve;
 use gantry_api::proto::patch_request::Type;
@@ -25,9 +24,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 #[derive(Args, Debug)]
 pub(crate) struct Debug {
-    /// A pod, or type/name (deploy/web)
-    #[arg(required = true, num_args = 1..=2)]
-    words: Vec<String>,
+    #[command(flatten)]
+    pod: PodArgs,
     /// Image of the debug container
     #[arg(long)]
     image: String,
@@ -43,15 +41,8 @@ pub(crate) struct Debug {
     /// Environment variables: NAME=VALUE
     #[arg(long)]
     env: Vec<String>,
-    /// Keep stdin open and attach
-    #[arg(short = 'i', long)]
-    stdin: bool,
-    /// Give it a terminal
-    #[arg(short, long)]
-    tty: bool,
-    /// Nothing but the container's own output
-    #[arg(short, long)]
-    quiet: bool,
+    #[command(flatten)]
+    streams: StreamArgs,
     /// Command and arguments instead of the image's
     #[arg(last = true)]
     command: Vec<String>,
@@ -59,11 +50,7 @@ pub(crate) struct Debug {
 
 impl Debug {
     pub(crate) async fn run(&self, global: &Global) -> Result<ExitCode, Failure> {
-        let pods =
-            resolve("pods").ok_or_else(|| Failure::local("this build does not know pods"))?;
-        let (kind, name) = names::one(&self.words, Some(pods))?;
-        let session = Session::open(global).await?;
-        let pod = resolve_pod(&session, kind, &name).await?;
+        let (session, pod) = self.pod.find(global).await?;
         let text = |pointer: &str| {
             let value = pod.pointer(pointer).and_then(Value::as_str);
             value.unwrap_or_default().to_owned()
@@ -74,10 +61,11 @@ impl Debug {
             return Err(Failure::Local(text));
         }
         let container = self.container.clone().unwrap_or_else(generated);
-        if self.container.is_none() && !self.quiet {
+        if self.container.is_none() && !self.streams.quiet {
             eprintln!("Defaulting debug container name to {container}.");
         }
         let patch = json!({"spec": {"ephemeralContainers": [self.spec(&container)?]}});
+        let pods = resolve("pods").ok_or_else(|| Failure::local("this build knows no pods"))?;
         let at = session.key(pods, &text("/metadata/name"));
         session
             .patch_part(at.clone(), Type::Strategic, &patch, "ephemeralcontainers")
@@ -106,8 +94,8 @@ impl Debug {
             ("command", json!(self.command)),
             ("targetContainerName", json!(self.target)),
             ("imagePullPolicy", json!(self.image_pull_policy)),
-            ("stdin", json!(self.stdin)),
-            ("tty", json!(self.tty)),
+            ("stdin", json!(self.streams.stdin)),
+            ("tty", json!(self.streams.tty)),
         ] {
             let empty = [Value::Null, json!([]), json!(false)].contains(&value);
             if !empty {
@@ -152,16 +140,10 @@ impl Debug {
         pod: &Value,
         container: &str,
     ) -> Result<ExitCode, Failure> {
-        if !self.stdin && !self.tty {
+        if !self.streams.stdin && !self.streams.tty {
             return Ok(ExitCode::SUCCESS);
         }
-        let streams = Streams {
-            container: Some(container),
-            stdin: self.stdin,
-            tty: self.tty,
-            quiet: self.quiet,
-        };
-        match streams.attach(session, pod).await {
+        match self.streams.attach(session, pod, Some(container)).await {
             Ok(exit) if exit.message.is_empty() => Ok(ExitCode::SUCCESS),
             Ok(exit) => Err(Failure::Local(exit.message)),
             // Faster than we were: what it wrote is in its log.
@@ -200,21 +182,18 @@ fn generated() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        debug: Debug,
+    }
 
     #[test]
     fn only_what_was_asked_for_is_in_the_container() {
-        let debug = Debug {
-            words: vec!["web".into()],
-            image: "busybox".into(),
-            container: None,
-            target: Some("main".into()),
-            image_pull_policy: None,
-            env: vec!["A=b=c".into()],
-            stdin: true,
-            tty: false,
-            quiet: false,
-            command: vec!["sh".into()],
-        };
+        let line = "debug web --image=busybox --target=main --env=A=b=c -i -- sh";
+        let debug = Line::try_parse_from(line.split(' ')).unwrap().debug;
         let wanted = json!({"name": "d", "image": "busybox", "targetContainerName": "main",
             "env": [{"name": "A", "value": "b=c"}], "command": ["sh"], "stdin": true});
         assert_eq!(debug.spec("d").ok(), Some(wanted));

@@ -3,31 +3,22 @@
 use crate::Global;
 use crate::connection::Session;
 use crate::failure::Failure;
-use crate::logs::{default_container, resolve_pod};
-use crate::{names, streams};
+use crate::logs::default_container;
+use crate::streams::{self, PodArgs, StreamArgs};
 use clap::Args;
-use gantry_api::kinds::resolve;
 use gantry_api::proto::ExecStart;
 use serde_json::Value;
 use std::process::ExitCode;
 
 #[derive(Args, Debug)]
 pub(crate) struct Exec {
-    /// A pod, or type/name (deploy/web)
-    #[arg(required = true, num_args = 1..=2, value_name = "POD|TYPE/NAME")]
-    words: Vec<String>,
+    #[command(flatten)]
+    pod: PodArgs,
     /// Container
     #[arg(short, long)]
     container: Option<String>,
-    /// Pass stdin to the command
-    #[arg(short = 'i', long)]
-    stdin: bool,
-    /// Give the command a terminal
-    #[arg(short, long)]
-    tty: bool,
-    /// Nothing but the command's own output
-    #[arg(short, long)]
-    quiet: bool,
+    #[command(flatten)]
+    streams: StreamArgs,
     /// The command and its arguments, after --
     #[arg(last = true, required = true)]
     command: Vec<String>,
@@ -67,15 +58,11 @@ pub(crate) fn start(
 
 impl Exec {
     pub(crate) async fn run(&self, global: &Global) -> Result<ExitCode, Failure> {
-        let pods =
-            resolve("pods").ok_or_else(|| Failure::local("this build does not know pods"))?;
-        let (kind, name) = names::one(&self.words, Some(pods))?;
-        let session = Session::open(global).await?;
-        let pod = resolve_pod(&session, kind, &name).await?;
+        let (session, pod) = self.pod.find(global).await?;
         let mut start = start(&session, &pod, self.container.as_deref(), "exec into")?;
         start.command.clone_from(&self.command);
-        start.stdin = self.stdin;
-        start.tty = streams::use_terminal(self.tty, self.stdin, self.quiet);
+        start.stdin = self.streams.stdin;
+        start.tty = self.streams.use_terminal();
         start.size = start.tty.then(streams::terminal_size).flatten();
         let tty = start.tty;
         let exit = streams::run(&session, start).await?;

@@ -1,10 +1,10 @@
 //! `gantry run`: one pod from the command line, and a way into it.
 
 use crate::Global;
-use crate::attach::Streams;
 use crate::connection::Session;
 use crate::failure::Failure;
 use crate::logs;
+use crate::streams::StreamArgs;
 use clap::Args;
 use gantry_api::kinds::resolve;
 use gantry_api::proto::{DeleteRequest, ExecExit, WriteRequest};
@@ -42,12 +42,8 @@ pub(crate) struct Run {
     /// Delete the pod when it has ended; needs -i or --attach
     #[arg(long)]
     rm: bool,
-    /// Keep stdin open and pass it on
-    #[arg(short = 'i', long)]
-    stdin: bool,
-    /// Give the container a terminal
-    #[arg(short, long)]
-    tty: bool,
+    #[command(flatten)]
+    streams: StreamArgs,
     /// Wait for the pod and attach (with -i it is the default)
     #[arg(long)]
     attach: bool,
@@ -57,9 +53,6 @@ pub(crate) struct Run {
     /// How long to wait for the pod to run
     #[arg(long, default_value = "60s", value_parser = crate::names::duration)]
     pod_running_timeout: Duration,
-    /// Nothing but the container's own output
-    #[arg(short, long)]
-    quiet: bool,
     /// Arguments, or with --command the command
     #[arg(last = true)]
     words: Vec<String>,
@@ -101,11 +94,11 @@ impl Run {
                 json!(self.words),
             );
         }
-        if self.stdin {
+        if self.streams.stdin {
             set("stdin", json!(true));
             set("stdinOnce", json!(true));
         }
-        if self.tty {
+        if self.streams.tty {
             set("tty", json!(true));
         }
         let mut labels = serde_json::Map::new();
@@ -131,13 +124,13 @@ impl Run {
     }
 
     pub(crate) async fn run(&self, global: &Global) -> Result<ExitCode, Failure> {
-        let attach = self.attach || self.stdin;
+        let attach = self.attach || self.streams.stdin;
         if self.rm && !attach {
             return Err(Failure::local(
                 "--rm should only be used for attached containers",
             ));
         }
-        if self.tty && !self.stdin {
+        if self.streams.tty && !self.streams.stdin {
             return Err(Failure::local(
                 "-i/--stdin is required for containers with -t/--tty=true",
             ));
@@ -169,7 +162,7 @@ impl Run {
                 ..DeleteRequest::default()
             };
             session.delete(request).await?;
-            if !self.quiet {
+            if !self.streams.quiet {
                 println!("pod {:?} deleted", self.name);
             }
         }
@@ -186,13 +179,8 @@ impl Run {
                 !matches!(phase(pod), "" | "Pending")
             })
             .await?;
-        let streams = Streams {
-            container: Some(&self.name),
-            stdin: self.stdin,
-            tty: self.tty,
-            quiet: self.quiet,
-        };
-        match streams.attach(session, &pod).await {
+        let attached = self.streams.attach(session, &pod, Some(&self.name)).await;
+        match attached {
             Ok(exit) => Ok(exit),
             // Faster than we were: what it wrote is in its log, its code in its status.
             Err(failure) => {

@@ -5,10 +5,15 @@
 
 use crate::connection::Session;
 use crate::failure::Failure;
+use crate::logs::resolve_pod;
+use crate::{Global, names};
+use clap::Args;
+use gantry_api::kinds::resolve;
 use gantry_api::proto::{
     ExecExit, ExecInput, ExecOutput, ExecStart, TerminalSize, exec_input, exec_output,
 };
 use rustix::termios::{self, OptionalActions, Termios};
+use serde_json::Value;
 use std::io::{Read as _, Write as _};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -22,6 +27,51 @@ pub(crate) const STDIN_CHUNK_BYTES: usize = 16 * 1024;
 const INPUT_QUEUE: usize = 16;
 /// Exit code when the command cannot be started, as shells have it.
 const NOT_STARTED: i32 = 126;
+
+/// The pod that a verb works with.
+#[derive(Args, Debug)]
+pub(crate) struct PodArgs {
+    /// A pod, or type/name (deploy/web)
+    #[arg(required = true, num_args = 1..=2, value_name = "POD|TYPE/NAME")]
+    words: Vec<String>,
+}
+
+impl PodArgs {
+    /// Connects and finds it.
+    pub(crate) async fn find(&self, global: &Global) -> Result<(Session, Value), Failure> {
+        let pods =
+            resolve("pods").ok_or_else(|| Failure::local("this build does not know pods"))?;
+        let (kind, name) = names::one(&self.words, Some(pods))?;
+        let session = Session::open(global).await?;
+        let pod = resolve_pod(&session, kind, &name).await?;
+        Ok((session, pod))
+    }
+}
+
+/// How a verb connects this process's own streams.
+#[derive(Args, Debug, Clone, Copy, Default)]
+pub(crate) struct StreamArgs {
+    /// Pass stdin to the container; one that is made for it keeps its stdin open
+    #[arg(short = 'i', long)]
+    pub(crate) stdin: bool,
+    /// Use a terminal
+    #[arg(short, long)]
+    pub(crate) tty: bool,
+    /// Nothing but the container's own output
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+}
+
+impl StreamArgs {
+    /// Whether a terminal can be had; says so when one was asked for in vain.
+    pub(crate) fn use_terminal(self) -> bool {
+        let is_terminal = termios::isatty(std::io::stdin());
+        if self.tty && self.stdin && !is_terminal && !self.quiet {
+            eprintln!("Unable to use a TTY - input is not a terminal or the right kind of file");
+        }
+        self.tty && (is_terminal || !self.stdin)
+    }
+}
 
 /// A raw terminal that becomes what it was when this is dropped.
 struct RawTerminal {
@@ -57,15 +107,6 @@ pub(crate) fn terminal_size() -> Option<TerminalSize> {
 
 pub(crate) fn input(input: exec_input::Input) -> ExecInput {
     ExecInput { input: Some(input) }
-}
-
-/// Whether a terminal can be had; says so when one was asked for in vain.
-pub(crate) fn use_terminal(tty: bool, stdin: bool, quiet: bool) -> bool {
-    let is_terminal = termios::isatty(std::io::stdin());
-    if tty && stdin && !is_terminal && !quiet {
-        eprintln!("Unable to use a TTY - input is not a terminal or the right kind of file");
-    }
-    tty && (is_terminal || !stdin)
 }
 
 /// An open stream to a command or a container.
