@@ -445,7 +445,7 @@ impl Worker {
         tokio::spawn(async move {
             let input = match prepare::sandbox(&node, &uid, &pod, &view, &inputs).await {
                 Ok((network, ready)) => {
-                    let limited = volumes::usage::limited(&pod, &ready);
+                    let limited = limited(&node, &uid, &pod, &ready);
                     if !limited.is_empty() {
                         tokio::spawn(watch_usage(limited, inputs.clone()));
                     }
@@ -656,7 +656,20 @@ async fn look_at_tokens(inputs: mpsc::Sender<Message>) {
     }
 }
 
-/// Measures volumes with a limit until the worker ends, or one is over it.
+/// What of the pod's local storage has to be measured.
+fn limited(
+    node: &Node,
+    uid: &PodUid,
+    pod: &Pod,
+    ready: &ReadyVolumes,
+) -> Vec<volumes::usage::Limited> {
+    let part = |text: &Option<String>| text.clone().unwrap_or_default();
+    let (namespace, name) = (part(&pod.metadata.namespace), part(&pod.metadata.name));
+    let log = node.paths.pod_log(&namespace, &name, uid);
+    volumes::usage::limited(pod, ready, &node.paths.pod_lib(uid), &log)
+}
+
+/// Measures what has a limit until the worker ends, or one is over it.
 async fn watch_usage(volumes: Vec<volumes::usage::Limited>, inputs: mpsc::Sender<Message>) {
     let volumes = Arc::new(volumes);
     loop {

@@ -599,18 +599,13 @@ fn check_resources(container: &Value, path: &Path, findings: &mut Findings) {
         for name in entries.into_iter().flat_map(|map| map.keys()) {
             let path = path.child("resources").child(list).key(name);
             match name.as_str() {
-                "cpu" | "memory" => {}
+                "cpu" | "memory" | "ephemeral-storage" => {}
                 // Offered where the node can limit them: elsewhere the pod waits for such a node.
                 pages if pages.starts_with("hugepages-") => {}
-                "ephemeral-storage" => {
-                    findings
-                        .warnings
-                        .push(format!("{path}: local storage is not limited yet"));
-                }
                 // Offered by device plugins, on nodes that have one.
                 device if device.contains('/') && !device.contains("kubernetes.io/") => {}
                 _ => {
-                    let note = "not supported by Gantry: nodes offer cpu, memory, huge pages and \
+                    let note = "not supported by Gantry: nodes offer cpu, memory, local storage, huge pages and \
                                 what device plugins name (vendor.example/kind)";
                     findings.errors.push(FieldError::forbidden(&path, note));
                 }
