@@ -3,7 +3,8 @@
 use std::path::Path;
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
+use gantry_agent::images::inventory::{InventoryError, Wanted};
 use gantry_agent::images::{ImageStore, Progress, PullPolicy, Registries};
 use gantry_agent::paths::Paths;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
@@ -78,31 +79,48 @@ pub async fn pull(paths: &Paths, name: &str) -> Result<()> {
 
 /// One line per name.
 pub async fn list(paths: &Paths) -> Result<()> {
-    let images = open(paths)?.list().await?;
-    for image in images {
+    for image in open(paths)?.list(&Wanted::new()).await? {
         let pinned = if image.pinned { "  pinned" } else { "" };
-        for reference in &image.references {
+        let used = match image.users.len() {
+            0 => String::new(),
+            count => format!("  used by {count} pods"),
+        };
+        for name in &image.names {
             let size = HumanBytes(image.size_bytes);
-            println!("{reference}  {}  {size}{pinned}", image.id);
+            println!("{name}  {}  {size}{pinned}{used}", image.id);
         }
     }
     Ok(())
 }
 
-/// Takes a name away.
+/// What the command for people adds to a refusal.
+fn refused(error: InventoryError) -> anyhow::Error {
+    let next = match &error {
+        InventoryError::NotHere { .. } => ": gantry-agent image ls lists what is",
+        InventoryError::InUse { .. } => " by pods: delete them first",
+        InventoryError::Busy | InventoryError::Store(_) => "",
+    };
+    anyhow::anyhow!("{error}{next}")
+}
+
+/// Takes a name away, and with the last one the image.
 pub async fn remove(paths: &Paths, name: &str) -> Result<()> {
-    if !open(paths)?.remove_reference(name).await? {
-        bail!("no image is called {name:?} here: gantry-agent image ls lists them");
+    let removed = open(paths)?.remove(name, &Wanted::new()).await;
+    let removed = removed.map_err(refused)?;
+    for name in removed.names {
+        println!("removed {name}");
     }
-    println!("removed {name}; its layers go with: gantry-agent image prune");
+    if let Some(image) = removed.image {
+        println!("removed {} ({})", image.id, HumanBytes(image.size_bytes));
+    }
     Ok(())
 }
 
 /// Removes what nobody uses.
 pub async fn prune(paths: &Paths) -> Result<()> {
-    let gone = open(paths)?.prune().await?;
-    for id in &gone {
-        println!("removed {id}");
+    let gone = open(paths)?.prune(&Wanted::new()).await.map_err(refused)?;
+    for image in &gone {
+        println!("removed {}", image.id);
     }
     println!("{} images removed", gone.len());
     Ok(())
@@ -110,9 +128,14 @@ pub async fn prune(paths: &Paths) -> Result<()> {
 
 /// Pins an image, or no longer.
 pub async fn pin(paths: &Paths, name: &str, pinned: bool) -> Result<()> {
-    if !open(paths)?.set_pinned(name, pinned).await? {
-        bail!("no image is called {name:?} here: gantry-agent image ls lists them");
-    }
-    println!("{name} is {}", if pinned { "pinned" } else { "not pinned" });
+    let image = open(paths)?
+        .set_pinned(name, pinned)
+        .await
+        .map_err(refused)?;
+    println!(
+        "{} is {}",
+        image.id,
+        if image.pinned { "pinned" } else { "not pinned" }
+    );
     Ok(())
 }

@@ -106,7 +106,7 @@ enum Image {
         /// As a pod would name it
         name: String,
     },
-    /// Take a name away; the image goes with the next clean-up once it has none
+    /// Take a name away; with its last one the image goes
     Rm {
         /// As a pod would name it
         name: String,
@@ -251,10 +251,12 @@ async fn agent(run: Run) -> Result<()> {
     let target = Arc::new(PodTunnels::new(
         paths.clone(),
         runtime.clone(),
+        ImageStore::clone(&images),
         resources.usage(),
         mirrors.clone(),
     ));
-    let mut link = feed::run(config, node_info, target, shutdown.clone()).context("feed")?;
+    let mut link =
+        feed::run(config, node_info, target.clone(), shutdown.clone()).context("feed")?;
     link.view = static_pods::run(
         static_pods::Config {
             directory: run.static_pods,
@@ -267,6 +269,7 @@ async fn agent(run: Run) -> Result<()> {
         link.view,
         shutdown.clone(),
     );
+    target.follow(link.view.clone());
 
     let network = PodNetworks::new(
         paths.clone(),

@@ -5,6 +5,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/gantry/v1/objects.proto",
         "proto/gantry/v1/feed.proto",
         "proto/gantry/v1/stats.proto",
+        "proto/gantry/v1/images.proto",
     ];
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;

@@ -27,7 +27,7 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use gantry_api::k8s_openapi::api::core::v1::{Event, Node, PodStatus};
 use gantry_api::proto;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 
@@ -136,6 +136,17 @@ pub trait TunnelTarget: Send + Sync + 'static {
     /// Deletes the directory of a volume that class `local` made here; absent is fine.
     async fn remove_volume(&self, name: &str) -> Result<(), TunnelError> {
         Err(TunnelError(format!("this agent has no volume {name:?}")))
+    }
+
+    /// Lists or changes this node's images. An import reads its archive from `archive`; how far it
+    /// is, and the last answer, go to `answers`. Dropping it ends a pull.
+    async fn images(
+        &self,
+        _request: proto::ImagesRequest,
+        _archive: mpsc::Receiver<Bytes>,
+        _answers: mpsc::Sender<proto::images_answer::Answer>,
+    ) -> Result<(), TunnelError> {
+        Err(TunnelError("this agent has no images".into()))
     }
 
     /// A connection to a port of the pod, on its own loopback.

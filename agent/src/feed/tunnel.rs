@@ -1,4 +1,5 @@
-//! Logs, exec, attach and forwarded ports: each is one more stream of this node's own outgoing connection.
+//! Logs, exec, attach, forwarded ports and what concerns the whole node: each is one more stream of
+//! this node's own outgoing connection.
 //!
 //! ```text
 //! OpenTunnel(id, target) ─► Feed.Tunnel: TunnelOpened(id), then LogsChunk…, or ExecOutput… ExecExit, or ForwardOutput…
@@ -14,7 +15,8 @@ use futures_util::StreamExt as _;
 use gantry_api::proto;
 use gantry_api::proto::feed_client::FeedClient;
 use gantry_api::proto::{
-    exec_input, exec_output, forward_input, forward_output, open_tunnel, tunnel_down, tunnel_up,
+    exec_input, exec_output, forward_input, forward_output, images_answer, images_input,
+    open_tunnel, tunnel_down, tunnel_up,
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -46,23 +48,6 @@ pub(super) async fn serve(
     let (up, queue) = mpsc::channel(QUEUE);
     let mut client = FeedClient::new(channel);
     let id = open.id.clone();
-    if let (Some(open_tunnel::Target::Usage(_)), false) = (&open.target, busy) {
-        let answered = client.tunnel(ReceiverStream::new(queue));
-        let (_, down) = tokio::join!(tell_usage(target, open.id, up), answered);
-        if let Ok(down) = down {
-            closed(&mut down.into_inner()).await;
-        }
-        return;
-    }
-    if let (Some(open_tunnel::Target::RemoveVolume(volume)), false) = (&open.target, busy) {
-        let answered = client.tunnel(ReceiverStream::new(queue));
-        let removed = remove_volume(target, open.id, &volume.name, up);
-        let (_, down) = tokio::join!(removed, answered);
-        if let Ok(down) = down {
-            closed(&mut down.into_inner()).await;
-        }
-        return;
-    }
     let produce = produce(target, open, up, busy);
     let answered = client.tunnel(ReceiverStream::new(queue));
     // The first message travels while the answer is awaited: both have to make progress.
@@ -75,33 +60,6 @@ pub(super) async fn serve(
     tracing::debug!(id, "tunnel closed");
 }
 
-/// The whole node's usage: one message, no pod.
-async fn tell_usage(target: Arc<dyn TunnelTarget>, id: String, up: Up) {
-    let usage = target.usage().await;
-    let error = match &usage {
-        Ok(_) => String::new(),
-        Err(error) => error.to_string(),
-    };
-    let opened = tunnel_up::Message::Opened(proto::TunnelOpened { id, error });
-    if send(&up, opened).await
-        && let Ok(usage) = usage
-    {
-        send(&up, tunnel_up::Message::Usage(usage)).await;
-    }
-}
-
-/// Opened at once: a large directory takes longer than an answer may.
-async fn remove_volume(target: Arc<dyn TunnelTarget>, id: String, name: &str, up: Up) {
-    let error = String::new();
-    let opened = tunnel_up::Message::Opened(proto::TunnelOpened { id, error });
-    if send(&up, opened).await {
-        let removed = target.remove_volume(name).await;
-        let error = removed.err().map(|e| e.to_string()).unwrap_or_default();
-        let message = tunnel_up::Message::VolumeRemoved(proto::VolumeRemoved { error });
-        send(&up, message).await;
-    }
-}
-
 /// An accepted target and the way up.
 enum Work {
     Logs(
@@ -110,6 +68,11 @@ enum Work {
     ),
     Exec(ExecSession, Up),
     Forward(TcpStream, Up),
+    /// One answer, known already.
+    Usage(Box<proto::NodeUsage>, Up),
+    /// Begun only now: a large directory takes longer than opening may.
+    RemoveVolume(Arc<dyn TunnelTarget>, String, Up),
+    Images(Arc<dyn TunnelTarget>, Box<proto::ImagesRequest>, Up),
 }
 
 async fn send(up: &Up, message: tunnel_up::Message) -> bool {
@@ -136,6 +99,19 @@ async fn produce(
     let uid = PodUid::new(&open.pod_uid).map_err(|error| error.to_string());
     let reached = match (uid, open.target) {
         _ if busy => Err(format!("this node serves {TUNNELS_MAX} streams already")),
+        // The whole node is meant, and no pod.
+        (_, Some(open_tunnel::Target::Usage(_))) => {
+            let usage = target.usage().await;
+            usage
+                .map(|usage| Work::Usage(Box::new(usage), up.clone()))
+                .map_err(|error| error.to_string())
+        }
+        (_, Some(open_tunnel::Target::RemoveVolume(volume))) => {
+            Ok(Work::RemoveVolume(target, volume.name, up.clone()))
+        }
+        (_, Some(open_tunnel::Target::Images(request))) => {
+            Ok(Work::Images(target, Box::new(request), up.clone()))
+        }
         (Err(error), _) => Err(error),
         (Ok(uid), Some(open_tunnel::Target::Logs(request))) => {
             let logs = target.logs(request, uid).await;
@@ -157,10 +133,7 @@ async fn produce(
             }
             _ => Err(format!("{} is no port", start.port)),
         },
-        (
-            Ok(_),
-            Some(open_tunnel::Target::Usage(_) | open_tunnel::Target::RemoveVolume(_)) | None,
-        ) => Err("this agent does not know that kind of tunnel".into()),
+        (Ok(_), None) => Err("this agent does not know that kind of tunnel".into()),
     };
     let error = reached.as_ref().err().cloned().unwrap_or_default();
     let opened = proto::TunnelOpened { id: open.id, error };
@@ -176,8 +149,26 @@ impl Work {
             Self::Logs(logs, up) => run_logs(logs, up, down).await,
             Self::Exec(session, up) => run_exec(session, up, down).await,
             Self::Forward(socket, up) => run_forward(socket, up, down).await,
+            Self::Usage(usage, up) => {
+                send(&up, tunnel_up::Message::Usage(*usage)).await;
+                end(up, down).await;
+            }
+            Self::RemoveVolume(target, name, up) => {
+                let removed = target.remove_volume(&name).await;
+                let error = removed.err().map(|e| e.to_string()).unwrap_or_default();
+                let removed = proto::VolumeRemoved { error };
+                send(&up, tunnel_up::Message::VolumeRemoved(removed)).await;
+                end(up, down).await;
+            }
+            Self::Images(target, request, up) => run_images(&*target, *request, up, down).await,
         }
     }
+}
+
+/// Leaving now would reset the stream and lose what is under way: the other side ends it.
+async fn end(up: Up, mut down: Streaming<proto::TunnelDown>) {
+    drop(up);
+    closed(&mut down).await;
 }
 
 async fn run_logs(
@@ -189,9 +180,7 @@ async fn run_logs(
         () = copy_logs(logs, &up) => {}
         () = closed(&mut down) => return,
     }
-    // Leaving now would reset the stream and lose what is under way: the other side ends it.
-    drop(up);
-    closed(&mut down).await;
+    end(up, down).await;
 }
 
 /// An empty chunk is the end of the log; without it the other side knows that something is missing.
@@ -257,8 +246,7 @@ async fn run_exec(session: ExecSession, up: Up, mut down: Streaming<proto::Tunne
         () = output => {}
         () = copy_input(&mut down, stdin, resize) => return,
     }
-    drop(up);
-    closed(&mut down).await;
+    end(up, down).await;
 }
 
 async fn copy_output(
@@ -356,8 +344,55 @@ async fn run_forward(socket: TcpStream, up: Up, mut down: Streaming<proto::Tunne
         () = output => {}
         () = input => return,
     }
-    drop(up);
-    closed(&mut down).await;
+    end(up, down).await;
+}
+
+/// Answers one request. The other side's leaving ends it: a pull keeps what it has verified.
+async fn run_images(
+    target: &dyn TunnelTarget,
+    request: proto::ImagesRequest,
+    up: Up,
+    mut down: Streaming<proto::TunnelDown>,
+) {
+    let (archive, received) = mpsc::channel(QUEUE);
+    let (answers, mut answered) = mpsc::channel(QUEUE);
+    let work = async {
+        let done = target.images(request, received, answers).await;
+        done.err()
+            .map(|e| images_answer::Answer::Error(e.to_string()))
+    };
+    let output = async {
+        let pass_on = async {
+            while let Some(answer) = answered.recv().await {
+                send(&up, images_message(answer)).await;
+            }
+        };
+        if let (Some(error), ()) = tokio::join!(work, pass_on) {
+            send(&up, images_message(error)).await;
+        }
+    };
+    let input = async {
+        while let Ok(Some(message)) = down.message().await {
+            if let Some(tunnel_down::Message::Images(input)) = message.message
+                && let Some(images_input::Input::Archive(data)) = input.input
+            {
+                // What nobody wants any more is read all the same: the answer says why.
+                let _ = archive.send(data).await;
+            }
+        }
+    };
+    // Cancel-safe: whichever ends first, the other is of no use any more.
+    tokio::select! {
+        () = output => {}
+        () = input => return,
+    }
+    end(up, down).await;
+}
+
+fn images_message(answer: images_answer::Answer) -> tunnel_up::Message {
+    tunnel_up::Message::Images(proto::ImagesAnswer {
+        answer: Some(answer),
+    })
 }
 
 fn forward_message(output: forward_output::Output) -> tunnel_up::Message {

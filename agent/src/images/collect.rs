@@ -93,7 +93,7 @@ pub async fn keep_disk_free(
         if newest.rev == 0 {
             continue;
         }
-        let keep: BTreeSet<String> = newest.pods.values().flat_map(|p| names(p)).collect();
+        let keep: BTreeSet<String> = newest.pods.values().flat_map(|p| images_of(p)).collect();
         match store.collect(&keep).await {
             Ok(done) => {
                 if !done.images.is_empty() {
@@ -115,11 +115,22 @@ pub async fn keep_disk_free(
     }
 }
 
-fn names(pod: &Pod) -> Vec<String> {
-    let spec = pod.spec.iter();
-    spec.flat_map(|s| s.init_containers.iter().flatten().chain(&s.containers))
-        .filter_map(|c| c.image.clone())
-        .collect()
+/// Every image that a pod names: of containers of all kinds, and of volumes.
+pub fn images_of(pod: &Pod) -> Vec<String> {
+    let Some(spec) = &pod.spec else {
+        return Vec::new();
+    };
+    let containers = spec
+        .init_containers
+        .iter()
+        .flatten()
+        .chain(&spec.containers);
+    let containers = containers.filter_map(|c| c.image.clone());
+    let ephemeral = spec.ephemeral_containers.iter().flatten();
+    let ephemeral = ephemeral.filter_map(|c| c.image.clone());
+    let volumes = spec.volumes.iter().flatten();
+    let volumes = volumes.filter_map(|v| v.image.as_ref()?.reference.clone());
+    containers.chain(ephemeral).chain(volumes).collect()
 }
 
 #[cfg(test)]

@@ -165,6 +165,19 @@ impl Content {
             .join(format!("{prefix}-{}-{n}", std::process::id()))
     }
 
+    /// A file that is gone with its descriptor.
+    pub(super) fn unnamed_file(&self) -> Result<File, ImageError> {
+        let path = self.fresh("blob");
+        let file = File::options()
+            .create_new(true)
+            .read(true)
+            .write(true)
+            .open(&path)
+            .map_err(ImageError::io(format!("create {}", path.display())))?;
+        fs::remove_file(&path).map_err(ImageError::io(format!("unlink {}", path.display())))?;
+        Ok(file)
+    }
+
     fn lock_file(&self, name: &str) -> Result<File, ImageError> {
         let path = self.root.join(name);
         File::options()

@@ -75,6 +75,16 @@ pub enum ImageError {
         /// The kernel's answer and what to do.
         reason: String,
     },
+    /// What is to come does not fit.
+    #[error(
+        "{size_bytes} bytes are to come and the disk of the images has {available_bytes} left: remove images with `prune`, or make room on it"
+    )]
+    DiskFull {
+        /// Bytes to come.
+        size_bytes: u64,
+        /// Bytes free.
+        available_bytes: u64,
+    },
     /// A system call failed.
     #[error("{context}: {source}")]
     Io {

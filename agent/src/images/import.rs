@@ -11,6 +11,7 @@
 mod source;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
@@ -61,11 +62,29 @@ pub(super) fn import(
     progress: &dyn Fn(Progress),
 ) -> Result<Vec<Imported>, ImageError> {
     let _addition = content.lock_addition()?;
-    let source = Source::open(content, path)?;
+    import_from(content, &Source::open(content, path)?, progress)
+}
+
+/// The same for an archive that is open already.
+pub(super) fn import_file(
+    content: &Content,
+    file: File,
+    name: &Path,
+    progress: &dyn Fn(Progress),
+) -> Result<Vec<Imported>, ImageError> {
+    let _addition = content.lock_addition()?;
+    import_from(content, &Source::of_file(content, name, file)?, progress)
+}
+
+fn import_from(
+    content: &Content,
+    source: &Source,
+    progress: &dyn Fn(Progress),
+) -> Result<Vec<Imported>, ImageError> {
     let plans = if source.has("index.json") {
-        plan_oci(&source)?
+        plan_oci(source)?
     } else if source.has("manifest.json") {
-        plan_docker(&source)?
+        plan_docker(source)?
     } else {
         return Err(source.bad("neither index.json (OCI) nor manifest.json (docker save) in it"));
     };
@@ -83,7 +102,7 @@ pub(super) fn import(
     progress(state);
     plans
         .into_iter()
-        .map(|plan| keep(content, &source, plan, &mut state, progress))
+        .map(|plan| keep(content, source, plan, &mut state, progress))
         .collect()
 }
 

@@ -8,7 +8,8 @@
 //! Files: [`reference`] names, [`auth`] pull secrets, `document` manifests, `stream` hashing and
 //! decompression, [`extract`] the confined unpacker, `content` the directories, `pull` and `import`
 //! the two sources, `overlay` the mounts, [`registries`] the operator's search list and mirrors,
-//! [`drop_in`] the directory of machines without a registry, `collect` what goes when the disk fills.
+//! [`drop_in`] the directory of machines without a registry, `collect` what goes when the disk fills,
+//! [`inventory`] what people see and remove.
 //!
 //! Invariants:
 //! * nothing is visible before every byte was verified (digest, size, diff ID) and synced;
@@ -25,6 +26,7 @@ pub mod drop_in;
 mod error;
 pub mod extract;
 mod import;
+pub mod inventory;
 mod keyed;
 mod overlay;
 mod pull;
@@ -38,7 +40,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 pub use auth::{Credential, RegistryAuth};
 use collect::Candidate;
-pub use collect::{Disk, keep_disk_free};
+pub use collect::{Disk, images_of, keep_disk_free};
 use content::{Content, Record, Table};
 pub use error::ImageError;
 pub use import::{Imported, Progress};
@@ -87,7 +89,14 @@ pub struct Collected {
     pub missing_bytes: u64,
 }
 
-type Held<'a> = std::sync::MutexGuard<'a, HashMap<Digest, Weak<Image>>>;
+/// An image whose names or pin have changed is handed out anew beside those of before.
+type HandedOut = HashMap<Digest, Vec<Weak<Image>>>;
+type Held<'a> = std::sync::MutexGuard<'a, HandedOut>;
+
+fn is_held(held: &HandedOut, id: &Digest) -> bool {
+    let mut all = held.get(id).into_iter().flatten();
+    all.any(|weak| weak.strong_count() > 0)
+}
 
 /// An image that is here, complete. While one is held, its files stay.
 #[derive(Clone, Debug)]
@@ -129,7 +138,7 @@ struct Shared {
     downloads: tokio::sync::Semaphore,
     registries: Registries,
     /// Images somebody holds.
-    handed_out: Mutex<HashMap<Digest, Weak<Image>>>,
+    handed_out: Mutex<HandedOut>,
 }
 
 impl ImageStore {
@@ -285,45 +294,33 @@ impl ImageStore {
             .await
     }
 
-    /// Every image that is here.
-    pub async fn list(&self) -> Result<Vec<Arc<Image>>, ImageError> {
-        self.blocking(|this| {
-            let table = this.content().table()?;
-            let images = table.images.iter();
-            Ok(images
-                .filter_map(|(id, record)| this.load(&table, id, record).ok())
-                .collect())
-        })
-        .await
+    /// The same from an open archive; `name` is its file name, for messages and images without one.
+    pub async fn import_file(
+        &self,
+        file: std::fs::File,
+        name: &str,
+        progress: impl Fn(Progress) + Send + 'static,
+    ) -> Result<Vec<Imported>, ImageError> {
+        let name = PathBuf::from(name);
+        self.blocking(move |this| import::import_file(this.content(), file, &name, &progress))
+            .await
     }
 
-    /// Takes a name away. The image itself goes with the next clean-up once it has no name.
-    pub async fn remove_reference(&self, reference: &str) -> Result<bool, ImageError> {
-        let key = Reference::parse(reference)?.to_string();
+    /// An empty file without a name on the store's disk, for an archive that is on its way here: it
+    /// is gone with its descriptor, whatever happens.
+    ///
+    /// # Errors
+    /// The disk has less room than `size_bytes`.
+    pub async fn staging_file(&self, size_bytes: u64) -> Result<std::fs::File, ImageError> {
         self.blocking(move |this| {
-            this.content().update(|table| {
-                let Some(id) = table.references.remove(&key) else {
-                    return false;
-                };
-                let named = table.references.values().any(|other| *other == id);
-                if let (false, Some(record)) = (named, table.images.get_mut(&id)) {
-                    record.pinned = false;
-                }
-                true
-            })
-        })
-        .await
-    }
-
-    /// Keeps an image whatever happens to the disk, or no longer. False: there is no such image.
-    pub async fn set_pinned(&self, reference: &str, pinned: bool) -> Result<bool, ImageError> {
-        let key = Reference::parse(reference)?.to_string();
-        self.blocking(move |this| {
-            this.content().update(|table| {
-                let id = table.references.get(&key).cloned();
-                let record = id.and_then(|id| table.images.get_mut(&id));
-                record.map(|record| record.pinned = pinned).is_some()
-            })
+            let available_bytes = this.content().disk()?.available_bytes;
+            if size_bytes > available_bytes {
+                return Err(ImageError::DiskFull {
+                    size_bytes,
+                    available_bytes,
+                });
+            }
+            this.content().unnamed_file()
         })
         .await
     }
@@ -342,18 +339,7 @@ impl ImageStore {
                     .map(|c| c.id)
                     .collect())
             })
-        })
-        .await
-    }
-
-    /// The same for what nobody has used for some minutes: for a process beside the agent, which
-    /// cannot see what the agent is about to use.
-    pub async fn prune(&self) -> Result<Vec<Digest>, ImageError> {
-        self.blocking(move |this| {
-            let keep = BTreeSet::new();
-            this.remove_while(|this, held| {
-                Ok(collect::choose(this.candidates(&keep, held)?, u64::MAX))
-            })
+            .map(Option::unwrap_or_default)
         })
         .await
     }
@@ -376,6 +362,7 @@ impl ImageStore {
                     chosen.truncate(1);
                     Ok(chosen)
                 })?;
+                let went = went.unwrap_or_default();
                 if went.is_empty() {
                     break;
                 }
@@ -390,13 +377,14 @@ impl ImageStore {
         .await
     }
 
-    /// Removes what `choose` names, under the locks that make the choice true.
+    /// Removes what `choose` names, under the locks that make the choice true. None: somebody adds
+    /// content just now, and nothing was removed.
     fn remove_while(
         &self,
         choose: impl Fn(&Self, &Held<'_>) -> Result<Vec<Digest>, ImageError>,
-    ) -> Result<Vec<Digest>, ImageError> {
+    ) -> Result<Option<Vec<Digest>>, ImageError> {
         let Some(lock) = self.content().try_lock_removal()? else {
-            return Ok(Vec::new());
+            return Ok(None);
         };
         // Held to the end, so that no lookup hands out what is about to go.
         let held = self.handed_out();
@@ -407,7 +395,7 @@ impl ImageStore {
         })?;
         self.content().sweep(&self.content().table()?, &lock)?;
         drop(held);
-        Ok(gone)
+        Ok(Some(gone))
     }
 
     fn candidates(
@@ -421,11 +409,11 @@ impl ImageStore {
         });
         let mut used: BTreeSet<String> = names.chain(keep.iter().cloned()).collect();
         used.extend(
-            held.iter()
-                .filter(|(_, w)| w.strong_count() > 0)
-                .map(|(id, _)| id.to_string()),
+            held.keys()
+                .filter(|id| is_held(held, id))
+                .map(ToString::to_string),
         );
-        used.extend(mounted_images(&self.shared.pods));
+        used.extend(inventory::mounted_images(&self.shared.pods).into_keys());
         let table = self.content().table()?;
         let by_name: BTreeSet<&Digest> = table
             .references
@@ -485,9 +473,9 @@ impl ImageStore {
             .filter(|(_, i)| *i == id)
             .map(|(name, _)| name.clone())
             .collect();
-        if let Some(image) = held.get(id).and_then(Weak::upgrade)
-            && image.references == references
-        {
+        let mut known = held.get(id).into_iter().flatten().filter_map(Weak::upgrade);
+        let is_same = |i: &Arc<Image>| i.references == references && i.pinned == record.pinned;
+        if let Some(image) = known.find(is_same) {
             return Ok(image);
         }
         let bytes = self.content().document(id)?;
@@ -507,8 +495,12 @@ impl ImageStore {
             size_bytes: record.size_bytes,
             pinned: record.pinned,
         });
-        held.retain(|_, weak| weak.strong_count() > 0);
-        held.insert(id.clone(), Arc::downgrade(&image));
+        held.retain(|_, all| {
+            all.retain(|weak| weak.strong_count() > 0);
+            !all.is_empty()
+        });
+        let all = held.entry(id.clone()).or_default();
+        all.push(Arc::downgrade(&image));
         Ok(image)
     }
 
@@ -540,22 +532,6 @@ pub async fn remove_rootfs(layers_dir: &Path) -> Result<(), ImageError> {
             .map_err(ImageError::io(format!("remove {}", dir.display())))
     })
     .await
-}
-
-/// IDs that container layer directories were made from: `<pods>/<uid>/containers/<name>/<run>/image`.
-fn mounted_images(pods: &Path) -> BTreeSet<String> {
-    let below = |dir: PathBuf| {
-        std::fs::read_dir(dir)
-            .into_iter()
-            .flatten()
-            .flatten()
-            .map(|e| e.path())
-    };
-    below(pods.to_owned())
-        .flat_map(|pod| below(pod.join("containers")))
-        .flat_map(below)
-        .filter_map(|run| std::fs::read_to_string(run.join("image")).ok())
-        .collect()
 }
 
 #[cfg(test)]

@@ -9,7 +9,9 @@ use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
 use super::document::architecture;
+use super::inventory::{InventoryError, Wanted};
 use super::*;
+use crate::ids::PodUid;
 
 fn root() -> bool {
     let root = rustix::process::geteuid().is_root();
@@ -201,7 +203,7 @@ async fn layout_and_archives_give_the_same_image() {
         }
         // Again: nothing new, no error.
         assert_eq!(import_file(&store, path).await.unwrap(), imported);
-        assert_eq!(store.list().await.unwrap().len(), 1);
+        assert_eq!(store.list(&Wanted::new()).await.unwrap().len(), 1);
     }
 }
 
@@ -236,17 +238,29 @@ async fn rootfs_is_writable_shared_and_shows_no_deleted_file() {
     assert_eq!(fs::read_to_string(b.join("etc/motd")).unwrap(), "changed");
     let id = image.id.clone();
     drop(image);
-    // Unpinned and unnamed, it is still mounted: it stays.
-    for name in store.list().await.unwrap()[0].references.clone() {
-        assert!(store.remove_reference(&name).await.unwrap());
+    // However it is called, it is mounted: it stays, with the names it has.
+    let nobody = Wanted::new();
+    for written in ["hand:1", id.as_str(), &id.hex()[..12]] {
+        match store.remove(written, &nobody).await.unwrap_err() {
+            InventoryError::InUse { users, .. } => {
+                assert_eq!(users, BTreeSet::from([PodUid::new("u").unwrap()]));
+            }
+            other => panic!("{other}"),
+        }
     }
+    let listed = store.list(&nobody).await.unwrap();
+    assert_eq!((listed[0].names.len(), listed[0].users.len()), (2, 1));
+    store.set_pinned("hand:1", false).await.unwrap();
     assert_eq!(store.remove_unused(&BTreeSet::new()).await.unwrap(), vec![]);
     for dir in [&one, &two] {
         store.unmount_rootfs(dir).await.unwrap();
         store.unmount_rootfs(dir).await.unwrap();
     }
     // A volatile layer that lost its mount starts afresh.
-    let image = store.list().await.unwrap().pop().unwrap();
+    let image = store
+        .ensure("hand:1", PullPolicy::Never, &[])
+        .await
+        .unwrap();
     let again = store.mount_rootfs(&image, &one, None).await.unwrap();
     assert_eq!(
         fs::read_to_string(again.join("etc/motd")).unwrap(),
@@ -258,10 +272,14 @@ async fn rootfs_is_writable_shared_and_shows_no_deleted_file() {
         remove_rootfs(dir).await.unwrap();
         assert!(!dir.exists());
     }
-    assert_eq!(
-        store.remove_unused(&BTreeSet::new()).await.unwrap(),
-        vec![id]
-    );
+    // A pod wants it by name; then nobody does.
+    let pod = BTreeSet::from([PodUid::new("p").unwrap()]);
+    let wanted = Wanted::from([("hand:1".to_owned(), pod)]);
+    assert!(store.remove("hand:1", &wanted).await.is_err());
+    let removed = store.remove("hand:1", &nobody).await.unwrap();
+    assert_eq!((removed.names.len(), removed.image.unwrap().id), (2, id));
+    let again = store.remove("hand:1", &nobody).await.unwrap_err();
+    assert_eq!(again.to_string(), "no image is called \"hand:1\" here");
     fs::remove_file(file).unwrap();
     assert_empty(dir.path());
 }
@@ -664,5 +682,5 @@ async fn registry_layers_are_verified_and_downloads_resumed() {
         .unwrap_err()
         .to_string();
     assert!(error.contains(&layer), "{error}");
-    assert!(store.list().await.unwrap().is_empty());
+    assert!(store.list(&Wanted::new()).await.unwrap().is_empty());
 }

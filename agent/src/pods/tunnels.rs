@@ -1,5 +1,7 @@
 //! Where the feed's tunnels end: a container's log, a command in a container, its own streams, a
-//! port of its pod.
+//! port of its pod; and, of the whole node, its usage, a volume's directory and its images.
+
+mod images;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -13,15 +15,18 @@ use gantry_api::proto;
 use gantry_cni::netns::{self, Netns};
 use jiff::{SignedDuration, Timestamp};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
+use self::images::NodeImages;
 use crate::feed::{TunnelError, TunnelTarget};
 use crate::ids::{ContainerRun, PodUid};
+use crate::images::ImageStore;
 use crate::paths::Paths;
 use crate::runtime::logs::{self, LogOptions};
 use crate::runtime::{ExecSession, ExecSpec, RunningContainer, Runtime};
 use crate::static_pods::Mirrors;
 use crate::stats::Collector;
+use crate::view::View;
 use crate::volumes::local;
 
 /// Loopback answers at once, or drops: then somebody filters it.
@@ -31,6 +36,7 @@ const CONNECT_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(5);
 pub struct PodTunnels {
     paths: Paths,
     runtime: Arc<dyn Runtime>,
+    images: NodeImages,
     usage: Collector,
     mirrors: Mirrors,
 }
@@ -40,15 +46,22 @@ impl PodTunnels {
     pub fn new(
         paths: Paths,
         runtime: Arc<dyn Runtime>,
+        images: ImageStore,
         usage: Collector,
         mirrors: Mirrors,
     ) -> Self {
         Self {
             paths,
             runtime,
+            images: NodeImages::new(images),
             usage,
             mirrors,
         }
+    }
+
+    /// Whose images are in use; the first call counts.
+    pub fn follow(&self, view: watch::Receiver<Arc<View>>) {
+        self.images.follow(view);
     }
 
     /// The newest running run of a container.
@@ -132,6 +145,15 @@ impl TunnelTarget for PodTunnels {
     async fn remove_volume(&self, name: &str) -> Result<(), TunnelError> {
         let removed = local::remove(&self.paths, name).await;
         removed.map_err(|e| TunnelError(e.to_string()))
+    }
+
+    async fn images(
+        &self,
+        request: proto::ImagesRequest,
+        archive: mpsc::Receiver<Bytes>,
+        answers: mpsc::Sender<proto::images_answer::Answer>,
+    ) -> Result<(), TunnelError> {
+        self.images.serve(request, archive, &answers).await
     }
 
     async fn exec(&self, start: proto::ExecStart, pod: PodUid) -> Result<ExecSession, TunnelError> {

@@ -31,7 +31,7 @@ use self::thresholds::{Pressures, Resource, Shortage, Thresholds};
 use self::victim::{CRITICAL_PRIORITY, Candidate};
 use crate::cgroups::limits::{pod_requests, qos_class};
 use crate::ids::PodUid;
-use crate::images::ImageStore;
+use crate::images::{ImageStore, images_of};
 use crate::paths::Paths;
 use crate::pods::Order;
 use crate::readiness;
@@ -272,17 +272,6 @@ fn candidate(
         usage,
         request,
     })
-}
-
-fn images_of(pod: &Pod) -> Vec<String> {
-    let spec = pod.spec.iter();
-    spec.flat_map(|s| {
-        s.containers
-            .iter()
-            .chain(s.init_containers.iter().flatten())
-    })
-    .filter_map(|c| c.image.clone())
-    .collect()
 }
 
 /// A descriptor that becomes readable with priority when memory stalls.

@@ -21,6 +21,7 @@ mod exec;
 mod failure;
 mod files;
 mod get;
+mod images;
 mod kubeconfig;
 mod logs;
 mod names;
@@ -97,6 +98,8 @@ enum Verb {
     PortForward(port_forward::PortForward),
     /// Set the number of replicas
     Scale(scale::Scale),
+    /// The images on nodes: list, pull, import, remove
+    Images(images::Images),
     /// Show what nodes and pods use now
     #[command(subcommand)]
     Top(top::Top),
@@ -163,6 +166,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Cp(verb) => verb.run(&global).await.map(done),
         Verb::PortForward(verb) => verb.run(&global).await.map(done),
         Verb::Scale(verb) => verb.run(&global).await.map(done),
+        Verb::Images(verb) => verb.run(&global).await,
         Verb::Top(verb) => verb.run(&global).await.map(done),
         Verb::Rollout(verb) => verb.run(&global).await.map(done),
         Verb::Events(verb) => verb.run(&global).await.map(done),
@@ -212,6 +216,14 @@ mod tests {
             "scale deploy/web --replicas=3 --current-replicas=2",
             "top pods -A --containers --sort-by=cpu -o wide",
             "top node node-1",
+            "images",
+            "images --node n -o wide --no-headers",
+            "images ls --node n",
+            "images pull nginx:1 --node a --node b --secret s",
+            "images import web.tar",
+            "images rm web:1 web:2",
+            "images prune",
+            "images pin web:1 --off",
             "rollout status deploy/web --timeout=60s",
             "rollout restart deployment web",
             "rollout history deploy/web",

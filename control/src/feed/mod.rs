@@ -33,6 +33,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 
 use gantry_api::proto;
 use gantry_api::proto::feed_server::FeedServer;
+use gantry_api::proto::images_server::ImagesServer;
 use gantry_api::proto::pods_server::PodsServer;
 use gantry_api::proto::stats_server::StatsServer;
 use ipnet::Ipv4Net;
@@ -43,6 +44,7 @@ use crate::server::{Registry, Tokens};
 
 mod floor;
 mod follow;
+mod images;
 mod join;
 mod latest;
 mod mirrors;
@@ -187,6 +189,11 @@ impl Feed {
     /// What nodes and pods use, for users.
     pub fn stats_server(&self) -> StatsServer<NodeStats> {
         StatsServer::new(NodeStats::new(self.clone()))
+    }
+
+    /// The images of nodes, for users.
+    pub fn images_server(&self) -> ImagesServer<images::NodeImages> {
+        ImagesServer::new(images::NodeImages::new(self.clone()))
     }
 
     /// Whether the agent of a node has a stream now.

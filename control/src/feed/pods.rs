@@ -1,9 +1,8 @@
 //! Logs, exec, attach and forwarded ports for users: finds the pod and its node, opens a tunnel, splices the streams.
 
-use std::pin::Pin;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt as _, stream};
+use futures_util::stream;
 use gantry_api::k8s_openapi::api::core::v1::{Pod, PodSpec};
 use gantry_api::kinds;
 use gantry_api::proto;
@@ -16,14 +15,12 @@ use tokio::time::timeout;
 use tonic::{Request, Response, Streaming};
 
 use super::Feed;
-use super::tunnels::{DownSender, Tunnel};
+use super::tunnels::{BoxedStream, Tunnel, carry, end_after, end_after_error, lost};
 
 /// Which container is meant when none is named.
 const DEFAULT_CONTAINER_ANNOTATION: &str = "kubectl.kubernetes.io/default-container";
 /// How long a client may take with the command it wants to run.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
-
-type BoxedStream<T> = Pin<Box<dyn Stream<Item = Result<T, tonic::Status>> + Send>>;
 
 /// The `Pods` service.
 pub struct PodStreams {
@@ -220,87 +217,6 @@ impl pods_server::Pods for PodStreams {
             )
         };
         Ok(Response::new(end_after(output, ended)))
-    }
-}
-
-/// Carries both directions of a tunnel until one of its ends has gone.
-fn carry<I: Send + 'static, O: Send + 'static>(
-    tunnel: Tunnel,
-    input: Streaming<I>,
-    wrap: fn(I) -> tunnel_down::Message,
-    unwrap: fn(tunnel_up::Message) -> Option<O>,
-) -> impl Stream<Item = Result<O, tonic::Status>> + Send + 'static {
-    let forward = Forward(tokio::spawn(forward_input(
-        input,
-        tunnel.down.clone(),
-        wrap,
-    )));
-    stream::unfold((tunnel, forward), move |(mut tunnel, forward)| async move {
-        let item = loop {
-            match tunnel.up.message().await {
-                Ok(Some(up)) => {
-                    if let Some(output) = up.message.and_then(unwrap) {
-                        break Ok(output);
-                    }
-                }
-                Ok(None) => break Err(lost("the stream ended")),
-                Err(status) => break Err(lost(status.message())),
-            }
-        };
-        Some((item, (tunnel, forward)))
-    })
-}
-
-fn lost(how: &str) -> tonic::Status {
-    Status::unavailable(format!("the connection to the node was lost: {how}")).into()
-}
-
-fn end_after_error<T: Send + 'static>(
-    stream: impl Stream<Item = Result<T, tonic::Status>> + Send + 'static,
-) -> BoxedStream<T> {
-    end_after(stream, |_| false)
-}
-
-/// Ends a stream after the first error, and after the first item for which `last` holds.
-fn end_after<T: Send + 'static>(
-    stream: impl Stream<Item = Result<T, tonic::Status>> + Send + 'static,
-    last: impl Fn(&Result<T, tonic::Status>) -> bool + Send + 'static,
-) -> BoxedStream<T> {
-    let ended = stream.scan(false, move |ended, item| {
-        if *ended {
-            return std::future::ready(None);
-        }
-        *ended = item.is_err() || last(&item);
-        std::future::ready(Some(item))
-    });
-    Box::pin(ended)
-}
-
-/// The task that carries a client's input; it ends with the output.
-struct Forward(tokio::task::JoinHandle<()>);
-
-impl Drop for Forward {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// Carries input until the client has no more; the tunnel stays open for the output.
-async fn forward_input<I>(
-    mut input: Streaming<I>,
-    down: DownSender,
-    wrap: fn(I) -> tunnel_down::Message,
-) {
-    while let Ok(Some(message)) = input.message().await {
-        if down
-            .send(Ok(proto::TunnelDown {
-                message: Some(wrap(message)),
-            }))
-            .await
-            .is_err()
-        {
-            return;
-        }
     }
 }
 

@@ -5,15 +5,18 @@
 //!      └───────────────────────── waits, at most 10 s ◄──────────────────────────────────────────┘
 //! ```
 //! An id is random and good for one answer by the node it was meant for. Flow control is HTTP/2's
-//! per stream plus bounded channels; dropping [`Tunnel`] ends the stream, and the agent ends what
+//! per stream plus bounded channels; [`carry`] splices both directions; dropping [`Tunnel`] ends the stream, and the agent ends what
 //! is behind it.
 
 use std::collections::HashMap;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::{Stream, StreamExt as _, stream};
 use gantry_api::proto;
 use gantry_api::proto::open_tunnel::Target;
+use gantry_api::proto::{tunnel_down, tunnel_up};
 use gantry_api::status::{Reason, Status};
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::timeout;
@@ -29,14 +32,17 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Input messages between a client and the agent.
 const DOWN_QUEUE: usize = 4;
 
-pub(super) type DownSender = mpsc::Sender<Result<proto::TunnelDown, tonic::Status>>;
+/// What a service answers with.
+pub(super) type BoxedStream<T> = Pin<Box<dyn Stream<Item = Result<T, tonic::Status>> + Send>>;
+
+type DownSender = mpsc::Sender<Result<proto::TunnelDown, tonic::Status>>;
 
 /// An open tunnel; dropping it closes it.
 pub(super) struct Tunnel {
     /// What the agent sends.
     pub(super) up: Streaming<proto::TunnelUp>,
     /// What it gets; the agent takes the end of this as the end of the tunnel.
-    pub(super) down: DownSender,
+    down: DownSender,
     _slot: OwnedSemaphorePermit,
 }
 
@@ -154,5 +160,86 @@ impl Inner {
             down: answer.down,
             _slot: slot,
         })
+    }
+}
+
+/// Carries both directions of a tunnel until one of its ends has gone.
+pub(super) fn carry<I: Send + 'static, O: Send + 'static>(
+    tunnel: Tunnel,
+    input: Streaming<I>,
+    wrap: fn(I) -> tunnel_down::Message,
+    unwrap: fn(tunnel_up::Message) -> Option<O>,
+) -> impl Stream<Item = Result<O, tonic::Status>> + Send + 'static {
+    let forward = Forward(tokio::spawn(forward_input(
+        input,
+        tunnel.down.clone(),
+        wrap,
+    )));
+    stream::unfold((tunnel, forward), move |(mut tunnel, forward)| async move {
+        let item = loop {
+            match tunnel.up.message().await {
+                Ok(Some(up)) => {
+                    if let Some(output) = up.message.and_then(unwrap) {
+                        break Ok(output);
+                    }
+                }
+                Ok(None) => break Err(lost("the stream ended")),
+                Err(status) => break Err(lost(status.message())),
+            }
+        };
+        Some((item, (tunnel, forward)))
+    })
+}
+
+pub(super) fn lost(how: &str) -> tonic::Status {
+    Status::unavailable(format!("the connection to the node was lost: {how}")).into()
+}
+
+pub(super) fn end_after_error<T: Send + 'static>(
+    stream: impl Stream<Item = Result<T, tonic::Status>> + Send + 'static,
+) -> BoxedStream<T> {
+    end_after(stream, |_| false)
+}
+
+/// Ends a stream after the first error, and after the first item for which `last` holds.
+pub(super) fn end_after<T: Send + 'static>(
+    stream: impl Stream<Item = Result<T, tonic::Status>> + Send + 'static,
+    last: impl Fn(&Result<T, tonic::Status>) -> bool + Send + 'static,
+) -> BoxedStream<T> {
+    let ended = stream.scan(false, move |ended, item| {
+        if *ended {
+            return std::future::ready(None);
+        }
+        *ended = item.is_err() || last(&item);
+        std::future::ready(Some(item))
+    });
+    Box::pin(ended)
+}
+
+/// The task that carries a client's input; it ends with the output.
+struct Forward(tokio::task::JoinHandle<()>);
+
+impl Drop for Forward {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Carries input until the client has no more; the tunnel stays open for the output.
+async fn forward_input<I>(
+    mut input: Streaming<I>,
+    down: DownSender,
+    wrap: fn(I) -> tunnel_down::Message,
+) {
+    while let Ok(Some(message)) = input.message().await {
+        if down
+            .send(Ok(proto::TunnelDown {
+                message: Some(wrap(message)),
+            }))
+            .await
+            .is_err()
+        {
+            return;
+        }
     }
 }

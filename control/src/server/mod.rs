@@ -118,6 +118,10 @@ impl Server {
                 authenticator.for_service(Service::Pods),
             ))
             .add_service(InterceptedService::new(
+                feed.images_server(),
+                authenticator.for_service(Service::Pods),
+            ))
+            .add_service(InterceptedService::new(
                 feed.feed_server(),
                 authenticator.for_service(Service::Feed),
             ));

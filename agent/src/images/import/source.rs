@@ -66,6 +66,14 @@ impl Source {
         })
     }
 
+    /// An archive that is open already; `name` is for messages and images without a name.
+    pub(super) fn of_file(content: &Content, name: &Path, file: File) -> Result<Self, ImageError> {
+        Ok(Self {
+            path: name.to_owned(),
+            kind: archive(content, name, file)?,
+        })
+    }
+
     pub(super) fn label(&self) -> String {
         self.path.display().to_string()
     }
@@ -245,16 +253,7 @@ fn archive(content: &Content, path: &Path, file: File) -> Result<Kind, ImageErro
     let mut file = file;
     file.seek(SeekFrom::Start(0)).map_err(damaged)?;
     if compression != Compression::None {
-        let plain = content.fresh("blob");
-        let mut out = File::options()
-            .create_new(true)
-            .read(true)
-            .write(true)
-            .open(&plain)
-            .map_err(ImageError::io(format!("create {}", plain.display())))?;
-        // Unlinked at once: gone with the descriptor, whatever happens.
-        std::fs::remove_file(&plain)
-            .map_err(ImageError::io(format!("unlink {}", plain.display())))?;
+        let mut out = content.unnamed_file()?;
         let mut decoder = decompressed(&file)
             .map_err(damaged)?
             .take(ARCHIVE_BYTES_MAX);

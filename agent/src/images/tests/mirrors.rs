@@ -51,13 +51,13 @@ async fn a_short_name_comes_from_a_mirror_of_the_second_registry_and_stays_while
     assert!(seen.lock().unwrap().is_empty(), "nothing was pulled");
     drop((pulled, again));
 
-    assert!(store.set_pinned(&full, true).await.unwrap());
-    assert!(!store.set_pinned("nobody/none:1", true).await.unwrap());
+    assert!(store.set_pinned(&full, true).await.unwrap().pinned);
+    assert!(store.set_pinned("nobody/none:1", true).await.is_err());
     let everything = BTreeSet::new();
     assert!(store.remove_unused(&everything).await.unwrap().is_empty());
-    assert!(store.set_pinned(&full, false).await.unwrap());
+    assert!(!store.set_pinned("team/hand:1", false).await.unwrap().pinned);
     assert!(
-        store.prune().await.unwrap().is_empty(),
+        store.prune(&Wanted::new()).await.unwrap().is_empty(),
         "used a moment ago: a pod may be about to start"
     );
     // A pod names it as it was written.
