@@ -236,9 +236,9 @@ impl Cluster {
         command.spawn().with_context(|| format!("start {name}"))
     }
 
-    /// Imports the archive whose name contains `name`.
-    pub fn import(&self, name: &str) -> Result<()> {
-        let archive = std::fs::read_dir(&self.installation.images)?
+    /// The archive whose name contains `name`.
+    pub fn archive(&self, name: &str) -> Result<PathBuf> {
+        std::fs::read_dir(&self.installation.images)?
             .flatten()
             .map(|e| e.path())
             .find(|p| {
@@ -249,7 +249,12 @@ impl Cluster {
                     .into_owned();
                 file.contains(name) && file.ends_with(".tar")
             })
-            .with_context(|| format!("no {name} archive"))?;
+            .with_context(|| format!("no {name} archive"))
+    }
+
+    /// Imports the archive whose name contains `name`.
+    pub fn import(&self, name: &str) -> Result<()> {
+        let archive = self.archive(name)?;
         let mut import = Command::new(self.installation.bin.join("gantry-agent"));
         let output = run(import.args(["image", "import"]).arg(archive))?;
         if output.code != 0 {

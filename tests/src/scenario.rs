@@ -10,8 +10,10 @@ use anyhow::{Context, Result};
 use crate::cluster::{Cluster, Installation};
 
 mod bad_input;
+mod bad_pods;
 mod degraded;
 mod device_plugins;
+mod images;
 mod isolation;
 mod kills;
 mod leaks;
@@ -79,6 +81,8 @@ pub const ALL: &[Scenario] = &[
     scenario("streams", streams::streams),
     scenario("static-pods", static_pods::static_pods),
     scenario("shutdown", shutdown::shutdown),
+    scenario("images", images::images),
+    scenario("bad-pods", bad_pods::bad_pods),
     scenario("leaks", leaks::leaks),
     scenario("workloads", workloads::workloads),
     for_every_kernel("device-plugins", device_plugins::device_plugins),

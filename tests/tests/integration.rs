@@ -57,6 +57,8 @@ scenarios! {
     streams: clients_attach_copy_and_forward_ports,
     static_pods: they_run_without_a_control_plane_and_no_deletion_stops_them,
     shutdown: pods_end_in_order_and_say_why,
+    images: they_are_listed_removed_sent_and_refused_in_words,
+    bad_pods: a_pod_that_goes_wrong_says_why_and_its_neighbour_notices_nothing,
     leaks: fifty_pods_execs_and_probes_leave_nothing_in_agent_and_kernel,
     workloads: claims_are_mounted_kept_and_deleted_and_every_pod_has_its_token,
     device_plugins: a_pod_gets_its_device_keeps_it_and_nobody_else_opens_it,

@@ -135,7 +135,7 @@ fn resize(cluster: &Cluster) -> Result<()> {
 }
 
 /// The messages of a pod's events with that reason.
-fn events(cluster: &Cluster, pod: &str, reason: &str) -> Result<Vec<String>> {
+pub(super) fn events(cluster: &Cluster, pod: &str, reason: &str) -> Result<Vec<String>> {
     let all = cluster.get(&["events"])?;
     let items = all["items"].as_array().cloned().unwrap_or_default();
     let of_pod = items
