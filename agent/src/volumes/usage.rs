@@ -220,12 +220,21 @@ mod tests {
         }
         std::os::unix::fs::symlink("../outside", volume.join("out")).unwrap();
         std::os::unix::fs::symlink("..", volume.join("a/up")).unwrap();
-        assert_eq!(measure(&[volume.clone()], 300_000).unwrap(), Usage::Within);
-        assert_eq!(measure(&[volume.clone()], 199_000).unwrap(), Usage::Over);
+        assert_eq!(
+            measure(std::slice::from_ref(&volume), 300_000).unwrap(),
+            Usage::Within
+        );
+        assert_eq!(
+            measure(std::slice::from_ref(&volume), 199_000).unwrap(),
+            Usage::Over
+        );
         // A hole takes no room.
         let sparse = fs::File::create(volume.join("sparse")).unwrap();
         sparse.set_len(1 << 30).unwrap();
-        assert_eq!(measure(&[volume.clone()], 300_000).unwrap(), Usage::Within);
+        assert_eq!(
+            measure(std::slice::from_ref(&volume), 300_000).unwrap(),
+            Usage::Within
+        );
     }
 
     #[test]
