@@ -70,6 +70,9 @@ pub fn node_addresses(node: &ApiNode) -> Vec<IpAddr> {
         .collect()
 }
 
+/// Pods whose volumes are looked at at the same time.
+pub const REFRESH_COUNT_MAX: usize = 4;
+
 /// What all workers share.
 pub struct Node {
     /// The node's name.
@@ -96,6 +99,9 @@ pub struct Node {
     pub devices: DevicePlugins,
     /// Where device rules are an eBPF program (pure cgroup v2): its exemptions.
     pub device_guard: Option<DeviceGuard>,
+    /// Looks at volumes of running pods take turns: an agent that starts has one for every pod, and
+    /// new pods must not wait for all of them.
+    pub refreshes: tokio::sync::Semaphore,
     /// How many probes are under way at once.
     pub probes: Arc<probes::Limits>,
     /// Statuses and events to the control plane.

@@ -98,8 +98,8 @@ pub fn allocated(pod: &Pod, status: &PodStatus) -> Allocated {
         .collect()
 }
 
-/// Decides what the pod is granted.
-pub fn decide(newest: &Pod, allocated: &Allocated, room: &Room) -> Decision {
+/// Decides what the pod is granted. `room` is asked only when the pod grows: it looks at all pods.
+pub fn decide(newest: &Pod, allocated: &Allocated, room: impl FnOnce() -> Room) -> Decision {
     let changes: Vec<Change> = containers(newest)
         .filter_map(|c| change(c, allocated.get(&c.name)?))
         .collect();
@@ -113,7 +113,7 @@ pub fn decide(newest: &Pod, allocated: &Allocated, room: &Room) -> Decision {
     let held = with(newest, allocated);
     // A smaller pod always fits: a node that is too full anyway gets room by it.
     let pending = match grows(&pod_requests(&held), &pod_requests(newest)) {
-        true => obstacle(&pod_requests(newest), room),
+        true => obstacle(&pod_requests(newest), &room()),
         false => None,
     };
     match pending {
@@ -275,18 +275,18 @@ mod tests {
     fn a_resize_is_granted_deferred_or_infeasible() {
         let before = held(&pod(100, 64, json!([])));
         let newest = pod(500, 64, json!([]));
-        let granted = decide(&newest, &before, &room(1000, 400));
+        let granted = decide(&newest, &before, || room(1000, 400));
         assert_eq!((granted.pod == newest, granted.pending), (true, None));
         assert_eq!(granted.changes.len(), 1);
-        let deferred = decide(&newest, &before, &room(1000, 600));
+        let deferred = decide(&newest, &before, || room(1000, 600));
         assert!(
             matches!(&deferred.pending, Some(Pending::Deferred(w)) if w.contains("used: 600m"))
         );
         assert_eq!(deferred.pod, pod(100, 64, json!([])));
-        let infeasible = decide(&newest, &before, &room(400, 0));
+        let infeasible = decide(&newest, &before, || room(400, 0));
         assert!(matches!(infeasible.pending, Some(Pending::Infeasible(_))));
         // Less is always possible, also on a node that is too full.
-        let smaller = decide(&pod(50, 64, json!([])), &before, &room(10, 1000));
+        let smaller = decide(&pod(50, 64, json!([])), &before, || room(10, 1000));
         assert_eq!((smaller.pending, smaller.changes.len()), (None, 1));
     }
 
@@ -299,7 +299,7 @@ mod tests {
         let before = held(&pod(100, 64, policy.clone()));
         let restart = |cpu, memory| {
             let newest = pod(cpu, memory, policy.clone());
-            decide(&newest, &before, &room(4000, 0)).changes[0].restart
+            decide(&newest, &before, || room(4000, 0)).changes[0].restart
         };
         assert!(!restart(200, 64));
         assert!(restart(100, 128));
@@ -314,7 +314,7 @@ mod tests {
         )
         .unwrap();
         same.spec.as_mut().unwrap().containers[0].resources = Some(list.clone());
-        assert!(decide(&same, &before, &Room::default()).changes.is_empty());
+        assert!(decide(&same, &before, Room::default).changes.is_empty());
         let status: PodStatus = serde_json::from_value(json!({"containerStatuses": [{
             "name": "main", "image": "", "imageID": "", "ready": true, "restartCount": 0,
             "resources": {"requests": {"cpu": "1", "memory": "65536Ki"},
@@ -331,7 +331,7 @@ mod tests {
         ) {
             let before = pod(from.0, from.1, json!([]));
             let newest = pod(to.0, to.1, json!([]));
-            let decision = decide(&newest, &held(&before), &room(cpu, taken));
+            let decision = decide(&newest, &held(&before), || room(cpu, taken));
             let granted = pod_requests(&decision.pod).cpu_millicores.unwrap();
             prop_assert_eq!(decision.pending.is_some(), decision.pod != newest);
             if decision.pending.is_none() && (to.0 > from.0 || to.1 > from.1) {
@@ -342,7 +342,7 @@ mod tests {
                 prop_assert!(decision.changes.is_empty());
             }
             // Granting is final: decided again, nothing changes.
-            let again = decide(&decision.pod, &held(&decision.pod), &room(cpu, taken));
+            let again = decide(&decision.pod, &held(&decision.pod), || room(cpu, taken));
             prop_assert!(again.changes.is_empty() && again.pending.is_none());
         }
     }

@@ -283,7 +283,9 @@ impl Worker {
         let (node, pod) = (self.node.clone(), self.state.pod.clone());
         let (views, one_at_a_time) = (self.view.clone(), self.refresh.clone());
         tokio::spawn(async move {
-            let _turn = one_at_a_time.lock().await;
+            let _alone = one_at_a_time.lock().await;
+            // An error is a closed semaphore, which nobody closes.
+            let _turn = node.refreshes.acquire().await;
             let view = views.borrow().clone();
             if let Err(error) =
                 volumes::ensure(&pod, &view.blobs, &node.paths, node.tokens.as_ref()).await
@@ -296,13 +298,15 @@ impl Worker {
 
     /// The newest pod with what this node grants of it; begins a resize that is granted.
     fn grant(&mut self, newest: Arc<Pod>) -> Input {
-        let view = self.view.borrow().clone();
-        let others = view.pods.iter().filter(|(uid, _)| **uid != self.state.uid);
-        let room = Room {
-            allocatable: self.node.allocatable,
-            taken: resize::taken(others.map(|(_, pod)| &**pod)),
+        let room = || {
+            let view = self.view.borrow().clone();
+            let others = view.pods.iter().filter(|(uid, _)| **uid != self.state.uid);
+            Room {
+                allocatable: self.node.allocatable,
+                taken: resize::taken(others.map(|(_, pod)| &**pod)),
+            }
         };
-        let decision = resize::decide(&newest, &self.allocated, &room);
+        let decision = resize::decide(&newest, &self.allocated, room);
         let retry = matches!(self.resize, Some(Progress::InProgress(Some(_))));
         if let Some(pending) = decision.pending {
             self.resize = Some(Progress::Pending(pending));
