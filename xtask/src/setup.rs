@@ -306,11 +306,13 @@ fn ensure_cargo_deny() -> Result<()> {
     if run::which("cargo-deny").is_some() {
         return Ok(());
     }
-    println!("setup: cargo install cargo-deny {CARGO_DENY} (some minutes)");
+    println!("setup: cargo install cargo-deny {CARGO_DENY} (a minute or two)");
     let mut cargo = run::cargo();
+    // Not optimised: it runs for seconds, and is built for minutes.
     cargo
-        .args(["install", "cargo-deny", "--locked", "--version"])
-        .arg(format!("^{CARGO_DENY}"));
+        .args(["install", "cargo-deny", "--debug", "--locked", "--version"])
+        .arg(format!("^{CARGO_DENY}"))
+        .env("CARGO_PROFILE_DEV_DEBUG", "0");
     run::captured(&mut cargo).context("cargo-deny")?;
     Ok(())
 }
