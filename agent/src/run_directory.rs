@@ -57,6 +57,8 @@ mod tests {
             return;
         }
         let parent = tempfile::tempdir().unwrap();
+        // Then nothing has to be mounted, and nothing is unmounted.
+        let was_in_memory = is_in_memory(parent.path()).unwrap();
         let run = parent.path().join("run");
         ensure(&run).unwrap();
         assert!(is_in_memory(&run).unwrap());
@@ -64,7 +66,7 @@ mod tests {
         ensure(&run).unwrap();
         assert_eq!(std::fs::read(run.join("record")).unwrap(), b"kept");
         remove(&run).unwrap();
-        assert!(std::fs::read_dir(&run).unwrap().next().is_none());
+        assert_eq!(run.join("record").exists(), was_in_memory);
         remove(&run).unwrap();
     }
 
