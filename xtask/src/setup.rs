@@ -87,7 +87,9 @@ fn needs(purpose: For) -> Vec<Need> {
     if purpose == For::Test {
         let registry = run::which("docker-registry").is_some();
         let plugins = file("/usr/lib/cni/bridge") || file("/opt/cni/bin/bridge");
+        let ip = run::which("ip").is_some();
         needs.extend([
+            need("ip", "test networks", ip, &["iproute2"][..]),
             need(
                 "docker-registry",
                 "image pull tests",
