@@ -11,7 +11,7 @@
 //! no more of anything than before: processes, links, mounts, cgroups, leases, files, map entries,
 //! and no more open files, threads and zombies of the agent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -33,6 +33,8 @@ const CONVERGE: Duration = Duration::from_secs(90);
 /// After a pod's object has gone nothing may be left for longer than this.
 const SETTLE: Duration = Duration::from_secs(20);
 const PAUSE: Duration = Duration::from_millis(50);
+/// More failing points than these say no more about what is wrong.
+const FAILURE_COUNT_MAX: usize = 20;
 const NAME: &str = "swept";
 /// Speaks, waits until it is asked to end, speaks again and fails: log and exit code have a content.
 const MANIFEST: &str = "apiVersion: v1
@@ -64,22 +66,43 @@ const EXIT_CODE: i64 = 7;
 /// What is reported when nobody saw the status, which may only be so when the shim was killed.
 const EXIT_CODE_LOST: i64 = 137;
 
-/// Runs the sweep; prints each point before it is tried.
+/// Runs the sweep; prints each point before it is tried. What fails at one point does not hide what
+/// fails at others: they are tried on a new cluster.
 ///
 /// # Errors
-/// The first point that did not converge or left something, in words that name it.
+/// The points that did not converge or left something, in words that name them.
 pub fn run(installation: &Installation, choice: &Choice) -> Result<()> {
     let (wrapped, installation) = Wrapped::set_up(installation)?;
     let mut cluster = Cluster::start(&installation)?;
-    let mut sweep = Sweep {
-        wrapped: &wrapped,
-        cluster: &mut cluster,
-    };
-    let done = sweep.sweep(choice);
-    if done.is_err() {
+    let recorded = Sweep::of(&wrapped, &mut cluster).record();
+    if recorded.is_err() {
         eprintln!("{}", cluster.last_words());
     }
-    done?;
+    let all = recorded?;
+    let mut chosen = VecDeque::from(choose(&all, choice));
+    println!(
+        "sweep {choice:?}: {} of {} points",
+        chosen.len(),
+        all.values().map(Vec::len).sum::<usize>()
+    );
+    let began = Instant::now();
+    let mut failures = Vec::new();
+    while let Err(failure) = Sweep::of(&wrapped, &mut cluster).try_all(&mut chosen, began) {
+        eprintln!("{failure:#}\n{}", cluster.last_words());
+        failures.push(format!("{failure:#}"));
+        ensure!(
+            failures.len() < FAILURE_COUNT_MAX,
+            "given up, with {} points to go: {}",
+            chosen.len(),
+            failures.join("\n")
+        );
+        for name in WRAPPED {
+            wrapped.clear(name);
+        }
+        drop(cluster);
+        cluster = Cluster::start(&installation)?;
+    }
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
     cluster.finish()
 }
 
@@ -88,24 +111,18 @@ struct Sweep<'a> {
     cluster: &'a mut Cluster,
 }
 
-impl Sweep<'_> {
-    fn sweep(&mut self, choice: &Choice) -> Result<()> {
-        // What the first pod makes for all: seccomp filters, directories, connections.
-        self.make()?;
-        self.end(&[EXIT_CODE])?;
-        self.delete()?;
-        let all = self.record()?;
-        let chosen = choose(&all, choice);
-        println!(
-            "sweep {choice:?}: {} of {} points",
-            chosen.len(),
-            all.values().map(Vec::len).sum::<usize>()
-        );
+impl<'a> Sweep<'a> {
+    fn of(wrapped: &'a Wrapped, cluster: &'a mut Cluster) -> Self {
+        Self { wrapped, cluster }
+    }
+
+    /// Takes the points off as they are tried, the one that fails too.
+    fn try_all(&mut self, chosen: &mut VecDeque<Point>, began: Instant) -> Result<()> {
+        self.first()?;
         let before = inventory::settled(self.cluster.agent_pid()?, SETTLE)?;
-        let began = Instant::now();
-        for point in &chosen {
+        while let Some(point) = chosen.pop_front() {
             println!("sweep: {} s: {point}", began.elapsed().as_secs());
-            let tried = self.try_point(point).and_then(|()| {
+            let tried = self.try_point(&point).and_then(|()| {
                 inventory::wait_for_no_more(&before, self.cluster.agent_pid()?, SETTLE)
             });
             tried.with_context(|| format!("killed at {point}"))?;
@@ -113,8 +130,16 @@ impl Sweep<'_> {
         Ok(())
     }
 
+    /// What the first pod makes for all: seccomp filters, directories, connections.
+    fn first(&mut self) -> Result<()> {
+        self.make()?;
+        self.end(&[EXIT_CODE])?;
+        self.delete()
+    }
+
     /// One pod's life under strace.
     fn record(&mut self) -> Result<BTreeMap<Program, Vec<Point>>> {
+        self.first()?;
         let mut all = BTreeMap::new();
         // Not at once: strace on the agent slows what the others would be traced in.
         for name in WRAPPED {

@@ -167,12 +167,7 @@ fn remove_tree(directory: &Path, depth: u32) -> io::Result<()> {
 pub fn enter(path: &str) {
     for root in roots() {
         let directory = below(&root, path);
-        // Twice: another pod's removal may take the empty directory away between the two calls.
-        for _ in 0..2 {
-            let _ = fs::create_dir_all(&directory);
-            if fs::write(directory.join("cgroup.procs"), "0").is_ok() {
-                break;
-            }
-        }
+        let _ = fs::create_dir_all(&directory);
+        let _ = fs::write(directory.join("cgroup.procs"), "0");
     }
 }

@@ -55,7 +55,8 @@ const TURNS_PER_CPU: usize = 2;
 const TURN_WAIT: Duration = Duration::from_secs(1);
 /// The executor drops to these when libcontainer was told to leave capabilities alone.
 const CAPABILITIES_ANNOTATION: &str = "gantry.dev/capabilities";
-/// Where the shims live; removed when the last one has gone.
+/// Where the shims live. The first makes it and `cleanup` removes it: a node with pods that come and go
+/// would make and remove it, in every hierarchy, for each of them.
 const SHIM_CGROUP: &str = "/gantry-shims";
 
 /// The runtime of this machine.
@@ -93,8 +94,7 @@ fn report_error(report: &str) -> RuntimeError {
 }
 
 impl ShimRuntime {
-    /// Removes the cgroup of the shims once the last of them has gone: for `cleanup`, where no other
-    /// sandbox's removal follows that would take it away.
+    /// Removes the cgroup of the shims once the last of them has gone: for `cleanup`.
     ///
     /// # Errors
     /// After some seconds, when a shim is still in it.
@@ -388,8 +388,6 @@ impl Runtime for ShimRuntime {
         // The intent last: until here a crash repeats all of this.
         remove_any(&directory.join("sandbox.json"))?;
         let _ = fs::remove_dir(&directory);
-        // Refused while other shims are in it.
-        let _ = cgroup::remove(SHIM_CGROUP);
         Ok(())
     }
 
@@ -475,10 +473,6 @@ impl Runtime for ShimRuntime {
 
     async fn list(&self) -> Result<Vec<ObservedSandbox>, RuntimeError> {
         let pods = self.pods()?;
-        if pods.is_empty() {
-            // An agent that was killed while it removed the last sandbox has left it.
-            let _ = cgroup::remove(SHIM_CGROUP);
-        }
         // All keepers first, so that the shims start or connect side by side.
         let found: Vec<_> = pods.iter().filter_map(|pod| self.sandbox(pod)).collect();
         let mut observed = Vec::new();

@@ -396,6 +396,9 @@ impl Fixture {
             let line = String::from_utf8_lossy(&line).into_owned();
             assert!(!line.contains(own), "{line:?} still runs");
         }
+        // Shared likewise; a shim that has just ended may still count for a moment.
+        let removed = self.runtime.remove_shim_cgroup();
+        let _ = tokio::time::timeout(std::time::Duration::from_millis(200), removed).await;
     }
 }
 
