@@ -294,7 +294,7 @@ async fn agent(run: Run) -> Result<()> {
         going_down: resources.going_down().subscribe(),
         devices: devices.clone(),
         device_guard,
-        refreshes: tokio::sync::Semaphore::new(pods::REFRESH_COUNT_MAX),
+        second_looks: tokio::sync::Semaphore::new(pods::SECOND_LOOK_COUNT_MAX),
         probes: Arc::default(),
         reporter: link.reporter.clone(),
         tokens: Arc::new(link.tokens),

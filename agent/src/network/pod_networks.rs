@@ -154,6 +154,14 @@ impl PodNetworks {
                     Netlink::open().map_err(from_cni)?,
                     Netns::open(netns_path).map_err(from_cni)?,
                 );
+                // An agent's start asks for every pod of the node.
+                let was_attached = !record.addresses.is_empty() && !netns_is_new;
+                if was_attached {
+                    let stands = bridge::stands(&host, &network, &owner(pod)).await;
+                    if stands.map_err(from_cni)? {
+                        return Ok(record.addresses);
+                    }
+                }
                 if record.addresses.is_empty() {
                     let had = self.addresses_in_view(pod);
                     let preferred = bridge::prefer(&network, &owner(pod), had).await;

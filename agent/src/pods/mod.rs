@@ -70,8 +70,8 @@ pub fn node_addresses(node: &ApiNode) -> Vec<IpAddr> {
         .collect()
 }
 
-/// Pods whose volumes are looked at at the same time.
-pub const REFRESH_COUNT_MAX: usize = 4;
+/// Pods that are there already and looked at again at the same time.
+pub const SECOND_LOOK_COUNT_MAX: usize = 4;
 
 /// What all workers share.
 pub struct Node {
@@ -99,9 +99,10 @@ pub struct Node {
     pub devices: DevicePlugins,
     /// Where device rules are an eBPF program (pure cgroup v2): its exemptions.
     pub device_guard: Option<DeviceGuard>,
-    /// Looks at volumes of running pods take turns: an agent that starts has one for every pod, and
-    /// new pods must not wait for all of them.
-    pub refreshes: tokio::sync::Semaphore,
+    /// Second looks at a pod (its sandbox after the agent's start, its volumes when an object has
+    /// changed) take turns: an agent that starts has two for every pod, and new pods must not wait
+    /// for all of them.
+    pub second_looks: tokio::sync::Semaphore,
     /// How many probes are under way at once.
     pub probes: Arc<probes::Limits>,
     /// Statuses and events to the control plane.

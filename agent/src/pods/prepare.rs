@@ -6,9 +6,11 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::{Pod, Secret};
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 
 use super::timeline::timed;
 use super::worker::Message;
@@ -23,6 +25,9 @@ use crate::runtime::{ObservedSandbox, SandboxSpec};
 use crate::user_namespaces::{Range, Ranges, idmap};
 use crate::view::{BlobKey, Settings, View};
 use crate::volumes::{self, ReadyVolumes, VolumeError};
+
+/// How long a pod that is there already waits for its turn to be looked at.
+const TURN_WAIT: Duration = Duration::from_secs(10);
 
 /// Why something could not be made: Kubernetes' reason and the words for a person.
 #[derive(Debug)]
@@ -97,6 +102,11 @@ pub async fn sandbox(
         log_dir: node.paths.pod_log(namespace, name, uid),
     };
     let is_new = !node.paths.sandbox(uid).exists();
+    let _turn = match is_new {
+        true => None,
+        // Without a turn after all this time (a volume that hangs holds one) it goes on as well.
+        false => Some(timeout(TURN_WAIT, node.second_looks.acquire()).await),
+    };
     check_limits(node, pod, is_new, inputs).await?;
     let ready_volumes = async {
         if pod.spec.as_ref().is_none_or(|s| s.host_ipc != Some(true)) {

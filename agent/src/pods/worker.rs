@@ -285,7 +285,7 @@ impl Worker {
         tokio::spawn(async move {
             let _alone = one_at_a_time.lock().await;
             // An error is a closed semaphore, which nobody closes.
-            let _turn = node.refreshes.acquire().await;
+            let _turn = node.second_looks.acquire().await;
             let view = views.borrow().clone();
             if let Err(error) =
                 volumes::ensure(&pod, &view.blobs, &node.paths, node.tokens.as_ref()).await

@@ -170,6 +170,31 @@ fn pods_get_networks_and_leave_nothing() {
 }
 
 #[test]
+fn a_new_agent_mends_a_port_that_was_broken_meanwhile() {
+    on_a_node(|node| async move {
+        let a = node.networks().ensure(&spec("a")).await.unwrap();
+        let b = node.networks().ensure(&spec("b")).await.unwrap();
+        let host = Netlink::open().unwrap();
+        let bridge = node.networks().network(&[]).unwrap();
+        let port = bridge::host_ifname(&bridge.name, &owner(&spec("a").pod));
+        let link = host.link_by_name(&port).await.unwrap().unwrap();
+        host.remove_link(link.index).await.unwrap();
+        assert_eq!(node.networks().ensure(&spec("a")).await.unwrap(), a);
+        assert_eq!(seen_address(&a, &b).await, a.addresses[0]);
+        // The bridge with all its ports.
+        let link = host.link_by_name(&bridge.bridge).await.unwrap().unwrap();
+        host.remove_link(link.index).await.unwrap();
+        assert_eq!(node.networks().ensure(&spec("a")).await.unwrap(), a);
+        assert_eq!(node.networks().ensure(&spec("b")).await.unwrap(), b);
+        assert_eq!(seen_address(&b, &a).await, b.addresses[0]);
+        for name in ["a", "b"] {
+            node.networks().remove(&spec(name).pod).await.unwrap();
+        }
+        remove_all(&node.paths()).await.unwrap();
+    });
+}
+
+#[test]
 fn host_network_pods_have_the_nodes_addresses_and_an_ipc_namespace() {
     on_a_node(|node| async move {
         let networks = node.networks();

@@ -75,18 +75,12 @@ impl Link {
     ///
     /// Cancel safe: a message is taken from the socket and dispatched without a suspension.
     pub(super) async fn news(&self) -> io::Result<News> {
-        let mut buffer = vec![0; MESSAGE_BYTES_MAX];
         loop {
             let mut ready = self.socket.readable().await?;
-            let received = ready.try_io(|fd| receive(fd.as_raw_fd(), &mut buffer));
-            let (length, fds) = match received {
+            let (reply, fds) = match ready.try_io(|fd| receive_reply(fd.as_raw_fd())) {
                 Ok(result) => result?,
                 Err(_would_block) => continue,
             };
-            if length == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            let reply = Reply::decode(&buffer[..length]).map_err(io::Error::other)?;
             if let Some(news) = self.dispatch(reply, fds) {
                 return Ok(news);
             }
@@ -221,6 +215,17 @@ pub(super) fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd always names the same open file until it is dropped, which is after the
     // AsyncFd around it has deregistered.
     Ok(unsafe { AsyncFd::register(fd) }?)
+}
+
+/// The buffer is on the stack: every pod's link waits for news all its life, and would keep it.
+fn receive_reply(socket: RawFd) -> io::Result<(Reply, Vec<OwnedFd>)> {
+    let mut buffer = [0; MESSAGE_BYTES_MAX];
+    let (length, fds) = receive(socket, &mut buffer)?;
+    if length == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let reply = Reply::decode(&buffer[..length]).map_err(io::Error::other)?;
+    Ok((reply, fds))
 }
 
 /// One datagram and the descriptors that came with it.
