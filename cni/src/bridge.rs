@@ -161,7 +161,9 @@ pub async fn stands(
     let Some(bridge) = host.link_by_name(&network.bridge).await? else {
         return Ok(false);
     };
-    let port = host.link_by_name(&host_ifname(&network.name, owner)).await?;
+    let port = host
+        .link_by_name(&host_ifname(&network.name, owner))
+        .await?;
     Ok(bridge.up && port.is_some_and(|port| port.up && port.master == Some(bridge.index)))
 }
 

@@ -14,6 +14,7 @@
 //! Source: Kubernetes `pkg/kubelet/allocation` and KEP-1287.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use gantry_api::k8s_openapi::api::core::v1::{Container, Pod, PodStatus, ResourceRequirements};
 use gantry_api::k8s_openapi::apimachinery::pkg::api::resource::Quantity;
@@ -66,8 +67,8 @@ pub struct Room {
 /// The decision on a newest pod.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Decision {
-    /// The pod with what it is granted.
-    pub pod: Pod,
+    /// The pod with what it is granted; the newest itself where it is granted all.
+    pub pod: Arc<Pod>,
     /// Why it is not what its spec asks for.
     pub pending: Option<Pending>,
     /// What the grant changes.
@@ -99,13 +100,13 @@ pub fn allocated(pod: &Pod, status: &PodStatus) -> Allocated {
 }
 
 /// Decides what the pod is granted. `room` is asked only when the pod grows: it looks at all pods.
-pub fn decide(newest: &Pod, allocated: &Allocated, room: impl FnOnce() -> Room) -> Decision {
+pub fn decide(newest: &Arc<Pod>, allocated: &Allocated, room: impl FnOnce() -> Room) -> Decision {
     let changes: Vec<Change> = containers(newest)
         .filter_map(|c| change(c, allocated.get(&c.name)?))
         .collect();
     if changes.is_empty() {
         return Decision {
-            pod: newest.clone(),
+            pod: Arc::clone(newest),
             pending: None,
             changes,
         };
@@ -123,16 +124,25 @@ pub fn decide(newest: &Pod, allocated: &Allocated, room: impl FnOnce() -> Room) 
             changes: Vec::new(),
         },
         None => Decision {
-            pod: newest.clone(),
+            pod: Arc::clone(newest),
             pending: None,
             changes,
         },
     }
 }
 
-/// The pod as its spec has it, with what it holds for resources.
-pub fn with(newest: &Pod, allocated: &Allocated) -> Pod {
-    let mut pod = newest.clone();
+/// The pod as its spec has it, with what it holds for resources: the same object where that is what
+/// its spec asks for.
+pub fn with(newest: &Arc<Pod>, allocated: &Allocated) -> Arc<Pod> {
+    let none = ResourceRequirements::default();
+    let holds = |container: &Container| {
+        let held = allocated.get(&container.name);
+        held.is_none_or(|held| container.resources.as_ref().unwrap_or(&none) == held)
+    };
+    if containers(newest).all(holds) {
+        return Arc::clone(newest);
+    }
+    let mut pod = Pod::clone(newest);
     if let Some(spec) = &mut pod.spec {
         let init = spec.init_containers.iter_mut().flatten();
         for container in init.chain(&mut spec.containers) {
@@ -141,7 +151,7 @@ pub fn with(newest: &Pod, allocated: &Allocated) -> Pod {
             }
         }
     }
-    pod
+    Arc::new(pod)
 }
 
 type List = Option<BTreeMap<String, Quantity>>;
@@ -244,14 +254,14 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
-    fn pod(cpu: u64, memory_mi: u64, policy: Value) -> Pod {
+    fn pod(cpu: u64, memory_mi: u64, policy: Value) -> Arc<Pod> {
         let amounts = json!({"cpu": format!("{cpu}m"), "memory": format!("{memory_mi}Mi")});
-        serde_json::from_value(json!({"spec": {"containers": [{
+        let pod = serde_json::from_value(json!({"spec": {"containers": [{
             "name": "main",
             "resources": {"requests": amounts, "limits": amounts},
             "resizePolicy": policy,
-        }]}}))
-        .unwrap()
+        }]}}));
+        Arc::new(pod.unwrap())
     }
 
     fn held(pod: &Pod) -> Allocated {
@@ -283,6 +293,7 @@ mod tests {
             matches!(&deferred.pending, Some(Pending::Deferred(w)) if w.contains("used: 600m"))
         );
         assert_eq!(deferred.pod, pod(100, 64, json!([])));
+        assert!(Arc::ptr_eq(&with(&newest, &held(&newest)), &newest));
         let infeasible = decide(&newest, &before, || room(400, 0));
         assert!(matches!(infeasible.pending, Some(Pending::Infeasible(_))));
         // Less is always possible, also on a node that is too full.
@@ -313,8 +324,10 @@ mod tests {
             json!({"requests": {"cpu": "1", "memory": "65536Ki"}, "limits": {"cpu": "1", "memory": "64Mi"}}),
         )
         .unwrap();
-        same.spec.as_mut().unwrap().containers[0].resources = Some(list.clone());
-        assert!(decide(&same, &before, Room::default).changes.is_empty());
+        let spec = Arc::make_mut(&mut same).spec.as_mut().unwrap();
+        spec.containers[0].resources = Some(list.clone());
+        let decision = decide(&same, &before, Room::default);
+        assert!(decision.changes.is_empty() && Arc::ptr_eq(&decision.pod, &same));
         let status: PodStatus = serde_json::from_value(json!({"containerStatuses": [{
             "name": "main", "image": "", "imageID": "", "ready": true, "restartCount": 0,
             "resources": {"requests": {"cpu": "1", "memory": "65536Ki"},

@@ -126,7 +126,7 @@ impl Worker {
             .or_else(|| pod.status.clone())
             .unwrap_or_default();
         let allocated = resize::allocated(&pod, &reported);
-        let pod = Arc::new(resize::with(&pod, &allocated));
+        let pod = resize::with(&pod, &allocated);
         let mut state = match ended.is_some() || status::is_final(&reported) {
             true => PodState::ended(uid, pod),
             false => PodState::new(uid, pod),
@@ -318,7 +318,7 @@ impl Worker {
         } else if matches!(self.resize, Some(Progress::Pending(_))) {
             self.resize = None; // taken back
         }
-        Input::Spec(Arc::new(decision.pod))
+        Input::Spec(decision.pod)
     }
 
     fn reconsider(&self) {
