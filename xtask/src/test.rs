@@ -18,9 +18,10 @@ pub struct Arguments {
     /// Without the checks (fmt, tidy, clippy, deny)
     #[arg(long)]
     pub no_checks: bool,
-    /// Kill the agent, the shim and gantry-rt at `all` their system calls (hours), at some that a
-    /// number draws, or at those named as `shim:openat:3,...` [default: 1]
-    #[arg(long, value_name = "all|SEED|POINTS")]
+    /// Kill the agent, the shim and gantry-rt at `all` their system calls (an hour), at those of `rt`,
+    /// `shim`, `agent-creates` or `agent-deletes`, at some that a number draws, or at those named as
+    /// `shim:openat:3,...` [default: 1]
+    #[arg(long, value_name = "all|PROGRAM|SEED|POINTS")]
     pub sweep: Option<String>,
     /// Without the virtual machine
     #[arg(long)]

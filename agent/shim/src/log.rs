@@ -20,6 +20,8 @@ const KEEP_BYTES: usize = 4096;
 pub(crate) struct LogFile {
     path: PathBuf,
     file: Option<File>,
+    /// The file's length: nobody else writes to it.
+    end: u64,
     /// Reused for every batch.
     batch: Vec<u8>,
     /// Bytes the file system did not take: told in the exit record.
@@ -36,6 +38,7 @@ impl LogFile {
         let mut log = Self {
             path: path.to_path_buf(),
             file: None,
+            end: 0,
             batch: Vec::new(),
             lost_bytes: 0,
         };
@@ -50,13 +53,24 @@ impl LogFile {
             .create(true)
             .append(true)
             .open(&self.path);
-        match file {
-            Ok(file) => {
-                self.file = Some(file);
-                Ok(())
-            }
-            Err(error) => Err(error),
+        let file = file?;
+        self.end = file.metadata()?.len();
+        self.file = Some(file);
+        Ok(())
+    }
+
+    /// The file's length in bytes.
+    pub(crate) fn end(&self) -> u64 {
+        self.end
+    }
+
+    /// Takes back what is behind `end`.
+    pub(crate) fn cut(&mut self, end: u64) -> io::Result<()> {
+        if let Some(file) = &self.file {
+            file.set_len(end)?;
+            self.end = end;
         }
+        Ok(())
     }
 
     /// Takes what was read at `now_ns` from `stream` ("stdout" or "stderr").
@@ -114,18 +128,26 @@ impl LogFile {
         if self.batch.is_empty() {
             return;
         }
-        let written = self
-            .file
-            .as_mut()
-            .is_some_and(|f| f.write_all(&self.batch).is_ok());
-        if !written {
-            self.lost_bytes += self.batch.len() as u64;
+        let length = self.batch.len() as u64;
+        match self.file.as_mut().map(|file| file.write_all(&self.batch)) {
+            Some(Ok(())) => self.end += length,
+            _ => {
+                self.lost_bytes += length;
+                // A part may have been taken.
+                let known = self.file.as_ref().and_then(|file| file.metadata().ok());
+                self.end = known.map_or(self.end, |file| file.len());
+            }
         }
         self.batch.clear();
     }
 }
 
 impl PartialLine {
+    /// Bytes that were taken and are not logged.
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
     fn clear(&mut self) {
         self.0.clear();
         if self.0.capacity() > KEEP_BYTES {

@@ -92,8 +92,8 @@ pub(crate) struct Pod {
     /// helper is at work, because only then may a report about one of them still come.
     reaped: VecDeque<(i32, i32, u64)>,
     next_id: u32,
-    buffer: Box<Buffer>,
-    message: Box<[u8; MESSAGE_BYTES_MAX]>,
+    buffer: Buffer,
+    message: Box<[u8]>,
     shut_down: bool,
 }
 
@@ -111,7 +111,7 @@ impl Pod {
             reaped: VecDeque::new(),
             next_id: 0,
             buffer: Buffer::new(),
-            message: Box::new([0; MESSAGE_BYTES_MAX]),
+            message: vec![0; MESSAGE_BYTES_MAX].into_boxed_slice(),
             shut_down: false,
         };
         pod.adopt();

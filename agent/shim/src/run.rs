@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 
 use gantry_shim::cgroup;
 use gantry_shim::record::{self, Exit, Started};
-use gantry_shim::wire::{MESSAGE_BYTES_MAX, Phase, Start};
+use gantry_shim::wire::{MESSAGE_BYTES_MAX, Phase, STDERR_FILE, STDOUT_FILE, Start};
 
 use crate::attach::{ATTACHMENT_COUNT_MAX, Attachment};
 use crate::log::{LogFile, PartialLine};
+use crate::spool::Spool;
 use crate::sys;
 
 /// Bytes taken from a stream per read.
@@ -22,10 +23,6 @@ const READS_PER_TURN: u32 = 16;
 /// counts as lost.
 pub(crate) const ORPHAN_STATUS_WAIT_MS: u64 = 2_000;
 
-/// FIFO that is the container's stdout.
-pub(crate) const STDOUT_FILE: &str = "stdout";
-/// FIFO that is the container's stderr.
-pub(crate) const STDERR_FILE: &str = "stderr";
 /// FIFO that is the container's stdin, when it has one.
 pub(crate) const STDIN_FILE: &str = "stdin";
 /// Where gantry-rt sends the terminal's master.
@@ -38,6 +35,46 @@ pub(crate) struct Stream {
     /// A FIFO or a terminal's master, non-blocking.
     pub(crate) fd: OwnedFd,
     partial: PartialLine,
+    /// What a killed shim must not lose; a terminal is gone with its shim anyway.
+    spool: Option<Spool>,
+}
+
+impl Stream {
+    fn take(&mut self, log_end: u64, buffer: &mut [u8]) -> io::Result<usize> {
+        match &mut self.spool {
+            Some(spool) => spool.take(self.fd.as_fd(), log_end, buffer),
+            None => sys::read(self.fd.as_fd(), buffer),
+        }
+    }
+
+    fn log(&mut self, log: &mut LogFile, data: &[u8]) {
+        log.append(self.name, &mut self.partial, data, sys::now_ns());
+        if let Some(spool) = &mut self.spool {
+            spool.settle(self.partial.len());
+        }
+    }
+
+    /// What an earlier shim had taken and not logged.
+    fn recover(&mut self, log: &mut LogFile) {
+        let Some(spool) = &mut self.spool else { return };
+        // Unreadable: as if nothing had been taken.
+        let data = spool.recover(log.end(), |end| log.cut(end));
+        self.log(log, &data.unwrap_or_default());
+    }
+
+    /// A begun line will not be ended.
+    fn finish(&mut self, log: &mut LogFile, now_ns: u64) {
+        if self.partial.len() == 0 {
+            return;
+        }
+        if let Some(spool) = &mut self.spool {
+            spool.begin(log.end());
+        }
+        log.finish(self.name, &mut self.partial, now_ns);
+        if let Some(spool) = &mut self.spool {
+            spool.settle(0);
+        }
+    }
 }
 
 /// What a turn of reading found.
@@ -116,6 +153,11 @@ impl Run {
         run.phase = Phase::Running;
         // Without its log the container still runs, and blocks when its pipe is full.
         let _ = run.open();
+        if let Some(log) = &mut run.log {
+            for stream in &mut run.streams {
+                stream.recover(log);
+            }
+        }
         let same = || record::start_ticks(run.started.pid) == Some(run.started.start_ticks);
         // Compared after the open: from here on the descriptor pins the process.
         run.orphan = sys::pidfd(run.started.pid)
@@ -174,17 +216,19 @@ impl Run {
                 let path = self.directory().join(name);
                 sys::ensure_fifo(&path)?;
                 let fd = open_fifo(&path)?.into();
-                self.add_stream(name, fd);
+                let spool = Spool::new(path.with_extension("spool"));
+                self.add_stream(name, fd, Some(spool));
             }
         }
         Ok(())
     }
 
-    fn add_stream(&mut self, name: &'static str, fd: OwnedFd) {
+    fn add_stream(&mut self, name: &'static str, fd: OwnedFd, spool: Option<Spool>) {
         self.streams.push(Stream {
             name,
             fd,
             partial: PartialLine::default(),
+            spool,
         });
     }
 
@@ -233,7 +277,7 @@ impl Run {
             && let Some(master) = fds.pop()
         {
             sys::set_nonblocking(master.as_fd());
-            self.add_stream(STDOUT_FILE, master);
+            self.add_stream(STDOUT_FILE, master, None);
             self.console = None;
             let _ = fs::remove_file(self.path(CONSOLE_FILE));
         }
@@ -293,14 +337,9 @@ impl Run {
             return Pumped::Empty;
         };
         for _ in 0..READS_PER_TURN {
-            match sys::read(stream.fd.as_fd(), &mut buffer.0) {
+            match stream.take(log.end(), &mut buffer.0) {
                 Ok(n) if n > 0 => {
-                    log.append(
-                        stream.name,
-                        &mut stream.partial,
-                        &buffer.0[..n],
-                        sys::now_ns(),
-                    );
+                    stream.log(log, &buffer.0[..n]);
                     let (name, data) = (stream.name, &buffer.0[..n]);
                     self.attachments.retain_mut(|a| a.offer(name, data, now_ms));
                     // An ended container is read to its end, whoever is slow.
@@ -323,8 +362,7 @@ impl Run {
         if self.pump(index, buffer) == Pumped::Gone
             && let Some(log) = self.log.as_mut()
         {
-            let mut stream = self.streams.remove(index);
-            log.finish(stream.name, &mut stream.partial, sys::now_ns());
+            self.streams.remove(index).finish(log, sys::now_ns());
         }
     }
 
@@ -343,7 +381,7 @@ impl Run {
         }
         if let Some(mut log) = self.log.take() {
             for stream in &mut self.streams {
-                log.finish(stream.name, &mut stream.partial, finished_ns);
+                stream.finish(&mut log, finished_ns);
             }
             exit.log_lost_bytes = log.lost_bytes;
         }
@@ -362,12 +400,12 @@ impl Run {
 }
 
 /// One read buffer for all streams of the process.
-pub(crate) struct Buffer([u8; READ_BYTES]);
+pub(crate) struct Buffer(Box<[u8]>);
 
 impl Buffer {
-    /// On the heap: the stack's pages would be touched at other times too.
-    pub(crate) fn new() -> Box<Self> {
-        Box::new(Self([0; READ_BYTES]))
+    /// On the heap, and zeroed by the kernel: a page that no output reaches is never there.
+    pub(crate) fn new() -> Self {
+        Self(vec![0; READ_BYTES].into_boxed_slice())
     }
 }
 

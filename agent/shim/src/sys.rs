@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use gantry_shim::wire::{FD_COUNT_MAX, MESSAGE_BYTES_MAX};
+use gantry_shim::wire::FD_COUNT_MAX;
 
 /// Where gantry-rt writes its report.
 const REPORT_FD: RawFd = 3;
@@ -140,6 +140,34 @@ pub(crate) fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 
+/// Moves up to `bytes_max` from a FIFO into a file at `offset`, in one step; `WouldBlock` when nothing
+/// is there.
+pub(crate) fn splice(
+    fifo: BorrowedFd<'_>,
+    file: BorrowedFd<'_>,
+    offset: u64,
+    bytes_max: usize,
+) -> io::Result<usize> {
+    let mut offset = i64::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: `offset` is a valid place for one loff_t; the FIFO's offset is none.
+    let n = unsafe {
+        libc::splice(
+            fifo.as_raw_fd(),
+            std::ptr::null_mut(),
+            file.as_raw_fd(),
+            &mut offset,
+            bytes_max,
+            libc::SPLICE_F_NONBLOCK,
+        )
+    };
+    match usize::try_from(n) {
+        // A FIFO that this process can write to has no end.
+        Ok(0) => Err(io::ErrorKind::WouldBlock.into()),
+        Ok(n) => Ok(n),
+        Err(_) => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Writes once; `WouldBlock` when there is no room. SIGPIPE is blocked in this process.
 pub(crate) fn write(fd: BorrowedFd<'_>, data: &[u8]) -> io::Result<usize> {
     // SAFETY: the data is valid for reads of its length.
@@ -235,7 +263,7 @@ struct Control([u8; 64]);
 /// One datagram and the descriptors that came with it. An empty one means the peer has gone.
 pub(crate) fn receive(
     socket: BorrowedFd<'_>,
-    buffer: &mut [u8; MESSAGE_BYTES_MAX],
+    buffer: &mut [u8],
 ) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut control = Control([0; 64]);
     let mut part = libc::iovec {

@@ -26,6 +26,10 @@ use std::str::FromStr;
 pub const VERSION: u32 = 1;
 /// File name of the socket in the sandbox's directory.
 pub const SOCKET_FILE: &str = "shim.sock";
+/// FIFO in a run's directory that is the container's stdout, unless it has a terminal.
+pub const STDOUT_FILE: &str = "stdout";
+/// FIFO that is its stderr.
+pub const STDERR_FILE: &str = "stderr";
 /// Longest message. A start carries a handful of paths; argv and environment go by file.
 pub const MESSAGE_BYTES_MAX: usize = 16 * 1024;
 /// Descriptors that come with one message at most: stdin, stdout, stderr.

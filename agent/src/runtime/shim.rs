@@ -211,6 +211,11 @@ impl ShimRuntime {
             return Ok(time);
         }
         let start = self.prepare(container)?;
+        if !container.tty
+            && let Some(sandbox) = self.sandbox(&run.pod)
+        {
+            hold(&sandbox, run);
+        }
         // Without a turn after all this time it starts as well.
         let _turn = timeout(TURN_WAIT, self.turns.acquire()).await;
         match link.ask(&Request::Start(start), &[]).await? {
@@ -234,6 +239,9 @@ impl ShimRuntime {
         if let Some(intent) = intent {
             kill_all(&intent.cgroup).await?;
             remove_cgroup(&intent.cgroup).await?;
+        }
+        if let Some(sandbox) = lock(&self.sandboxes).get(&run.pod) {
+            sandbox.forget(run);
         }
         remove_directory(&directory)?;
         // The container's own directory goes with its last run.
@@ -262,8 +270,10 @@ impl ShimRuntime {
             .ok()?
             .map(|e| records::exit(&e));
         let started = records::started(&directory).ok()?;
-        if exit.is_some() {
-            sandbox.mark_told(&run);
+        match &exit {
+            Some(_) => sandbox.mark_told(&run),
+            None if started.as_ref().is_some_and(|s| !s.tty) => hold(sandbox, &run),
+            None => {}
         }
         Some(ObservedContainer {
             started_at: started.as_ref().map(|s| records::time(s.started_ns)),
@@ -503,6 +513,13 @@ impl Runtime for ShimRuntime {
 
     fn take_events(&self) -> Option<mpsc::Receiver<RuntimeEvent>> {
         lock(&self.taken).take()
+    }
+}
+
+/// Without it the container runs as well; only a shim's sudden end could cost its last words.
+fn hold(sandbox: &Sandbox, run: &ContainerRun) {
+    if let Err(error) = sandbox.hold(run) {
+        tracing::warn!(%run, %error, "hold the container's output");
     }
 }
 

@@ -12,6 +12,8 @@ const SAMPLE_COUNT: usize = 3;
 pub enum Choice {
     /// Every one of them: hours.
     All,
+    /// Every one of a program.
+    Of(Program),
     /// Some of each program, drawn by this seed.
     Sample(u64),
     /// As printed before each try: `shim:openat:3`.
@@ -19,7 +21,7 @@ pub enum Choice {
 }
 
 impl Choice {
-    /// `all`, a number, or points separated by commas, as `cargo xtask test --sweep` passes it on.
+    /// `all`, a program, a number, or points separated by commas, as `cargo xtask test --sweep` passes it on.
     ///
     /// # Errors
     /// None of these.
@@ -27,12 +29,15 @@ impl Choice {
         if text == "all" {
             return Ok(Self::All);
         }
+        if let Some(program) = Program::ALL.into_iter().find(|p| p.word() == text) {
+            return Ok(Self::Of(program));
+        }
         if let Ok(seed) = text.parse() {
             return Ok(Self::Sample(seed));
         }
         let points: Option<Vec<Point>> = text.split(',').map(Point::parse).collect();
         points.map(Self::Only).with_context(|| {
-            format!("--sweep {text:?}: want `all`, a number, or points as `rt:openat:3`")
+            format!("--sweep {text:?}: want `all`, `rt`, `shim`, `agent-creates`, `agent-deletes`, a number, or points as `rt:openat:3`")
         })
     }
 }
@@ -149,6 +154,7 @@ fn task_and_call(line: &str) -> (&str, &str) {
 pub fn choose(all: &BTreeMap<Program, Vec<Point>>, choice: &Choice) -> Vec<Point> {
     let seed = match choice {
         Choice::All => return all.values().flatten().cloned().collect(),
+        Choice::Of(program) => return all.get(program).cloned().unwrap_or_default(),
         Choice::Only(points) => return points.clone(),
         Choice::Sample(seed) => *seed,
     };
@@ -224,6 +230,7 @@ mod tests {
             );
         }
         assert_eq!(choose(&all, &Choice::All).len(), 4 * 999);
+        assert_eq!(choose(&all, &Choice::Of(Program::Shim)).len(), 999);
     }
 
     #[test]
@@ -236,6 +243,7 @@ mod tests {
         let read = Choice::parse(&format!("{point},rt:openat:1")).unwrap();
         assert!(matches!(read, Choice::Only(points) if points.len() == 2 && points[0] == point));
         assert_eq!(Choice::parse("all").unwrap(), Choice::All);
+        assert_eq!(Choice::parse("shim").unwrap(), Choice::Of(Program::Shim));
         assert_eq!(Choice::parse("12").unwrap(), Choice::Sample(12));
         for bad in ["", "some", "rt:openat", "kubelet:read:1", "rt:read:1:2"] {
             assert!(Choice::parse(bad).is_err(), "{bad}");

@@ -7,8 +7,11 @@
 //!   └─────────────────────────────┘
 //! ```
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,6 +20,8 @@ use std::time::Duration;
 
 use gantry_shim::record;
 use gantry_shim::wire::{self, Phase};
+use nix::errno::Errno;
+use nix::sys::stat::Mode;
 use tokio::sync::{mpsc, watch};
 
 use super::link::{Link, News, lock};
@@ -39,6 +44,8 @@ pub(super) struct Sandbox {
     link: watch::Receiver<Option<Arc<Link>>>,
     /// Runs whose exit was told, as an event or by a list: nobody hears of it twice.
     told: Arc<Mutex<HashSet<String>>>,
+    /// The FIFOs of runs that have not ended.
+    held: Arc<Mutex<HashMap<String, [OwnedFd; 2]>>>,
     /// Set when the shim is about to be told to end: its end is then no accident.
     ending: Arc<AtomicBool>,
     task: tokio::task::AbortHandle,
@@ -60,6 +67,7 @@ impl Sandbox {
     ) -> Self {
         let (publish, link) = watch::channel(None);
         let told = Arc::new(Mutex::new(HashSet::new()));
+        let held = Arc::default();
         let ending = Arc::new(AtomicBool::new(false));
         let keeper = Keeper {
             ending: Arc::clone(&ending),
@@ -68,6 +76,7 @@ impl Sandbox {
             shim: bin.join("gantry-shim"),
             rt: bin.join("gantry-rt"),
             told: Arc::clone(&told),
+            held: Arc::clone(&held),
             events,
         };
         let task = tokio::spawn(keeper.run(publish)).abort_handle();
@@ -76,6 +85,7 @@ impl Sandbox {
             directory,
             link,
             told,
+            held,
             ending,
             task,
         }
@@ -104,6 +114,18 @@ impl Sandbox {
         self.ending.store(true, Ordering::Relaxed);
     }
 
+    /// Keeps a run's FIFOs open, making them where they are missing: what is in a FIFO is gone when
+    /// nobody has it open, as when a container ends while its shim is being replaced.
+    pub(super) fn hold(&self, run: &ContainerRun) -> io::Result<()> {
+        let directory = self.directory.join(records::key(run));
+        let fifos = [
+            open_fifo(&directory.join(wire::STDOUT_FILE))?,
+            open_fifo(&directory.join(wire::STDERR_FILE))?,
+        ];
+        lock(&self.held).insert(records::key(run), fifos);
+        Ok(())
+    }
+
     /// No event will be sent for this run's exit any more.
     pub(super) fn mark_told(&self, run: &ContainerRun) {
         lock(&self.told).insert(records::key(run));
@@ -111,6 +133,7 @@ impl Sandbox {
 
     /// The run was removed.
     pub(super) fn forget(&self, run: &ContainerRun) {
+        lock(&self.held).remove(&records::key(run));
         lock(&self.told).remove(&records::key(run));
     }
 }
@@ -122,6 +145,7 @@ struct Keeper {
     shim: PathBuf,
     rt: PathBuf,
     told: Arc<Mutex<HashSet<String>>>,
+    held: Arc<Mutex<HashMap<String, [OwnedFd; 2]>>>,
     events: mpsc::Sender<RuntimeEvent>,
 }
 
@@ -208,6 +232,7 @@ impl Keeper {
             // Removed meanwhile: whoever removed it knew.
             _ => return,
         };
+        lock(&self.held).remove(name);
         if lock(&self.told).insert(name.to_owned()) {
             let event = RuntimeEvent::Exited(run, records::exit(&exit));
             // Nobody listens any more: the agent is ending.
@@ -219,4 +244,16 @@ impl Keeper {
 /// Whether `name` may be a run's directory; re-exported for scans.
 pub(super) fn is_run(name: &str) -> bool {
     wire::is_run(name)
+}
+
+/// Both sides at once, so that the open never waits for another process.
+fn open_fifo(path: &Path) -> io::Result<OwnedFd> {
+    match nix::unistd::mkfifo(path, Mode::from_bits_truncate(0o600)) {
+        Ok(()) | Err(Errno::EEXIST) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let mut options = File::options();
+    options.read(true).write(true);
+    options.custom_flags(libc::O_NONBLOCK);
+    Ok(options.open(path)?.into())
 }
