@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use anyhow::{Result, bail};
+use futures_util::{StreamExt, stream};
 use tracing::info;
 
 use crate::cgroups::{Cgroups, Policy};
@@ -14,6 +15,9 @@ use crate::paths::Paths;
 use crate::runtime::{Runtime, shim::ShimRuntime};
 use crate::user_namespaces::{Ranges, idmap};
 use crate::{dataplane, devices, images, network, run_directory, volumes};
+
+/// Sandboxes removed at the same time: each waits for processes to die and for the kernel.
+const REMOVAL_COUNT_MAX: usize = 16;
 
 /// Removes all pods, networks, cgroups, programs. The agent must not run.
 pub async fn run(paths: &Paths) -> Result<()> {
@@ -27,12 +31,13 @@ pub async fn run(paths: &Paths) -> Result<()> {
     match runtime.list().await {
         Ok(found) => {
             info!(sandboxes = found.len(), "removing");
-            for sandbox in found {
+            let removals = found.iter().map(|sandbox| async {
                 let removed = runtime.remove_sandbox(&sandbox.pod).await;
-                note(
-                    format!("sandbox {}", sandbox.pod),
-                    removed.map_err(|e| e.to_string()),
-                );
+                (format!("sandbox {}", sandbox.pod), removed)
+            });
+            let mut removals = stream::iter(removals).buffer_unordered(REMOVAL_COUNT_MAX);
+            while let Some((what, removed)) = removals.next().await {
+                note(what, removed.map_err(|e| e.to_string()));
             }
         }
         Err(error) => note("sandboxes".into(), Err(error.to_string())),

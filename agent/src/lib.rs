@@ -20,6 +20,7 @@ pub mod dataplane;
 pub mod devices;
 pub mod dns;
 pub mod feed;
+pub mod heap;
 pub mod ids;
 pub mod images;
 pub mod network;

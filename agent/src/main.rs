@@ -22,7 +22,7 @@ use gantry_agent::runtime::spec::security::{Host, check_unsafe_sysctls};
 use gantry_agent::runtime::{Runtime, shim::ShimRuntime};
 use gantry_agent::shutdown::Shutdown;
 use gantry_agent::view::View;
-use gantry_agent::{check, cleanup, dns, open_files, run_directory, shutdown, static_pods};
+use gantry_agent::{check, cleanup, dns, heap, open_files, run_directory, shutdown, static_pods};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -146,6 +146,7 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
+    heap::limit_arenas();
     let done = tokio::runtime::Runtime::new()
         .context("start the async runtime")
         .and_then(|runtime| match arguments.command {
@@ -339,6 +340,7 @@ async fn agent(run: Run) -> Result<()> {
         bytes_max: run.container_log_max_size,
         file_count_max: usize::try_from(run.container_log_max_files)?,
     };
+    tasks.spawn(heap::give_back(heap::INTERVAL, shutdown.clone()));
     tasks.spawn(pods::rotation::run(log_runtime, limits, shutdown.clone()));
     tasks.close();
     info!("ready");

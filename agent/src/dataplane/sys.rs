@@ -8,10 +8,11 @@ use std::ffi::CString;
 use std::io;
 use std::marker::PhantomData;
 use std::mem::size_of;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
+use std::sync::OnceLock;
 
 use aya::Pod;
 use aya_log::EbpfLogger;
@@ -191,76 +192,109 @@ pub(super) fn watch_readable<T>(logger: EbpfLogger<T>) -> io::Result<AsyncFd<Ebp
     unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }.map_err(io::Error::from)
 }
 
+/// Bytes of an array that are mapped at once: a multiple of any page size and of any element's.
+const WINDOW_BYTES: usize = 3 * 64 * 1024;
+
 /// An array map as memory: elements are read and written without a system call each.
 ///
 /// Programs read the same memory at the same time, so accesses are volatile and an element must
-/// only be rewritten when nothing refers to it (`services::plan` sees to that).
+/// only be rewritten when nothing refers to it (`services::plan` sees to that). It is mapped window
+/// by window where it is used: what is mapped counts as this process's memory, whole.
 pub(super) struct MappedArray<T> {
-    start: NonNull<T>,
+    array: OwnedFd,
     count: usize,
+    windows: Vec<OnceLock<Window>>,
     element: PhantomData<T>,
 }
 
-// SAFETY: the mapping is shared memory that belongs to no thread; `write` takes `&mut self`.
-unsafe impl<T: Send> Send for MappedArray<T> {}
-// SAFETY: as above; `read` only copies.
-unsafe impl<T: Sync> Sync for MappedArray<T> {}
-
 impl<T: Pod> MappedArray<T> {
-    /// Maps `count` elements of an array made with BPF_F_MMAPABLE, whose element size is a
-    /// multiple of 8 bytes that `T` divides or equals.
+    const PER_WINDOW: usize = {
+        assert!(WINDOW_BYTES.is_multiple_of(size_of::<T>()));
+        WINDOW_BYTES / size_of::<T>()
+    };
+
+    /// `count` elements of an array made with BPF_F_MMAPABLE, whose element size is a multiple of 8
+    /// bytes that `T` divides or equals.
     pub(super) fn map(array: BorrowedFd<'_>, count: u32) -> io::Result<Self> {
         let count = count as usize;
-        let (read_write, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
-        // SAFETY: a new mapping at an address of the kernel's choice; the kernel refuses a length
-        // beyond the array's.
-        let start = unsafe {
-            let len = count * size_of::<T>();
-            libc::mmap(
-                std::ptr::null_mut(),
-                len,
-                read_write,
-                shared,
-                array.as_raw_fd(),
-                0,
-            )
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         Ok(Self {
-            start,
+            array: array.try_clone_to_owned()?,
             count,
+            windows: (0..count.div_ceil(Self::PER_WINDOW))
+                .map(|_| OnceLock::new())
+                .collect(),
             element: PhantomData,
         })
     }
 
-    /// The element, or none beyond the end.
-    pub(super) fn read(&self, index: u32) -> Option<T> {
+    /// Where the element is, or none beyond the end.
+    fn element(&self, index: u32) -> io::Result<Option<NonNull<T>>> {
         let index = index as usize;
-        // SAFETY: within the mapping, which lives as long as `self`; a page is aligned for any T,
-        // and `Pod` allows every bit pattern.
-        (index < self.count).then(|| unsafe { self.start.add(index).read_volatile() })
+        if index >= self.count {
+            return Ok(None);
+        }
+        let (number, place) = (index / Self::PER_WINDOW, index % Self::PER_WINDOW);
+        let window = match self.windows[number].get() {
+            Some(window) => window,
+            None => {
+                let elements = Self::PER_WINDOW.min(self.count - number * Self::PER_WINDOW);
+                let new = Window::map(self.array.as_fd(), number, elements * size_of::<T>())?;
+                self.windows[number].get_or_init(|| new)
+            }
+        };
+        // SAFETY: `place` is below the window's number of elements; a page is aligned for any T.
+        Ok(Some(unsafe { window.start.cast::<T>().add(place) }))
+    }
+
+    /// The element, or none beyond the end.
+    pub(super) fn read(&self, index: u32) -> io::Result<Option<T>> {
+        let element = self.element(index)?;
+        // SAFETY: within a mapping that lives as long as `self`; `Pod` allows every bit pattern.
+        Ok(element.map(|element| unsafe { element.read_volatile() }))
     }
 
     /// Writes the element; false beyond the end.
-    #[must_use]
-    pub(super) fn write(&mut self, index: u32, value: T) -> bool {
-        let index = index as usize;
-        let inside = index < self.count;
-        if inside {
-            // SAFETY: within the mapping, which lives as long as `self`; aligned as above.
-            unsafe { self.start.add(index).write_volatile(value) }
+    pub(super) fn write(&mut self, index: u32, value: T) -> io::Result<bool> {
+        let element = self.element(index)?;
+        if let Some(element) = element {
+            // SAFETY: within a mapping that lives as long as `self`, which nobody else writes to.
+            unsafe { element.write_volatile(value) }
         }
-        inside
+        Ok(element.is_some())
     }
 }
 
-impl<T> Drop for MappedArray<T> {
+/// One window of an array.
+struct Window {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: the mapping is shared memory that belongs to no thread; writing takes `&mut MappedArray`.
+unsafe impl Send for Window {}
+// SAFETY: as above; reading only copies.
+unsafe impl Sync for Window {}
+
+impl Window {
+    fn map(array: BorrowedFd<'_>, number: usize, length: usize) -> io::Result<Self> {
+        let (read_write, shared) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        let offset = i64::try_from(number * WINDOW_BYTES).map_err(io::Error::other)?;
+        let (anywhere, array) = (std::ptr::null_mut(), array.as_raw_fd());
+        // SAFETY: a new mapping at an address of the kernel's choice; the kernel refuses what is
+        // beyond the array's end.
+        let start = unsafe { libc::mmap(anywhere, length, read_write, shared, array, offset) };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Self { start, length })
+    }
+}
+
+impl Drop for Window {
     fn drop(&mut self) {
         // SAFETY: exactly what `map` mapped, and nothing borrows from it.
-        unsafe { libc::munmap(self.start.as_ptr().cast(), self.count * size_of::<T>()) };
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.length) };
     }
 }
 

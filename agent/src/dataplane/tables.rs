@@ -2,6 +2,7 @@
 //! earlier agent wrote.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{Ordering, fence};
 
@@ -53,7 +54,8 @@ impl Tables {
         for entry in self.frontends.iter() {
             let (key, value) = entry.map_err(|error| failed("read FRONTENDS", &error))?;
             found.frontends.push((key, value));
-            found.backends.push(self.slots_of(&value));
+            let backends = self.slots_of(&value);
+            found.backends.push(backends.map_err(unmapped)?);
         }
         Ok(found)
     }
@@ -80,21 +82,10 @@ impl Tables {
     }
 
     fn perform_one(&mut self, step: &Step) -> Result<(), DataplaneError> {
-        let inside = match step {
+        let written = match step {
             Step::WriteBackend { id, value } => self.backends.write(id.0, *value),
-            Step::WriteSlots { base, ids } => (*base..)
-                .zip(ids)
-                .all(|(slot, id)| self.slots.write(slot, id.0)),
-            Step::RetireBackend { id } => match self.backends.read(id.0) {
-                Some(value) => self.backends.write(
-                    id.0,
-                    BackendValue {
-                        state: BACKEND_RETIRED,
-                        ..value
-                    },
-                ),
-                None => false,
-            },
+            Step::WriteSlots { base, ids } => self.write_slots(*base, ids),
+            Step::RetireBackend { id } => self.retire(*id),
             Step::SetFrontend { key, value } => {
                 // Whoever sees the frontend's new value also sees its slots and backends.
                 fence(Ordering::SeqCst);
@@ -106,7 +97,7 @@ impl Tables {
                     .map_err(|error| failed("remove from FRONTENDS", &error));
             }
         };
-        if inside {
+        if written.map_err(unmapped)? {
             return Ok(());
         }
         Err(DataplaneError::Kernel {
@@ -115,18 +106,51 @@ impl Tables {
         })
     }
 
-    fn slots_of(&self, value: &FrontendValue) -> Option<Vec<(BackendId, BackendValue)>> {
-        let end = value
-            .base
-            .checked_add(value.count)
-            .filter(|end| *end <= SLOT_COUNT)?;
-        (value.base..end)
-            .map(|slot| {
-                let id = self.slots.read(slot)?;
-                Some((BackendId(id), self.backends.read(id)?))
-            })
-            .collect()
+    fn write_slots(&mut self, base: u32, ids: &[BackendId]) -> io::Result<bool> {
+        for (slot, id) in (base..).zip(ids) {
+            if !self.slots.write(slot, id.0)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
+
+    fn retire(&mut self, id: BackendId) -> io::Result<bool> {
+        let Some(value) = self.backends.read(id.0)? else {
+            return Ok(false);
+        };
+        let retired = BackendValue {
+            state: BACKEND_RETIRED,
+            ..value
+        };
+        self.backends.write(id.0, retired)
+    }
+
+    /// None when the value points beyond the arrays.
+    fn slots_of(
+        &self,
+        value: &FrontendValue,
+    ) -> io::Result<Option<Vec<(BackendId, BackendValue)>>> {
+        let end = value.base.checked_add(value.count);
+        let Some(end) = end.filter(|end| *end <= SLOT_COUNT) else {
+            return Ok(None);
+        };
+        let mut slots = Vec::with_capacity(value.count as usize);
+        for slot in value.base..end {
+            let Some(id) = self.slots.read(slot)? else {
+                return Ok(None);
+            };
+            let Some(backend) = self.backends.read(id)? else {
+                return Ok(None);
+            };
+            slots.push((BackendId(id), backend));
+        }
+        Ok(Some(slots))
+    }
+}
+
+fn unmapped(error: io::Error) -> DataplaneError {
+    DataplaneError::kernel("map SLOTS or BACKENDS into memory", &error)
 }
 
 fn mapped<T: aya::Pod>(
