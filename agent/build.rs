@@ -8,7 +8,7 @@ use std::process::ExitCode;
 mod ebpf;
 
 fn main() -> ExitCode {
-    match embed().and_then(|()| device_plugin_api()) {
+    match embed().and_then(|()| plugin_apis()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Cargo prints each such line as an error of this crate, without a panic's noise.
@@ -20,10 +20,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// Generates the device plugin API, without an installed protoc.
-fn device_plugin_api() -> Result<(), Box<dyn std::error::Error>> {
+/// Generates the APIs of plugins, without an installed protoc.
+fn plugin_apis() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let descriptors = protox::compile(["proto/deviceplugin.proto"], ["proto"])?;
+    let files = [
+        "proto/csi.proto",
+        "proto/deviceplugin.proto",
+        "proto/pluginregistration.proto",
+    ];
+    let descriptors = protox::compile(files, ["proto"])?;
     tonic_prost_build::configure().compile_fds(descriptors)?;
     Ok(())
 }

@@ -5,19 +5,23 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use futures_util::{StreamExt, stream};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::cgroups::{Cgroups, Policy};
 use crate::paths::Paths;
-use crate::runtime::{Runtime, shim::ShimRuntime};
+use crate::runtime::{ObservedSandbox, Runtime, shim::ShimRuntime};
 use crate::user_namespaces::{Ranges, idmap};
+use crate::volumes::csi::{self, CsiDrivers};
 use crate::{dataplane, devices, images, network, run_directory, volumes};
 
 /// Sandboxes removed at the same time: each waits for processes to die and for the kernel.
 const REMOVAL_COUNT_MAX: usize = 16;
+/// For one call to a driver whose volumes go, and which may be gone itself.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Removes all pods, networks, cgroups, programs. The agent must not run.
 pub async fn run(paths: &Paths) -> Result<()> {
@@ -28,16 +32,20 @@ pub async fn run(paths: &Paths) -> Result<()> {
         }
     };
     let runtime = ShimRuntime::new(paths.clone());
+    let drivers = CsiDrivers::with_patience(paths, PATIENCE);
     match runtime.list().await {
         Ok(found) => {
             info!(sandboxes = found.len(), "removing");
-            let removals = found.iter().map(|sandbox| async {
-                let removed = runtime.remove_sandbox(&sandbox.pod).await;
-                (format!("sandbox {}", sandbox.pod), removed)
-            });
-            let mut removals = stream::iter(removals).buffer_unordered(REMOVAL_COUNT_MAX);
-            while let Some((what, removed)) = removals.next().await {
-                note(what, removed.map_err(|e| e.to_string()));
+            // Users of drivers' volumes first: a driver may be a pod itself, and must outlive them.
+            let (users, others): (Vec<_>, Vec<_>) = found
+                .into_iter()
+                .partition(|sandbox| csi::has_records(paths, &sandbox.pod));
+            for (what, removed) in remove_sandboxes(&runtime, &users).await {
+                note(what, removed);
+            }
+            take_back(paths, &drivers).await;
+            for (what, removed) in remove_sandboxes(&runtime, &others).await {
+                note(what, removed);
             }
         }
         Err(error) => note("sandboxes".into(), Err(error.to_string())),
@@ -69,7 +77,19 @@ pub async fn run(paths: &Paths) -> Result<()> {
         );
     }
     for uid in pod_uids(paths) {
-        let removed = volumes::remove(&uid, paths).await;
+        let mut removed = volumes::remove(&uid, paths, &drivers).await;
+        if removed.is_err() && csi::has_records(paths, &uid) {
+            // The machine is to be as before, also where a driver is gone: it is told, and undone.
+            note(
+                format!("volumes of {uid}"),
+                removed.map_err(|error| format!("{error}; unmounted without the driver")),
+            );
+            let abandoned = drivers.abandon(&uid).await;
+            removed = match abandoned {
+                Ok(()) => volumes::remove(&uid, paths, &drivers).await,
+                failed => failed,
+            };
+        }
         note(
             format!("volumes of {uid}"),
             removed.map_err(|e| e.to_string()),
@@ -100,6 +120,7 @@ pub async fn run(paths: &Paths) -> Result<()> {
     // Plugins see by it that there is nobody to register with.
     let _ = std::fs::remove_file(Path::new(devices::DIRECTORY).join(devices::SOCKET));
     let _ = std::fs::remove_dir(devices::DIRECTORY);
+    remove_empty_kubelet_directories(&paths.kubelet);
     note("logs".into(), remove_logs(paths).map_err(|e| e.to_string()));
     if errors.is_empty() {
         return Ok(());
@@ -108,6 +129,43 @@ pub async fn run(paths: &Paths) -> Result<()> {
         "not everything could be removed:\n  {}",
         errors.join("\n  ")
     )
+}
+
+/// Has drivers take their volumes back while they run.
+async fn take_back(paths: &Paths, drivers: &CsiDrivers) {
+    for uid in pod_uids(paths) {
+        if let Err(words) = drivers.unpublish_all(&uid).await {
+            warn!(pod = %uid, "volumes of drivers, tried again at the end: {words}");
+        }
+    }
+}
+
+/// Directories that the agent has made for drivers, where nobody has anything in them.
+fn remove_empty_kubelet_directories(kubelet: &Path) {
+    let stages = kubelet.join("plugins/kubernetes.io/csi");
+    let drivers = children(&stages);
+    let above = stages.ancestors().take_while(|path| *path != kubelet);
+    let others = [kubelet.join(csi::REGISTRY), kubelet.join("pods")];
+    let all = drivers.iter().map(std::path::PathBuf::as_path);
+    let all = all.chain(above).chain(others.iter().map(|p| p.as_path()));
+    for directory in all.chain([kubelet]) {
+        // Refused where it is not empty.
+        let _ = std::fs::remove_dir(directory);
+    }
+}
+
+/// Side by side; what each has come to.
+async fn remove_sandboxes(
+    runtime: &ShimRuntime,
+    found: &[ObservedSandbox],
+) -> Vec<(String, Result<(), String>)> {
+    let removals = found.iter().map(|sandbox| async {
+        let removed = runtime.remove_sandbox(&sandbox.pod).await;
+        let what = format!("sandbox {}", sandbox.pod);
+        (what, removed.map_err(|e| e.to_string()))
+    });
+    let removals = stream::iter(removals).buffer_unordered(REMOVAL_COUNT_MAX);
+    removals.collect().await
 }
 
 fn children(path: &std::path::Path) -> Vec<std::path::PathBuf> {

@@ -22,6 +22,8 @@ use gantry_agent::runtime::spec::security::{Host, check_unsafe_sysctls};
 use gantry_agent::runtime::{Runtime, shim::ShimRuntime};
 use gantry_agent::shutdown::Shutdown;
 use gantry_agent::view::View;
+use gantry_agent::volumes::csi::CsiDrivers;
+use gantry_agent::volumes::nfs;
 use gantry_agent::{check, cleanup, dns, heap, open_files, run_directory, shutdown, static_pods};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -55,6 +57,9 @@ enum Command {
     Shutdown,
     /// Remove every pod, network, cgroup and eBPF program of ours from this machine
     Cleanup,
+    /// Mount an NFS export: the agent's own helper, a process that can be given up
+    #[command(name = nfs::HELPER, hide = true)]
+    MountNfs(nfs::Mount),
 }
 
 #[derive(clap::Args)]
@@ -164,6 +169,7 @@ fn main() -> ExitCode {
             Command::Shutdown => runtime
                 .block_on(shutdown::ask(&paths()?, |words| println!("{words}")))
                 .map_err(anyhow::Error::msg),
+            Command::MountNfs(mount) => nfs::mount_here(&mount).map_err(anyhow::Error::msg),
             Command::Cleanup => runtime.block_on(cleanup::run(&paths()?)),
         });
     match done {
@@ -282,6 +288,7 @@ async fn agent(run: Run) -> Result<()> {
         dataplane: dataplane.clone(),
         root: root.to_owned(),
     });
+    let csi = CsiDrivers::new(&paths);
     let node = Arc::new(pods::Node {
         name: node_name,
         host_addresses,
@@ -294,6 +301,7 @@ async fn agent(run: Run) -> Result<()> {
         allocatable: resources.allocatable(),
         going_down: resources.going_down().subscribe(),
         devices: devices.clone(),
+        csi: csi.clone(),
         device_guard,
         second_looks: tokio::sync::Semaphore::new(pods::SECOND_LOOK_COUNT_MAX),
         probes: Arc::default(),
@@ -321,6 +329,7 @@ async fn agent(run: Run) -> Result<()> {
     tasks.spawn(down.serve(listener, shutdown.clone()));
     let (mut offered, beat) = (devices.amounts(), link.reporter.clone());
     tasks.spawn(devices.serve());
+    tasks.spawn(csi.serve(shutdown.clone()));
     let stop = shutdown.clone();
     tasks.spawn(async move {
         // Cancel-safe: both only wait.

@@ -18,6 +18,8 @@ pub struct Paths {
     pub log: PathBuf,
     /// `/sys/fs/bpf/gantry`.
     pub bpf: PathBuf,
+    /// `/var/lib/kubelet`: where plugins of nodes look for the node, and drivers put volumes.
+    pub kubelet: PathBuf,
     /// Where `gantry-shim` and `gantry-rt` are: the directory of the agent's own binary.
     pub bin: PathBuf,
 }
@@ -30,6 +32,7 @@ impl Paths {
             lib: "/var/lib/gantry".into(),
             log: "/var/log/pods".into(),
             bpf: "/sys/fs/bpf/gantry".into(),
+            kubelet: "/var/lib/kubelet".into(),
             bin,
         }
     }
@@ -67,6 +70,16 @@ impl Paths {
             .join("containers")
             .join(&run.name)
             .join(run.attempt.to_string())
+    }
+
+    /// `/var/lib/gantry/pods/<uid>/csi`: what drivers have been asked to publish for the pod.
+    pub fn csi_records(&self, pod: &PodUid) -> PathBuf {
+        self.pod_lib(pod).join("csi")
+    }
+
+    /// `/var/lib/kubelet/pods/<uid>`: where drivers put the pod's volumes.
+    pub fn kubelet_pod(&self, pod: &PodUid) -> PathBuf {
+        self.kubelet.join("pods").join(pod.as_str())
     }
 
     /// `/var/log/pods/<ns>_<name>_<uid>`.

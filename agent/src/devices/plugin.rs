@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
 use super::cdi;
 use super::plan::{Choice, DEVICE_COUNT_MAX, Grant, Mount, Node};
@@ -17,12 +17,12 @@ use super::wire::{
     ContainerPreferredAllocationRequest, DevicePluginOptions, ListAndWatchResponse,
     PreStartContainerRequest, PreferredAllocationRequest,
 };
+use crate::plugin_socket::{connect, words};
 
 /// The largest answer.
 const ANSWER_BYTES_MAX: usize = 4 << 20;
 /// A plugin has this long for one answer (the kubelet's pre-start limit).
 const PATIENCE: Duration = Duration::from_secs(30);
-const DIAL: Duration = Duration::from_secs(5);
 
 /// A registered plugin.
 #[derive(Clone, Debug)]
@@ -37,13 +37,7 @@ impl Plugin {
         socket: &Path,
         options: DevicePluginOptions,
     ) -> Result<Self, String> {
-        let uri = format!("unix://{}", socket.display());
-        let endpoint = Endpoint::from_shared(uri).map_err(|error| error.to_string())?;
-        let channel = endpoint
-            .connect_timeout(DIAL)
-            .connect()
-            .await
-            .map_err(|error| format!("{}: {error}", socket.display()))?;
+        let channel = connect(socket).await?;
         Ok(Self {
             socket: socket.to_owned(),
             options,
@@ -107,17 +101,11 @@ impl Plugin {
     }
 }
 
-fn words(status: &tonic::Status) -> String {
-    format!("{}: {}", status.code(), status.message())
-}
-
 async fn in_time<T>(
     call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, String> {
-    match tokio::time::timeout(PATIENCE, call).await {
-        Ok(answer) => Ok(answer.map_err(|status| words(&status))?.into_inner()),
-        Err(_) => Err(format!("does not answer within {} s", PATIENCE.as_secs())),
-    }
+    let answer = crate::plugin_socket::in_time(PATIENCE, call).await;
+    answer.map_err(|status| words(&status))
 }
 
 /// The devices of an answer; the first ones, and whether each is healthy.

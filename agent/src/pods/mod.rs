@@ -34,6 +34,7 @@ use crate::paths::Paths;
 use crate::runtime::spec::security::Host;
 use crate::runtime::{ObservedSandbox, Runtime, RuntimeEvent};
 use crate::view::View;
+use crate::volumes::csi::CsiDrivers;
 use crate::volumes::token::TokenSource;
 
 pub mod backoff;
@@ -97,6 +98,8 @@ pub struct Node {
     pub going_down: watch::Receiver<bool>,
     /// Devices that plugins hand out.
     pub devices: DevicePlugins,
+    /// Drivers that publish volumes.
+    pub csi: CsiDrivers,
     /// Where device rules are an eBPF program (pure cgroup v2): its exemptions.
     pub device_guard: Option<DeviceGuard>,
     /// Second looks at a pod (its sandbox after the agent's start, its volumes when an object has
@@ -341,6 +344,6 @@ impl PodWorkers {
                 warn!(pod = %uid, %error, "remove the cgroup of an unknown pod");
             }
         }
-        prepare::sweep_files(&self.node, &live).await;
+        prepare::sweep_files(&self.node, &live, &self.view).await;
     }
 }

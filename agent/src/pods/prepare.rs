@@ -230,6 +230,9 @@ async fn volumes(
 ) -> Result<ReadyVolumes, VolumeError> {
     let mut ready = volumes::ensure(pod, &view.blobs, &node.paths, node.tokens.as_ref()).await?;
     let credentials = credentials(pod, view);
+    let remote = volumes::remote::ensure(pod, uid, &view.blobs, &node.paths, &node.csi);
+    // Boxed: calls to drivers take room in the future of every pod, and few pods make them.
+    ready.extend(Box::pin(remote).await?);
     let images = volumes::image::ensure(pod, uid, &node.paths, &node.images, &credentials);
     ready.extend(images.await?);
     Ok(ready)
@@ -358,7 +361,7 @@ async fn remove_rest(node: &Arc<Node>, uid: &PodUid, errors: &mut Vec<String>) {
             errors.push(format!("root file system: {error}"));
         }
     }
-    if let Err(error) = volumes::remove(uid, &node.paths).await {
+    if let Err(error) = volumes::remove(uid, &node.paths, &node.csi).await {
         errors.push(format!("volumes: {error}"));
     }
     if let Err(error) = node.cgroups.remove_pod(uid).await {
@@ -424,8 +427,34 @@ pub async fn remove_unknown(
     }
 }
 
+/// Between two tries to remove what is left of an unknown pod: the first, doubling to the last.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(64));
+
+/// Tries until nothing is left of the pod, or it is known: a driver that has its volumes may come
+/// later than the agent.
+async fn remove_in_time(node: Arc<Node>, uid: PodUid, view: watch::Receiver<Arc<View>>) {
+    let (mut wait, last) = AGAIN;
+    loop {
+        tokio::time::sleep(wait).await;
+        if view.borrow().pods.contains_key(&uid) {
+            return; // its worker removes it
+        }
+        let mut errors = Vec::new();
+        remove_rest(&node, &uid, &mut errors).await;
+        if errors.is_empty() {
+            return;
+        }
+        wait = (wait * 2).min(last);
+        tracing::warn!(pod = %uid, "files of an unknown pod: {}", errors.join("; "));
+    }
+}
+
 /// Files of pods that are not known any more: below `/var/lib/gantry/pods`, and their logs.
-pub async fn sweep_files(node: &Arc<Node>, live: &HashSet<PodUid>) {
+pub async fn sweep_files(
+    node: &Arc<Node>,
+    live: &HashSet<PodUid>,
+    view: &watch::Receiver<Arc<View>>,
+) {
     let pods = node.paths.lib.join("pods");
     let directories_of = directories(&pods);
     let with_files = directories_of.iter().filter_map(|n| PodUid::new(n).ok());
@@ -439,6 +468,7 @@ pub async fn sweep_files(node: &Arc<Node>, live: &HashSet<PodUid>) {
         remove_rest(node, &uid, &mut errors).await;
         if !errors.is_empty() {
             tracing::warn!(pod = %uid, "files of an unknown pod: {}", errors.join("; "));
+            tokio::spawn(remove_in_time(node.clone(), uid, view.clone()));
         }
     }
     for uid in super::records::known(&node.paths)

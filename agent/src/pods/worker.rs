@@ -562,7 +562,8 @@ impl Worker {
             let input = match prepare::tear_down(&node, &uid, &pod, &runs).await {
                 Ok(()) => Input::TornDown,
                 Err(words) => {
-                    warn!(pod = %uid, "tear-down: {words}");
+                    // The pod stays until it succeeds: whoever waits for that is told why.
+                    let _ = inputs.send(Message::Warning("FailedKillPod", words)).await;
                     Input::TearDownFailed
                 }
             };

@@ -1,19 +1,29 @@
 //! What a pod takes of the disk: its writable layers, volumes and logs. Bounded.
+//!
+//! Where a volume of a server or of a driver is mounted, its root is looked at as the kernel remembers
+//! it: nobody is asked who may be dead.
 
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, FileType, Statx, StatxFlags, statx};
 
 /// Directory entries that one pod's count looks at; more are not counted.
 const ENTRIES_MAX: usize = 100_000;
+
+fn look(path: &Path) -> Option<Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    statx(CWD, path, flags, StatxFlags::BASIC_STATS).ok()
+}
 
 /// Bytes on disk below the paths, without crossing into other file systems (mounted volumes of
 /// others, tmpfs).
 pub fn disk_bytes(paths: &[&Path]) -> u64 {
     let (mut bytes, mut seen) = (0u64, 0usize);
     for path in paths {
-        let Ok(top) = std::fs::symlink_metadata(path) else {
+        let Some(top) = look(path) else {
             continue;
         };
+        let device = |stat: &Statx| (stat.stx_dev_major, stat.stx_dev_minor);
         let mut queue = vec![path.to_path_buf()];
         while let Some(directory) = queue.pop() {
             // What vanishes while we look is no usage.
@@ -22,20 +32,21 @@ pub fn disk_bytes(paths: &[&Path]) -> u64 {
                 .flatten()
                 .flatten()
             {
-                let Ok(metadata) = entry.metadata() else {
+                let Some(stat) = look(&entry.path()) else {
                     continue;
                 };
                 seen += 1;
-                if seen > ENTRIES_MAX || metadata.dev() != top.dev() {
+                if seen > ENTRIES_MAX || device(&stat) != device(&top) {
                     continue;
                 }
                 // A file with several names is counted by its part.
-                let links = metadata.nlink().max(1);
-                if metadata.is_dir() {
+                let links = u64::from(stat.stx_nlink).max(1);
+                let kind = FileType::from_raw_mode(stat.stx_mode.into());
+                if kind == FileType::Directory {
                     queue.push(entry.path());
-                    bytes = bytes.saturating_add(metadata.blocks() * 512);
+                    bytes = bytes.saturating_add(stat.stx_blocks * 512);
                 } else {
-                    bytes = bytes.saturating_add(metadata.blocks() * 512 / links);
+                    bytes = bytes.saturating_add(stat.stx_blocks * 512 / links);
                 }
             }
             if seen > ENTRIES_MAX {

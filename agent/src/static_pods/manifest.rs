@@ -218,7 +218,7 @@ fn set_priority(spec: &mut Value) -> Result<(), String> {
 
 /// Paths of fields that name ConfigMaps, Secrets, claims or accounts.
 fn api_references(value: &Value, path: &str, found: &mut Vec<String>) {
-    const FIELDS: [&str; 14] = [
+    const FIELDS: [&str; 15] = [
         "configMap",
         "configMapRef",
         "configMapKeyRef",
@@ -232,6 +232,7 @@ fn api_references(value: &Value, path: &str, found: &mut Vec<String>) {
         "serviceAccount",
         "serviceAccountName",
         "imagePullSecrets",
+        "nodePublishSecretRef",
         "clusterTrustBundle",
     ];
     match value {

@@ -34,8 +34,8 @@ use tracing::{info, warn};
 mod manifest;
 mod mirrors;
 mod plan;
-mod watch;
 
+use crate::directory_watch::Watch;
 use crate::feed::Reporter;
 use crate::ids::PodUid;
 use crate::paths::Paths;
@@ -45,7 +45,6 @@ pub use manifest::is_static;
 pub use mirrors::Mirrors;
 use mirrors::{Shown, mirror_of};
 use plan::{List, Manifest, Surroundings, Wanted, plan};
-use watch::Watch;
 
 /// Two looks at the directory are at least this far apart.
 const PACE: Duration = Duration::from_millis(200);

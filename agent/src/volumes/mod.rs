@@ -8,6 +8,8 @@
 //!                            └─ kubernetes.io~projected/<name>     tmpfs: may hold secrets
 //! <lib>/pods/<uid>/volume-subpaths/<volume>/<container>/<n>         mounts of parts ([`sub_path`])
 //! <lib>/pods/<uid>/containers/volume~<name>/0                       an image's files ([`image`])
+//! <lib>/pods/<uid>/volumes/kubernetes.io~nfs/<name>                 a mount ([`nfs`])
+//! <kubelet>/pods/<uid>/volumes/kubernetes.io~csi/<name>/mount       the driver's ([`csi`])
 //! hostPath, persistentVolumeClaim: the host's own path, checked
 //! ```
 //! [`ensure`] is idempotent and is called again when a ConfigMap or Secret changed: a reader sees
@@ -20,6 +22,7 @@
 mod atomic;
 mod claim;
 mod config_map;
+pub mod csi;
 mod downward_api;
 mod empty_dir;
 pub mod env;
@@ -28,9 +31,11 @@ mod host_path;
 pub mod hosts;
 pub mod image;
 pub mod local;
+pub mod nfs;
 mod ownership;
 mod payload;
 mod projected;
+pub mod remote;
 mod secret;
 pub mod shm;
 pub mod sub_path;
@@ -66,6 +71,16 @@ pub enum Access {
     ReadOnly,
     /// An image's files.
     ReadOnlyNoExec,
+}
+
+impl Access {
+    fn read_only_if(read_only: bool) -> Self {
+        if read_only {
+            Self::ReadOnly
+        } else {
+            Self::ReadWrite
+        }
+    }
 }
 
 /// A volume that is there.
@@ -121,6 +136,14 @@ pub enum VolumeError {
         volume: String,
         /// Why.
         source: Box<ImageError>,
+    },
+    /// A driver or a server that has the volume does not give it.
+    #[error("volume {volume:?}: {reason}")]
+    Remote {
+        /// spec.volumes[].name
+        volume: String,
+        /// Who, and its words.
+        reason: String,
     },
     /// A system call failed.
     #[error("{context}: {source}")]
@@ -204,7 +227,8 @@ fn fs_user(spec: &PodSpec) -> Option<u32> {
     same.then_some(first).and_then(|u| u32::try_from(u).ok())
 }
 
-/// Makes or updates every volume of the pod; those of images: [`image::ensure`].
+/// Makes or updates every volume of the pod; those of images: [`image::ensure`], those of drivers
+/// and servers: [`remote::ensure`].
 ///
 /// # Errors
 /// The first volume that is not ready; those before it are. Call again: nothing is redone.
@@ -222,11 +246,24 @@ pub async fn ensure(
     blocking(move || ensure_blocking(&pod, &blobs, &root, &tokens)).await
 }
 
-/// Unmounts and deletes everything below the pod's directory. Idempotent.
-pub async fn remove(uid: &PodUid, paths: &Paths) -> Result<(), VolumeError> {
-    let directory = paths.pod_lib(uid);
+/// Takes back what drivers and servers give, then unmounts and deletes everything below the pod's
+/// directory. Idempotent.
+///
+/// # Errors
+/// A driver is away or refuses: its records stay for the next try; all else is unmounted.
+pub async fn remove(
+    uid: &PodUid,
+    paths: &Paths,
+    drivers: &csi::CsiDrivers,
+) -> Result<(), VolumeError> {
+    nfs::unmount_all(uid, paths).await?;
+    let (directory, sub_paths) = (paths.pod_lib(uid), paths.volume_sub_paths(uid));
+    // Parts of volumes are mounts of their own, and would keep a driver's file system busy.
+    blocking(move || tmpfs::unmount_below(&sub_paths)).await?;
+    let unpublished = drivers.unpublish_all(uid).await;
     blocking(move || {
         tmpfs::unmount_below(&directory)?;
+        unpublished.map_err(|words| VolumeError::io("volumes")(io::Error::other(words)))?;
         tree::remove(&directory).map_err(VolumeError::io(format!("remove {}", directory.display())))
     })
     .await
@@ -273,10 +310,15 @@ fn ensure_blocking(
     };
     let mut ready = BTreeMap::new();
     for volume in spec.and_then(|s| s.volumes.as_ref()).into_iter().flatten() {
-        if volume.image.is_some() {
+        if volume.image.is_some() || volume.csi.is_some() || volume.nfs.is_some() {
             continue;
         }
-        ready.insert(volume.name.clone(), ensure_volume(&context, volume)?);
+        let made = match claim::bound(pod, blobs, volume)? {
+            Some(bound) if remote::has(&bound) => continue,
+            Some(bound) => claim::ensure(&context, volume, &bound)?,
+            None => ensure_volume(&context, volume)?,
+        };
+        ready.insert(volume.name.clone(), made);
     }
     Ok(ready)
 }
@@ -294,12 +336,6 @@ fn ensure_volume(context: &Context<'_>, volume: &Volume) -> Result<ReadyVolume, 
         downward_api::ensure(context, volume, source).map(ReadyVolume::read_only)
     } else if let Some(source) = &volume.projected {
         projected::ensure(context, volume, source).map(ReadyVolume::read_only)
-    } else if let Some(source) = &volume.persistent_volume_claim {
-        let read_only = source.read_only.unwrap_or(false);
-        claim::ensure(context, volume, &source.claim_name, read_only)
-    } else if volume.ephemeral.is_some() {
-        let name = claim::ephemeral_name(context, volume);
-        claim::ensure(context, volume, &name, false)
     } else {
         // The name of whatever source is set: the one key besides the volume's name.
         let value = serde_json::to_value(volume).unwrap_or_default();

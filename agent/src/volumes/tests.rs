@@ -33,6 +33,7 @@ impl Node {
             lib: dir.path().join("lib"),
             log: dir.path().join("log"),
             bpf: dir.path().join("bpf"),
+            kubelet: dir.path().join("kubelet"),
             bin: dir.path().join("bin"),
         };
         Some(Self {
@@ -74,8 +75,10 @@ impl Node {
 
     async fn remove(&self) {
         let uid = PodUid::new("u-1").unwrap();
-        remove(&uid, &self.paths).await.unwrap();
-        remove(&uid, &self.paths).await.unwrap();
+        let drivers = csi::CsiDrivers::new(&self.paths);
+        remove(&uid, &self.paths, &drivers).await.unwrap();
+        let drivers = csi::CsiDrivers::new(&self.paths);
+        remove(&uid, &self.paths, &drivers).await.unwrap();
         assert!(!self.paths.pod_lib(&uid).exists());
     }
 }
@@ -298,9 +301,9 @@ async fn pod_fields_and_projections_become_files() {
         (read(dir.join("a")), read(dir.join("b"))),
         ("1".to_owned(), "2".to_owned())
     );
-    let claim = json!({"csi": {"driver": "x"}});
-    let error = node.ensure(claim).await.unwrap_err().to_string();
-    assert_eq!(error, "volume \"vol\": csi is not supported");
+    let disk = json!({"iscsi": {"targetPortal": "p", "iqn": "q", "lun": 0}});
+    let error = node.ensure(disk).await.unwrap_err().to_string();
+    assert_eq!(error, "volume \"vol\": iscsi is not supported");
     node.remove().await;
 }
 

@@ -67,14 +67,20 @@ fn mounts_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
+/// The path as the mount table has it. Its last part is not looked at where that fails: a mount
+/// whose server is gone answers nobody.
+pub(super) fn resolved(path: &Path) -> Option<PathBuf> {
+    let parent = || Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?));
+    path.canonicalize().ok().or_else(parent)
+}
+
 /// Unmounts everything at or below `directory`; what is still in use is detached.
 ///
 /// A mount below may be a peer of one of the host's (a hostPath's part, what a container with
 /// Bidirectional propagation has bound): it becomes private first, so that nothing of the host's
 /// goes with it.
 pub(super) fn unmount_below(directory: &Path) -> Result<(), VolumeError> {
-    // The table has resolved paths.
-    let Ok(directory) = directory.canonicalize() else {
+    let Some(directory) = resolved(directory) else {
         return Ok(()); // nothing there
     };
     let list = || mounts_below(&directory).map_err(VolumeError::io("read the mount table"));

@@ -72,6 +72,7 @@ impl Fixture {
             lib: base.join("lib"),
             log: base.join("log"),
             bpf: base.join("bpf"),
+            kubelet: base.join("kubelet"),
             bin,
         };
         let uid = PodUid::new(&name).unwrap();

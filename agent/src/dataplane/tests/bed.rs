@@ -63,6 +63,7 @@ impl Bed {
             lib: directory.path().join("lib"),
             log: directory.path().join("log"),
             bpf: directory.path().join("bpf/gantry"),
+            kubelet: directory.path().join("kubelet"),
             bin: directory.path().into(),
         };
         Some(Self {

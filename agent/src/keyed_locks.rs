@@ -7,13 +7,13 @@ use tokio::sync::OwnedMutexGuard;
 
 /// Locks by name; a name costs memory only while it is locked or waited for.
 #[derive(Default)]
-pub(super) struct KeyedLocks {
+pub(crate) struct KeyedLocks {
     locks: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
 }
 
 impl KeyedLocks {
     /// Waits for the name. Cancel-safe: a waiter that is dropped leaves nothing behind.
-    pub(super) async fn lock(&self, key: &str) -> OwnedMutexGuard<()> {
+    pub(crate) async fn lock(&self, key: &str) -> OwnedMutexGuard<()> {
         let lock = {
             let mut locks = self.locks.lock().unwrap_or_else(PoisonError::into_inner);
             // Only the map holds those: nobody has or wants them.

@@ -22,15 +22,15 @@ const UNWATCHED: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_millis(50);
 
 /// A watch on a directory, where there is one.
-pub(super) struct Watch(Option<AsyncFd<File>>);
+pub(crate) struct Watch(Option<AsyncFd<File>>);
 
 impl Watch {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(None)
     }
 
     /// Watches the directory unless that is done already; one that was removed is tried again.
-    pub(super) fn ensure(&mut self, directory: &Path) {
+    pub(crate) fn ensure(&mut self, directory: &Path) {
         if self.0.is_some() && directory.exists() {
             return;
         }
@@ -52,7 +52,7 @@ impl Watch {
     }
 
     /// Returns when it is time for a look. Cancel-safe: what was not read wakes the next call.
-    pub(super) async fn changed(&self, is_busy: bool) {
+    pub(crate) async fn changed(&self, is_busy: bool) {
         let Some(watched) = &self.0 else {
             return tokio::time::sleep(UNWATCHED).await;
         };
