@@ -78,6 +78,11 @@ const fn no(path: &'static str, except: &'static [&'static str], note: &'static 
     }
 }
 
+/// What to use for a disk of a cloud or a storage system that Kubernetes once had built in.
+const BY_CSI: &str = "no storage system is built in: use its CSI driver, or a local volume";
+/// What to use for storage that the node would have to attach.
+const BY_CSI_OR_HOST: &str = "devices are not attached: use a CSI driver, or mount the device on the host and use hostPath";
+
 const TCP_HOOK: &str = "Kubernetes does not run it either: use exec, httpGet or sleep";
 
 /// Fields of a PodSpec.
@@ -149,9 +154,10 @@ pub static POD_SPEC: &[Rule] = &[
     yes("volumes[].hostPath"),
     yes("volumes[].image"),
     yes("volumes[].secret"),
-    no("volumes[].csi", &[], "there are no CSI drivers yet"),
+    yes("volumes[].csi"),
     yes("volumes[].downwardAPI"),
     yes("volumes[].ephemeral"),
+    yes("volumes[].nfs"),
     yes("volumes[].persistentVolumeClaim"),
     listed("volumes[].projected"),
     yes("volumes[].projected.defaultMode"),
@@ -160,6 +166,33 @@ pub static POD_SPEC: &[Rule] = &[
     yes("volumes[].projected.sources[].downwardAPI"),
     yes("volumes[].projected.sources[].secret"),
     yes("volumes[].projected.sources[].serviceAccountToken"),
+    no("volumes[].awsElasticBlockStore", &[], BY_CSI),
+    no("volumes[].azureDisk", &[], BY_CSI),
+    no("volumes[].azureFile", &[], BY_CSI),
+    no("volumes[].cephfs", &[], BY_CSI),
+    no("volumes[].cinder", &[], BY_CSI),
+    no("volumes[].fc", &[], BY_CSI_OR_HOST),
+    no(
+        "volumes[].flexVolume",
+        &[],
+        "FlexVolume drivers are not run: use a CSI driver",
+    ),
+    no("volumes[].flocker", &[], BY_CSI),
+    no("volumes[].gcePersistentDisk", &[], BY_CSI),
+    no(
+        "volumes[].gitRepo",
+        &[],
+        "use an init container that clones into an emptyDir",
+    ),
+    no("volumes[].glusterfs", &[], BY_CSI),
+    no("volumes[].iscsi", &[], BY_CSI_OR_HOST),
+    no("volumes[].photonPersistentDisk", &[], BY_CSI),
+    no("volumes[].portworxVolume", &[], BY_CSI),
+    no("volumes[].quobyte", &[], BY_CSI),
+    no("volumes[].rbd", &[], BY_CSI),
+    no("volumes[].scaleIO", &[], BY_CSI),
+    no("volumes[].storageos", &[], BY_CSI),
+    no("volumes[].vsphereVolume", &[], BY_CSI),
 ];
 
 /// Fields of a container; the same table serves init containers.
@@ -409,10 +442,33 @@ pub static PERSISTENT_VOLUME_SPEC: &[Rule] = &[
     yes("accessModes"),
     yes("capacity"),
     yes("claimRef"),
+    listed("csi"),
+    warn(
+        "csi.controllerExpandSecretRef",
+        &[],
+        "volumes are not expanded",
+    ),
+    no(
+        "csi.controllerPublishSecretRef",
+        &[],
+        "volumes are not attached: only drivers without ControllerPublishVolume work",
+    ),
+    yes("csi.driver"),
+    yes("csi.fsType"),
+    warn("csi.nodeExpandSecretRef", &[], "volumes are not expanded"),
+    yes("csi.nodePublishSecretRef"),
+    yes("csi.nodeStageSecretRef"),
+    yes("csi.readOnly"),
+    yes("csi.volumeAttributes"),
+    yes("csi.volumeHandle"),
     yes("hostPath"),
     yes("local.path"),
     listed("local"),
-    warn("mountOptions", &[], "directories are mounted as they are"),
+    Rule {
+        note: "of nfs and csi; directories (local, hostPath) are mounted as they are, with a warning",
+        ..yes("mountOptions")
+    },
+    yes("nfs"),
     yes("nodeAffinity"),
     warn(
         "persistentVolumeReclaimPolicy",
@@ -425,6 +481,28 @@ pub static PERSISTENT_VOLUME_SPEC: &[Rule] = &[
         &["\"Filesystem\""],
         "there are no block volumes yet",
     ),
+    no("awsElasticBlockStore", &[], BY_CSI),
+    no("azureDisk", &[], BY_CSI),
+    no("azureFile", &[], BY_CSI),
+    no("cephfs", &[], BY_CSI),
+    no("cinder", &[], BY_CSI),
+    no("fc", &[], BY_CSI_OR_HOST),
+    no(
+        "flexVolume",
+        &[],
+        "FlexVolume drivers are not run: use a CSI driver",
+    ),
+    no("flocker", &[], BY_CSI),
+    no("gcePersistentDisk", &[], BY_CSI),
+    no("glusterfs", &[], BY_CSI),
+    no("iscsi", &[], BY_CSI_OR_HOST),
+    no("photonPersistentDisk", &[], BY_CSI),
+    no("portworxVolume", &[], BY_CSI),
+    no("quobyte", &[], BY_CSI),
+    no("rbd", &[], BY_CSI),
+    no("scaleIO", &[], BY_CSI),
+    no("storageos", &[], BY_CSI),
+    no("vsphereVolume", &[], BY_CSI),
 ];
 
 /// Fields of a PersistentVolumeClaim's spec.
@@ -543,7 +621,21 @@ pub fn check(kind: &Kind, object: &Value) -> Findings {
             }
         }
     }
+    if kind.kind == "PersistentVolume" {
+        check_mount_options(spec, &path, &mut findings);
+    }
     findings
+}
+
+/// A directory of the node is bind-mounted: options of a mount have no place there.
+fn check_mount_options(spec: &Value, path: &Path, findings: &mut Findings) {
+    let is_directory = ["hostPath", "local"].iter().any(|f| spec.get(f).is_some());
+    if is_directory && spec.get("mountOptions").is_some_and(|o| !is_off(o)) {
+        let path = path.child("mountOptions");
+        findings.warnings.push(format!(
+            "{path}: accepted without effect: directories are mounted as they are"
+        ));
+    }
 }
 
 fn check_pod_spec(spec: &Value, path: &Path, findings: &mut Findings) {
@@ -764,7 +856,10 @@ mod tests {
                 "ports": [{"containerPort": 80, "hostPort": 80}],
                 "resources": {"limits": {"nvidia.com/gpu": "1", "disk": "1"}},
                 "volumeDevices": [{"name": "b", "devicePath": "/dev/b"}]}],
-            "volumes": [{"name": "v", "csi": {"driver": "x"}}, {"name": "e", "emptyDir": {}}]
+            "volumes": [{"name": "v", "gcePersistentDisk": {"pdName": "x"}},
+                {"name": "g", "gitRepo": {}}, {"name": "e", "emptyDir": {}},
+                {"name": "c", "csi": {"driver": "x"}},
+                {"name": "n", "nfs": {"server": "s", "path": "/"}}]
         }));
         let fields: Vec<&str> = findings.errors.iter().map(|e| e.field.as_str()).collect();
         for field in [
@@ -772,11 +867,15 @@ mod tests {
             "spec.containers[0].ports[0].hostPort",
             "spec.containers[0].resources.limits[disk]",
             "spec.containers[0].volumeDevices",
-            "spec.volumes[0].csi",
+            "spec.volumes[0].gcePersistentDisk",
+            "spec.volumes[1].gitRepo",
         ] {
             assert!(fields.contains(&field), "{field} in {fields:?}");
         }
-        assert_eq!(fields.len(), 5, "{fields:?}");
+        assert_eq!(fields.len(), 6, "{fields:?}");
+        let disk = findings.errors.iter().find(|e| e.field.contains("Disk"));
+        let words = disk.unwrap().to_string();
+        assert!(words.contains("use its CSI driver"), "{words}");
     }
 
     #[test]
@@ -801,6 +900,26 @@ mod tests {
     fn what_the_table_does_not_know_is_refused() {
         let findings = pod(&json!({"overhead": {"cpu": "1"}, "containers": [{"name": "a"}]}));
         assert_eq!(findings.errors[0].field, "spec.overhead");
+    }
+
+    #[test]
+    fn a_volumes_source_is_judged_by_field() {
+        let volume = |spec: Value| {
+            let findings = check(resolve("pv").unwrap(), &json!({"spec": spec}));
+            let refused = findings.errors.into_iter().map(|e| e.field);
+            (refused.collect::<Vec<_>>(), findings.warnings)
+        };
+        let csi = json!({"driver": "x", "volumeHandle": "h", "volumeAttributes": {"a": "b"},
+            "nodeStageSecretRef": {"name": "s", "namespace": "n"}});
+        let fine = json!({"csi": csi, "mountOptions": ["ro"]});
+        assert_eq!(volume(fine), (vec![], vec![]));
+        let attached = json!({"csi": {"controllerPublishSecretRef": {"name": "s"}}});
+        assert_eq!(volume(attached).0, ["spec.csi.controllerPublishSecretRef"]);
+        assert_eq!(volume(json!({"iscsi": {"lun": 1}})).0, ["spec.iscsi"]);
+        let nfs = json!({"nfs": {"server": "s", "path": "/"}, "mountOptions": ["nfsvers=4.1"]});
+        assert_eq!(volume(nfs), (vec![], vec![]));
+        let local = json!({"local": {"path": "/x"}, "mountOptions": ["ro"]});
+        assert!(volume(local).1[0].starts_with("spec.mountOptions: "));
     }
 
     #[test]

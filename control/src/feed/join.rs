@@ -392,6 +392,10 @@ pub(super) fn pod_blobs(spec: &core::PodSpec) -> BTreeSet<(&'static str, String)
         {
             blobs.insert(("secrets", name));
         }
+        let csi = volume.csi.as_ref();
+        if let Some(secret) = csi.and_then(|source| source.node_publish_secret_ref.as_ref()) {
+            blobs.insert(("secrets", secret.name.clone()));
+        }
         let projected = volume
             .projected
             .iter()
@@ -407,6 +411,22 @@ pub(super) fn pod_blobs(spec: &core::PodSpec) -> BTreeSet<(&'static str, String)
     }
     blobs.retain(|(_, name)| !name.is_empty());
     blobs
+}
+
+/// The Secrets that a volume's driver is given on a node: `namespace`, `name`.
+pub(super) fn volume_secrets(volume: &core::PersistentVolume) -> BTreeSet<Name> {
+    let source = volume.spec.as_ref().and_then(|spec| spec.csi.as_ref());
+    let references = source.into_iter().flat_map(|source| {
+        [
+            source.node_publish_secret_ref.as_ref(),
+            source.node_stage_secret_ref.as_ref(),
+        ]
+    });
+    references
+        .flatten()
+        .filter_map(|secret| Some((secret.namespace.clone()?, secret.name.clone()?)))
+        .filter(|(namespace, name)| !namespace.is_empty() && !name.is_empty())
+        .collect()
 }
 
 fn env_blobs(

@@ -27,6 +27,7 @@ use super::join::{self, CLAIMS, EndpointId, Name, NodeFacts, PodFacts, PodOnNode
 use super::latest::{Encoded, Latest, TOMBSTONES_MAX};
 
 const VOLUMES: &str = "persistentvolumes";
+const SECRETS: &str = "secrets";
 
 /// Plural, namespace, name.
 type BlobName = (String, String, String);
@@ -107,6 +108,9 @@ pub(super) struct Index {
     /// The volume of each claim that has one, and the other way round.
     claim_volumes: BTreeMap<BlobName, String>,
     volume_claims: BTreeMap<String, BTreeSet<BlobName>>,
+    /// The Secrets that a volume's driver is given, and the other way round.
+    volume_secrets: BTreeMap<String, BTreeSet<Name>>,
+    secret_volumes: BTreeMap<Name, BTreeSet<String>>,
     nodes: BTreeMap<String, NodeFacts>,
     /// The revision of the last change of each node's private part. Kept when the node goes: a stream
     /// that is still open must see that its pods have gone too.
@@ -134,6 +138,8 @@ impl Index {
             blob_users: BTreeMap::new(),
             claim_volumes: BTreeMap::new(),
             volume_claims: BTreeMap::new(),
+            volume_secrets: BTreeMap::new(),
+            secret_volumes: BTreeMap::new(),
             nodes: BTreeMap::new(),
             private_changed_at: BTreeMap::new(),
             touched: BTreeSet::new(),
@@ -192,7 +198,8 @@ impl Index {
                 });
                 self.apply_pod((first.into(), name.into()), slot, rev);
             }
-            ("persistentvolumes", None) => {
+            (VOLUMES, None) => {
+                self.apply_volume(first, parse(key, value));
                 self.apply_blob((plural.into(), String::new(), first.into()), value, rev);
             }
             (CLAIMS, Some(name)) => {
@@ -200,7 +207,7 @@ impl Index {
                 self.apply_claim(&claim, parse(key, value));
                 self.apply_blob(claim, value, rev);
             }
-            ("configmaps" | "secrets", Some(name)) => {
+            ("configmaps" | SECRETS, Some(name)) => {
                 self.apply_blob((plural.into(), first.into(), name.into()), value, rev);
             }
             _ => {}
@@ -357,14 +364,57 @@ impl Index {
         }
     }
 
-    /// The pods that use an object: a volume is used through its claims.
-    fn users_of(&self, name: &BlobName) -> BTreeSet<Name> {
-        if name.0 != VOLUMES {
-            return self.blob_users.get(name).cloned().unwrap_or_default();
+    /// Which Secrets go with a volume to the nodes that use it.
+    fn apply_volume(&mut self, name: &str, volume: Option<core::PersistentVolume>) {
+        let name = name.to_owned();
+        for secret in self.volume_secrets.remove(&name).into_iter().flatten() {
+            remove_from(&mut self.secret_volumes, &secret, &name);
         }
-        let claims = self.volume_claims.get(&name.2).into_iter().flatten();
-        let users = claims.filter_map(|claim| self.blob_users.get(claim));
-        users.flatten().cloned().collect()
+        let secrets = volume.as_ref().map(join::volume_secrets);
+        for secret in secrets.into_iter().flatten() {
+            let volumes = self.secret_volumes.entry(secret.clone()).or_default();
+            volumes.insert(name.clone());
+            let secrets = self.volume_secrets.entry(name.clone()).or_default();
+            secrets.insert(secret);
+        }
+    }
+
+    /// The pods that use an object: a volume is used through its claims, and a Secret also through
+    /// the volumes that name it.
+    fn users_of(&self, name: &BlobName) -> BTreeSet<Name> {
+        if name.0 == VOLUMES {
+            return self.volume_users(&name.2).cloned().collect();
+        }
+        let mut users = self.blob_users.get(name).cloned().unwrap_or_default();
+        if name.0 == SECRETS {
+            let secret = (name.1.clone(), name.2.clone());
+            let volumes = self.secret_volumes.get(&secret).into_iter().flatten();
+            users.extend(
+                volumes
+                    .flat_map(|volume| self.volume_users(volume))
+                    .cloned(),
+            );
+        }
+        users
+    }
+
+    fn volume_users(&self, volume: &str) -> impl Iterator<Item = &Name> {
+        let claims = self.volume_claims.get(volume).into_iter().flatten();
+        claims
+            .filter_map(|claim| self.blob_users.get(claim))
+            .flatten()
+    }
+
+    /// A claim's volume, and the Secrets that go with that.
+    fn of_claim(&self, claim: &BlobName) -> Vec<BlobName> {
+        let Some(volume) = self.claim_volumes.get(claim) else {
+            return Vec::new();
+        };
+        let secrets = self.volume_secrets.get(volume).into_iter().flatten();
+        let secrets =
+            secrets.map(|(namespace, name)| (SECRETS.to_owned(), namespace.clone(), name.clone()));
+        let volume = (VOLUMES.to_owned(), String::new(), volume.clone());
+        std::iter::once(volume).chain(secrets).collect()
     }
 
     fn apply_blob(&mut self, name: BlobName, json: Option<&Bytes>, rev: u64) {
@@ -482,9 +532,8 @@ impl Index {
             items.insert(key, (slot.document.rev, encoded));
             for (plural, blob) in &slot.facts.blobs {
                 let blob = ((*plural).to_owned(), name.0.clone(), blob.clone());
-                let volume = self.claim_volumes.get(&blob);
-                let volume = volume.map(|v| (VOLUMES.to_owned(), String::new(), v.clone()));
-                for blob in [Some(blob), volume].into_iter().flatten() {
+                let more = self.of_claim(&blob);
+                for blob in std::iter::once(blob).chain(more) {
                     let Some(document) = self.blobs.get(&blob) else {
                         continue;
                     };

@@ -1,11 +1,12 @@
 //! Rules for volumes, claims, classes of storage and of priority.
 
 use super::sets::immutable;
-use super::{names, one_of};
+use super::{each, names, one_of, volume as sources};
 use crate::field::{FieldError, Path};
 use crate::quantity::Quantity;
 use k8s_openapi::api::core::v1::{
-    PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec,
+    CSIPersistentVolumeSource, PersistentVolume, PersistentVolumeClaim, PersistentVolumeClaimSpec,
+    PersistentVolumeSpec, SecretReference,
 };
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use k8s_openapi::api::storage::v1::StorageClass;
@@ -72,8 +73,7 @@ pub fn persistent_volume(volume: &PersistentVolume) -> Vec<FieldError> {
     let policy = spec.persistent_volume_reclaim_policy.as_deref();
     let at = path.child("persistentVolumeReclaimPolicy");
     one_of(&at, policy, &["Retain", "Delete"], &mut errors);
-    let sources = [spec.host_path.is_some(), spec.local.is_some()];
-    match sources.iter().filter(|is_set| **is_set).count() {
+    match source_count(spec) {
         0 => errors.push(FieldError::required(&path, "must specify a volume type")),
         1 => {}
         _ => errors.push(FieldError::forbidden(
@@ -96,6 +96,13 @@ pub fn persistent_volume(volume: &PersistentVolume) -> Vec<FieldError> {
             }
         }
     }
+    if let Some(source) = &spec.csi {
+        csi(source, &path.child("csi"), &mut errors);
+    }
+    if let Some(source) = &spec.nfs {
+        let path = path.child("nfs");
+        sources::nfs(&source.server, &source.path, &path, &mut errors);
+    }
     if spec.local.is_some() && spec.node_affinity.is_none() {
         let at = path.child("nodeAffinity");
         errors.push(FieldError::required(
@@ -106,6 +113,73 @@ pub fn persistent_volume(volume: &PersistentVolume) -> Vec<FieldError> {
     errors
 }
 
+/// How many sources are given, those that Gantry refuses by path included.
+fn source_count(spec: &PersistentVolumeSpec) -> usize {
+    let given = [
+        spec.csi.is_some(),
+        spec.host_path.is_some(),
+        spec.local.is_some(),
+        spec.nfs.is_some(),
+        spec.aws_elastic_block_store.is_some(),
+        spec.azure_disk.is_some(),
+        spec.azure_file.is_some(),
+        spec.cephfs.is_some(),
+        spec.cinder.is_some(),
+        spec.fc.is_some(),
+        spec.flex_volume.is_some(),
+        spec.flocker.is_some(),
+        spec.gce_persistent_disk.is_some(),
+        spec.glusterfs.is_some(),
+        spec.iscsi.is_some(),
+        spec.photon_persistent_disk.is_some(),
+        spec.portworx_volume.is_some(),
+        spec.quobyte.is_some(),
+        spec.rbd.is_some(),
+        spec.scale_io.is_some(),
+        spec.storageos.is_some(),
+        spec.vsphere_volume.is_some(),
+    ];
+    given.iter().filter(|is_set| **is_set).count()
+}
+
+fn csi(source: &CSIPersistentVolumeSource, path: &Path, errors: &mut Vec<FieldError>) {
+    sources::csi_driver(&path.child("driver"), &source.driver, errors);
+    if source.volume_handle.is_empty() {
+        errors.push(FieldError::required(&path.child("volumeHandle"), ""));
+    }
+    for (field, secret) in [
+        (
+            "controllerExpandSecretRef",
+            &source.controller_expand_secret_ref,
+        ),
+        (
+            "controllerPublishSecretRef",
+            &source.controller_publish_secret_ref,
+        ),
+        ("nodeExpandSecretRef", &source.node_expand_secret_ref),
+        ("nodePublishSecretRef", &source.node_publish_secret_ref),
+        ("nodeStageSecretRef", &source.node_stage_secret_ref),
+    ] {
+        if let Some(secret) = secret {
+            secret_reference(secret, &path.child(field), errors);
+        }
+    }
+}
+
+fn secret_reference(secret: &SecretReference, path: &Path, errors: &mut Vec<FieldError>) {
+    for (field, text, is_label) in [
+        ("name", &secret.name, false),
+        ("namespace", &secret.namespace, true),
+    ] {
+        let field = path.child(field);
+        match text.as_deref().filter(|text| !text.is_empty()) {
+            None => errors.push(FieldError::required(&field, "")),
+            Some(text) if is_label => each(&field, text, names::dns1123_label(text), errors),
+            Some(text) => each(&field, text, names::dns1123_subdomain(text), errors),
+        }
+    }
+}
+
 /// Where a volume is never changes.
 pub fn persistent_volume_update(new: &PersistentVolume, old: &PersistentVolume) -> Vec<FieldError> {
     let (Some(new), Some(old)) = (&new.spec, &old.spec) else {
@@ -113,6 +187,8 @@ pub fn persistent_volume_update(new: &PersistentVolume, old: &PersistentVolume) 
     };
     let (mut errors, path) = (Vec::new(), Path::new("spec"));
     immutable(&new.local, &old.local, &path.child("local"), &mut errors);
+    immutable(&new.csi, &old.csi, &path.child("csi"), &mut errors);
+    immutable(&new.nfs, &old.nfs, &path.child("nfs"), &mut errors);
     immutable(
         &new.host_path,
         &old.host_path,
@@ -289,4 +365,63 @@ pub fn priority_class_update(new: &PriorityClass, old: &PriorityClass) -> Vec<Fi
     let (new, old) = (&new.preemption_policy, &old.preemption_policy);
     immutable(new, old, &Path::new("preemptionPolicy"), &mut errors);
     errors
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn volume(source: Value) -> PersistentVolume {
+        let mut spec = json!({"accessModes": ["ReadWriteMany"], "capacity": {"storage": "1Gi"}});
+        spec.as_object_mut()
+            .unwrap()
+            .extend(source.as_object().unwrap().clone());
+        serde_json::from_value(json!({"metadata": {"name": "v"}, "spec": spec})).unwrap()
+    }
+
+    #[test]
+    fn what_a_persistent_volume_may_say() {
+        let secret = json!({"name": "s", "namespace": "n"});
+        let csi = json!({"driver": "a.b", "volumeHandle": "h", "nodePublishSecretRef": secret});
+        for fine in [
+            json!({"csi": csi}),
+            json!({"nfs": {"server": "filer", "path": "/"}, "mountOptions": ["nfsvers=4.2"]}),
+            json!({"iscsi": {"targetPortal": "p", "iqn": "q", "lun": 0}}),
+        ] {
+            let errors = persistent_volume(&volume(fine.clone()));
+            assert!(errors.is_empty(), "{fine}: {errors:?}");
+        }
+        for (bad, field) in [
+            (json!({}), "spec"),
+            (
+                json!({"csi": csi, "nfs": {"server": "a", "path": "/"}}),
+                "spec",
+            ),
+            (
+                json!({"csi": {"driver": "a", "volumeHandle": ""}}),
+                "spec.csi.volumeHandle",
+            ),
+            (
+                json!({"csi": {"driver": "", "volumeHandle": "h"}}),
+                "spec.csi.driver",
+            ),
+            (
+                json!({"csi": {"driver": "a", "volumeHandle": "h",
+                    "nodeStageSecretRef": {"name": "s"}}}),
+                "spec.csi.nodeStageSecretRef.namespace",
+            ),
+            (
+                json!({"nfs": {"server": "a", "path": "b"}}),
+                "spec.nfs.path",
+            ),
+        ] {
+            let errors = persistent_volume(&volume(bad.clone()));
+            let fields: Vec<&str> = errors.iter().map(|e| e.field.as_str()).collect();
+            assert_eq!(fields, [field], "{bad}");
+        }
+        let other = json!({"csi": {"driver": "a.b", "volumeHandle": "other"}});
+        let errors = persistent_volume_update(&volume(other), &volume(json!({"csi": csi})));
+        assert_eq!(errors[0].field, "spec.csi");
+    }
 }

@@ -13,6 +13,8 @@ use std::collections::BTreeSet;
 const TOKEN_LIFE_S_MIN: i64 = 10 * 60;
 /// And at most this long.
 const TOKEN_LIFE_S_MAX: i64 = 1 << 32;
+/// `csiDriverNameMaxLength`, as the CSI specification has it.
+const CSI_DRIVER_BYTES_MAX: usize = 63;
 /// Fields of the pod that a file may take its text from; more than variables may, and no address.
 const FILE_FIELD_PATHS: &[&str] = &[
     "metadata.annotations",
@@ -57,12 +59,15 @@ fn volume_source(volume: &Volume, path: &Path, errors: &mut Vec<FieldError>) {
         volume.image.is_some(),
         volume.persistent_volume_claim.is_some(),
         volume.secret.is_some(),
+        volume.csi.is_some(),
+        volume.nfs.is_some(),
     ];
     if sources.iter().filter(|set| **set).count() > 1 {
         let detail = "may not specify more than 1 volume type";
         errors.push(FieldError::forbidden(path, detail));
     }
     files_source(volume, path, errors);
+    remote_source(volume, path, errors);
     if let Some(source) = &volume.host_path {
         let path = path.child("hostPath");
         if source.path.is_empty() {
@@ -115,6 +120,61 @@ fn volume_source(volume: &Volume, path: &Path, errors: &mut Vec<FieldError>) {
                 super::claim_spec(Some(&claim.spec), &path.child("spec"), errors);
             }
         }
+    }
+}
+
+/// A driver's name: a domain, in any case, of at most 63 characters.
+pub(super) fn csi_driver(field: &Path, name: &str, errors: &mut Vec<FieldError>) {
+    if name.is_empty() {
+        return errors.push(FieldError::required(field, ""));
+    }
+    if name.len() > CSI_DRIVER_BYTES_MAX {
+        errors.push(FieldError::too_long(field, CSI_DRIVER_BYTES_MAX));
+    }
+    let broken = names::dns1123_subdomain(&name.to_lowercase());
+    each(field, name, broken, errors);
+}
+
+/// Where an NFS server has what is mounted.
+pub(super) fn nfs(server: &str, export: &str, path: &Path, errors: &mut Vec<FieldError>) {
+    let field = &path.child("server");
+    if server.is_empty() {
+        errors.push(FieldError::required(field, ""));
+    } else if server.contains(|c: char| c.is_whitespace() || c.is_control() || ",/".contains(c)) {
+        let detail = "must be a host name or an address";
+        errors.push(FieldError::invalid(field, server, detail));
+    }
+    let field = &path.child("path");
+    if export.is_empty() {
+        errors.push(FieldError::required(field, ""));
+    } else if !export.starts_with('/') {
+        errors.push(FieldError::invalid(
+            field,
+            export,
+            "must be an absolute path",
+        ));
+    } else {
+        inner_path(field, export, true, errors);
+    }
+}
+
+/// Sources that are mounted from elsewhere.
+fn remote_source(volume: &Volume, path: &Path, errors: &mut Vec<FieldError>) {
+    if let Some(source) = &volume.csi {
+        let path = path.child("csi");
+        csi_driver(&path.child("driver"), &source.driver, errors);
+        if let Some(secret) = &source.node_publish_secret_ref {
+            let path = path.child("nodePublishSecretRef").child("name");
+            if secret.name.is_empty() {
+                errors.push(FieldError::required(&path, ""));
+            } else {
+                let broken = names::dns1123_subdomain(&secret.name);
+                each(&path, &secret.name, broken, errors);
+            }
+        }
+    }
+    if let Some(source) = &volume.nfs {
+        nfs(&source.server, &source.path, &path.child("nfs"), errors);
     }
 }
 
@@ -405,6 +465,8 @@ mod tests {
             json!({"hostPath": {"path": "/x", "type": "Socket"}}),
             json!({"image": {"reference": "model:1", "pullPolicy": "Never"}}),
             json!({"persistentVolumeClaim": {"claimName": "data"}}),
+            json!({"csi": {"driver": "Files.csi.example.com", "nodePublishSecretRef": {"name": "s"}}}),
+            json!({"nfs": {"server": "fd00::5", "path": "/exports/a"}}),
             json!({"emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}),
             token(3607, "token"),
             file(json!({"path": "l", "fieldRef": {"fieldPath": "metadata.labels"}})),
@@ -417,6 +479,20 @@ mod tests {
                 "hostPath.type",
             ),
             (json!({"hostPath": {"path": "/x/../y"}}), "hostPath.path"),
+            (json!({"csi": {"driver": ""}}), "csi.driver"),
+            (json!({"csi": {"driver": "a_b"}}), "csi.driver"),
+            (json!({"csi": {"driver": "x".repeat(64)}}), "csi.driver"),
+            (
+                json!({"csi": {"driver": "a", "nodePublishSecretRef": {"name": "B"}}}),
+                "csi.nodePublishSecretRef.name",
+            ),
+            (json!({"nfs": {"server": "", "path": "/"}}), "nfs.server"),
+            (
+                json!({"nfs": {"server": "a,addr=b", "path": "/"}}),
+                "nfs.server",
+            ),
+            (json!({"nfs": {"server": "a", "path": "x"}}), "nfs.path"),
+            (json!({"nfs": {"server": "a", "path": ""}}), "nfs.path"),
             (json!({"image": {"reference": ""}}), "image.reference"),
             (
                 json!({"persistentVolumeClaim": {"claimName": "A"}}),

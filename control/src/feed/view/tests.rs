@@ -394,6 +394,45 @@ fn a_binding_brings_a_secret_older_than_the_cursor() {
 }
 
 #[test]
+fn a_volumes_secrets_go_where_its_claim_is_used_and_follow_their_changes() {
+    let (mut store, mut index) = (Store::default(), Index::new(0));
+    let other = "/registry/secrets/storage/s";
+    store.put(&mut index, other, &secret(1));
+    store.put(
+        &mut index,
+        "/registry/persistentvolumes/v",
+        &json!({"metadata": {"name": "v"}, "spec": {"csi": {"driver": "x", "volumeHandle": "h",
+            "nodePublishSecretRef": {"namespace": "storage", "name": "s"}}}}),
+    );
+    let claim = json!({"metadata": {"name": "c", "namespace": "d"}, "spec": {"volumeName": "v"}});
+    store.put(&mut index, "/registry/persistentvolumeclaims/d/c", &claim);
+    let mut user = pod("u", "n", true, false, "");
+    user["spec"]["volumes"] = json!([{"name": "x", "persistentVolumeClaim": {"claimName": "c"}},
+        {"name": "y", "csi": {"driver": "x", "nodePublishSecretRef": {"name": "own"}}}]);
+    store.put(&mut index, "/registry/pods/d/p", &user);
+    store.put(&mut index, "/registry/secrets/d/own", &secret(3));
+    let (mut agent, mut cursor) = (Agent::default(), Cursor::default());
+    agent.take(&index.step("n", &mut cursor).unwrap());
+    let secrets = |agent: &Agent| -> Vec<String> {
+        let keys = agent.items.keys();
+        keys.filter(|key| key.contains("secrets"))
+            .cloned()
+            .collect()
+    };
+    assert_eq!(
+        secrets(&agent),
+        ["blob/secrets/d/own", "blob/secrets/storage/s"]
+    );
+    assert_eq!(store.view_of("other").len(), 0);
+    store.put(&mut index, other, &secret(2));
+    agent.take(&index.step("n", &mut cursor).unwrap());
+    assert_eq!(agent.items, store.view_of("n"));
+    store.delete(&mut index, "/registry/persistentvolumes/v");
+    agent.take(&index.step("n", &mut cursor).unwrap());
+    assert_eq!(secrets(&agent), ["blob/secrets/d/own"]);
+}
+
+#[test]
 fn a_dead_node_takes_its_backends_out_and_brings_them_back() {
     let (mut store, mut index) = one_backend();
     store.put(&mut index, "/registry/nodes/n", &node("Unknown"));
