@@ -8,7 +8,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use futures_util::Stream;
 use gantry_agent::devices::wire::device_plugin_server::{DevicePlugin, DevicePluginServer};
 use gantry_agent::devices::wire::registration_client::RegistrationClient;
@@ -18,10 +18,11 @@ use gantry_agent::devices::wire::{
     PreStartContainerResponse, PreferredAllocationRequest, PreferredAllocationResponse,
     RegisterRequest,
 };
-use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
-use tokio_stream::wrappers::{ReceiverStream, UnixListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
+
+use crate::plugin_socket::listen;
 
 /// What it offers.
 pub const RESOURCE: &str = "example.com/fuse";
@@ -130,13 +131,9 @@ impl DevicePlugin for Plugin {
 /// # Errors
 /// Its socket cannot be made, or serving fails.
 pub async fn serve(directory: &Path, healthy: watch::Receiver<bool>) -> Result<()> {
-    let socket = directory.join(SOCKET);
-    std::fs::create_dir_all(directory)?;
-    let _ = std::fs::remove_file(&socket);
-    let listener = UnixListener::bind(&socket).with_context(|| socket.display().to_string())?;
     let served = tonic::transport::Server::builder()
         .add_service(DevicePluginServer::new(Plugin { healthy }))
-        .serve_with_incoming(UnixListenerStream::new(listener));
+        .serve_with_incoming(listen(&directory.join(SOCKET))?);
     let kubelet = directory.join("kubelet.sock");
     let registered = async {
         let mut known = None;

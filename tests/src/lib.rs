@@ -13,8 +13,10 @@ pub mod bench;
 #[path = "../../xtask/src/census.rs"]
 pub mod census;
 pub mod cluster;
+pub mod csi_driver;
 pub mod device_plugin;
 pub mod inventory;
+mod plugin_socket;
 pub mod scenario;
 pub mod sweep;
 

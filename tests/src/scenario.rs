@@ -11,6 +11,7 @@ use crate::cluster::{Cluster, Installation};
 
 mod bad_input;
 mod bad_pods;
+mod csi_volumes;
 mod degraded;
 mod device_plugins;
 mod images;
@@ -86,6 +87,7 @@ pub const ALL: &[Scenario] = &[
     scenario("leaks", leaks::leaks),
     scenario("workloads", workloads::workloads),
     for_every_kernel("device-plugins", device_plugins::device_plugins),
+    for_every_kernel("csi-volumes", csi_volumes::csi_volumes),
     scenario("no-ebpf", degraded::no_ebpf),
     for_every_kernel("missing-controller", degraded::missing_controller),
     for_every_kernel("reboot", reboot::reboot),
