@@ -258,8 +258,10 @@ pub async fn remove(
 ) -> Result<(), VolumeError> {
     nfs::unmount_all(uid, paths).await?;
     let (directory, sub_paths) = (paths.pod_lib(uid), paths.volume_sub_paths(uid));
-    // Parts of volumes are mounts of their own, and would keep a driver's file system busy.
-    blocking(move || tmpfs::unmount_below(&sub_paths)).await?;
+    if sub_paths.exists() {
+        // Parts of volumes are mounts of their own, and would keep a driver's file system busy.
+        blocking(move || tmpfs::unmount_below(&sub_paths)).await?;
+    }
     let unpublished = drivers.unpublish_all(uid).await;
     blocking(move || {
         tmpfs::unmount_below(&directory)?;

@@ -67,11 +67,14 @@ fn mounts_below(directory: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The path as the mount table has it. Its last part is not looked at where that fails: a mount
-/// whose server is gone answers nobody.
+/// The path as the mount table has it; none where nothing is there. Its last part is not looked at
+/// where that fails: a mount whose server is gone answers nobody.
 pub(super) fn resolved(path: &Path) -> Option<PathBuf> {
-    let parent = || Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?));
-    path.canonicalize().ok().or_else(parent)
+    match path.canonicalize() {
+        Ok(path) => Some(path),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(_) => Some(path.parent()?.canonicalize().ok()?.join(path.file_name()?)),
+    }
 }
 
 /// Unmounts everything at or below `directory`; what is still in use is detached.

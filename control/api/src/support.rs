@@ -81,7 +81,8 @@ const fn no(path: &'static str, except: &'static [&'static str], note: &'static 
 /// What to use for a disk of a cloud or a storage system that Kubernetes once had built in.
 const BY_CSI: &str = "no storage system is built in: use its CSI driver, or a local volume";
 /// What to use for storage that the node would have to attach.
-const BY_CSI_OR_HOST: &str = "devices are not attached: use a CSI driver, or mount the device on the host and use hostPath";
+const BY_CSI_OR_HOST: &str =
+    "devices are not attached: use a CSI driver, or mount the device on the host and use hostPath";
 
 const TCP_HOOK: &str = "Kubernetes does not run it either: use exec, httpGet or sleep";
 

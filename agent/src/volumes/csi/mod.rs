@@ -143,7 +143,7 @@ impl CsiDrivers {
     /// Finds drivers until the agent stops.
     pub async fn serve(self, stop: CancellationToken) {
         let directory = self.0.paths.kubelet.join(REGISTRY);
-        if let Err(error) = std::fs::create_dir_all(&directory) {
+        if let Err(error) = publish::make_private(&directory) {
             let directory = directory.display();
             return warn!(%error, %directory, "CSI drivers cannot register");
         }

@@ -156,9 +156,9 @@ impl CsiDrivers {
         let noted = |error: io::Error| failed(format!("{}: {error}", file.display()));
         write(&file, &record).map_err(noted)?;
         let place = directory.join(&request.place);
-        fs::create_dir_all(&place).map_err(VolumeError::io(place.display().to_string()))?;
+        make_private(&place).map_err(VolumeError::io(place.display().to_string()))?;
         if staged {
-            fs::create_dir_all(&staging).map_err(VolumeError::io(staging.display().to_string()))?;
+            make_private(&staging).map_err(VolumeError::io(staging.display().to_string()))?;
             let stage = NodeStageVolumeRequest {
                 volume_id: request.volume_id.clone(),
                 staging_target_path: staging.to_string_lossy().into_owned(),
@@ -275,10 +275,10 @@ impl CsiDrivers {
     /// The pod's directories where drivers put volumes, once nothing is published there.
     async fn clear(&self, uid: &PodUid) -> Result<(), VolumeError> {
         let directory = self.0.paths.kubelet_pod(uid);
+        if fs::symlink_metadata(&directory).is_err() {
+            return Ok(());
+        }
         blocking(move || {
-            if !directory.exists() {
-                return Ok(());
-            }
             tmpfs::unmount_below(&directory)?;
             let volumes = directory.join("volumes");
             let plugin = volumes.join("kubernetes.io~csi");
@@ -356,6 +356,13 @@ fn lock_key(driver: &str, volume_id: &str) -> String {
 /// One component of a path.
 fn is_component(name: &str) -> bool {
     !name.is_empty() && name.len() <= 253 && !name.starts_with('.') && !name.contains(['/', '\0'])
+}
+
+/// A directory that only root gets through: what drivers mount below may be open to all.
+pub(super) fn make_private(directory: &Path) -> io::Result<()> {
+    use std::os::unix::fs::DirBuilderExt as _;
+    let mut builder = fs::DirBuilder::new();
+    builder.recursive(true).mode(0o750).create(directory)
 }
 
 fn children(directory: &Path) -> Vec<PathBuf> {

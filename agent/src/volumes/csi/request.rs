@@ -9,7 +9,8 @@
 //!
 //! CSIDriver objects are no kind here, so what they would say is taken as follows: the pod's name is
 //! always given (podInfoOnMount), a volume is never attached (attachRequired), fsGroup follows
-//! ReadWriteOnceWithFSType, which is what Kubernetes does for a driver without such an object. A
+//! ReadWriteOnceWithFSType, which is what Kubernetes does for a driver without such an object, no token
+//! of the pod's account is made for it (tokenRequests), and it is asked once (requiresRepublish). A
 //! driver that takes the group itself (VOLUME_MOUNT_GROUP) is given it, and nothing is changed here.
 //!
 //! Source: Kubernetes `pkg/volume/csi/csi_{mounter,attacher,client}.go`.

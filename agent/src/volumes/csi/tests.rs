@@ -35,20 +35,48 @@ struct Behavior {
     hangs: AtomicBool,
     /// Does its work and then dies instead of answering.
     loses_answers: AtomicBool,
+    /// Calls until one fails, in this way.
+    fails_in: Mutex<Option<(usize, Failure)>>,
     registered: AtomicU32,
     calls: Mutex<Vec<String>>,
     last_publish: Mutex<Option<NodePublishVolumeRequest>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Failure {
+    /// It dies before it does anything.
+    Before,
+    /// It dies before it answers.
+    After,
 }
 
 #[derive(Clone)]
 struct Example(Arc<Behavior>);
 
 impl Example {
-    fn called(&self, call: String) {
+    fn called(&self, call: String) -> Result<(), Status> {
         self.0.calls.lock().unwrap().push(call);
+        self.fails(Failure::Before)
+    }
+
+    /// Each call asks twice, so each failure has its turn in one of them.
+    fn fails(&self, failure: Failure) -> Result<(), Status> {
+        let mut fails_in = self.0.fails_in.lock().unwrap();
+        match &mut *fails_in {
+            Some((count, kind)) if *kind == failure && *count == 0 => {
+                *fails_in = None;
+                Err(Status::unavailable("it died"))
+            }
+            Some((count, kind)) if *kind == failure => {
+                *count -= 1;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn answer<T>(&self, done: T) -> Result<Response<T>, Status> {
+        self.fails(Failure::After)?;
         if self.0.hangs.load(Ordering::SeqCst) {
             std::future::pending::<()>().await;
         }
@@ -90,7 +118,7 @@ impl Node for Example {
         request: Request<NodeStageVolumeRequest>,
     ) -> Result<Response<NodeStageVolumeResponse>, Status> {
         let request = request.into_inner();
-        self.called(format!("stage {}", request.volume_id));
+        self.called(format!("stage {}", request.volume_id))?;
         bind(
             &self.0.data.join(&request.volume_id),
             &request.staging_target_path,
@@ -103,7 +131,7 @@ impl Node for Example {
         request: Request<NodeUnstageVolumeRequest>,
     ) -> Result<Response<NodeUnstageVolumeResponse>, Status> {
         let request = request.into_inner();
-        self.called(format!("unstage {}", request.volume_id));
+        self.called(format!("unstage {}", request.volume_id))?;
         unbind(&request.staging_target_path)?;
         self.answer(NodeUnstageVolumeResponse {}).await
     }
@@ -114,7 +142,7 @@ impl Node for Example {
     ) -> Result<Response<NodePublishVolumeResponse>, Status> {
         let request = request.into_inner();
         let ephemeral = &request.volume_context["csi.storage.k8s.io/ephemeral"];
-        self.called(format!("publish ephemeral={ephemeral}"));
+        self.called(format!("publish ephemeral={ephemeral}"))?;
         *self.0.last_publish.lock().unwrap() = Some(request.clone());
         if request
             .secrets
@@ -135,7 +163,7 @@ impl Node for Example {
         &self,
         request: Request<NodeUnpublishVolumeRequest>,
     ) -> Result<Response<NodeUnpublishVolumeResponse>, Status> {
-        self.called("unpublish".into());
+        self.called("unpublish".into())?;
         unbind(&request.into_inner().target_path)?;
         self.answer(NodeUnpublishVolumeResponse {}).await
     }
@@ -642,6 +670,61 @@ async fn a_persistent_volume_is_staged_once_for_all_its_pods() {
         .join("plugins/kubernetes.io/csi")
         .join(DRIVER);
     assert_eq!(fs::read_dir(staged).unwrap().count(), 0);
+}
+
+/// Whichever call fails, and whether its work was done: the next agent comes to the same end, and no
+/// pod loses what it has.
+#[tokio::test]
+async fn every_call_may_fail_once_before_or_after_its_work() {
+    let Some(mut bed) = Bed::new() else { return };
+    let behavior = Behavior {
+        stages: true,
+        ..bed.behavior()
+    };
+    let driver = Running::start(&bed.paths, Arc::new(behavior));
+    let source = json!({"driver": DRIVER, "volumeHandle": "h-1"});
+    bed.put_volume(
+        "pv",
+        json!({"csi": source, "accessModes": ["ReadWriteMany"]}),
+    );
+    let volume = json!({"persistentVolumeClaim": {"claimName": "pv"}});
+    let user = |uid: &str| pod(uid, volume.clone(), json!({}));
+    let (one, two) = (user("u-1"), user("u-2"));
+    let mut failed = 0;
+    // stage publish, stage publish, unpublish, unpublish unstage
+    for (call, kind) in (0..7).flat_map(|n| [(n, Failure::Before), (n, Failure::After)]) {
+        *driver.behavior.fails_in.lock().unwrap() = Some((call, kind));
+        let mut drivers = bed.agent();
+        for (pod, comes) in [(&one, true), (&two, true), (&one, false), (&two, false)] {
+            until_known(&drivers).await;
+            for attempt in 0.. {
+                assert!(attempt < 2, "{kind:?} in call {call}");
+                let done = match comes {
+                    true => bed.ensure(&drivers, pod).await.map(|_| ()),
+                    false => bed.remove(&drivers, pod).await,
+                };
+                if done.is_ok() {
+                    break;
+                }
+                failed += 1;
+                drivers = bed.agent();
+                until_known(&drivers).await;
+            }
+            let path = |pod: &Pod| bed.paths.kubelet_pod(&uid(pod));
+            let file = path(&two).join("volumes/kubernetes.io~csi/pv/mount/file");
+            if pod != &two || comes {
+                let has = fs::read_to_string(&file).ok();
+                let wanted = (pod == &two || !comes).then(|| "data/h-1".to_owned());
+                assert_eq!(has, wanted, "{kind:?} in call {call}");
+            }
+        }
+        bed.is_clean(&one);
+        bed.is_clean(&two);
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let here = bed.directory.path().to_str().unwrap();
+        assert!(!table.contains(here), "{kind:?} in call {call}: {table}");
+    }
+    assert_eq!(failed, 14);
 }
 
 #[tokio::test]

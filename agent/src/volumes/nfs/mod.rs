@@ -65,7 +65,7 @@ pub(super) struct Export<'a> {
 }
 
 /// What the helper is told.
-#[derive(clap::Args, Clone, Debug)]
+#[derive(clap::Args, Clone, PartialEq, Eq, Debug)]
 pub struct Mount {
     /// server:/path, for the table of mounts
     source: String,
@@ -111,21 +111,7 @@ pub(super) async fn ensure(
         }
         None => {
             let address = lookup(export.server).await.map_err(failed)?;
-            let mut command = Command::new(paths.bin.join("gantry-agent"));
-            command
-                .arg(HELPER)
-                .args(["--address", &address.to_string()]);
-            if export.read_only {
-                command.arg("--read-only");
-            }
-            for option in export.options {
-                command.arg("-o").arg(option);
-            }
-            command
-                .arg("--")
-                .arg(source(export.server, export.path))
-                .arg(&target);
-            command
+            own_helper(&paths.bin, &export, address, &target)
         }
     };
     run(&mut command, MOUNT).await.map_err(failed)?;
@@ -135,6 +121,23 @@ pub(super) async fn ensure(
             "the helper has ended well and mounted nothing".into(),
         )),
     }
+}
+
+/// The agent itself, as its helper.
+fn own_helper(bin: &Path, export: &Export<'_>, address: IpAddr, target: &Path) -> Command {
+    let mut command = Command::new(bin.join("gantry-agent"));
+    command
+        .arg(HELPER)
+        .args(["--address", &address.to_string()]);
+    if export.read_only {
+        command.arg("--read-only");
+    }
+    for option in export.options {
+        command.arg("-o").arg(option);
+    }
+    command.arg("--").arg(source(export.server, export.path));
+    command.arg(target);
+    command
 }
 
 /// `server:/path`; an IPv6 address is bracketed.

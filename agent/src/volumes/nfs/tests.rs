@@ -41,6 +41,49 @@ fn addresses_with_colons_are_bracketed() {
     assert_eq!(source("[fd00::5]", "/a"), "[fd00::5]:/a");
 }
 
+/// The agent's command line, as far as the helper's is a part of it.
+#[derive(clap::Parser)]
+struct Agent {
+    #[command(subcommand)]
+    command: Helper,
+}
+
+#[derive(clap::Subcommand)]
+enum Helper {
+    #[command(name = HELPER)]
+    MountNfs(Mount),
+}
+
+#[test]
+fn the_helper_understands_what_it_is_told() {
+    use clap::Parser as _;
+    let options = ["hard,vers=4.1".to_owned(), "-x".to_owned()];
+    let export = Export {
+        server: "fd00::5",
+        path: "/-a b",
+        options: &options,
+        read_only: true,
+    };
+    let address: IpAddr = "fd00::5".parse().unwrap();
+    let command = own_helper(
+        Path::new("/bin"),
+        &export,
+        address,
+        Path::new("/lib/target"),
+    );
+    let words = command.as_std().get_args();
+    let words = std::iter::once(std::ffi::OsStr::new("gantry-agent")).chain(words);
+    let Helper::MountNfs(mount) = Agent::try_parse_from(words).unwrap().command;
+    let wanted = Mount {
+        source: "[fd00::5]:/-a b".into(),
+        target: "/lib/target".into(),
+        address,
+        options: options.to_vec(),
+        read_only: true,
+    };
+    assert_eq!(mount, wanted);
+}
+
 #[tokio::test]
 async fn servers_are_found_by_address_and_name() {
     assert_eq!(lookup("10.0.0.5").await.unwrap().to_string(), "10.0.0.5");
