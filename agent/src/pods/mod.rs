@@ -203,6 +203,7 @@ impl PodWorkers {
             return;
         };
         self.view.mark_changed();
+        let mut drivers = self.node.csi.arrivals();
         loop {
             tokio::select! {
                 // Every arm is cancel-safe: each only waits for something to become ready.
@@ -212,6 +213,7 @@ impl PodWorkers {
                     Err(_) => return,
                 },
                 Some(event) = exits.recv() => self.route(event).await,
+                Ok(()) = drivers.changed() => self.try_again().await,
                 Some(order) = self.orders.recv() => self.pass_on(order).await,
                 Some(ended) = self.tasks.join_next(), if !self.tasks.is_empty() => {
                     match ended {
@@ -288,6 +290,16 @@ impl PodWorkers {
         }
         for handle in self.handles.values() {
             let _ = handle.inputs.send(Message::Blobs).await;
+        }
+    }
+
+    /// A driver has come: those that wait for it, to begin or to end, wait no longer.
+    async fn try_again(&self) {
+        for handle in self.handles.values() {
+            let _ = handle
+                .inputs
+                .send(Message::Input(state::Input::Retry))
+                .await;
         }
     }
 

@@ -434,8 +434,13 @@ const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// later than the agent.
 async fn remove_in_time(node: Arc<Node>, uid: PodUid, view: watch::Receiver<Arc<View>>) {
     let (mut wait, last) = AGAIN;
+    let mut drivers = node.csi.arrivals();
     loop {
-        tokio::time::sleep(wait).await;
+        tokio::select! {
+            // Cancel-safe: both only wait. Drivers stay as long as the node.
+            () = tokio::time::sleep(wait) => {}
+            Ok(()) = drivers.changed() => {}
+        }
         if view.borrow().pods.contains_key(&uid) {
             return; // its worker removes it
         }

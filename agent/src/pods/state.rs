@@ -220,7 +220,8 @@ pub enum Input {
     SandboxReady(PodNetwork),
     /// The sandbox could not be made: reason and words.
     SandboxFailed(String, String),
-    /// What the sandbox waits for (a ConfigMap) may be there now: try at once.
+    /// What the sandbox or its removal waits for (a ConfigMap, a driver) may be there now: try at
+    /// once.
     Retry,
     /// The container's init runs.
     Started {
@@ -386,6 +387,9 @@ impl PodState {
             Input::Retry => {
                 if let Sandbox::Absent { retry_at, .. } = &mut self.sandbox {
                     *retry_at = now;
+                }
+                if let TearDown::Due(at, _) = &mut self.tear_down {
+                    *at = now.min(*at);
                 }
             }
             Input::Started { run, at, image_id } => {

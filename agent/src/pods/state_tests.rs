@@ -488,6 +488,29 @@ fn an_adopted_container_keeps_what_this_node_knew_of_its_probes() {
     }
 }
 
+#[test]
+fn what_came_meanwhile_ends_the_wait_of_sandbox_and_tear_down() {
+    let spec = web("Always", 0);
+    let mut state = PodState::new(uid(), spec.clone());
+    state.next(Input::Timer, secs(0));
+    let failed = || Input::SandboxFailed("FailedMount".into(), "no such driver".into());
+    state.next(failed(), secs(0));
+    assert!(state.next(Input::Timer, secs(0)).is_empty());
+    assert_eq!(state.next(Input::Retry, secs(0)), [Action::PrepareSandbox]);
+    state.next(failed(), secs(0));
+    let actions = state.next(Input::Spec(deleted(&spec, 0)), secs(0));
+    assert!(actions.contains(&Action::TearDown), "{actions:?}");
+    state.next(Input::TearDownFailed, secs(1));
+    assert!(state.next(Input::Timer, secs(1)).is_empty());
+    assert_eq!(state.next(Input::Retry, secs(1)), [Action::TearDown]);
+    assert!(
+        state.next(Input::Retry, secs(1)).is_empty(),
+        "one in flight"
+    );
+    state.next(Input::TornDown, secs(1));
+    assert!(state.next(Input::Retry, secs(1)).is_empty());
+}
+
 /// A machine that answers actions in any order, with any outcome.
 #[derive(Default)]
 struct Machine {

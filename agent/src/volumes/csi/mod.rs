@@ -29,6 +29,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -91,6 +92,8 @@ struct Inner {
     paths: Paths,
     patience: Duration,
     registered: Mutex<BTreeMap<String, Registered>>,
+    /// Changes when a driver comes.
+    arrivals: watch::Sender<()>,
     /// By what is published: one call after the other for the same volume.
     locks: KeyedLocks,
 }
@@ -126,8 +129,14 @@ impl CsiDrivers {
             paths: paths.clone(),
             patience,
             registered: Mutex::default(),
+            arrivals: watch::Sender::default(),
             locks: KeyedLocks::default(),
         }))
+    }
+
+    /// Changes whenever a driver is registered, also when it is again.
+    pub fn arrivals(&self) -> watch::Receiver<()> {
+        self.0.arrivals.subscribe()
     }
 
     fn registered(&self) -> MutexGuard<'_, BTreeMap<String, Registered>> {
@@ -147,10 +156,10 @@ impl CsiDrivers {
             let directory = directory.display();
             return warn!(%error, %directory, "CSI drivers cannot register");
         }
-        let mut watch = Watch::new();
+        let mut changes = Watch::new();
         let mut seen = BTreeMap::new();
         loop {
-            watch.ensure(&directory);
+            changes.ensure(&directory);
             let is_busy = tokio::select! {
                 // A registration that is cut short is done again by the next agent.
                 () = stop.cancelled() => return,
@@ -159,7 +168,7 @@ impl CsiDrivers {
             tokio::select! {
                 // Cancel-safe: both only wait.
                 () = stop.cancelled() => return,
-                () = watch.changed(is_busy) => {}
+                () = changes.changed(is_busy) => {}
             }
         }
     }
@@ -229,6 +238,7 @@ impl CsiDrivers {
         let socket = socket.to_owned();
         self.registered()
             .insert(info.name, Registered { socket, endpoint });
+        self.0.arrivals.send_replace(());
         Ok(())
     }
 

@@ -331,6 +331,7 @@ struct Bed {
     directory: tempfile::TempDir,
     paths: Paths,
     blobs: Blobs,
+    patience: Duration,
     stop: CancellationToken,
 }
 
@@ -360,6 +361,7 @@ impl Bed {
             directory,
             paths,
             blobs: Blobs::new(),
+            patience: Duration::from_secs(20),
             stop: CancellationToken::new(),
         })
     }
@@ -375,7 +377,7 @@ impl Bed {
     fn agent(&mut self) -> CsiDrivers {
         self.stop.cancel();
         self.stop = CancellationToken::new();
-        let drivers = CsiDrivers::with_patience(&self.paths, Duration::from_millis(400));
+        let drivers = CsiDrivers::with_patience(&self.paths, self.patience);
         tokio::spawn(drivers.clone().serve(self.stop.clone()));
         drivers
     }
@@ -465,6 +467,7 @@ async fn a_pods_volume_is_published_with_what_the_driver_needs_to_know() {
     let secret = json!({"nodePublishSecretRef": {"name": "s"}, "readOnly": true,
         "volumeAttributes": {"size": "1"}, "fsType": "ext4"});
     let web = inline("u-1", secret);
+    let arrivals = drivers.arrivals();
     // Without a driver, and without the Secret, it waits and nothing is noted.
     let error = bed.ensure(&drivers, &web).await.unwrap_err();
     assert!(matches!(error, VolumeError::Waiting(_)), "{error}");
@@ -478,6 +481,7 @@ async fn a_pods_volume_is_published_with_what_the_driver_needs_to_know() {
     let error = bed.ensure(&drivers, &web).await.unwrap_err().to_string();
     assert!(error.contains("secret \"shop/s\" not found"), "{error}");
     assert!(!has_records(&bed.paths, &uid(&web)));
+    assert!(arrivals.has_changed().unwrap(), "whoever waits is told");
     // What the driver says comes through, the Secret does not.
     bed.put(
         "secrets",
@@ -548,6 +552,10 @@ async fn what_was_cut_short_anywhere_is_taken_back_by_the_next_agent() {
     assert!(has_records(&bed.paths, &uid(&web)), "it may be published");
     // One that hangs is given up, for publishing and for the way back.
     driver.behavior.loses_answers.store(false, Ordering::SeqCst);
+    bed.patience = Duration::from_millis(400);
+    let drivers = bed.agent();
+    until_known(&drivers).await;
+    bed.patience = Duration::from_secs(20);
     driver.behavior.hangs.store(true, Ordering::SeqCst);
     let error = bed.ensure(&drivers, &web).await.unwrap_err().to_string();
     assert!(error.contains("no answer within"), "{error}");
@@ -831,14 +839,16 @@ async fn only_drivers_that_can_be_called_are_registered_and_the_others_are_told(
     let driver = Running::start(&paths, Arc::new(Behavior::default()));
     until_known(&drivers).await;
     assert_eq!(drivers.registered().len(), 1);
+    let told = |driver: &Running, count: u32| {
+        let registered = &driver.behavior.registered;
+        registered.load(Ordering::SeqCst) == count
+    };
+    until("told", || told(&driver, 1)).await;
     // One that starts anew at the same path is asked anew; one that goes is forgotten.
     let behavior = driver.behavior.clone();
     drop(driver);
     let driver = Running::start(&paths, behavior);
-    until("told again", || {
-        driver.behavior.registered.load(Ordering::SeqCst) == 2
-    })
-    .await;
+    until("told again", || told(&driver, 2)).await;
     drop(driver);
     until("gone", || drivers.endpoint(DRIVER).is_none()).await;
     stop.cancel();

@@ -174,3 +174,58 @@ async fn a_pod_is_told_what_its_export_lacks() {
     unmount_all(&uid, &paths).await.unwrap();
     assert!(ensure(&uid, &paths, "../x", export).await.is_err());
 }
+
+/// Where mount.nfs is not installed, the agent's own helper is asked, and not believed blindly.
+#[tokio::test]
+async fn a_helper_that_mounts_nothing_is_not_believed() {
+    use std::os::unix::fs::PermissionsExt as _;
+    if MOUNT_NFS.iter().any(|helper| Path::new(helper).exists()) {
+        eprintln!("skipped: mount.nfs is installed");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut paths = Paths::standard(directory.path().join("bin"));
+    paths.lib = directory.path().join("lib");
+    fs::create_dir(&paths.bin).unwrap();
+    let helper = paths.bin.join("gantry-agent");
+    let uid = PodUid::new("u-1").unwrap();
+    let export = Export {
+        server: "127.0.0.1",
+        path: "/a",
+        options: &[],
+        read_only: false,
+    };
+    for (script, words) in [
+        ("#!/bin/sh\nexit 0\n", "mounted nothing"),
+        ("#!/bin/sh\necho busy >&2\nexit 1\n", "127.0.0.1:/a: busy"),
+    ] {
+        // Written elsewhere first: a file that is open for writing cannot be run.
+        let new = paths.bin.join("new");
+        fs::write(&new, script).unwrap();
+        fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::rename(&new, &helper).unwrap();
+        let error = ensure(&uid, &paths, "data", export).await.unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+    }
+    unmount_all(&uid, &paths).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_unmount_is_done_whether_requests_may_be_aborted_or_not() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: mounts need root");
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    for alone in [true, false] {
+        let flags = rustix::mount::MountFlags::empty();
+        mount("tmpfs", directory.path(), "tmpfs", flags, None).unwrap();
+        let file = fs::File::create(directory.path().join("open")).unwrap();
+        unmount_one(directory.path().to_owned(), alone)
+            .await
+            .unwrap();
+        let point = directory.path().canonicalize().unwrap();
+        assert!(table().unwrap().iter().all(|entry| entry.point != point));
+        drop(file);
+    }
+}
