@@ -152,6 +152,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     heap::limit_arenas();
+    let is_helper = matches!(arguments.command, Command::MountNfs(_));
     let done = tokio::runtime::Runtime::new()
         .context("start the async runtime")
         .and_then(|runtime| match arguments.command {
@@ -174,6 +175,11 @@ fn main() -> ExitCode {
         });
     match done {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_helper => {
+            // Its words become an event's: no log line around them.
+            eprintln!("{error:#}");
+            ExitCode::FAILURE
+        }
         Err(error) => {
             error!("{error:#}");
             ExitCode::FAILURE

@@ -308,6 +308,10 @@ spec:
                 "volumes[0].secret",
             ),
             (
+                "volumes: [{name: v, csi: {driver: d, nodePublishSecretRef: {name: c}}}]",
+                "volumes[0].csi.nodePublishSecretRef",
+            ),
+            (
                 "volumes: [{name: v, persistentVolumeClaim: {claimName: c}}]",
                 "volumes[0].persistentVolumeClaim",
             ),
