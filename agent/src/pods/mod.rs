@@ -135,11 +135,9 @@ impl DeviceGuard {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Order {
     /// End it: the node needs what it uses.
-    Fail {
+    Evict {
         /// Which pod.
         pod: PodUid,
-        /// `Evicted`.
-        reason: &'static str,
         /// Why this one, with the figures.
         message: String,
     },
@@ -317,11 +315,7 @@ impl PodWorkers {
     /// A pod that has gone meanwhile needs no order.
     async fn pass_on(&self, order: Order) {
         let (pod, message) = match order {
-            Order::Fail {
-                pod,
-                reason,
-                message,
-            } => (pod, Message::Input(state::Input::Fail(reason, message))),
+            Order::Evict { pod, message } => (pod, Message::Input(state::Input::Evict(message))),
             Order::Shutdown { pod, grace_s } => {
                 (pod, Message::Input(state::Input::Shutdown(grace_s)))
             }

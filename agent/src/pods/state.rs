@@ -40,6 +40,9 @@ use crate::shutdown;
 /// How long a failed sandbox, or a tear-down, waits before the next try; doubles to 64 s.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 
+/// `status.reason` of a pod that the node wants to be rid of.
+pub const EVICTED: &str = "Evicted";
+
 /// Where the worker stands. Ordered: it only moves right.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Phase {
@@ -183,8 +186,19 @@ pub struct PodState {
     pub grace_s: u64,
     /// A tear-down is in flight, or retried at that time.
     pub tear_down: TearDown,
-    /// The node has ended the pod: reason and words of its status.
-    pub failed: Option<(&'static str, String)>,
+    /// The node has ended the pod.
+    pub failed: Option<Failed>,
+}
+
+/// Why the node has ended a pod.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Failed {
+    /// The reason in its status.
+    pub reason: &'static str,
+    /// The words in its status.
+    pub message: String,
+    /// Not the pod's own doing: condition DisruptionTarget says so.
+    pub is_disruption: bool,
 }
 
 /// Progress of the tear-down.
@@ -236,8 +250,11 @@ pub enum Input {
     StartFailed(ContainerRun, String, String),
     /// Init ended.
     Exited(ContainerRun, Exit),
-    /// The node ends the pod (`Evicted`): reason and words. It is Failed when it has stopped.
+    /// The node ends the pod, which keeps to no limit of its own: reason and words. It is Failed when
+    /// it has stopped.
     Fail(&'static str, String),
+    /// The same, and the pod has done nothing wrong: the node is short of something. Words.
+    Evict(String),
     /// The machine goes down: the pod has this many seconds.
     Shutdown(u64),
     /// The postStart hook is over.
@@ -366,7 +383,11 @@ impl PodState {
     /// The pod is not begun here at all: reason and words. Before any input.
     pub fn refuse(&mut self, reason: &'static str, message: &str) {
         if self.failed.is_none() && self.phase == Phase::Syncing {
-            self.failed = Some((reason, message.to_owned()));
+            self.failed = Some(Failed {
+                reason,
+                message: message.to_owned(),
+                is_disruption: false,
+            });
         }
     }
 
@@ -412,12 +433,28 @@ impl PodState {
                 }
             }
             Input::Fail(reason, message) => {
-                let grace_s = stop::EVICTION_GRACE_S;
-                self.fail(reason, message, grace_s, now, &mut actions);
+                let failed = Failed {
+                    reason,
+                    message,
+                    is_disruption: false,
+                };
+                self.fail(failed, stop::EVICTION_GRACE_S, now, &mut actions);
+            }
+            Input::Evict(message) => {
+                let failed = Failed {
+                    reason: EVICTED,
+                    message,
+                    is_disruption: true,
+                };
+                self.fail(failed, stop::EVICTION_GRACE_S, now, &mut actions);
             }
             Input::Shutdown(grace_s) => {
-                let words = shutdown::MESSAGE.to_owned();
-                self.fail(shutdown::REASON, words, grace_s, now, &mut actions);
+                let failed = Failed {
+                    reason: shutdown::REASON,
+                    message: shutdown::MESSAGE.to_owned(),
+                    is_disruption: true,
+                };
+                self.fail(failed, grace_s, now, &mut actions);
                 self.shrink_grace(grace_s, now);
             }
             Input::TornDown => {

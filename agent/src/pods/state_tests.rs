@@ -445,7 +445,7 @@ fn the_deadline_counts_from_the_pods_start_and_fails_it() {
     state.next(Input::SandboxReady(network()), secs(0));
     assert_eq!(state.wake_at(), Some(secs(20)));
     assert_eq!(stops(&state.next(Input::Timer, secs(20))), ["a", "b"]);
-    assert_eq!(state.failed.as_ref().unwrap().0, "DeadlineExceeded");
+    assert_eq!(state.failed.as_ref().unwrap().reason, "DeadlineExceeded");
 }
 
 #[test]
@@ -624,7 +624,7 @@ proptest! {
             let input = if index == delete_at {
                 Input::Spec(deleted(&spec, 5))
             } else if index == fail_at {
-                Input::Fail("Evicted", "too much".into())
+                Input::Evict("too much".into())
             } else {
                 machine.answer(pick, good)
             };

@@ -104,12 +104,13 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
         ),
     ];
     conditions.extend(resize_condition(previous, around));
+    conditions.extend(disruption_condition(state, previous, around));
     let addresses: Vec<IpAddr> = match &state.sandbox {
         Sandbox::Ready(network) if !ended => network.addresses.clone(),
         _ => Vec::new(),
     };
     let failure = match (&state.failed, &state.sandbox) {
-        (Some((reason, message)), _) => Some((*reason, message.as_str())),
+        (Some(failed), _) => Some((failed.reason, failed.message.as_str())),
         (
             None,
             Sandbox::Absent {
@@ -166,6 +167,24 @@ fn resize_condition(previous: &PodStatus, around: &Surroundings) -> Option<PodCo
     };
     let why = (!reason.is_empty()).then_some((reason, message));
     Some(condition(previous, around, type_, true, why))
+}
+
+/// Kubernetes' condition of a pod that ends through no fault of its own, here by the node's doing. The
+/// reason names the kubelet, whose place this agent takes: manifests match it.
+fn disruption_condition(
+    state: &PodState,
+    previous: &PodStatus,
+    around: &Surroundings,
+) -> Option<PodCondition> {
+    let failed = state.failed.as_ref().filter(|f| f.is_disruption)?;
+    let why = ("TerminationByKubelet", failed.message.clone());
+    Some(condition(
+        previous,
+        around,
+        "DisruptionTarget",
+        true,
+        Some(why),
+    ))
 }
 
 /// Is this status the last word on the pod: nothing of it will ever run again?

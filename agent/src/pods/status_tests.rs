@@ -153,7 +153,7 @@ fn resized_pod() -> Pod {
 fn a_pod_that_the_node_ends_stops_and_has_failed_with_the_reason() {
     let mut state = running();
     let second = Duration::from_secs(1);
-    let actions = state.next(Input::Fail("Evicted", "too much".into()), second);
+    let actions = state.next(Input::Evict("too much".into()), second);
     assert!(actions.contains(&Action::Event("Evicted", "too much".into(), true)));
     assert!(actions.contains(&Action::Stop(run())));
     assert_eq!(state.wake_at(), Some(second * 2), "killed after one second");
@@ -173,6 +173,34 @@ fn a_pod_that_the_node_ends_stops_and_has_failed_with_the_reason() {
     assert_eq!(status.phase.as_deref(), Some("Failed"));
     assert_eq!(status.reason.as_deref(), Some("Evicted"));
     assert_eq!(status.message.as_deref(), Some("too much"));
+}
+
+#[test]
+fn a_disruption_is_told_from_a_limit_that_the_pod_has_broken() {
+    let why = |input: Input| {
+        let mut state = running();
+        state.next(input, Duration::from_secs(1));
+        let status = render(&state, &PodStatus::default(), &around(2000));
+        let mut conditions = status.conditions.into_iter().flatten();
+        let found = conditions.find(|c| c.type_ == "DisruptionTarget");
+        found.map(|c| (c.status, c.reason.unwrap(), c.message.unwrap()))
+    };
+    let by_node = |message: &str| {
+        let reason = "TerminationByKubelet".to_owned();
+        Some(("True".to_owned(), reason, message.to_owned()))
+    };
+    assert_eq!(
+        why(Input::Evict("low on memory".into())),
+        by_node("low on memory")
+    );
+    assert_eq!(why(Input::Shutdown(5)), by_node(crate::shutdown::MESSAGE));
+    assert_eq!(
+        why(Input::Fail(
+            crate::pods::state::EVICTED,
+            "over its limit".into()
+        )),
+        None
+    );
 }
 
 fn sidecar_pod(policy: &str) -> Arc<Pod> {

@@ -28,7 +28,7 @@ use tracing::{debug, info, warn};
 use super::hooks::Hook;
 use super::records::Probed;
 use super::resize::{self, Allocated, Progress, Room};
-use super::state::{Action, Input, Phase, PodState, ProbeKind, Role, Run, Sandbox};
+use super::state::{Action, EVICTED, Input, Phase, PodState, ProbeKind, Role, Run, Sandbox};
 use super::timeline::Timeline;
 use super::{Node, configs, launch, prepare, processes, records, status};
 use crate::ids::{ContainerRun, PodUid};
@@ -686,7 +686,7 @@ async fn watch_usage(volumes: Vec<volumes::usage::Limited>, inputs: mpsc::Sender
         let measured = volumes.clone();
         let look = move || volumes::usage::exceeded(&measured);
         if let Ok(Some(words)) = tokio::task::spawn_blocking(look).await {
-            let input = Input::Fail("Evicted", words);
+            let input = Input::Fail(EVICTED, words);
             let _ = inputs.send(Message::Input(input)).await;
             return;
         }

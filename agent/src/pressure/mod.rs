@@ -181,9 +181,8 @@ impl Monitor {
         };
         let message = victim::explain(shortage, victim, &candidates);
         warn!(pod = %victim.uid, name = victim.title, "evicting: {message}");
-        let order = Order::Fail {
+        let order = Order::Evict {
             pod: victim.uid.clone(),
-            reason: "Evicted",
             message,
         };
         self.victim = Some((victim.uid.clone(), Instant::now()));

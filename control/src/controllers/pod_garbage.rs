@@ -1,9 +1,16 @@
 //! Pods whose node does not exist.
 //!
-//! Nobody will ever report that their containers have ended, so the objects are removed at once and
-//! their controllers make replacements. A node that was seen to go takes its pods along immediately;
-//! a node that was never seen may still be joining, so its pods (bound by hand) wait
-//! [`QUARANTINE`].
+//! ```text
+//!  node gone ─► Failed, DisruptionTarget (DeletionByPodGC) ─► removed; finalizers may hold the object
+//! ```
+//! Nobody will ever report that their containers have ended, so this says it in the agent's place:
+//! whoever waits for the end of such a pod (a Job with `podReplacementPolicy: Failed`, which holds it by
+//! a finalizer) goes on, and its controller makes a replacement. A node that was seen to go takes its
+//! pods along immediately; a node that was never seen may still be joining, so its pods (bound by hand)
+//! wait [`QUARANTINE`].
+//!
+//! Invariant: an ended pod keeps its end; an agent that comes back does not take the new one back
+//! (`feed/status.rs`).
 //!
 //! Source: Kubernetes `pkg/controller/podgc` (orphaned pods, 40 s quarantine).
 
@@ -11,7 +18,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use gantry_api::k8s_openapi::api::core::v1::{Node, Pod};
+use gantry_api::k8s_openapi::api::core::v1::{Node, Pod, PodCondition};
+use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::status::Status;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -20,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use super::informer::{Delta, ObjectKey};
 use super::queue::WorkQueue;
 use super::{Context, Controller, pods};
-use crate::server::registry::DeleteOptions;
+use crate::server::registry::{DISRUPTION_TARGET, DeleteOptions};
 
 /// How long a node that was never seen is waited for.
 const QUARANTINE: Duration = Duration::from_secs(40);
@@ -43,6 +51,25 @@ fn wait(missing: Missing, now: Instant) -> Option<Duration> {
             (!left.is_zero()).then_some(left)
         }
     }
+}
+
+/// The pod as ended by the loss of its node; `None` when it has ended before.
+fn lost(pod: &Pod, now: Timestamp) -> Option<Pod> {
+    if pods::is_finished(pod) {
+        return None;
+    }
+    let mut pod = pod.clone();
+    let status = pod.status.get_or_insert_default();
+    status.phase = Some("Failed".to_owned());
+    let condition = PodCondition {
+        type_: DISRUPTION_TARGET.to_owned(),
+        status: "True".to_owned(),
+        reason: Some("DeletionByPodGC".to_owned()),
+        message: Some("PodGC: node no longer exists".to_owned()),
+        ..PodCondition::default()
+    };
+    pods::set_condition(status, condition, now);
+    Some(pod)
 }
 
 struct PodGarbage {
@@ -81,6 +108,9 @@ impl Controller for PodGarbage {
                 ..DeleteOptions::default()
             };
             let registry = &self.context.registry;
+            if let Some(lost) = lost(&pod, Timestamp::now()) {
+                super::ignore_not_found(registry.update_status(&lost).await)?;
+            }
             let result = registry
                 .delete::<Pod>(&pod_key.namespace, &pod_key.name, &options)
                 .await;
@@ -130,6 +160,26 @@ pub(super) fn start(context: &Arc<Context>, tasks: &mut JoinSet<()>, shutdown: &
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_pod_without_a_node_has_failed_unless_it_has_ended() {
+        let pod = |phase: &str| -> Pod {
+            serde_json::from_value(json!({"status": {"phase": phase, "conditions": [
+                {"type": "Ready", "status": "True"}]}}))
+            .unwrap()
+        };
+        for phase in ["Pending", "Running", "Unknown"] {
+            let lost = lost(&pod(phase), Timestamp::UNIX_EPOCH).unwrap();
+            assert_eq!(pods::phase(&lost), "Failed");
+            let condition = pods::condition(&lost, DISRUPTION_TARGET).unwrap();
+            assert_eq!(condition.reason.as_deref(), Some("DeletionByPodGC"));
+            assert!(pods::is_ready(&lost), "other conditions stay");
+        }
+        for phase in ["Succeeded", "Failed"] {
+            assert_eq!(lost(&pod(phase), Timestamp::UNIX_EPOCH), None);
+        }
+    }
 
     #[test]
     fn pods_of_a_deleted_node_go_at_once_and_of_an_unknown_one_after_40_s() {

@@ -4,8 +4,10 @@
 
 use std::time::Duration;
 
-use gantry_api::k8s_openapi::api::core::v1::{Pod, PodCondition, Volume};
-use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
+use gantry_api::k8s_openapi::api::core::v1::{Pod, PodCondition, PodStatus, Volume};
+use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{
+    ObjectMeta, OwnerReference, Time,
+};
 use gantry_api::k8s_openapi::jiff::Timestamp;
 
 /// The pod's phase; empty before the first status.
@@ -41,6 +43,26 @@ pub(crate) fn node(pod: &Pod) -> Option<&str> {
 pub(crate) fn condition<'a>(pod: &'a Pod, type_: &str) -> Option<&'a PodCondition> {
     let conditions = pod.status.as_ref()?.conditions.as_deref()?;
     conditions.iter().find(|condition| condition.type_ == type_)
+}
+
+/// Sets a condition. Its transition time is the one before where its value stays, `now` otherwise.
+pub(crate) fn set_condition(status: &mut PodStatus, condition: PodCondition, now: Timestamp) {
+    let conditions = status.conditions.get_or_insert_default();
+    let old = conditions
+        .iter_mut()
+        .find(|old| old.type_ == condition.type_);
+    let since = old
+        .as_ref()
+        .filter(|old| old.status == condition.status)
+        .and_then(|old| old.last_transition_time.clone());
+    let condition = PodCondition {
+        last_transition_time: since.or(Some(Time(now))),
+        ..condition
+    };
+    match old {
+        Some(old) => *old = condition,
+        None => conditions.push(condition),
+    }
 }
 
 /// Condition Ready is True.

@@ -2,6 +2,7 @@
 //! makes every bound pod ready and lets deleted ones go.
 
 mod claims;
+mod jobs;
 
 use super::*;
 
@@ -156,7 +157,14 @@ async fn eventually(what: &str, condition: impl Fn() -> bool) {
     }
 }
 
+/// Label of pods that an agent would report as running until they are told to stop.
+const RUNS_ON: &str = "runs-on";
+
 fn ends_by_itself(pod: &Pod) -> bool {
+    let labels = pod.metadata.labels.as_ref();
+    if labels.is_some_and(|labels| labels.contains_key(RUNS_ON)) {
+        return false;
+    }
     let policy = pod
         .spec
         .as_ref()
@@ -171,7 +179,8 @@ async fn fake_agent(registry: Registry) {
         for mut pod in registry.list::<Pod>(None).unwrap().1 {
             let key = ObjectKey::of(&pod.metadata);
             let uid = pod.metadata.uid.clone().unwrap();
-            if pods::node(&pod).is_none() {
+            let node = pods::node(&pod).unwrap_or_default();
+            if registry.get::<Node>("", node).unwrap().is_none() {
                 continue;
             }
             if pods::is_terminating(&pod) {

@@ -17,6 +17,7 @@ use gantry_api::status::{Reason, Status};
 use serde_json::{Value, json};
 
 use super::{Inner, NodeLink};
+use crate::server::registry::DISRUPTION_TARGET;
 use crate::server::{Part, WriteOptions};
 
 /// UIDs whose highest number is remembered before those of removed pods are dropped.
@@ -132,6 +133,17 @@ impl Inner {
 /// Conditions of the agent's own that are over when it reports them no more.
 const OVER_WHEN_GONE: [&str; 2] = ["PodResizePending", "PodResizeInProgress"];
 
+/// Whether a condition is over when the agent does not report it. DisruptionTarget has several authors:
+/// an eviction that a restart of the agent has called off takes its own along and no other's.
+fn is_agents_own(condition: &Value) -> bool {
+    let mut own = OVER_WHEN_GONE.iter();
+    own.any(|type_| condition["type"] == *type_)
+        || condition["type"] == DISRUPTION_TARGET && condition["reason"] == TERMINATION_BY_AGENT
+}
+
+/// The reason by which the agent's DisruptionTarget is told from others'.
+const TERMINATION_BY_AGENT: &str = "TerminationByKubelet";
+
 /// The status to store: the agent's, with what others wrote beside it. A pod that has ended stays
 /// so, whatever an agent that lost its memory says.
 fn merge(old: &Value, new: &Value) -> Value {
@@ -145,9 +157,8 @@ fn merge(old: &Value, new: &Value) -> Value {
         .collect();
     // PodScheduled is the scheduler's, readiness gates are their owners'.
     let kept = conditions(old).filter(|condition| {
-        let over = OVER_WHEN_GONE
-            .iter()
-            .any(|type_| condition["type"] == *type_);
+        // Why a pod has ended does not change any more.
+        let over = !ended(old) && is_agents_own(condition);
         !over && !types.contains(&condition["type"])
     });
     let all: Vec<Value> = kept.chain(conditions(new)).cloned().collect();
@@ -186,6 +197,42 @@ mod tests {
         assert_eq!(merged["conditions"][1]["status"], "True");
         // Merging again changes nothing: no write, no new revision, no echo.
         assert_eq!(merge(&merged, &new), merged);
+    }
+
+    #[test]
+    fn a_disruption_stays_unless_the_agent_itself_has_called_it_off() {
+        let status = |phase: &str, reason: Option<&str>| {
+            let condition = reason.map(
+                |reason| json!({"type": DISRUPTION_TARGET, "status": "True", "reason": reason}),
+            );
+            let conditions: Vec<Value> = condition.into_iter().collect();
+            json!({"phase": phase, "conditions": conditions})
+        };
+        let reason = |status: &Value| {
+            let mut all = conditions(status);
+            let found = all.find(|condition| condition["type"] == DISRUPTION_TARGET);
+            found.and_then(|condition| condition["reason"].as_str().map(str::to_owned))
+        };
+        for (old, phase, new, kept) in [
+            // The victim of a preemption ends: the scheduler's word stays.
+            ("PreemptionByScheduler", "Running", None, true),
+            ("PreemptionByScheduler", "Failed", None, true),
+            // An evicted pod ends as such; an agent that started anew evicts it no more.
+            (
+                TERMINATION_BY_AGENT,
+                "Failed",
+                Some(TERMINATION_BY_AGENT),
+                true,
+            ),
+            (TERMINATION_BY_AGENT, "Running", None, false),
+        ] {
+            let merged = merge(&status("Running", Some(old)), &status(phase, new));
+            let expected = kept.then(|| old.to_owned());
+            assert_eq!(reason(&merged), expected, "{old} {phase} {new:?}");
+        }
+        let ended = status("Failed", Some(TERMINATION_BY_AGENT));
+        let merged = merge(&ended, &status("Failed", None));
+        assert_eq!(reason(&merged).as_deref(), Some(TERMINATION_BY_AGENT));
     }
 
     #[test]

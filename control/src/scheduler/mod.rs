@@ -32,7 +32,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::{Node, Pod, PodCondition};
-use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::status::{Reason, Status};
 use tokio::task::JoinSet;
@@ -48,7 +47,7 @@ use self::score::Decision;
 use self::volumes::{Volumes, Waits};
 use crate::controllers::informer::{REGISTRY_PREFIX, parse_store_key};
 use crate::controllers::{EventType, event_about, pods};
-use crate::server::registry::{DeleteOptions, Registry, decode};
+use crate::server::registry::{DeleteOptions, Disruption, Registry, decode};
 use crate::store::{Change, Entry, Watch};
 
 /// Pods with another `schedulerName` are left alone.
@@ -456,6 +455,12 @@ async fn make_room(
         about.metadata.uid = Some(victim.uid.to_string());
         let options = DeleteOptions {
             uid: Some(victim.uid.to_string()),
+            disruption: Some(Disruption {
+                reason: "PreemptionByScheduler",
+                message: format!(
+                    "{SCHEDULER_NAME}: preempting to accommodate a higher priority pod"
+                ),
+            }),
             ..DeleteOptions::default()
         };
         match registry
@@ -512,24 +517,14 @@ fn with_unschedulable(pod: &Pod, message: &str, now: Timestamp) -> Option<Vec<Po
     if old.filter(is_false).is_some_and(same) {
         return None;
     }
-    let since = old
-        .filter(is_false)
-        .and_then(|condition| condition.last_transition_time.clone());
     let condition = PodCondition {
         type_: "PodScheduled".to_owned(),
         status: "False".to_owned(),
         reason: Some("Unschedulable".to_owned()),
         message: Some(message.to_owned()),
-        last_transition_time: since.or(Some(Time(now))),
         ..PodCondition::default()
     };
-    let all = pod
-        .status
-        .as_ref()
-        .and_then(|status| status.conditions.as_ref());
-    let others = all
-        .into_iter()
-        .flatten()
-        .filter(|other| other.type_ != condition.type_);
-    Some(others.cloned().chain([condition.clone()]).collect())
+    let mut status = pod.status.clone().unwrap_or_default();
+    pods::set_condition(&mut status, condition, now);
+    status.conditions
 }

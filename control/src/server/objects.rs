@@ -218,6 +218,7 @@ impl ObjectsService {
             grace_period_s: request.grace_period_s,
             uid: Some(request.uid).filter(|uid| !uid.is_empty()),
             propagation,
+            disruption: None,
         };
         let (kind, namespace) = (target.kind, target.namespace.as_str());
         self.registry

@@ -36,7 +36,8 @@ use crate::store::{Revision, Store};
 
 pub use super::object::decode;
 pub use super::rules::{
-    DeleteOptions, FOREGROUND_FINALIZER, NAMESPACE_FINALIZER, ORPHAN_FINALIZER, Propagation,
+    DISRUPTION_TARGET, DeleteOptions, Disruption, FOREGROUND_FINALIZER, NAMESPACE_FINALIZER,
+    ORPHAN_FINALIZER, Propagation,
 };
 
 /// Namespaces that exist from the first start on.

@@ -69,6 +69,18 @@ pub enum Propagation {
     Orphan,
 }
 
+/// Condition of a pod that ends through no fault of its own.
+pub const DISRUPTION_TARGET: &str = "DisruptionTarget";
+
+/// Why the cluster itself ends a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disruption {
+    /// The condition's reason, e.g. `PreemptionByScheduler`.
+    pub reason: &'static str,
+    /// Its message.
+    pub message: String,
+}
+
 /// How to delete.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DeleteOptions {
@@ -79,6 +91,9 @@ pub struct DeleteOptions {
     pub uid: Option<String>,
     /// What happens to dependents.
     pub propagation: Propagation,
+    /// Pods: written as condition [`DISRUPTION_TARGET`] together with the deletion, so that no pod has
+    /// it and stays.
+    pub disruption: Option<Disruption>,
 }
 
 /// What a request makes of an object.
@@ -328,7 +343,18 @@ pub(crate) fn prepare_delete(
     let mut new = old.clone();
     add_propagation_finalizer(&mut new, options.propagation);
     match kind.kind {
-        "Pod" => shorten_grace(&mut new, pod_grace_s(old, options)?, now),
+        "Pod" => {
+            shorten_grace(&mut new, pod_grace_s(old, options)?, now);
+            // What ends anyway, or has ended, does so for another reason.
+            let goes_on = !is_being_deleted(old) && !has_ended(old);
+            if let Some(disruption) = options.disruption.as_ref().filter(|_| goes_on) {
+                let condition = json!({
+                    "type": DISRUPTION_TARGET, "status": "True", "reason": disruption.reason,
+                    "message": disruption.message, "lastTransitionTime": time_text(now),
+                });
+                set_condition(&mut new, condition);
+            }
+        }
         _ if is_being_deleted(old) => {}
         _ => {
             let metadata = metadata_mut(&mut new);
@@ -407,6 +433,26 @@ fn shorten_grace(pod: &mut Value, grace_s: i64, now: Timestamp) {
     metadata.insert("deletionGracePeriodSeconds".to_owned(), json!(grace_s));
 }
 
+fn has_ended(pod: &Value) -> bool {
+    matches!(
+        pod["status"]["phase"].as_str(),
+        Some("Succeeded" | "Failed")
+    )
+}
+
+/// Puts a condition in the place of the one of its type.
+fn set_condition(pod: &mut Value, condition: Value) {
+    let mut conditions: Vec<Value> = pod["status"]["conditions"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter(|other| other["type"] != condition["type"])
+        .cloned()
+        .collect();
+    conditions.push(condition);
+    pod["status"]["conditions"] = Value::Array(conditions);
+}
+
 /// The pod has ended and nothing of it is left on its node.
 pub(crate) fn prepare_pod_removal(pod: &Value, now: Timestamp) -> Outcome {
     let mut new = pod.clone();
@@ -447,15 +493,7 @@ pub(crate) fn prepare_bind(
         "type": "PodScheduled", "status": "True", "lastProbeTime": null,
         "lastTransitionTime": time_text(now),
     });
-    let mut conditions: Vec<Value> = pod["status"]["conditions"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter(|c| c["type"] != "PodScheduled")
-        .cloned()
-        .collect();
-    conditions.push(condition);
-    new["status"]["conditions"] = Value::Array(conditions);
+    set_condition(&mut new, condition);
     Ok(Outcome::Put(new))
 }
 

@@ -22,15 +22,15 @@ impl PodState {
     /// The node ends the pod. The first reason stays; what is ending anyway ends as it would have.
     pub(super) fn fail(
         &mut self,
-        reason: &'static str,
-        message: String,
+        failed: Failed,
         grace_s: u64,
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
         if self.failed.is_none() && self.phase == Phase::Syncing && !self.deleted {
-            actions.push(Action::Event(reason, message.clone(), true));
-            self.failed = Some((reason, message));
+            let message = failed.message.clone();
+            actions.push(Action::Event(failed.reason, message, true));
+            self.failed = Some(failed);
             self.shrink_grace(grace_s, now);
         }
     }
@@ -45,13 +45,12 @@ impl PodState {
     pub(super) fn check_deadline(&mut self, now: Duration, actions: &mut Vec<Action>) {
         if self.deadline_at().is_some_and(|at| at <= now) {
             let words = "Pod was active on the node longer than the specified deadline";
-            self.fail(
-                "DeadlineExceeded",
-                words.to_owned(),
-                self.grace_s,
-                now,
-                actions,
-            );
+            let failed = Failed {
+                reason: "DeadlineExceeded",
+                message: words.to_owned(),
+                is_disruption: false,
+            };
+            self.fail(failed, self.grace_s, now, actions);
         }
     }
 

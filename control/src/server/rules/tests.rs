@@ -172,6 +172,37 @@ fn a_bound_pod_waits_for_its_node_and_an_unbound_one_goes() {
 }
 
 #[test]
+fn a_disruption_is_written_with_the_deletion_and_only_where_it_is_the_reason() {
+    let options = DeleteOptions {
+        disruption: Some(Disruption {
+            reason: "PreemptionByScheduler",
+            message: "room".to_owned(),
+        }),
+        ..DeleteOptions::default()
+    };
+    let condition = |pod: &Value| {
+        let conditions = pod["status"]["conditions"].as_array().cloned();
+        let mut conditions = conditions.unwrap_or_default().into_iter();
+        conditions.find(|condition| condition["type"] == DISRUPTION_TARGET)
+    };
+    let mut running = pod("n");
+    running["status"]["phase"] = json!("Running");
+    running["status"]["conditions"] = json!([{"type": "Ready", "status": "True"}]);
+    let going = put(delete(&running, &options, 5));
+    assert_eq!(
+        condition(&going).unwrap()["reason"],
+        "PreemptionByScheduler"
+    );
+    assert_eq!(going["status"]["conditions"].as_array().unwrap().len(), 2);
+    // Somebody else was faster, or the pod itself.
+    let leaving = put(delete(&running, &DeleteOptions::default(), 5));
+    assert_eq!(delete(&leaving, &options, 6), Outcome::Unchanged);
+    let mut ended = running;
+    ended["status"]["phase"] = json!("Failed");
+    assert_eq!(condition(&put(delete(&ended, &options, 5))), None);
+}
+
+#[test]
 fn a_grace_period_only_shrinks() {
     let going = put(delete(&pod("n"), &DeleteOptions::default(), 0));
     assert_eq!(delete(&going, &grace(60), 5), Outcome::Unchanged);
