@@ -391,11 +391,7 @@ pub static STATEFUL_SET_SPEC: &[Rule] = &[
     listed("updateStrategy"),
     listed("updateStrategy.rollingUpdate"),
     yes("updateStrategy.rollingUpdate.partition"),
-    warn(
-        "updateStrategy.rollingUpdate.maxUnavailable",
-        &["1"],
-        "pods are replaced one at a time",
-    ),
+    yes("updateStrategy.rollingUpdate.maxUnavailable"),
     yes("volumeClaimTemplates"),
 ];
 

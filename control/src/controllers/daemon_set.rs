@@ -87,16 +87,10 @@ fn target(pod: &Pod) -> Option<&str> {
     name.values.as_ref()?.first().map(String::as_str)
 }
 
-/// `3`, or `25%` of `total` rounded up.
+/// A number of pods, or a percentage of `total` rounded up.
 fn scaled(value: Option<&IntOrString>, total: usize, default: usize) -> usize {
-    match value {
-        None => default,
-        Some(IntOrString::Int(number)) => usize::try_from(*number).unwrap_or(0),
-        Some(IntOrString::String(text)) => {
-            let percent: usize = text.trim_end_matches('%').parse().unwrap_or(0);
-            (total * percent).div_ceil(100)
-        }
-    }
+    let number = value.map(|value| owned::pod_count(value, count(total), true));
+    number.map_or(default, |number| usize::try_from(number).unwrap_or(0))
 }
 
 /// Decides what one DaemonSet needs.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use gantry_api::k8s_openapi::api::core::v1::{Pod, PodTemplateSpec};
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, ObjectMeta};
+use gantry_api::k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use gantry_api::status::{Reason, Status};
 
 use super::informer::{Cache, Delta, ObjectKey};
@@ -87,6 +88,25 @@ pub(super) fn pod_of<K: Resource>(owner: &K, template: &PodTemplateSpec) -> Pod 
         },
         spec: template.spec.clone(),
         status: None,
+    }
+}
+
+/// A number of pods, or a percentage of `total`; what is neither counts as 0 (validation refuses it).
+pub(super) fn pod_count(value: &IntOrString, total: i32, round_up: bool) -> i32 {
+    match value {
+        IntOrString::Int(n) => (*n).max(0),
+        IntOrString::String(text) => {
+            let percent = text
+                .strip_suffix('%')
+                .and_then(|digits| digits.parse::<i64>().ok());
+            let scaled = percent.unwrap_or(0).max(0).saturating_mul(i64::from(total));
+            let pods = if round_up {
+                scaled.saturating_add(99) / 100
+            } else {
+                scaled / 100
+            };
+            i32::try_from(pods).unwrap_or(i32::MAX)
+        }
     }
 }
 

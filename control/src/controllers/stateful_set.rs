@@ -6,10 +6,13 @@
 //!  <claim>-web-0 is made before web-0 and stays when it goes
 //! ```
 //! Per pass at most one step that the order forbids to overlap: the next pass begins when the caches
-//! show its outcome. With `Parallel` creations and deletions do not wait for each other; updates do.
+//! show its outcome. With `Parallel` creations and deletions do not wait for each other. Updates take
+//! down as many pods as `maxUnavailable` leaves, one unless it says more; in order they come back one
+//! by one.
 //!
 //! Invariants: no two pods of one ordinal exist (names are the lock); a pod below the partition keeps
-//! the old template, also when it is made again; claims are deleted only where the policy says so.
+//! the old template, also when it is made again; an update makes no more pods unavailable than
+//! `maxUnavailable`, and replaces one that is so anyway; claims are deleted only where the policy says so.
 //!
 //! Source: Kubernetes `pkg/controller/statefulset` (stateful_set_control.go).
 
@@ -77,6 +80,16 @@ fn partition(spec: &StatefulSetSpec) -> i32 {
     let strategy = spec.update_strategy.as_ref();
     let rolling = strategy.and_then(|s| s.rolling_update.as_ref());
     rolling.and_then(|r| r.partition).unwrap_or(0)
+}
+
+/// How many pods an update may leave unavailable: at least one.
+fn max_unavailable(spec: &StatefulSetSpec) -> usize {
+    let strategy = spec.update_strategy.as_ref();
+    let rolling = strategy.and_then(|s| s.rolling_update.as_ref());
+    let value = rolling.and_then(|r| r.max_unavailable.as_ref());
+    let total = spec.replicas.unwrap_or(1);
+    let number = value.map_or(1, |value| owned::pod_count(value, total, false));
+    usize::try_from(number).unwrap_or(0).max(1)
 }
 
 fn rolls(spec: &StatefulSetSpec) -> bool {
@@ -149,7 +162,7 @@ fn plan(observed: &Observed<'_>) -> Plan {
         }
     }
     if create.is_empty() && delete.is_empty() && rolls(spec) {
-        delete.extend(next_update(observed, &mut is_available));
+        delete = next_updates(observed, &mut is_available);
     }
     plan.create = create;
     plan.delete = delete;
@@ -160,25 +173,33 @@ fn spec_start(spec: &StatefulSetSpec) -> i32 {
     spec.ordinals.as_ref().and_then(|o| o.start).unwrap_or(0)
 }
 
-/// The highest pod of an old template, unless one above it is still on its way.
-fn next_update(
-    observed: &Observed<'_>,
-    is_available: &mut impl FnMut(&Pod) -> bool,
-) -> Option<i32> {
+/// Pods of an old template to replace now, from the highest on.
+fn next_updates(observed: &Observed<'_>, is_available: &mut impl FnMut(&Pod) -> bool) -> Vec<i32> {
     let first = spec_start(observed.spec) + partition(observed.spec);
+    let most = max_unavailable(observed.spec);
+    let mut serving: BTreeSet<i32> = wanted(observed.spec).collect();
+    serving.retain(|at| {
+        let pod = observed.pods.get(at);
+        pod.is_some_and(|pod| !pods::is_terminating(pod) && is_available(pod))
+    });
+    let mut unavailable = wanted(observed.spec).len() - serving.len();
+    let mut next = Vec::new();
     for at in wanted(observed.spec).rev().filter(|at| *at >= first) {
-        let pod = observed.pods.get(&at)?;
-        if pods::is_terminating(pod) {
-            return None;
+        let Some(pod) = observed.pods.get(&at) else {
+            continue;
+        };
+        if pods::is_terminating(pod) || revision::hash_of(pod) == observed.update {
+            continue;
         }
-        if revision::hash_of(pod) != observed.update {
-            return Some(at);
-        }
-        if !is_available(pod) {
-            return None;
+        // One that does not serve has nothing to lose: the new template may be its cure.
+        if !serving.contains(&at) {
+            next.push(at);
+        } else if unavailable < most {
+            unavailable += 1;
+            next.push(at);
         }
     }
-    None
+    next
 }
 
 /// The claim of a template for one ordinal.
@@ -500,11 +521,21 @@ mod tests {
     use serde_json::json;
 
     fn set(replicas: i32, partition: i32, policy: &str) -> StatefulSet {
+        with_unavailable(replicas, partition, policy, json!(null))
+    }
+
+    fn with_unavailable(
+        replicas: i32,
+        partition: i32,
+        policy: &str,
+        unavailable: serde_json::Value,
+    ) -> StatefulSet {
         serde_json::from_value(json!({
             "metadata": {"name": "web", "namespace": "a"},
             "spec": {"replicas": replicas, "serviceName": "web", "podManagementPolicy": policy,
                 "selector": {}, "template": {"spec": {"containers": []}},
-                "updateStrategy": {"type": "RollingUpdate", "rollingUpdate": {"partition": partition}},
+                "updateStrategy": {"type": "RollingUpdate", "rollingUpdate":
+                    {"partition": partition, "maxUnavailable": unavailable}},
                 "volumeClaimTemplates": [{"metadata": {"name": "data"}, "spec": {}}]},
         }))
         .unwrap()
@@ -536,14 +567,16 @@ mod tests {
 
     proptest! {
         /// From any state, with an agent that takes its time, a set comes to its replicas and
-        /// templates; in order, no pod is made while one before it is not ready, and at most one goes.
+        /// templates; in order, no pod is made while one before it is not ready; an update takes no pod
+        /// that serves where too many do not.
         #[test]
         fn every_set_converges_in_order(
-            replicas in 0_i32..5, partition in 0_i32..5, parallel in any::<bool>(),
+            replicas in 0_i32..5, partition in 0_i32..5, parallel in any::<bool>(), most in 1_usize..4,
             start in proptest::collection::btree_map(0_i32..7, (any::<bool>(), any::<bool>()), 0..7),
             slowness in proptest::collection::vec(any::<bool>(), 200),
         ) {
-            let set = set(replicas, partition, if parallel { "Parallel" } else { "OrderedReady" });
+            let policy = if parallel { "Parallel" } else { "OrderedReady" };
+            let set = with_unavailable(replicas, partition, policy, json!(most));
             let mut pods: BTreeMap<i32, Arc<Pod>> = start.iter().map(|(at, (new, ready))| {
                 (*at, pod(*at, if *new { "b" } else { "a" }, *ready, false))
             }).collect();
@@ -551,8 +584,15 @@ mod tests {
             let mut rounds = 0;
             loop {
                 let plan = planned(&set, &pods, "b");
+                let serves = |at: &i32| pods.get(at)
+                    .is_some_and(|pod| pods::is_ready(pod) && !pods::is_terminating(pod));
+                let down = (0..replicas).filter(|at| !serves(at)).count();
+                let taken = plan.delete.iter().filter(|at| (0..replicas).contains(*at) && serves(at));
+                let taken = taken.count();
+                prop_assert!(taken == 0 || down + taken <= most, "{plan:?}");
                 if !parallel {
-                    prop_assert!(plan.create.len() + plan.delete.len() <= 1, "{plan:?}");
+                    prop_assert!(plan.create.len() + plan.delete.len() <= most, "{plan:?}");
+                    prop_assert!(plan.create.len() <= 1, "{plan:?}");
                     if let Some((at, _)) = plan.create.first() {
                         let before = pods.range(..at);
                         prop_assert!(before.into_iter().all(|(_, pod)| pods::is_ready(pod)));
@@ -616,6 +656,41 @@ mod tests {
         for name in ["web-", "web-01", "web--1", "web-x", "other-1", "web"] {
             assert_eq!(ordinal("web", name), None, "{name}");
         }
+    }
+
+    #[test]
+    fn an_update_takes_as_many_as_may_be_unavailable() {
+        let all = |broken: &[i32]| -> BTreeMap<i32, Arc<Pod>> {
+            let pod = |at| (at, pod(at, "a", !broken.contains(&at), false));
+            (0..10).map(pod).collect()
+        };
+        for (unavailable, broken, expected) in [
+            (json!(null), vec![], vec![9]),
+            (json!(3), vec![], vec![9, 8, 7]),
+            (json!("25%"), vec![], vec![9, 8]),
+            (json!("5%"), vec![], vec![9]),
+            // What is down counts, and is replaced without counting twice.
+            (json!(2), vec![4], vec![9, 4]),
+            (json!(1), vec![4], vec![4]),
+        ] {
+            let set = with_unavailable(10, 0, "Parallel", unavailable.clone());
+            let plan = planned(&set, &all(&broken), "b");
+            assert_eq!(plan.delete, expected, "{unavailable} {broken:?}");
+        }
+        // In order all serve before an update goes on.
+        let set = with_unavailable(10, 8, "OrderedReady", json!(5));
+        assert_eq!(
+            planned(&set, &all(&[]), "b").delete,
+            [9, 8],
+            "not below the partition"
+        );
+        assert_eq!(planned(&set, &all(&[3]), "b"), Plan::default());
+        // What is on its way counts.
+        let mut pods = all(&[]);
+        pods.insert(9, pod(9, "b", false, false));
+        pods.insert(8, pod(8, "a", true, true));
+        let set = with_unavailable(10, 0, "Parallel", json!(3));
+        assert_eq!(planned(&set, &pods, "b").delete, [7]);
     }
 
     #[test]

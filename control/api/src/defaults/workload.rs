@@ -37,6 +37,7 @@ pub fn stateful_set(set: &mut StatefulSet) {
     if strategy.type_.as_deref() == Some("RollingUpdate") {
         let rolling = strategy.rolling_update.get_or_insert_default();
         rolling.partition.get_or_insert(0);
+        rolling.max_unavailable.get_or_insert(IntOrString::Int(1));
     }
     let retention = spec
         .persistent_volume_claim_retention_policy

@@ -6,6 +6,7 @@ use crate::field::{FieldError, Path};
 use k8s_openapi::api::apps::v1::{DaemonSet, StatefulSet};
 use k8s_openapi::api::core::v1::ReplicationController;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use serde_json::Value;
 
 const STRATEGIES: [&str; 2] = ["RollingUpdate", "OnDelete"];
@@ -135,8 +136,23 @@ pub fn stateful_set(set: &StatefulSet) -> Vec<FieldError> {
             &mut errors,
         );
         if let Some(rolling) = &strategy.rolling_update {
-            let path = path.child("rollingUpdate").child("partition");
-            not_negative(&path, number(rolling.partition), &mut errors);
+            let path = path.child("rollingUpdate");
+            let at = path.child("partition");
+            not_negative(&at, number(rolling.partition), &mut errors);
+            let at = path.child("maxUnavailable");
+            let value = rolling.max_unavailable.as_ref();
+            let most = count(value, &at, &mut errors);
+            let refuse = |detail: &str| {
+                let value = serde_json::to_value(value).unwrap_or(Value::Null);
+                FieldError::invalid(&at, value, detail)
+            };
+            if most == Some(0) {
+                errors.push(refuse("cannot be 0"));
+            }
+            if matches!(value, Some(IntOrString::String(_))) && most.is_some_and(|most| most > 100)
+            {
+                errors.push(refuse("must not be greater than 100%"));
+            }
         }
     }
     if let Some(ordinals) = &spec.ordinals {
@@ -220,5 +236,43 @@ pub(super) fn immutable<T: PartialEq + serde::Serialize>(
     if new != old {
         let value = serde_json::to_value(new).unwrap_or(Value::Null);
         errors.push(FieldError::invalid(path, value, IMMUTABLE));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_stateful_set_may_leave_some_pods_unavailable_but_not_none() {
+        let errors = |unavailable: Value| {
+            let mut set: StatefulSet = serde_json::from_value(json!({
+                "spec": {"serviceName": "s", "selector": {"matchLabels": {"a": "b"}},
+                    "updateStrategy": {"type": "RollingUpdate",
+                        "rollingUpdate": {"maxUnavailable": unavailable}},
+                    "template": {"metadata": {"labels": {"a": "b"}},
+                        "spec": {"containers": [{"name": "c", "image": "i"}]}}},
+            }))
+            .unwrap();
+            crate::defaults::stateful_set(&mut set);
+            let errors = stateful_set(&set);
+            errors.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        for fine in [json!(null), json!(1), json!(7), json!("1%"), json!("100%")] {
+            assert_eq!(errors(fine), Vec::<String>::new());
+        }
+        let at = "spec.updateStrategy.rollingUpdate.maxUnavailable: Invalid value";
+        for (wrong, detail) in [
+            (json!(0), ": 0: cannot be 0"),
+            (json!("0%"), ": \"0%\": cannot be 0"),
+            (json!("101%"), ": \"101%\": must not be greater than 100%"),
+            (json!("some"), ": \"some\": a valid percent string"),
+            (json!(-1), ": -1: must be greater than or equal to 0"),
+        ] {
+            let found = errors(wrong);
+            assert_eq!(found.len(), 1, "{found:?}");
+            assert!(found[0].starts_with(&format!("{at}{detail}")), "{found:?}");
+        }
     }
 }

@@ -8,6 +8,8 @@ use gantry_api::k8s_openapi::api::apps::v1::{Deployment, DeploymentSpec, Replica
 use gantry_api::k8s_openapi::api::core::v1::PodTemplateSpec;
 use gantry_api::k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
+use crate::controllers::owned;
+
 /// Number of a rollout; on the Deployment the current one.
 pub(super) const REVISION: &str = "deployment.kubernetes.io/revision";
 /// Earlier numbers of a ReplicaSet that was rolled back to.
@@ -78,31 +80,12 @@ pub(super) fn limits(deployment: &Deployment) -> (i32, i32) {
     let unavailable = rolling
         .and_then(|r| r.max_unavailable.as_ref())
         .unwrap_or(&quarter);
-    let surge = resolve(surge, desired, true);
-    let mut unavailable = resolve(unavailable, desired, false);
+    let surge = owned::pod_count(surge, desired, true);
+    let mut unavailable = owned::pod_count(unavailable, desired, false);
     if surge == 0 && unavailable == 0 {
         unavailable = 1;
     }
     (surge, unavailable.min(desired))
-}
-
-/// A number or a percentage of `total`; what is neither counts as 0 (validation refuses it).
-fn resolve(value: &IntOrString, total: i32, round_up: bool) -> i32 {
-    match value {
-        IntOrString::Int(n) => (*n).max(0),
-        IntOrString::String(text) => {
-            let percent = text
-                .strip_suffix('%')
-                .and_then(|digits| digits.parse::<i64>().ok());
-            let scaled = percent.unwrap_or(0).max(0).saturating_mul(i64::from(total));
-            let pods = if round_up {
-                scaled.saturating_add(99) / 100
-            } else {
-                scaled / 100
-            };
-            i32::try_from(pods).unwrap_or(i32::MAX)
-        }
-    }
 }
 
 /// Whether two templates ask for the same pods, the hash label aside.
