@@ -147,6 +147,12 @@ impl FieldError {
         Self::new(FieldErrorType::Invalid, field, Some(&value.into()), detail)
     }
 
+    /// Fields that go together break a rule; their values say nothing by themselves.
+    #[must_use]
+    pub fn invalid_as_a_whole(field: &Path, detail: &str) -> Self {
+        Self::new(FieldErrorType::Invalid, field, None, detail)
+    }
+
     /// The value is none of `supported`.
     #[must_use]
     pub fn not_supported(field: &Path, value: impl Into<Value>, supported: &[&str]) -> Self {

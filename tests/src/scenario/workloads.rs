@@ -1,5 +1,5 @@
-//! Jobs, DaemonSets and CronJobs from manifest to what they leave behind; claims, and the directories
-//! that are theirs; the token that every pod gets.
+//! Jobs (also those that fail as their policies say), DaemonSets and CronJobs from manifest to what they
+//! leave behind; claims, and the directories that are theirs; the token that every pod gets.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -82,6 +82,70 @@ spec:
   - metadata: {name: data}
     spec: {accessModes: [ReadWriteOnce], resources: {requests: {storage: 1Mi}}}
 "#;
+
+/// Jobs that end by what their policies say: index 0 of the first is given up at once, index 1 after a
+/// second try; the second Job ends with its first pod.
+const POLICIES: &str = r#"
+apiVersion: batch/v1
+kind: Job
+metadata: {name: tries}
+spec:
+  completions: 3
+  parallelism: 3
+  completionMode: Indexed
+  backoffLimitPerIndex: 1
+  podFailurePolicy:
+    rules:
+    - {action: FailIndex, onExitCodes: {operator: In, values: [42]}}
+  template:
+    spec:
+      restartPolicy: Never
+      containers:
+      - name: c
+        image: gantry.local/busybox:debian
+        imagePullPolicy: Never
+        command: [sh, -c, 'case $JOB_COMPLETION_INDEX in 0) exit 42;; 1) exit 7;; esac']
+---
+apiVersion: batch/v1
+kind: Job
+metadata: {name: stops}
+spec:
+  completions: 9
+  podFailurePolicy:
+    rules:
+    - {action: FailJob, onExitCodes: {containerName: c, operator: In, values: [3]}}
+  template:
+    spec:
+      restartPolicy: Never
+      containers:
+      - name: c
+        image: gantry.local/busybox:debian
+        imagePullPolicy: Never
+        command: [sh, -c, 'exit 3']
+"#;
+
+/// Failed Jobs with the reason and the numbers that their policies make.
+fn policies(cluster: &Cluster) -> Result<()> {
+    let failed_by = |name: &str, reason: &str| {
+        let what = format!("Job {name} to fail by {reason}");
+        cluster.wait(&what, PATIENCE, |cluster| {
+            let job = cluster.get(&["job", name])?;
+            let conditions = job["status"]["conditions"].as_array();
+            let mut conditions = conditions.into_iter().flatten();
+            Ok(conditions.any(|c| c["type"] == "Failed" && c["reason"] == reason))
+        })
+    };
+    failed_by("stops", "PodFailurePolicy")?;
+    let job = cluster.get(&["job", "stops"])?;
+    ensure!(number(&job, "/status/failed") == 1, "{job}");
+    failed_by("tries", "FailedIndexes")?;
+    let job = cluster.get(&["job", "tries"])?;
+    let status = &job["status"];
+    let indexes = (&status["failedIndexes"], &status["completedIndexes"]);
+    ensure!(indexes.0 == "0,1" && indexes.1 == "2", "{status}");
+    ensure!(number(&job, "/status/failed") == 3, "{status}");
+    Ok(())
+}
 
 fn number(object: &Value, pointer: &str) -> i64 {
     object.pointer(pointer).and_then(Value::as_i64).unwrap_or(0)
@@ -179,6 +243,7 @@ pub(super) fn workloads(cluster: &mut Cluster) -> Result<()> {
     let disk = tempfile::tempdir()?;
     cluster.apply_ok(&storage(disk.path()))?;
     cluster.apply_ok(WORK)?;
+    cluster.apply_ok(POLICIES)?;
     let early = cluster.get(&["pvc", "archive"])?;
     ensure!(
         early["spec"]["volumeName"].is_null(),
@@ -205,6 +270,7 @@ pub(super) fn workloads(cluster: &mut Cluster) -> Result<()> {
         let job = cluster.get(&["job", "sum"])?;
         Ok(number(&job, "/status/succeeded") == 2 && job["status"]["completionTime"].is_string())
     })?;
+    policies(cluster)?;
     let table = cluster.ok(&["get", "jobs,cronjobs,pvc"])?;
     for word in ["Complete", "2/2", "0 3 * * *", "Europe/Berlin", "Bound"] {
         ensure!(table.contains(word), "{word:?} is not in {table}");

@@ -62,10 +62,24 @@ fn job_spec(spec: &mut JobSpec) {
         spec.completions = Some(1);
     }
     spec.parallelism.get_or_insert(1);
-    spec.backoff_limit.get_or_insert(6);
+    // Where every index has a limit of its own, the Job has none unless it says so.
+    let limit = spec.backoff_limit_per_index.map_or(6, |_| i32::MAX);
+    spec.backoff_limit.get_or_insert(limit);
     spec.suspend.get_or_insert(false);
     text(&mut spec.completion_mode, "NonIndexed");
-    text(&mut spec.pod_replacement_policy, "TerminatingOrFailed");
+    // How a pod has ended is known when it has.
+    let replaced = match spec.pod_failure_policy {
+        Some(_) => "Failed",
+        None => "TerminatingOrFailed",
+    };
+    text(&mut spec.pod_replacement_policy, replaced);
+    let rules = spec
+        .pod_failure_policy
+        .iter_mut()
+        .flat_map(|policy| &mut policy.rules);
+    for pattern in rules.flat_map(|rule| rule.on_pod_conditions.iter_mut().flatten()) {
+        text(&mut pattern.status, "True");
+    }
     template(&mut spec.template);
 }
 

@@ -4,6 +4,7 @@
 //! (`pkg/apis/*/validation/validation.go`). `admission` calls them; nothing else needs to.
 
 mod batch;
+mod job_policy;
 mod lifecycle;
 pub mod names;
 mod pod;
