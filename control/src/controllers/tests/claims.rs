@@ -256,3 +256,50 @@ async fn an_ephemeral_volumes_claim_lives_as_long_as_its_pod() {
     .await;
     assert!(!cluster.serves("r"));
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_claim_is_bound_to_the_smallest_volume_that_serves_it() {
+    let cluster = Cluster::start().await;
+    for (name, size) in [("large", "9Gi"), ("small", "2Gi"), ("tiny", "1Mi")] {
+        let _: PersistentVolume = cluster
+            .create(json!({
+                "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
+                "spec": {"capacity": {"storage": size}, "accessModes": ["ReadWriteOnce"],
+                    "storageClassName": "by-hand", "hostPath": {"path": format!("/srv/{name}")}},
+            }))
+            .await;
+    }
+    let _: PersistentVolumeClaim = cluster
+        .create(json!({
+            "apiVersion": "v1", "kind": "PersistentVolumeClaim",
+            "metadata": {"name": "c", "namespace": "default"},
+            "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "by-hand",
+                "resources": {"requests": {"storage": "1Gi"}}},
+        }))
+        .await;
+    let claim = || {
+        cluster
+            .get::<PersistentVolumeClaim>("default", "c")
+            .unwrap()
+    };
+    let volume = |name: &str| cluster.get::<PersistentVolume>("", name).unwrap();
+    let phase = |name: &str| volume(name).status.and_then(|status| status.phase);
+    // No class of that name: only what is there can serve.
+    eventually("bound", || {
+        claim().status.and_then(|s| s.phase).as_deref() == Some("Bound")
+    })
+    .await;
+    assert_eq!(claim().spec.unwrap().volume_name.as_deref(), Some("small"));
+    eventually("the volume says so", || {
+        phase("small").as_deref() == Some("Bound")
+    })
+    .await;
+    eventually("the others are free", || {
+        phase("large").as_deref() == Some("Available")
+    })
+    .await;
+    cluster
+        .delete::<PersistentVolumeClaim>("default", "c", Propagation::Background)
+        .await;
+    eventually("released", || phase("small").as_deref() == Some("Released")).await;
+}

@@ -1,4 +1,4 @@
-//! Jobs whose pods do not come to their end in peace.
+//! Jobs, and what becomes of pods that do not come to their end in peace.
 
 use super::*;
 
@@ -179,4 +179,34 @@ async fn indexes_fail_for_themselves_and_the_lost_pod_is_no_failure() {
     let pods: Vec<Pod> = cluster.list("default");
     let is_free = |pod: &Pod| pod.metadata.finalizers.as_ref().is_none_or(Vec::is_empty);
     assert!(pods.iter().all(is_free), "no finalizer is left");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_job_counts_its_ends_once() {
+    let cluster = Cluster::start().await;
+    cluster.node("n1", "4").await;
+    let _: Job = cluster
+        .create(json!({
+            "apiVersion": "batch/v1", "kind": "Job",
+            "metadata": {"name": "j", "namespace": "default"},
+            "spec": {"completions": 5, "parallelism": 2, "completionMode": "Indexed",
+                "template": {"spec": {"restartPolicy": "Never",
+                    "containers": [{"name": "c", "image": "a:1"}]}}},
+        }))
+        .await;
+    eventually("the Job is complete", || {
+        let job: Job = cluster.get("default", "j").unwrap();
+        job.status.is_some_and(|status| {
+            status.completion_time.is_some()
+                && status.succeeded == Some(5)
+                && status.completed_indexes.as_deref() == Some("0-4")
+        })
+    })
+    .await;
+    let pods: Vec<Pod> = cluster.list("default");
+    assert_eq!(pods.len(), 5, "no index ran twice");
+    assert!(
+        pods.iter()
+            .all(|pod| pod.metadata.finalizers.as_ref().is_none_or(Vec::is_empty))
+    );
 }
