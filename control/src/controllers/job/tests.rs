@@ -41,7 +41,10 @@ struct World {
     job: Job,
     pods: Vec<Arc<Pod>>,
     made: usize,
+    /// Most pods at once that are active, or going and waited for.
     most_active: usize,
+    /// Uids of pods that have failed, whatever became of them.
+    failed: BTreeSet<String>,
 }
 
 impl World {
@@ -51,6 +54,7 @@ impl World {
             pods: Vec::new(),
             made: 0,
             most_active: 0,
+            failed: BTreeSet::new(),
         }
     }
 
@@ -123,8 +127,41 @@ impl World {
             self.pods.push(Arc::new(new));
         }
         self.job.status = Some(status);
-        let active = self.pods.iter().filter(|pod| pods::is_active(pod)).count();
-        self.most_active = self.most_active.max(active);
+        let waits = spec.pod_replacement_policy.as_deref() == Some("Failed");
+        let held =
+            |pod: &&Arc<Pod>| !pods::is_finished(pod) && (waits || !pods::is_terminating(pod));
+        self.most_active = self.most_active.max(self.pods.iter().filter(held).count());
+    }
+
+    /// Somebody deletes a running pod: it runs on for its grace.
+    fn delete_one(&mut self, choice: usize) {
+        let running: Vec<usize> = (0..self.pods.len())
+            .filter(|i| pods::is_active(&self.pods[*i]))
+            .collect();
+        if running.is_empty() {
+            return;
+        }
+        let at = running[choice % running.len()];
+        let mut going = Pod::clone(&self.pods[at]);
+        going.metadata.deletion_timestamp =
+            serde_json::from_value(json!("2026-01-01T00:00:00Z")).unwrap();
+        let spec = self.job.spec.as_ref().unwrap();
+        if spec.pod_replacement_policy.as_deref() != Some("Failed") {
+            self.failed.insert(uid(&going).to_owned());
+        }
+        self.pods[at] = Arc::new(going);
+    }
+
+    /// The agent ends pods that go; those that nothing holds are no more.
+    fn let_go(&mut self) {
+        for pod in self.pods.iter_mut().filter(|pod| pods::is_terminating(pod)) {
+            let mut ended = Pod::clone(pod);
+            ended.status.as_mut().unwrap().phase = Some("Failed".to_owned());
+            self.failed.insert(uid(&ended).to_owned());
+            *pod = Arc::new(ended);
+        }
+        self.pods
+            .retain(|pod| !pods::is_terminating(pod) || has_tracking(pod));
     }
 
     fn end_one(&mut self, choice: usize, phase: &str) {
@@ -144,6 +181,7 @@ impl World {
         let status = ended.status.as_mut().unwrap();
         status.phase = Some(phase.to_owned());
         if phase == "Failed" {
+            self.failed.insert(uid(&self.pods[at]).to_owned());
             status.container_statuses = serde_json::from_value(json!([{
                 "name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 0,
                 "state": {"terminated": {"exitCode": code}},
@@ -167,28 +205,33 @@ proptest! {
     #[test]
     fn every_end_counts_exactly_once(
         completions in 1_i32..8, parallelism in 1_i32..5, indexed in any::<bool>(),
-        steps in proptest::collection::vec((0_usize..8, 0_usize..5, 0_u8..4), 1..80),
+        waits in any::<bool>(),
+        steps in proptest::collection::vec((0_usize..8, 0_usize..5, 0_u8..8), 1..80),
     ) {
         let mode = if indexed { "Indexed" } else { "NonIndexed" };
+        let replaced = if waits { "Failed" } else { "TerminatingOrFailed" };
         let mut world = World::new(job(json!({
             "completions": completions, "parallelism": parallelism, "completionMode": mode,
-            "backoffLimit": 1000, "template": {},
+            "backoffLimit": 1000, "podReplacementPolicy": replaced, "template": {},
         })));
         for (choice, crash, what) in steps {
             match what {
                 0 => world.end_one(choice, "Succeeded"),
                 1 => world.end_one(choice, "Failed"),
+                2 => world.delete_one(choice),
+                3 => world.let_go(),
                 _ => world.reconcile(crash),
             }
             let tally = world.tally();
-            let ended = |phase| world.pods.iter().filter(|p| pods::phase(p) == phase).count();
-            prop_assert_eq!(usize::try_from(tally.succeeded).unwrap(), ended("Succeeded"));
-            prop_assert_eq!(usize::try_from(tally.failed).unwrap(), ended("Failed"));
+            let succeeded = world.pods.iter().filter(|p| pods::phase(p) == "Succeeded").count();
+            prop_assert_eq!(usize::try_from(tally.succeeded).unwrap(), succeeded);
+            prop_assert_eq!(usize::try_from(tally.failed).unwrap(), world.failed.len());
         }
         prop_assert!(world.most_active <= usize::try_from(parallelism).unwrap());
         for round in 0..100 {
             world.reconcile(9);
             if is_finished(&world.job) { break; }
+            world.let_go();
             world.end_one(round, "Succeeded");
         }
         prop_assert!(has_condition(&world.job, "Complete"));
