@@ -10,6 +10,16 @@ use super::observed::TRACKING;
 use super::plan::NewPod;
 use crate::controllers::owned;
 
+/// Longest beginning of a name that random characters follow.
+const GENERATE_NAME_BYTES_MAX: usize = 58;
+
+/// `<job>-<index>-`, of a long name as much as leaves room for the index.
+fn generate_name(job: &str, index: i32) -> String {
+    let end = format!("-{index}-");
+    let room = GENERATE_NAME_BYTES_MAX.saturating_sub(end.len());
+    format!("{}{end}", &job[..job.floor_char_boundary(room)])
+}
+
 /// A pod of the Job.
 pub(super) fn pod_of(job: &Job, spec: &JobSpec, new: NewPod) -> Pod {
     let mut pod = owned::pod_of(job, &spec.template);
@@ -19,7 +29,7 @@ pub(super) fn pod_of(job: &Job, spec: &JobSpec, new: NewPod) -> Pod {
         .push(TRACKING.to_owned());
     let Some(index) = new.index else { return pod };
     let name = job.metadata.name.as_deref().unwrap_or_default();
-    pod.metadata.generate_name = Some(format!("{name}-{index}-"));
+    pod.metadata.generate_name = Some(generate_name(name, index));
     let text = index.to_string();
     let annotations = pod.metadata.annotations.get_or_insert_default();
     annotations.insert(INDEX.to_owned(), text.clone());
@@ -55,4 +65,45 @@ pub(super) fn pod_of(job: &Job, spec: &JobSpec, new: NewPod) -> Pod {
         }
     }
     pod
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::indexes::{Failures, index_of};
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_pod_says_which_index_it_is_and_what_failed_before() {
+        let job: Job = serde_json::from_value(json!({
+            "metadata": {"name": "j", "namespace": "a", "uid": "u"},
+            "spec": {"template": {"spec": {"containers": [{"name": "c"}]}}},
+        }))
+        .unwrap();
+        let spec = job.spec.clone().unwrap();
+        let failures = Failures {
+            counted: 2,
+            ignored: 0,
+        };
+        let new = NewPod {
+            index: Some(7),
+            failures: Some(failures),
+        };
+        let pod = pod_of(&job, &spec, new);
+        assert_eq!(index_of(&pod), Some(7));
+        assert_eq!(Failures::before(&pod), failures);
+        let annotations = pod.metadata.annotations.unwrap();
+        assert!(!annotations.contains_key(IGNORED_FAILURE_COUNT));
+        assert_eq!(pod.spec.unwrap().hostname.as_deref(), Some("j-7"));
+        let plain = pod_of(&job, &spec, NewPod::default()).metadata;
+        assert_eq!(plain.annotations, None);
+        assert_eq!(plain.finalizers.unwrap(), [TRACKING]);
+    }
+
+    #[test]
+    fn a_long_name_keeps_its_index() {
+        assert_eq!(generate_name("j", 3), "j-3-");
+        let long = generate_name(&"j".repeat(63), 99_999);
+        assert_eq!((long.len(), &long[50..]), (58, "j-99999-"));
+    }
 }
