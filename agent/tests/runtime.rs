@@ -506,6 +506,39 @@ async fn a_killed_shim_is_replaced_and_its_container_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_container_says_last_is_logged_once_though_its_shim_is_killed_then() {
+    with_fixture!(fx, {
+        // The end comes within the milliseconds in which there is no shim.
+        let script = "echo one; while [ ! -e /end ]; do :; done; echo two; printf three; exit 7";
+        for _ in 0..5 {
+            let _ = std::fs::remove_file(fx.rootfs().join("end"));
+            let run = fx.run(script, json!({})).await.unwrap();
+            fx.wait_for_log(&run, "one").await;
+            fx.kill_shim();
+            std::fs::write(fx.rootfs().join("end"), "").unwrap();
+            let exit = fx.exit(&run).await;
+            assert!(exit.code == 7 || exit.unknown, "{exit:?}");
+            assert_eq!(
+                fx.text(&run).lines().collect::<Vec<_>>(),
+                ["one", "two", "three"]
+            );
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_shim_whose_sandbox_is_gone_ends_by_itself() {
+    with_fixture!(fx, {
+        let pid = fx.abandon();
+        let end = std::time::Instant::now() + Duration::from_secs(20);
+        while std::path::Path::new(&format!("/proc/{pid}")).exists() {
+            assert!(std::time::Instant::now() < end, "the shim stays");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_was_cut_off_is_as_if_it_had_never_been() {
     with_fixture!(fx, {
         // An agent that died right after its intent, with libcontainer's torn state beside it.

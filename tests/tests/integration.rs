@@ -62,6 +62,7 @@ scenarios! {
     leaks: fifty_pods_execs_and_probes_leave_nothing_in_agent_and_kernel,
     workloads: claims_are_mounted_kept_and_deleted_and_every_pod_has_its_token,
     device_plugins: a_pod_gets_its_device_keeps_it_and_nobody_else_opens_it,
+    csi_volumes: volumes_of_a_driver_are_staged_published_and_taken_back,
     no_ebpf: a_kernel_that_refuses_ebpf_is_answered_with_what_to_do,
     missing_controller: a_limit_that_cannot_be_held_is_refused_and_other_pods_run,
     reboot: pods_and_services_are_back_without_the_control_plane,

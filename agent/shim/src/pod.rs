@@ -12,6 +12,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -34,6 +35,8 @@ const RUN_COUNT_MAX: usize = 512;
 const EXEC_COUNT_MAX: usize = 256;
 /// Children reaped before gantry-rt told whose they were.
 const REAPED_COUNT_MAX: usize = 512;
+/// How often a shim that no agent is connected to looks whether its sandbox is still there.
+const ABANDONED_CHECK_MS: u64 = 5_000;
 /// A report is one line of JSON.
 const REPORT_BYTES_MAX: usize = 12 * 1024;
 
@@ -211,10 +214,12 @@ impl Pod {
         let stalled = readers
             .filter_map(Attachment::deadline_ms)
             .map(|ms| ms.saturating_sub(now));
+        let alone = self.connections.is_empty().then_some(ABANDONED_CHECK_MS);
         helper
             .into_iter()
             .chain(orphan)
             .chain(stalled)
+            .chain(alone)
             .min()
             .map_or(-1, |ms| ms.min(60_000) as i32 + 1)
     }
@@ -729,6 +734,15 @@ impl Pod {
         }
         self.retry_readers(None);
         self.check_orphans(now_ms);
+        self.check_sandbox();
+    }
+
+    /// A sandbox that is removed while its shim is being started leaves nobody who could end it.
+    fn check_sandbox(&mut self) {
+        let alone = self.connections.is_empty() && self.helpers.is_empty();
+        if alone && self.runs.iter().all(|r| r.phase == Phase::Ended) {
+            self.shut_down |= std::fs::metadata(".").is_ok_and(|m| m.nlink() == 0);
+        }
     }
 
     /// A libcontainer process that hangs between clone and exec is a child of this process with

@@ -109,7 +109,7 @@ impl Fixture {
         }
     }
 
-    fn rootfs(&self) -> PathBuf {
+    pub(crate) fn rootfs(&self) -> PathBuf {
         self.directory.path().join("rootfs")
     }
 
@@ -359,6 +359,16 @@ impl Fixture {
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     }
 
+    /// The sandbox goes without a word to its shim, whose pid is returned.
+    pub(crate) fn abandon(&mut self) -> i32 {
+        let pid = self.shim_pid().unwrap();
+        self.drop_agent();
+        unpin_namespaces(&self.namespaces());
+        fs::remove_dir_all(self.paths.sandbox(&self.uid)).unwrap();
+        self.new_agent();
+        pid
+    }
+
     pub(crate) fn cut_off_start(&mut self) -> ContainerRun {
         let run = self.new_run();
         let directory = self.run_directory(&run);
@@ -461,6 +471,9 @@ fn pin_namespaces(directory: &Path) {
 }
 
 fn unpin_namespaces(directory: &Path) {
+    if !directory.exists() {
+        return; // abandoned
+    }
     for name in ["net", "ipc", "uts"] {
         let path = directory.join(name);
         nix::mount::umount2(&path, nix::mount::MntFlags::MNT_DETACH).unwrap();

@@ -136,16 +136,12 @@ impl Server {
     ) -> Result<(), ServeError> {
         let accepted = tls::accept(listener, self.tls, stop.clone());
         let incoming = ReceiverStream::new(accepted);
-        let streams = self.stop;
-        let stopped = stop.clone();
-        let serving = self
-            .router
-            .serve_with_incoming_shutdown(incoming, async move {
-                stopped.cancelled().await;
-                streams.cancel();
-            });
+        let stopped = stop.clone().cancelled_owned();
+        let serving = self.router.serve_with_incoming_shutdown(incoming, stopped);
+        // Not in the future that is given away: tonic drops it when the connections end first.
         let deadline = async {
             stop.cancelled().await;
+            self.stop.cancel();
             tokio::time::sleep(STREAM_END_DEADLINE).await;
         };
         tokio::select! {

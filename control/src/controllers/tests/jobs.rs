@@ -101,6 +101,12 @@ fn pods_of(cluster: &Cluster) -> std::collections::BTreeMap<String, Pod> {
 /// Ends a pod as an agent would, with this exit code.
 async fn end(cluster: &Cluster, pod: &Pod, code: i32) {
     let name = pod.metadata.name.as_deref().unwrap();
+    // Else the agent would say so afterwards, and it would never end.
+    eventually("the pod runs", || {
+        let pod: Pod = cluster.get("default", name).unwrap();
+        pod.status.unwrap_or_default().phase.as_deref() == Some("Running")
+    })
+    .await;
     loop {
         let mut pod: Pod = cluster.get("default", name).unwrap();
         let status = pod.status.get_or_insert_default();
