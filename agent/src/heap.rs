@@ -15,7 +15,7 @@ const ARENA_COUNT: i32 = 2;
 /// How often the process is looked at.
 pub const INTERVAL: Duration = Duration::from_secs(10);
 /// Less growth than this is not worth looking for free pages.
-const GROWTH_BYTES: u64 = 2 << 20;
+const GROWTH_BYTES: u64 = 8 << 20;
 
 /// For the beginning of `main`: threads that run already keep their arenas.
 pub fn limit_arenas() {

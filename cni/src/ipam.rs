@@ -19,6 +19,7 @@ use std::io::{self, ErrorKind};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -373,8 +374,12 @@ impl Ipam {
         Ok(leases)
     }
 
-    /// Takes the lock and voids the leases of an earlier boot.
-    fn lock(&self) -> Result<Flock<File>, CniError> {
+    /// Takes the lock and voids the leases of an earlier boot. Callers of this process queue for it
+    /// without looking at the file again and again: an agent has a hundred when as many pods begin.
+    fn lock(&self) -> Result<(MutexGuard<'static, ()>, Flock<File>), CniError> {
+        static IN_PROCESS: Mutex<()> = Mutex::new(());
+        // It guards the file, not memory: a panic has spoiled nothing.
+        let alone = IN_PROCESS.lock().unwrap_or_else(PoisonError::into_inner);
         let leases = self.dir.join("leases");
         fs::create_dir_all(&leases)
             .map_err(CniError::io(format!("create {}", leases.display())))?;
@@ -386,7 +391,7 @@ impl Ipam {
             }
             write_whole(&boot_path, &self.boot_id)?;
         }
-        Ok(lock)
+        Ok((alone, lock))
     }
 
     fn flock(&self) -> Result<Flock<File>, CniError> {

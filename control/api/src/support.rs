@@ -227,7 +227,10 @@ pub static CONTAINER: &[Rule] = &[
     yes("name"),
     listed("ports"),
     yes("ports[].containerPort"),
-    yes("ports[].hostPort"), // only with hostNetwork: see `check`
+    Rule {
+        note: "with `hostNetwork: true`; without it refused",
+        ..yes("ports[].hostPort") // see `check`
+    },
     yes("ports[].name"),
     yes("ports[].protocol"),
     no(
