@@ -554,6 +554,25 @@ async fn a_start_that_was_cut_off_is_as_if_it_had_never_been() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_was_cut_off_anywhere_is_finished() {
+    with_fixture!(fx, {
+        // An agent that died while it removed a run has left any of its files.
+        let run = fx.run("exit 3", json!({})).await.unwrap();
+        assert_eq!(fx.exit(&run).await.code, 3);
+        fs::remove_file(fx.run_directory(&run).join("exit")).unwrap();
+        fx.new_agent();
+        fx.runtime.remove_container(&run).await.unwrap();
+        assert!(!fx.run_directory(&run).exists());
+        let run = fx.run("exit 3", json!({})).await.unwrap();
+        assert_eq!(fx.exit(&run).await.code, 3);
+        fs::remove_file(fx.run_directory(&run).join("started")).unwrap();
+        fx.new_agent();
+        assert!(fx.observed().await.is_empty());
+        assert!(!fx.run_directory(&run).exists());
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn unconfined_and_privileged_have_no_filter() {
     with_fixture!(fx, {
         let script = "grep -E 'Seccomp:|CapEff' /proc/self/status";

@@ -243,7 +243,7 @@ impl ShimRuntime {
         if let Some(sandbox) = lock(&self.sandboxes).get(&run.pod) {
             sandbox.forget(run);
         }
-        remove_directory(&directory)?;
+        remove_run(&directory)?;
         // The container's own directory goes with its last run.
         if let Some(parent) = directory.parent() {
             let _ = fs::remove_dir(parent);
@@ -251,17 +251,16 @@ impl ShimRuntime {
         Ok(())
     }
 
-    async fn wait_for_exit(&self, run: &ContainerRun) -> bool {
+    async fn wait_for_exit(&self, run: &ContainerRun) {
         let directory = self.paths.container_run(run);
         let end = Instant::now() + KILL_TIMEOUT;
         while Instant::now() < end {
             let exited = matches!(record::Exit::read(&directory), Ok(Some(_)));
             if exited || !matches!(records::started(&directory), Ok(Some(_))) {
-                return true;
+                return;
             }
             tokio::time::sleep(KILL_PAUSE).await;
         }
-        false
     }
 
     fn observe(&self, sandbox: &Sandbox, run: ContainerRun) -> Option<ObservedContainer> {
@@ -346,12 +345,9 @@ impl Runtime for ShimRuntime {
 
     async fn remove_container(&self, run: &ContainerRun) -> Result<(), RuntimeError> {
         self.kill_container(run).await?;
-        // The shim must have written its record before the cgroup and its counters go.
-        if !self.wait_for_exit(run).await {
-            return Err(RuntimeError::Shim(format!(
-                "container run {run} was killed and its shim has not recorded the end"
-            )));
-        }
+        // The shim must have written its record before the cgroup and its counters go. It refuses to
+        // forget a run whose end it has not recorded, and knows none that it was told to forget.
+        self.wait_for_exit(run).await;
         if let Some(sandbox) = self.sandbox(&run.pod) {
             let request = Request::Forget {
                 run: records::key(run),
@@ -627,6 +623,17 @@ async fn wait_for_shim_end(directory: &Path) {
         }
         tokio::time::sleep(KILL_PAUSE).await;
     }
+}
+
+/// In an order that a crash at any point leaves what the next agent cleans: a run without its start has
+/// never been, and the intent, by which runs are found, goes last.
+fn remove_run(directory: &Path) -> Result<(), RuntimeError> {
+    remove_any(&directory.join(record::STARTED_FILE))?;
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    for entry in entries.filter(|e| e.file_name() != records::INTENT_FILE) {
+        remove_any(&entry.path())?;
+    }
+    remove_directory(directory)
 }
 
 fn remove_directory(path: &Path) -> Result<(), RuntimeError> {

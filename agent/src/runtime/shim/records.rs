@@ -13,7 +13,7 @@ use crate::ids::{ContainerRun, PodUid};
 use crate::runtime::Exit;
 
 /// File name of [`Intent`].
-const INTENT_FILE: &str = "intent.json";
+pub(super) const INTENT_FILE: &str = "intent.json";
 /// File name of [`SandboxIntent`].
 const SANDBOX_FILE: &str = "sandbox.json";
 
