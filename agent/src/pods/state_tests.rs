@@ -206,6 +206,14 @@ fn adopted_containers_are_not_started_again() {
     assert!(starts(&actions).is_empty());
     assert_eq!(state.containers[0].attempt, 2);
     assert_eq!(state.containers[0].last_exit, Some((1, exit(9))));
+    // The last agent may have died before it said so; a probe's verdict is asked of the probe.
+    let probed = |c: &Container| state.config(&c.name).unwrap().readiness_probe.is_some();
+    assert!(
+        state
+            .containers
+            .iter()
+            .all(|c| c.started && c.ready != probed(c))
+    );
     // The sandbox is made sure of, which is idempotent; nothing running is touched by it.
     assert!(actions.contains(&Action::PrepareSandbox));
     assert!(starts(&state.next(Input::SandboxReady(network()), secs(0))).is_empty());

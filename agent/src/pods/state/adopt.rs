@@ -89,6 +89,12 @@ impl PodState {
                     .is_some_and(|c| has_startup_probe(&c));
                 // Without a startup probe to wait for, running is started.
                 self.containers[index].started |= !probed;
+                // The last agent may have died before it said that what needs no probe is ready.
+                let readiness = self
+                    .config(&run.name)
+                    .is_some_and(|c| c.readiness_probe.is_some());
+                let stays = self.pod.metadata.deletion_timestamp.is_none();
+                self.containers[index].ready |= !probed && !readiness && stays;
                 actions.push(Action::StartProbes(run));
             }
         }
