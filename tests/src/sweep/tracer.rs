@@ -12,6 +12,7 @@ use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -20,6 +21,8 @@ use crate::cluster::Installation;
 /// The programs that may stand behind strace.
 pub(super) const WRAPPED: [&str; 2] = ["gantry-rt", SHIM];
 const SHIM: &str = "gantry-shim";
+/// How long strace may take to let go of the agent.
+const DETACH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A directory like the installation's, where strace can be put before two of the programs.
 pub(super) struct Wrapped {
@@ -117,6 +120,12 @@ impl Drop for Attached {
             // SIGINT detaches; a kill would take the tracees' stops with it.
             let _ = nix::sys::signal::kill(pid, nix::sys::signal::SIGINT);
         }
+        // One whose tracee dies with two of its threads in stops may wait for them for ever.
+        let end = Instant::now() + DETACH_TIMEOUT;
+        while matches!(self.0.try_wait(), Ok(None)) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }
