@@ -83,11 +83,10 @@ impl Spool {
         self.mark(log_end)?;
         let file = self.file.as_ref().ok_or(io::ErrorKind::NotFound)?;
         let taken = sys::splice(fifo, file.as_fd(), self.end, buffer.len());
-        if let Err(error) = taken {
-            self.mark(SETTLED)?;
-            return Err(error);
-        }
-        let taken = taken?;
+        let Ok(taken) = taken else {
+            self.settle((self.end - self.done) as usize);
+            return taken;
+        };
         file.read_exact_at(&mut buffer[..taken], self.end)?;
         self.end += taken as u64;
         Ok(taken)
@@ -330,6 +329,10 @@ mod tests {
             }
             stage.says("ur\n");
             stage.turn();
+            // As the poll loop does, which reads until nothing is there.
+            let (end, mut buffer) = (stage.log.end(), [0; 64]);
+            let empty = stage.spool.take(stage.fifo.as_fd(), end, &mut buffer);
+            assert_eq!(empty.unwrap_err().kind(), io::ErrorKind::WouldBlock);
             assert_eq!(stage.lines(), ["one", "two", "three", "four"], "{point}");
             let length = fs::metadata(stage.directory.join("stdout.spool"))
                 .unwrap()
