@@ -21,6 +21,9 @@ const KERNEL_MIN: (u32, u32) = (5, 10);
 const KERNEL_TESTED: (u32, u32) = (6, 1);
 /// Room for images and logs.
 const FREE_BYTES_MIN: u64 = 2 << 30;
+/// CNI plugins whose pods are not joined to the node by a veth pair, so that there is no interface
+/// on which packet programs could stand.
+const WITHOUT_VETH: [&str; 6] = ["macvlan", "ipvlan", "vlan", "host-device", "sriov", "tap"];
 /// The width of the report.
 const COLUMNS: usize = 60;
 
@@ -77,6 +80,8 @@ pub struct Facts {
     pub swap: bool,
     /// `net.ipv4.ip_forward`.
     pub ip_forward: Option<bool>,
+    /// Types of the CNI plugins of the list that counts, in order; empty: Gantry wires pods itself.
+    pub cni_plugins: Vec<String>,
     /// Names of all processes.
     pub processes: BTreeSet<String>,
     /// Tables of the legacy packet filter.
@@ -230,6 +235,14 @@ fn resources(facts: &Facts) -> Vec<Finding> {
             "mount /proc, with /proc/sys writable",
         ),
     });
+    let without_veth = |plugin: &&String| WITHOUT_VETH.contains(&plugin.as_str());
+    if let Some(plugin) = facts.cni_plugins.iter().find(without_veth) {
+        let what =
+            format!("CNI plugin {plugin} makes no veth: Gantry does not see its pods' packets");
+        let remedy = "NetworkPolicy and the check of source addresses do not work for them: use a \
+                      plugin that makes a veth, or none";
+        found.push(finding(Level::Advice, what, remedy));
+    }
     found
 }
 
@@ -362,6 +375,7 @@ impl Facts {
             clock_synchronised: None,
             swap: swaps.lines().count() > 1,
             ip_forward: number("/proc/sys/net/ipv4/ip_forward").map(|on| on != 0),
+            cni_plugins: crate::network::third_party_plugins(),
             processes: processes(),
             legacy_tables: tables.lines().map(str::to_owned).collect(),
             kube_proxy_rules: kube_proxy_rules(),
@@ -490,6 +504,24 @@ mod tests {
             kube_proxy_rules: Some(false),
             ..Facts::default()
         }
+    }
+
+    #[test]
+    fn a_cni_plugin_without_veth_is_told() {
+        let mut facts = good();
+        facts.cni_plugins = vec!["bridge".into(), "portmap".into()];
+        assert!(judge(&facts).iter().all(|f| f.level == Level::Fine));
+        facts.cni_plugins = vec!["ipvlan".into()];
+        let findings = judge(&facts);
+        let told: Vec<_> = findings
+            .iter()
+            .filter(|f| f.level == Level::Advice)
+            .collect();
+        assert!(
+            matches!(told[..], [one] if one.what.contains("ipvlan")),
+            "{told:?}"
+        );
+        assert!(is_usable(&findings));
     }
 
     #[test]

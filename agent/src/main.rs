@@ -288,6 +288,7 @@ async fn agent(run: Run) -> Result<()> {
         paths.clone(),
         NetworkConfig::standard(host_addresses.clone()),
         link.view.clone(),
+        dataplane.clone(),
     );
     let unified = cgroups.layout().unified().filter(|_| cgroups.is_v2());
     let device_guard = unified.map(|root| pods::DeviceGuard {

@@ -151,20 +151,20 @@ pub async fn add(
     attached
 }
 
-/// Whether the node's side of an attachment is in place: the veth is up and a port of the bridge. Its
+/// The node's side of an attachment, if it is in place: the veth is up and a port of the bridge. Its
 /// other end lives and dies with it; addresses and routes in there are the container's to change.
-pub async fn stands(
+pub async fn standing(
     host: &Netlink,
     network: &BridgeNetwork,
     owner: &Owner,
-) -> Result<bool, CniError> {
+) -> Result<Option<Link>, CniError> {
     let Some(bridge) = host.link_by_name(&network.bridge).await? else {
-        return Ok(false);
+        return Ok(None);
     };
     let port = host
         .link_by_name(&host_ifname(&network.name, owner))
         .await?;
-    Ok(bridge.up && port.is_some_and(|port| port.up && port.master == Some(bridge.index)))
+    Ok(port.filter(|port| bridge.up && port.up && port.master == Some(bridge.index)))
 }
 
 /// The link, its addresses and its routes.

@@ -136,6 +136,16 @@ impl Netlink {
         }
     }
 
+    /// The link of that index.
+    pub async fn link_by_index(&self, index: u32) -> Result<Option<Link>, CniError> {
+        let request = self.handle.link().get().match_index(index);
+        match request.execute().try_next().await {
+            Ok(message) => Ok(message.map(|message| Link::from_message(&message))),
+            Err(error) if errno(&error) == Some(libc::ENODEV) => Ok(None),
+            Err(error) => Err(refused(format!("look up link {index}"), error)),
+        }
+    }
+
     /// Every link of the namespace.
     pub async fn links(&self) -> Result<Vec<Link>, CniError> {
         let _dump = self.dump.lock().await;

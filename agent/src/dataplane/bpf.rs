@@ -10,7 +10,7 @@
 //! Invariants: one `apply` at a time; a failed write makes the picture void, and the next `apply`
 //! adopts the maps again before it plans; a view of revision 0 knows nothing and changes nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
@@ -24,6 +24,7 @@ use aya::maps::{HashMap, MapData, MapError, PerCpuArray};
 use aya::programs::ProgramFd;
 use ebpf_maps::counter::COUNTER_NAMES;
 use ebpf_maps::device::{BLOCK, CHARACTER, DeviceRuleKey, READ, WRITE};
+use ebpf_maps::drop::DROP_NAMES;
 use ebpf_maps::services::Addr;
 use gantry_api::proto;
 use imbl::OrdMap;
@@ -31,8 +32,10 @@ use tokio::sync::Mutex;
 
 use super::hooks::{self, DEVICE_HOOK, SERVICE_HOOKS};
 use super::load::{self, Loaded, program_fd, take_map, unexpected};
+use super::pods::PodPrograms;
 use super::tables::Tables;
-use super::{Dataplane, DataplaneError, DeviceRule, StuckService, bpffs, sys};
+use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService, bpffs, sys};
+use crate::ids::PodUid;
 use crate::paths::Paths;
 use crate::services::arena::QUARANTINE;
 use crate::services::changed::{Shared, changed};
@@ -61,6 +64,8 @@ pub struct BpfDataplane {
     started: Instant,
     state: Mutex<State>,
     counters: PerCpuArray<MapData, u64>,
+    drops: PerCpuArray<MapData, u64>,
+    pods: std::sync::Mutex<PodPrograms>,
     device_guard: Result<ProgramFd, String>,
     device_exempt: std::sync::Mutex<HashMap<MapData, u64, u32>>,
     device_rules: std::sync::Mutex<HashMap<MapData, DeviceRuleKey, u32>>,
@@ -130,6 +135,9 @@ impl BpfDataplane {
         let node_addresses = tables.node_addresses()?;
         let counters = take_map(&mut ebpf, "COUNTERS")?.try_into();
         let counters = counters.map_err(|error: MapError| unexpected("COUNTERS", error))?;
+        let drops = take_map(&mut ebpf, "DROPS")?.try_into();
+        let drops = drops.map_err(|error: MapError| unexpected("DROPS", error))?;
+        let pods = PodPrograms::take(&mut ebpf, paths)?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
         let exempt = exempt.map_err(|error: MapError| unexpected("DEVICE_EXEMPT", error))?;
         let rules = take_map(&mut ebpf, "DEVICE_RULES")?.try_into();
@@ -164,6 +172,8 @@ impl BpfDataplane {
             started: Instant::now(),
             state: Mutex::new(state),
             counters,
+            drops,
+            pods: std::sync::Mutex::new(pods),
             device_guard,
             device_exempt: std::sync::Mutex::new(exempt),
             device_rules: std::sync::Mutex::new(rules),
@@ -179,14 +189,18 @@ impl BpfDataplane {
 
     /// What the programs counted since the maps were made: name and sum over all CPUs.
     pub fn counters(&self) -> Result<Vec<(&'static str, u64)>, DataplaneError> {
-        let sums = (0..).zip(COUNTER_NAMES).map(|(index, name)| {
-            let values = self
-                .counters
-                .get(&index, 0)
-                .map_err(|error| unexpected("COUNTERS", error))?;
-            Ok((name, values.iter().sum()))
-        });
-        sums.collect()
+        sums(&self.counters, "COUNTERS", &COUNTER_NAMES)
+    }
+
+    /// How many packets the programs dropped since the maps were made, by reason.
+    pub fn drops(&self) -> Result<Vec<(&'static str, u64)>, DataplaneError> {
+        sums(&self.drops, "DROPS", &DROP_NAMES)
+    }
+
+    pub(super) fn pods(&self) -> std::sync::MutexGuard<'_, PodPrograms> {
+        // What a panic leaves half-written is written again by the next call for that pod.
+        let locked = self.pods.lock();
+        locked.unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
     /// Holds every process below `cgroup` (a cgroup v2 directory, `/gantry`) to the standard
@@ -306,6 +320,18 @@ impl BpfDataplane {
 
 #[async_trait]
 impl Dataplane for BpfDataplane {
+    fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError> {
+        self.pods().attach(pod)
+    }
+
+    fn detach_pod(&self, pod: &PodUid) -> Result<(), DataplaneError> {
+        self.pods().detach(pod)
+    }
+
+    fn retain_pods(&self, live: &HashSet<PodUid>) -> Result<(), DataplaneError> {
+        self.pods().retain(live.iter())
+    }
+
     fn exempt_devices(&self, cgroup: &Path) -> Result<(), DataplaneError> {
         self.exempt(cgroup_id(cgroup).map_err(|error| {
             DataplaneError::kernel(format!("cgroup {}", cgroup.display()), &error)
@@ -443,6 +469,20 @@ impl State {
             })
             .collect()
     }
+}
+
+/// The sum over all CPUs of each element that has a name.
+fn sums(
+    map: &PerCpuArray<MapData, u64>,
+    map_name: &str,
+    names: &[&'static str],
+) -> Result<Vec<(&'static str, u64)>, DataplaneError> {
+    let sums = (0..).zip(names).map(|(index, name)| {
+        let values = map.get(&index, 0);
+        let values = values.map_err(|error| unexpected(map_name, error))?;
+        Ok((*name, values.iter().sum()))
+    });
+    sums.collect()
 }
 
 /// What the cluster's DNS address means on this node.

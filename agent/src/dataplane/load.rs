@@ -3,20 +3,22 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use aya::maps::Map;
+use aya::maps::{Map, MapError};
 use aya::programs::{Program, ProgramError, ProgramFd};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use ebpf_maps::LAYOUT_VERSION;
 
 use super::DataplaneError;
 use super::hooks::{DEVICE_HOOK, SERVICE_HOOKS};
+use super::pods::POD_HOOKS;
 use crate::paths::Paths;
 
 /// Built by `build.rs`; licence "Dual MIT/GPL".
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
+pub(super) static OBJECT: &[u8] =
+    aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 10] = [
+pub(super) const PINNED_MAPS: [&str; 13] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
@@ -25,6 +27,9 @@ pub(super) const PINNED_MAPS: [&str; 10] = [
     "REVERSE_NAT",
     "AFFINITY",
     "COUNTERS",
+    "ENDPOINTS",
+    "INTERFACES",
+    "DROPS",
     "DEVICE_EXEMPT",
     "DEVICE_RULES",
 ];
@@ -74,6 +79,7 @@ pub(super) fn load(paths: &Paths) -> Result<Loaded, DataplaneError> {
         load_services(&mut ebpf).map_err(|_| first)?;
         tracing::info!("connects to a service without backends fail with EPERM on this kernel");
     }
+    load_packets(&mut ebpf)?;
     let device_guard = match load_program(&mut ebpf, DEVICE_HOOK.program) {
         Ok(program) => program.try_clone().map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
@@ -104,6 +110,30 @@ pub(super) fn unexpected(name: &str, error: impl std::fmt::Display) -> Dataplane
     }
 }
 
+/// Removing what is not there has succeeded.
+pub(super) fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
+    match result {
+        Err(MapError::KeyNotFound) => Ok(()),
+        Err(MapError::SyscallError(error))
+            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// The kernel's refusal of a map operation.
+pub(super) fn failed(what: &str, error: &MapError) -> DataplaneError {
+    match error {
+        MapError::SyscallError(error) => DataplaneError::kernel(what, &error.io_error),
+        other => DataplaneError::Kernel {
+            what: what.into(),
+            reason: other.to_string(),
+        },
+    }
+}
+
 /// Parses the object and opens or creates its maps.
 pub(super) fn open(directory: &Path, has_set_retval: bool) -> Result<Ebpf, DataplaneError> {
     let has_set_retval = u32::from(has_set_retval);
@@ -130,6 +160,13 @@ pub(super) fn load_services(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
         .try_for_each(|hook| load_program(ebpf, hook.program).map(drop))
 }
 
+/// Loads the programs of all hooks that see packets.
+pub(super) fn load_packets(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
+    POD_HOOKS
+        .iter()
+        .try_for_each(|hook| load_program(ebpf, hook.program).map(drop))
+}
+
 fn load_program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a ProgramFd, DataplaneError> {
     let program = ebpf
         .program_mut(name)
@@ -138,6 +175,7 @@ fn load_program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a ProgramFd, Dat
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSock(program) => program.load(),
         Program::CgroupDevice(program) => program.load(),
+        Program::SchedClassifier(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     loaded.map_err(|error| refused(name, &error))?;

@@ -4,14 +4,17 @@
 //!  View ─► bpf (what changed?) ─► services::{index, plan} ─► tables (maps, mapped arenas)
 //!           │ start: bpffs ─► load (object, pinned maps) ─► hooks (pinned links on cgroups)
 //!           └ cleanup: remove_all
+//!  pod networks ─► pods (rows, programs on the host ends of veths: tcx links or clsact filters)
 //! ```
 //! Invariants: only this module knows aya, and only `sys` makes raw system calls; maps and links
 //! are pinned, so Services go on while the agent is dead; a restart replaces programs behind the
 //! same links and writes only what has changed.
 
 mod bpffs;
+mod clsact;
 mod hooks;
 mod load;
+mod pods;
 mod sys;
 mod tables;
 
@@ -19,12 +22,18 @@ pub mod bpf;
 pub mod cleanup;
 
 #[cfg(test)]
+pub mod fake;
+#[cfg(test)]
 mod tests;
+
+use std::collections::HashSet;
+use std::net::IpAddr;
 
 use async_trait::async_trait;
 
 pub use self::bpf::{BpfDataplane, Options};
 pub use self::cleanup::remove_all;
+use crate::ids::PodUid;
 use crate::view::View;
 
 /// A Service that could not be programmed; the others are.
@@ -84,6 +93,21 @@ fn advice(errno: Option<i32>) -> &'static str {
     }
 }
 
+/// How a pod is joined to its node: what the packet programs need to know.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PodInterface {
+    /// The pod.
+    pub pod: PodUid,
+    /// The host end of its veth.
+    pub ifindex: u32,
+    /// Hardware address of the host end.
+    pub host_mac: [u8; 6],
+    /// Hardware address of the interface in the pod.
+    pub pod_mac: [u8; 6],
+    /// The pod's addresses: it may send from these and from no other.
+    pub addresses: Vec<IpAddr>,
+}
+
 /// A device that a container was given, where the device guard is attached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DeviceRule {
@@ -105,6 +129,18 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Makes the kernel's state that of `view`. Idempotent; returns when every change is visible to
     /// new connections. Removals never fail; additions that do not fit are returned as stuck.
     async fn apply(&self, view: &View) -> Result<Vec<StuckService>, DataplaneError>;
+
+    /// Puts a pod into the packet path, before it can send. Idempotent; after the agent's start it is
+    /// called for every pod that is there, and replaces the programs without a gap. Blocks for the
+    /// time of a few system calls.
+    fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError>;
+
+    /// Takes a pod out of it: to be called when its interface is gone and before its addresses are
+    /// given to another. Idempotent.
+    fn detach_pod(&self, pod: &PodUid) -> Result<(), DataplaneError>;
+
+    /// Takes every pod out of it that is not in `live`: what a crash left behind.
+    fn retain_pods(&self, live: &HashSet<PodUid>) -> Result<(), DataplaneError>;
 
     /// A privileged container's cgroup: its processes may open every device. Needed where the
     /// device guard is attached (pure cgroup v2). Idempotent.

@@ -1,4 +1,4 @@
-//! The system calls that aya has no wrapper for: links on cgroups, pins, mapped arrays.
+//! The system calls that aya has no wrapper for: links on cgroups and interfaces, pins, mapped arrays.
 //!
 //! All `unsafe` of the data plane is here. Layouts are those of `union bpf_attr` and
 //! `struct bpf_link_info` in the kernel's `include/uapi/linux/bpf.h`, which only ever grow at the
@@ -26,6 +26,9 @@ const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
 
+/// Relative to no other program: before all of them.
+const BPF_F_BEFORE: u32 = 1 << 3;
+
 #[repr(C)]
 struct ObjectAttr {
     path: u64,
@@ -43,7 +46,8 @@ struct InfoAttr {
 #[repr(C)]
 struct LinkCreateAttr {
     program_fd: u32,
-    target_fd: u32,
+    /// A cgroup's descriptor or an interface's index.
+    target: u32,
     attach_type: u32,
     flags: u32,
 }
@@ -61,7 +65,8 @@ struct LinkDetachAttr {
     link_fd: u32,
 }
 
-/// The head of `struct bpf_link_info` with the cgroup arm of its union.
+/// The head of `struct bpf_link_info` with the first words of its union: a cgroup's id, or the index
+/// of an interface.
 #[repr(C)]
 #[derive(Default)]
 struct RawLinkInfo {
@@ -69,18 +74,28 @@ struct RawLinkInfo {
     id: u32,
     program_id: u32,
     _pad: u32,
-    cgroup_id: u64,
+    target: [u32; 2],
     attach_type: u32,
     _pad2: u32,
 }
 
-/// What is behind a link on a cgroup.
+/// What is behind a link.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct LinkInfo {
     pub id: u32,
     pub program_id: u32,
-    /// 0 when the cgroup is gone and the link is dead.
+    /// Of a link on a cgroup; 0 when the cgroup is gone and the link is dead.
     pub cgroup_id: u64,
+    /// Of a link on an interface; 0 when the interface is gone and the link is dead.
+    pub ifindex: u32,
+}
+
+/// Two words of memory as the one that they are of 8 bytes.
+fn both(words: [u32; 2]) -> u64 {
+    let mut bytes = [0; 8];
+    bytes[..4].copy_from_slice(&words[0].to_ne_bytes());
+    bytes[4..].copy_from_slice(&words[1].to_ne_bytes());
+    u64::from_ne_bytes(bytes)
 }
 
 fn fd(fd: BorrowedFd<'_>) -> u32 {
@@ -115,12 +130,30 @@ pub(super) fn link_create(
     attach_type: u32,
 ) -> io::Result<OwnedFd> {
     // Flags must be 0: a cgroup link always allows others.
-    let (program_fd, target_fd) = (fd(program), fd(cgroup));
+    create_link(program, fd(cgroup), attach_type, 0)
+}
+
+/// Attaches a program to an interface of the calling thread's network namespace, before all others
+/// that are there. Linux 6.6; before it [`io::ErrorKind::InvalidInput`].
+pub(super) fn link_create_tcx(
+    program: BorrowedFd<'_>,
+    ifindex: u32,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    create_link(program, ifindex, attach_type, BPF_F_BEFORE)
+}
+
+fn create_link(
+    program: BorrowedFd<'_>,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+) -> io::Result<OwnedFd> {
     let mut attr = LinkCreateAttr {
-        program_fd,
-        target_fd,
+        program_fd: fd(program),
+        target,
         attach_type,
-        flags: 0,
+        flags,
     };
     // SAFETY: the attribute has no pointer; the result is a new descriptor that nobody else owns.
     unsafe { bpf(BPF_LINK_CREATE, &mut attr).map(|fd| OwnedFd::from_raw_fd(fd)) }
@@ -145,7 +178,7 @@ pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     unsafe { bpf(BPF_LINK_DETACH, &mut LinkDetachAttr { link_fd: fd(link) }) }.map(drop)
 }
 
-/// Which program and cgroup a link joins.
+/// Which program and target a link joins.
 pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = RawLinkInfo::default();
     let mut attr = InfoAttr {
@@ -158,7 +191,8 @@ pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     Ok(LinkInfo {
         id: info.id,
         program_id: info.program_id,
-        cgroup_id: info.cgroup_id,
+        cgroup_id: both(info.target),
+        ifindex: info.target[0],
     })
 }
 

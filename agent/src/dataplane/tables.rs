@@ -13,7 +13,7 @@ use ebpf_maps::services::{
 };
 
 use super::DataplaneError;
-use super::load::{take_map, unexpected};
+use super::load::{absent_is_fine, failed, take_map, unexpected};
 use super::sys::MappedArray;
 use crate::services::plan::{BackendId, Found, Step};
 
@@ -162,27 +162,5 @@ fn mapped<T: aya::Pod>(
         Map::Array(data) => MappedArray::map(data.fd().as_fd(), count)
             .map_err(|error| DataplaneError::kernel(format!("map {name} into memory"), &error)),
         _ => Err(unexpected(name, "not an array")),
-    }
-}
-
-fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
-    match result {
-        Err(MapError::KeyNotFound) => Ok(()),
-        Err(MapError::SyscallError(error))
-            if error.io_error.raw_os_error() == Some(libc::ENOENT) =>
-        {
-            Ok(())
-        }
-        other => other,
-    }
-}
-
-fn failed(what: &str, error: &MapError) -> DataplaneError {
-    match error {
-        MapError::SyscallError(error) => DataplaneError::kernel(what, &error.io_error),
-        other => DataplaneError::Kernel {
-            what: what.into(),
-            reason: other.to_string(),
-        },
     }
 }

@@ -1,10 +1,16 @@
 //! The data plane on the running kernel. Each test has its own cgroup below its own process'
 //! cgroup, its own bpffs and network namespaces, so nothing else on the machine is affected.
 //!
+//! `packets` runs the packet programs on single frames, `wires` between real namespaces.
+//!
 //! A test's client is a thread: in a *threaded* cgroup a single thread can be a member, and a
 //! thread can have a network namespace of its own.
 
 mod bed;
+mod frames;
+mod packets;
+mod programs;
+mod wires;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};

@@ -158,7 +158,8 @@ fn version(config: &Value) -> Result<String, String> {
     })
 }
 
-fn kind(plugin: &Value) -> &str {
+/// A plugin's type: the name of its file.
+pub(super) fn kind(plugin: &Value) -> &str {
     plugin
         .get("type")
         .and_then(Value::as_str)

@@ -3,7 +3,8 @@
 //! ```text
 //! pod worker ─► PodNetworks ─┬► namespaces   (user,) net, ipc, uts pinned by bind mounts, from the pool
 //!                            ├► gantry-cni   the default: bridge, veth, lease, routes, in process
-//!                            └► chain        or whatever /etc/cni/net.d says, by running plugins
+//!                            ├► chain        or whatever /etc/cni/net.d says, by running plugins
+//!                            └► dataplane    packet programs on the node's end, before the first packet
 //! ```
 //! Everything lives below `/run/gantry`, on tmpfs, and leases are keyed by boot id: a reboot
 //! leaves nothing. An agent restart changes nothing: [`Network::ensure`] finds what is there.
@@ -11,6 +12,7 @@
 mod census;
 mod chain;
 mod forwarding;
+mod interface;
 mod namespaces;
 mod pod_networks;
 mod pool;
@@ -18,7 +20,7 @@ mod record;
 mod resolv;
 
 pub use census::{Census, census, remove_all};
-pub use pod_networks::{NetworkConfig, PodNetworks};
+pub use pod_networks::{NetworkConfig, PodNetworks, third_party_plugins};
 pub use resolv::{ResolvConf, node_resolv_conf, resolv_conf};
 
 use std::collections::HashSet;
@@ -76,6 +78,9 @@ pub enum NetworkError {
         /// Its own words.
         message: String,
     },
+    /// The packet programs could not be put on its interface.
+    #[error("packet path: {0}")]
+    Packets(String),
     /// A system call failed.
     #[error("{context}: {source}")]
     Io {

@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! ensure  pins ─► record (intent) ─► bridge::add in process, or the chain's ADD ─► record (result)
-//! remove  chain: DEL ─► pins ─► record
-//!         bridge: pins (the kernel takes the veth with the netns) ─► wait ─► lease ─► record
+//!         ─► packet programs
+//! remove  chain: DEL ─► pins ─► packet programs ─► record
+//!         bridge: pins (the kernel takes the veth with the netns) ─► packet programs ─► wait ─► lease
+//!         ─► record
 //! ```
 //! The record stays until the rest is gone, so whatever a crash interrupts is found and finished:
 //! by the next `ensure` or `remove` of that pod, or by `retain`.
@@ -20,7 +22,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use gantry_cni::CniError;
 use gantry_cni::bridge;
-use gantry_cni::config::BridgeNetwork;
+use gantry_cni::config::{BridgeNetwork, mac_of};
 use gantry_cni::ipam::Owner;
 use gantry_cni::netlink::{LOOPBACK_INDEX, Netlink};
 use gantry_cni::netns::Netns;
@@ -31,7 +33,8 @@ use super::chain::{self, IFNAME, NetworkList, Runner, Subject, pod_addresses};
 use super::namespaces::{self, Kinds};
 use super::pool::Pool;
 use super::record::{Record, Wiring};
-use super::{Network, NetworkError, PodNetwork, PodNetworkSpec, forwarding};
+use super::{Network, NetworkError, PodNetwork, PodNetworkSpec, forwarding, interface};
+use crate::dataplane::{Dataplane, DataplaneError, PodInterface};
 use crate::ids::PodUid;
 use crate::paths::Paths;
 use crate::user_namespaces::UserNamespace;
@@ -49,6 +52,16 @@ pub struct NetworkConfig {
     pub plugin_dirs: Vec<PathBuf>,
     /// The node's own addresses, for pods with host network.
     pub node_addresses: Vec<IpAddr>,
+}
+
+/// Types of the plugins of the third party's list that counts on this machine, in order of ADD.
+pub fn third_party_plugins() -> Vec<String> {
+    let list = chain::load(&NetworkConfig::standard(Vec::new()).conf_dir);
+    let list = list.ok().flatten().filter(|list| !list.is_ours());
+    let plugins = list.into_iter().flat_map(|list| list.plugins);
+    plugins
+        .map(|plugin| chain::kind(&plugin).to_owned())
+        .collect()
 }
 
 impl NetworkConfig {
@@ -69,13 +82,27 @@ pub struct PodNetworks {
     config: NetworkConfig,
     runner: Runner,
     view: watch::Receiver<Arc<View>>,
+    dataplane: Arc<dyn Dataplane>,
     pool: Arc<Pool>,
+}
+
+/// What an attachment has come to.
+struct Attached {
+    addresses: Vec<IpAddr>,
+    /// None: it cannot be told, which has been said.
+    interface: Option<PodInterface>,
 }
 
 impl PodNetworks {
     /// * `paths` – namespaces, records and leases are below `paths.run`.
     /// * `view` – its settings say this node's pod prefix.
-    pub fn new(paths: Paths, config: NetworkConfig, view: watch::Receiver<Arc<View>>) -> Self {
+    /// * `dataplane` – every pod with a network of its own is put into its packet path.
+    pub fn new(
+        paths: Paths,
+        config: NetworkConfig,
+        view: watch::Receiver<Arc<View>>,
+        dataplane: Arc<dyn Dataplane>,
+    ) -> Self {
         let runner = Runner {
             path: config.plugin_dirs.clone(),
         };
@@ -84,6 +111,7 @@ impl PodNetworks {
             config,
             runner,
             view,
+            dataplane,
             pool: Arc::default(),
         }
     }
@@ -123,13 +151,13 @@ impl PodNetworks {
         BridgeNetwork::new(prefixes, lease_dir(&self.paths)).map_err(from_cni)
     }
 
-    /// Attaches a pod whose namespaces are pinned; returns its addresses.
+    /// Attaches a pod whose namespaces are pinned.
     async fn attach(
         &self,
         spec: &PodNetworkSpec,
         netns_path: &Path,
         netns_is_new: bool,
-    ) -> Result<Vec<IpAddr>, NetworkError> {
+    ) -> Result<Attached, NetworkError> {
         let (run, pod) = (&self.paths.run, &spec.pod);
         let found = Record::load(run, pod)?;
         let existed = found.is_some();
@@ -157,9 +185,21 @@ impl PodNetworks {
                 // An agent's start asks for every pod of the node.
                 let was_attached = !record.addresses.is_empty() && !netns_is_new;
                 if was_attached {
-                    let stands = bridge::stands(&host, &network, &owner(pod)).await;
-                    if stands.map_err(from_cni)? {
-                        return Ok(record.addresses);
+                    let standing = bridge::standing(&host, &network, &owner(pod)).await;
+                    if let Some(port) = standing.map_err(from_cni)?
+                        && let (Some(host_mac), Some(first)) = (port.mac, record.addresses.first())
+                    {
+                        let interface = PodInterface {
+                            pod: pod.clone(),
+                            ifindex: port.index,
+                            host_mac,
+                            pod_mac: mac_of(*first),
+                            addresses: record.addresses.clone(),
+                        };
+                        return Ok(Attached {
+                            addresses: record.addresses,
+                            interface: Some(interface),
+                        });
                     }
                 }
                 if record.addresses.is_empty() {
@@ -169,16 +209,27 @@ impl PodNetworks {
                 }
                 let attached = bridge::add(&host, &network, &owner(pod), &netns).await;
                 let attached = attached.map_err(from_cni)?;
-                let addresses = attached
+                let addresses: Vec<IpAddr> = attached
                     .addresses
                     .iter()
                     .map(|ip| ip.address.addr())
                     .collect();
                 if record.addresses != addresses {
-                    record.addresses = addresses;
+                    record.addresses.clone_from(&addresses);
                     record.result = Some(attached.to_json("1.1.0"));
                     record.store(run, pod)?;
                 }
+                let interface = PodInterface {
+                    pod: pod.clone(),
+                    ifindex: attached.host_ifindex,
+                    host_mac: attached.host_mac,
+                    pod_mac: attached.mac,
+                    addresses: addresses.clone(),
+                };
+                return Ok(Attached {
+                    addresses,
+                    interface: Some(interface),
+                });
             }
             Wiring::Chain(_) if record.result.is_some() && !netns_is_new => {}
             Wiring::Chain(list) => {
@@ -191,10 +242,13 @@ impl PodNetworks {
                     record.wiring = self.wiring()?;
                     record.result = None;
                 }
-                return self.attach_chain(record, pod, netns_path).await;
+                record = self.attach_chain(record, pod, netns_path).await?;
             }
         }
-        Ok(record.addresses)
+        Ok(Attached {
+            interface: interface_of(&record, pod, netns_path).await?,
+            addresses: record.addresses,
+        })
     }
 
     async fn attach_chain(
@@ -202,7 +256,7 @@ impl PodNetworks {
         mut record: Record,
         pod: &PodUid,
         netns_path: &Path,
-    ) -> Result<Vec<IpAddr>, NetworkError> {
+    ) -> Result<Record, NetworkError> {
         let run = &self.paths.run;
         record.store(run, pod)?;
         let Wiring::Chain(list) = record.wiring.clone() else {
@@ -223,9 +277,9 @@ impl PodNetworks {
         match addresses {
             Ok((result, addresses)) => {
                 record.result = Some(result);
-                record.addresses.clone_from(&addresses);
+                record.addresses = addresses;
                 record.store(run, pod)?;
-                Ok(addresses)
+                Ok(record)
             }
             Err(error) => {
                 // The specification asks for a DEL after a failed ADD; the ADD's error counts.
@@ -306,9 +360,13 @@ impl Network for PodNetworks {
         let (hostname, pool) = (spec.hostname.clone(), &self.pool);
         let new = namespaces::ensure(dir, kinds, hostname, || pool.take()).await?;
         pool.fill();
-        let addresses = self.attach(spec, &netns, new).await?;
+        let attached = self.attach(spec, &netns, new).await?;
+        if let Some(interface) = attached.interface {
+            self.packets(move |dataplane| dataplane.attach_pod(&interface))
+                .await?;
+        }
         Ok(PodNetwork {
-            addresses,
+            addresses: attached.addresses,
             netns: Some(netns),
             ipcns,
             utsns: Some(utsns),
@@ -330,6 +388,9 @@ impl Network for PodNetworks {
                 .await?;
         }
         namespaces::remove(&dir)?;
+        let owned = pod.clone();
+        self.packets(move |dataplane| dataplane.detach_pod(&owned))
+            .await?;
         match record.map(|record| record.wiring) {
             Some(Wiring::Chain(_)) => {}
             Some(Wiring::Bridge { prefixes }) => self.detach_bridge(pod, &prefixes).await?,
@@ -352,6 +413,9 @@ impl Network for PodNetworks {
         for result in futures_util::future::join_all(removals).await {
             first = first.and(result);
         }
+        let pods = live.clone();
+        let detached = self.packets(move |dataplane| dataplane.retain_pods(&pods));
+        first = first.and(detached.await);
         // Ports whose lease and record are both gone.
         let valid: HashSet<Owner> = live.iter().map(owner).collect();
         let host = Netlink::open().map_err(from_cni)?;
@@ -365,9 +429,44 @@ impl Network for PodNetworks {
 }
 
 impl PodNetworks {
+    /// Off the runtime's workers: the kernel's lock of all interfaces may be held for a while.
+    async fn packets(
+        &self,
+        work: impl FnOnce(&dyn Dataplane) -> Result<(), DataplaneError> + Send + 'static,
+    ) -> Result<(), NetworkError> {
+        let dataplane = self.dataplane.clone();
+        match tokio::task::spawn_blocking(move || work(dataplane.as_ref())).await {
+            Ok(result) => result.map_err(|error| NetworkError::Packets(error.to_string())),
+            Err(error) => Err(NetworkError::Packets(error.to_string())),
+        }
+    }
+
     fn third_party(&self) -> Option<NetworkList> {
         let list = chain::load(&self.config.conf_dir).ok().flatten()?;
         (!list.is_ours() && self.runner.find_all(&list).is_ok()).then_some(list)
+    }
+}
+
+/// The node's end of what a third party's plugins made; none, and said so, when it cannot be told.
+async fn interface_of(
+    record: &Record,
+    pod: &PodUid,
+    netns_path: &Path,
+) -> Result<Option<PodInterface>, NetworkError> {
+    let netns = Netns::open(netns_path).map_err(from_cni)?;
+    let host = Netlink::open().map_err(from_cni)?;
+    let inside = Netlink::open_in(&netns).await.map_err(from_cni)?;
+    let (addresses, result) = (&record.addresses, record.result.as_ref());
+    let found = interface::find(&host, &inside, pod, addresses, result).await;
+    match found.map_err(from_cni)? {
+        Ok(interface) => Ok(Some(interface)),
+        Err(words) => {
+            tracing::warn!(
+                %pod,
+                "this pod's packets are not seen by Gantry: {words}. NetworkPolicy, the check of its                  source addresses and Services without sockets do not work for it"
+            );
+            Ok(None)
+        }
     }
 }
 

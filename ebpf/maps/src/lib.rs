@@ -4,6 +4,7 @@
 //!  agent (services::plan) ──► FRONTENDS ─► SLOTS ─► BACKENDS        connect(), sendmsg()
 //!                             PEERS, REVERSE_NAT ◄────────────────  written by the programs,
 //!                             AFFINITY           ◄────────────────  read by recvmsg(), getpeername()
+//!  agent (dataplane::pods) ──► ENDPOINTS, INTERFACES                packets of pods
 //! ```
 //! Every address is 16 bytes in network order, an IPv4 address in its v4-mapped form
 //! (`::ffff:a.b.c.d`), so that one set of maps serves both families.
@@ -15,10 +16,12 @@
 
 pub mod counter;
 pub mod device;
+pub mod drop;
+pub mod endpoint;
 pub mod services;
 
 /// Version of the layouts in this crate; part of the directory in which maps are pinned.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// A marker for types that may be copied to and from a map as bytes.
 macro_rules! plain_old_data {

@@ -5,23 +5,32 @@
 //!  recvmsg(), getpeername()  ──► reverse::restore   ──► the frontend's address again
 //!  close()                   ──► reverse::forget
 //!  open(), mknod()           ──► device::is_allowed
+//!  packet out of a pod       ──► pod::sent     ──► spoof::check ──► policy ──► the node's network
+//!  packet into a pod         ──► pod::received ──► policy ──► the pod
 //! ```
-//! All but the device guard attach to the root of cgroup v2, so they see every pod and the node's
-//! own processes; a Service costs once per connection and nothing per packet.
+//! The service hooks attach to the root of cgroup v2, so they see every pod and the node's own
+//! processes; a Service costs once per connection and nothing per packet. The packet hooks attach
+//! to the host end of each pod's veth.
 //!
-//! Invariants: no program writes FRONTENDS, SLOTS or BACKENDS; none can reach a panic (a program
-//! that can is refused by the verifier); anything that is no frontend passes untouched.
+//! Invariants: no program writes FRONTENDS, SLOTS, BACKENDS, ENDPOINTS or INTERFACES; none can
+//! reach a panic (a program that can is refused by the verifier); what is no frontend passes the
+//! service hooks untouched; a packet is never dropped without a reason that is counted.
 #![no_std]
 #![no_main]
 
 mod device;
+mod drop;
 mod maps;
+mod packet;
+mod pod;
+mod policy;
 mod reverse;
 mod service;
 mod socket;
+mod spoof;
 
-use aya_ebpf::macros::{cgroup_device, cgroup_sock, cgroup_sock_addr};
-use aya_ebpf::programs::{DeviceContext, SockAddrContext, SockContext};
+use aya_ebpf::macros::{cgroup_device, cgroup_sock, cgroup_sock_addr, classifier};
+use aya_ebpf::programs::{DeviceContext, SockAddrContext, SockContext, TcContext};
 
 use crate::service::Call;
 
@@ -98,6 +107,19 @@ pub fn device_guard(ctx: DeviceContext) -> i32 {
     } else {
         REFUSE
     }
+}
+
+/// At the ingress of the host end of a pod's veth: what the pod sends.
+#[classifier]
+pub fn from_pod(ctx: TcContext) -> i32 {
+    pod::sent(&ctx)
+}
+
+/// At the egress of the host end of a pod's veth: what the pod is sent, but for what `from_pod`
+/// hands from one pod to another.
+#[classifier]
+pub fn to_pod(ctx: TcContext) -> i32 {
+    pod::received(&ctx)
 }
 
 /// Never reached: the verifier refuses a program that could come here.

@@ -6,6 +6,10 @@ use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
 use ebpf_maps::counter::COUNTER_COUNT;
 use ebpf_maps::device::{DEVICE_EXEMPT_COUNT_MAX, DEVICE_RULE_COUNT_MAX, DeviceRuleKey};
+use ebpf_maps::drop::DROP_COUNT;
+use ebpf_maps::endpoint::{
+    ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue,
+};
 use ebpf_maps::services::{
     AFFINITY_COUNT_MAX, Addr, AffinityKey, AffinityValue, BACKEND_COUNT, BackendValue,
     FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, NODE_ADDRESS_COUNT_MAX, PEER_COUNT_MAX,
@@ -51,6 +55,20 @@ pub static AFFINITY: LruHashMap<AffinityKey, AffinityValue> =
 /// `ebpf_maps::counter`.
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_COUNT, 0);
+
+/// The pods of this node by their addresses. Written by the agent only.
+#[map]
+pub static ENDPOINTS: HashMap<Addr, EndpointValue> =
+    HashMap::with_max_entries(ENDPOINT_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// The pods of this node by the host ends of their veths. Written by the agent only.
+#[map]
+pub static INTERFACES: HashMap<u32, InterfaceValue> =
+    HashMap::with_max_entries(INTERFACE_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// `ebpf_maps::drop`.
+#[map]
+pub static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(DROP_COUNT, 0);
 
 /// Ids of the cgroups (of privileged pods) that the device guard lets pass.
 #[map]

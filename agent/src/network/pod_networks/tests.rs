@@ -4,17 +4,20 @@ use std::future::Future;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
+use gantry_cni::netlink::BridgeSpec;
 use gantry_cni::netns::within;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::super::{census, remove_all};
 use super::*;
+use crate::dataplane::fake::FakeDataplane;
 use crate::view::Settings;
 
 struct Node {
     dir: tempfile::TempDir,
     settings: Settings,
+    dataplane: Arc<FakeDataplane>,
 }
 
 /// Runs `test` on a fresh node; skips without root.
@@ -46,7 +49,13 @@ where
                 ..Settings::default()
             };
             let dir = tempfile::tempdir().unwrap();
-            test(Node { dir, settings }).await;
+            let dataplane = Arc::default();
+            test(Node {
+                dir,
+                settings,
+                dataplane,
+            })
+            .await;
         });
     });
     node.join().unwrap();
@@ -71,7 +80,8 @@ impl Node {
             node_addresses: vec![IpAddr::from([192, 0, 2, 7])],
         };
         // The sender may go: the last value stays readable.
-        PodNetworks::new(self.paths(), config, watch::channel(Arc::new(view)).1)
+        let view = watch::channel(Arc::new(view)).1;
+        PodNetworks::new(self.paths(), config, view, self.dataplane.clone())
     }
 
     fn configure(&self, list: &serde_json::Value) {
@@ -145,10 +155,14 @@ fn pods_get_networks_and_leave_nothing() {
             "1"
         );
         // A second call, also by a new agent, finds the same.
+        let path = node.dataplane.pod(&spec("a").pod).unwrap();
         assert_eq!(node.networks().ensure(&spec("a")).await.unwrap(), a);
+        assert_eq!(node.dataplane.pod(&spec("a").pod), Some(path.clone()));
+        assert_in_the_packet_path(&a, &path).await;
 
         networks.remove(&spec("a").pod).await.unwrap();
         networks.remove(&spec("a").pod).await.unwrap();
+        assert_eq!(node.dataplane.pod(&spec("a").pod), None);
         let left = census(&node.paths()).await.unwrap();
         assert_eq!(
             (left.links.len(), left.leases.len(), left.namespaces.len()),
@@ -203,6 +217,7 @@ fn host_network_pods_have_the_nodes_addresses_and_an_ipc_namespace() {
         let network = networks.ensure(&spec).await.unwrap();
         assert_eq!(network.addresses, [IpAddr::from([192, 0, 2, 7])]);
         assert_eq!((network.netns, network.utsns), (None, None));
+        assert_eq!(node.dataplane.pod(&spec.pod), None);
         assert!(gantry_cni::netns::is_pinned(&network.ipcns));
         networks.remove(&spec.pod).await.unwrap();
         assert!(census(&node.paths()).await.unwrap().is_empty());
@@ -306,6 +321,21 @@ impl PodNetworks {
 }
 
 /// Debian's containernetworking-plugins, or None with the reason printed.
+/// The data plane was told the pod's addresses and both ends of its veth as the kernel has them.
+async fn assert_in_the_packet_path(network: &PodNetwork, path: &PodInterface) {
+    assert_eq!(path.addresses, network.addresses);
+    let netns = Netns::open(network.netns.as_ref().unwrap()).unwrap();
+    let inside = Netlink::open_in(&netns).await.unwrap();
+    let inner = inside.link_by_name(IFNAME).await.unwrap().unwrap();
+    let host = Netlink::open().unwrap();
+    let outer = host.link_by_index(path.ifindex).await.unwrap().unwrap();
+    assert_eq!(inner.peer, Some(outer.index));
+    assert_eq!(
+        (inner.mac, outer.mac),
+        (Some(path.pod_mac), Some(path.host_mac))
+    );
+}
+
 fn debian_plugins(names: &[&str]) -> bool {
     let missing = names
         .iter()
@@ -358,6 +388,8 @@ fn a_third_partys_plugins_wire_pods_and_give_everything_back() {
             let mut again = node.networks();
             again.runner.path.clear();
             assert_eq!(again.ensure(&spec("a")).await.unwrap(), a);
+            let path = node.dataplane.pod(&spec("a").pod).unwrap();
+            assert_in_the_packet_path(&a, &path).await;
             // The configuration changes while pods live: they leave as they came.
             fs::remove_dir_all(node.dir.path().join("net.d")).unwrap();
             // ADD was interrupted: undone, then done again.
@@ -381,6 +413,35 @@ fn a_third_partys_plugins_wire_pods_and_give_everything_back() {
             assert!(census(&node.paths()).await.unwrap().is_empty());
         });
     }
+}
+
+#[test]
+fn a_pod_without_veth_runs_and_is_not_in_the_packet_path() {
+    if !debian_plugins(&["ipvlan", "host-local"]) {
+        return;
+    }
+    on_a_node(|node| async move {
+        let host = Netlink::open().unwrap();
+        let spec_of_uplink = BridgeSpec {
+            name: "uplink0",
+            mac: [2, 0, 0, 0, 0, 9],
+            mtu: 1500,
+        };
+        host.create_bridge(&spec_of_uplink).await.unwrap();
+        let mut list = third_party(&node, "ipvlan");
+        list["plugins"].as_array_mut().unwrap().truncate(1);
+        list["plugins"][0]["master"] = serde_json::json!("uplink0");
+        node.configure(&list);
+        match node.networks().ensure(&spec("a")).await {
+            Ok(network) => assert_eq!(network.addresses.len(), 1),
+            Err(error) if error.to_string().contains("not supported") => {
+                return eprintln!("skipped: no ipvlan: {error}");
+            }
+            Err(error) => panic!("{error}"),
+        }
+        assert_eq!(node.dataplane.pod(&spec("a").pod), None);
+        node.networks().remove(&spec("a").pod).await.unwrap();
+    });
 }
 
 #[test]

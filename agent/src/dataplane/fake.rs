@@ -1,0 +1,62 @@
+//! A data plane that only remembers, for the tests of those who call it.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use async_trait::async_trait;
+
+use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService};
+use crate::ids::PodUid;
+use crate::view::View;
+
+/// The pods that are attached now.
+#[derive(Default)]
+pub struct FakeDataplane {
+    pods: Mutex<BTreeMap<PodUid, PodInterface>>,
+}
+
+impl FakeDataplane {
+    /// How a pod is attached.
+    pub fn pod(&self, pod: &PodUid) -> Option<PodInterface> {
+        self.pods().get(pod).cloned()
+    }
+
+    fn pods(&self) -> std::sync::MutexGuard<'_, BTreeMap<PodUid, PodInterface>> {
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[async_trait]
+impl Dataplane for FakeDataplane {
+    async fn apply(&self, _view: &View) -> Result<Vec<StuckService>, DataplaneError> {
+        Ok(Vec::new())
+    }
+
+    fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError> {
+        self.pods().insert(pod.pod.clone(), pod.clone());
+        Ok(())
+    }
+
+    fn detach_pod(&self, pod: &PodUid) -> Result<(), DataplaneError> {
+        self.pods().remove(pod);
+        Ok(())
+    }
+
+    fn retain_pods(&self, live: &HashSet<PodUid>) -> Result<(), DataplaneError> {
+        self.pods().retain(|pod, _| live.contains(pod));
+        Ok(())
+    }
+
+    fn exempt_devices(&self, _cgroup: &Path) -> Result<(), DataplaneError> {
+        Ok(())
+    }
+
+    fn allow_devices(&self, _cgroup: &Path, _rules: &[DeviceRule]) -> Result<(), DataplaneError> {
+        Ok(())
+    }
+
+    fn end_device_exemption(&self, _cgroup: &Path) -> Result<(), DataplaneError> {
+        Ok(())
+    }
+}

@@ -1,0 +1,321 @@
+//! The packet programs of pods: rows in the maps, then programs on the host end of the pod's veth.
+//!
+//! ```text
+//!  attach   INTERFACES, ENDPOINTS ─► from_pod (ingress), to_pod (egress)
+//!             tcx:    no pin, or its interface is gone ─► link ─► pin
+//!                     pinned                           ─► the program behind the link is replaced
+//!             clsact: filter of priority 1, handle 1, made or replaced (kernels before 6.6)
+//!  detach   ENDPOINTS, INTERFACES ─► pins             (a filter goes with its interface)
+//! ```
+//! Rows come first: an interface that has a program and no row passes nothing. Everything is found
+//! by the pod's id, the hash of its UID, so an agent that starts, or one that was killed half-way,
+//! needs no other record.
+//!
+//! Invariants: a row is removed only by the pod that owns it; attaching again changes nothing that
+//! a packet could see.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+
+use aya::Ebpf;
+use aya::maps::{HashMap, MapData, MapError};
+use aya::programs::ProgramFd;
+use ebpf_maps::endpoint::{ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue};
+use ebpf_maps::services::Addr;
+
+use super::clsact::{self, Direction};
+use super::load::{absent_is_fine, failed, program_fd, take_map, unexpected};
+use super::{DataplaneError, PodInterface, hooks, sys};
+use crate::ids::PodUid;
+use crate::paths::Paths;
+use crate::services::index::{addr_of, label64};
+
+/// A program of every pod.
+pub(super) struct PodHook {
+    /// The function in `ebpf/programs/src/main.rs`.
+    pub program: &'static str,
+    pub direction: Direction,
+}
+
+/// What a pod is sent is judged before it can send.
+pub(super) const POD_HOOKS: [PodHook; 2] = [
+    PodHook {
+        program: "to_pod",
+        direction: Direction::Egress,
+    },
+    PodHook {
+        program: "from_pod",
+        direction: Direction::Ingress,
+    },
+];
+
+impl Direction {
+    /// `enum bpf_attach_type`: BPF_TCX_INGRESS, BPF_TCX_EGRESS.
+    fn tcx(self) -> u32 {
+        match self {
+            Self::Ingress => 46,
+            Self::Egress => 47,
+        }
+    }
+}
+
+/// How programs come onto an interface.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Attachment {
+    /// Links: Linux 6.6.
+    Tcx,
+    /// Filters of a qdisc.
+    Clsact,
+}
+
+impl Attachment {
+    /// Asks the kernel, by an interface that cannot exist.
+    fn probe(program: BorrowedFd<'_>) -> Self {
+        match sys::link_create_tcx(program, 0, Direction::Ingress.tcx()) {
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Self::Clsact,
+            _ => Self::Tcx,
+        }
+    }
+}
+
+/// The pods that have programs, and what is needed to give them to more.
+pub(super) struct PodPrograms {
+    links: PathBuf,
+    programs: Vec<(&'static PodHook, ProgramFd)>,
+    attachment: Attachment,
+    endpoints: HashMap<MapData, Addr, EndpointValue>,
+    interfaces: HashMap<MapData, u32, InterfaceValue>,
+    /// What the maps hold: whose it is.
+    owners: Owners,
+}
+
+#[derive(Default)]
+struct Owners {
+    addresses: BTreeMap<Addr, u64>,
+    interfaces: BTreeMap<u32, u64>,
+}
+
+impl PodPrograms {
+    /// Takes maps and loaded programs out of the object, and reads what is attached already.
+    pub(super) fn take(ebpf: &mut Ebpf, paths: &Paths) -> Result<Self, DataplaneError> {
+        let mut programs = Vec::new();
+        for hook in &POD_HOOKS {
+            let program = program_fd(ebpf, hook.program)?.try_clone();
+            let program = program.map_err(|error| DataplaneError::kernel(hook.program, &error))?;
+            programs.push((hook, program));
+        }
+        let attachment = match programs.first() {
+            Some((_, program)) => Attachment::probe(program.as_fd()),
+            None => Attachment::Clsact,
+        };
+        let endpoints = take_map(ebpf, "ENDPOINTS")?.try_into();
+        let interfaces = take_map(ebpf, "INTERFACES")?.try_into();
+        let mut taken = Self {
+            links: hooks::directory(paths),
+            programs,
+            attachment,
+            endpoints: endpoints.map_err(|error: MapError| unexpected("ENDPOINTS", error))?,
+            interfaces: interfaces.map_err(|error: MapError| unexpected("INTERFACES", error))?,
+            owners: Owners::default(),
+        };
+        for row in taken.endpoints.iter() {
+            let (addr, value) = row.map_err(|error| failed("read ENDPOINTS", &error))?;
+            taken.owners.addresses.insert(addr, value.pod_id);
+        }
+        for row in taken.interfaces.iter() {
+            let (ifindex, value) = row.map_err(|error| failed("read INTERFACES", &error))?;
+            taken.owners.interfaces.insert(ifindex, value.pod_id);
+        }
+        Ok(taken)
+    }
+
+    /// By which means; tests compare both.
+    #[cfg(test)]
+    pub(super) fn attachment(&mut self) -> &mut Attachment {
+        &mut self.attachment
+    }
+
+    /// See [`super::Dataplane::attach_pod`].
+    pub(super) fn attach(&mut self, pod: &PodInterface) -> Result<(), DataplaneError> {
+        let pod_id = label64(pod.pod.as_str());
+        let addresses: BTreeSet<Addr> = pod.addresses.iter().copied().map(addr_of).collect();
+        self.remove_rows(pod_id, |addr| addresses.contains(addr), Some(pod.ifindex))?;
+        let value = InterfaceValue {
+            pod_id,
+            pod_mac: pod.pod_mac,
+            host_mac: pod.host_mac,
+            flags: 0,
+        };
+        (self.interfaces.insert(pod.ifindex, value, 0))
+            .map_err(|error| full("INTERFACES", INTERFACE_COUNT_MAX, &error))?;
+        self.owners.interfaces.insert(pod.ifindex, pod_id);
+        for addr in addresses {
+            let value = EndpointValue {
+                pod_id,
+                ifindex: pod.ifindex,
+                flags: 0,
+                pod_mac: pod.pod_mac,
+                host_mac: pod.host_mac,
+                _pad: [0; 4],
+            };
+            (self.endpoints.insert(addr, value, 0))
+                .map_err(|error| full("ENDPOINTS", ENDPOINT_COUNT_MAX, &error))?;
+            self.owners.addresses.insert(addr, pod_id);
+        }
+        for (hook, program) in &self.programs {
+            let attached = match self.attachment {
+                Attachment::Tcx => {
+                    let pin = self.links.join(pin_name(pod_id, hook));
+                    attach_tcx(&pin, hook.direction, program.as_fd(), pod.ifindex)
+                }
+                Attachment::Clsact => {
+                    let (direction, name) = (hook.direction, hook.program);
+                    clsact::attach(pod.ifindex, direction, name, program.as_fd())
+                }
+            };
+            attached.map_err(|error| {
+                let (name, ifindex) = (hook.program, pod.ifindex);
+                let what = format!(
+                    "attach program {name} to interface {ifindex} of pod {}",
+                    pod.pod
+                );
+                DataplaneError::kernel(what, &error)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// See [`super::Dataplane::detach_pod`].
+    pub(super) fn detach(&mut self, pod: &PodUid) -> Result<(), DataplaneError> {
+        self.detach_id(label64(pod.as_str()))
+    }
+
+    /// See [`super::Dataplane::retain_pods`].
+    pub(super) fn retain<'a>(
+        &mut self,
+        live: impl Iterator<Item = &'a PodUid>,
+    ) -> Result<(), DataplaneError> {
+        let live: BTreeSet<u64> = live.map(|pod| label64(pod.as_str())).collect();
+        let owners = &self.owners;
+        let mut found: BTreeSet<u64> = owners.addresses.values().copied().collect();
+        found.extend(owners.interfaces.values());
+        let pins = fs::read_dir(&self.links).into_iter().flatten().flatten();
+        found.extend(pins.filter_map(|pin| pod_of_pin(pin.file_name().to_str()?)));
+        let mut first = Ok(());
+        for pod_id in found.difference(&live) {
+            first = first.and(self.detach_id(*pod_id));
+        }
+        first
+    }
+
+    fn detach_id(&mut self, pod_id: u64) -> Result<(), DataplaneError> {
+        self.remove_rows(pod_id, |_| false, None)?;
+        for hook in &POD_HOOKS {
+            let pin = self.links.join(pin_name(pod_id, hook));
+            match fs::remove_file(&pin) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    let what = format!("unpin {}", pin.display());
+                    return Err(DataplaneError::kernel(what, &error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the rows of this pod, but for those that it is to keep.
+    fn remove_rows(
+        &mut self,
+        pod_id: u64,
+        keep: impl Fn(&Addr) -> bool,
+        interface: Option<u32>,
+    ) -> Result<(), DataplaneError> {
+        let owners = &mut self.owners;
+        let of_pod = owners.addresses.iter().filter(|(_, id)| **id == pod_id);
+        let gone: Vec<Addr> = of_pod
+            .map(|(addr, _)| *addr)
+            .filter(|addr| !keep(addr))
+            .collect();
+        for addr in gone {
+            absent_is_fine(self.endpoints.remove(&addr))
+                .map_err(|error| failed("remove from ENDPOINTS", &error))?;
+            owners.addresses.remove(&addr);
+        }
+        let of_pod = owners.interfaces.iter().filter(|(_, id)| **id == pod_id);
+        let gone: Vec<u32> = of_pod.map(|(ifindex, _)| *ifindex).collect();
+        for ifindex in gone
+            .into_iter()
+            .filter(|ifindex| Some(*ifindex) != interface)
+        {
+            absent_is_fine(self.interfaces.remove(&ifindex))
+                .map_err(|error| failed("remove from INTERFACES", &error))?;
+            owners.interfaces.remove(&ifindex);
+        }
+        Ok(())
+    }
+}
+
+/// `pod-<id>-from_pod`: bpffs allows no dot in a name.
+fn pin_name(pod_id: u64, hook: &PodHook) -> String {
+    format!("pod-{pod_id:016x}-{}", hook.program)
+}
+
+fn pod_of_pin(name: &str) -> Option<u64> {
+    let (id, _) = name.strip_prefix("pod-")?.split_once('-')?;
+    u64::from_str_radix(id, 16).ok()
+}
+
+fn attach_tcx(
+    pin: &Path,
+    direction: Direction,
+    program: BorrowedFd<'_>,
+    ifindex: u32,
+) -> io::Result<()> {
+    match sys::open_pinned(pin) {
+        Ok(link) => {
+            if sys::link_info(link.as_fd())?.ifindex == ifindex {
+                return sys::link_update(link.as_fd(), program);
+            }
+            // Another interface of the pod, or 0: it is gone.
+            fs::remove_file(pin)?;
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let link = sys::link_create_tcx(program, ifindex, direction.tcx())?;
+    // If this fails the link goes with its descriptor: nothing is left behind.
+    sys::pin(link.as_fd(), pin)
+}
+
+fn full(map: &str, count_max: u32, error: &MapError) -> DataplaneError {
+    match error {
+        MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
+            DataplaneError::Kernel {
+                what: format!("write {map}"),
+                reason: format!(
+                    "full: it holds {count_max}; run fewer pods on this node (--max-pods)"
+                ),
+            }
+        }
+        other => failed(&format!("write {map}"), other),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_tells_its_pod() {
+        for pod_id in [0, 7, u64::MAX] {
+            for hook in &POD_HOOKS {
+                assert_eq!(pod_of_pin(&pin_name(pod_id, hook)), Some(pod_id));
+            }
+        }
+        assert_eq!(pod_of_pin("connect4"), None);
+        assert_eq!(pod_of_pin("pod-x-to_pod"), None);
+    }
+}

@@ -1,0 +1,129 @@
+//! One packet program at a time, without any interface: BPF_PROG_TEST_RUN on maps of its own.
+//!
+//! The kernel presents the frame as one that came by `lo`, so index 1 is the interface of the pod
+//! under test. What a redirect does beyond its verdict is seen in `wires`.
+
+use aya::maps::{HashMap, MapData, PerCpuArray};
+use aya::programs::{Program, TestRun, TestRunOptions};
+use aya::{Ebpf, EbpfLoader, Pod};
+use ebpf_maps::drop::DROP_NAMES;
+use ebpf_maps::endpoint::{EndpointValue, InterfaceValue};
+use ebpf_maps::services::Addr;
+
+use super::frames::Mac;
+use crate::dataplane::load;
+use crate::services::index::addr_of;
+
+/// The index of the interface under test.
+pub(super) const OWN_IFINDEX: u32 = 1;
+/// `TC_ACT_UNSPEC`: goes on.
+pub(super) const PASS: i32 = -1;
+/// `TC_ACT_SHOT`
+pub(super) const SHOT: i32 = 2;
+
+/// The programs that see packets, loaded on new maps that nothing pins.
+pub(super) struct Programs {
+    ebpf: Ebpf,
+}
+
+/// What became of a frame.
+#[derive(Debug)]
+pub(super) struct Outcome {
+    pub verdict: i32,
+    pub frame: Vec<u8>,
+    /// The reason that was counted, if any was.
+    pub dropped: Option<&'static str>,
+}
+
+impl Programs {
+    /// None, with the reason on stderr, without root.
+    pub(super) fn new() -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return None;
+        }
+        let mut ebpf = EbpfLoader::new().btf(None).load(load::OBJECT).unwrap();
+        load::load_packets(&mut ebpf).unwrap();
+        Some(Self { ebpf })
+    }
+
+    /// A hash map of the object.
+    pub(super) fn map<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
+        self.ebpf.map_mut(name).unwrap().try_into().unwrap()
+    }
+
+    /// A pod of this node: its rows, as the agent writes them.
+    pub(super) fn add_pod(&mut self, pod_id: u64, ifindex: u32, pod_mac: Mac, addresses: &[&str]) {
+        let host_mac = [0x0e, 0, 0, 0, 0, ifindex as u8];
+        let interface = InterfaceValue {
+            pod_id,
+            pod_mac,
+            host_mac,
+            flags: 0,
+        };
+        let mut interfaces = self.map::<u32, InterfaceValue>("INTERFACES");
+        interfaces.insert(ifindex, interface, 0).unwrap();
+        for address in addresses {
+            let endpoint = EndpointValue {
+                pod_id,
+                ifindex,
+                flags: 0,
+                pod_mac,
+                host_mac,
+                _pad: [0; 4],
+            };
+            let addr = addr_of(address.parse().unwrap());
+            let mut endpoints = self.map::<Addr, EndpointValue>("ENDPOINTS");
+            endpoints.insert(addr, endpoint, 0).unwrap();
+        }
+    }
+
+    /// Runs a program once.
+    pub(super) fn run(&mut self, program: &str, frame: &[u8]) -> Outcome {
+        let before = self.drops();
+        let mut out = vec![0; frame.len() + 256];
+        let Some(Program::SchedClassifier(classifier)) = self.ebpf.program(program) else {
+            panic!("{program} is no packet program");
+        };
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ..TestRunOptions::default()
+        };
+        let result = classifier.test_run(options).unwrap();
+        out.truncate(result.data_size_out as usize);
+        let after = self.drops();
+        let dropped = (0..before.len()).find(|index| after[*index] > before[*index]);
+        Outcome {
+            verdict: result.return_value as i32,
+            frame: out,
+            dropped: dropped.map(|index| DROP_NAMES[index]),
+        }
+    }
+
+    /// Instructions that the verifier walked, by program.
+    pub(super) fn verified(&self) -> Vec<(String, u32)> {
+        let programs = self.ebpf.programs();
+        let classifiers = programs.filter_map(|(name, program)| match program {
+            Program::SchedClassifier(classifier) => Some((name, classifier)),
+            _ => None,
+        });
+        classifiers
+            .map(|(name, program)| {
+                let info = program.info().unwrap();
+                (
+                    name.to_owned(),
+                    info.verified_instruction_count().unwrap_or(0),
+                )
+            })
+            .collect()
+    }
+
+    fn drops(&self) -> Vec<u64> {
+        let drops = self.ebpf.map("DROPS").unwrap();
+        let drops: PerCpuArray<&MapData, u64> = drops.try_into().unwrap();
+        let count = DROP_NAMES.len() as u32;
+        let sum = |index: u32| drops.get(&index, 0).unwrap().iter().sum();
+        (0..count).map(sum).collect()
+    }
+}

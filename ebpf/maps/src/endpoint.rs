@@ -1,0 +1,68 @@
+//! Pods on this node: from a pod's address, or its interface, to the pod.
+//!
+//! ```text
+//!  agent (dataplane::pods) ──► ENDPOINTS[address] = {pod, host end of its veth, hardware addresses}
+//!                         └──► INTERFACES[ifindex] = {pod, hardware addresses}
+//! ```
+//! Written by the agent only: both rows before the programs are attached to the interface, and gone
+//! before the address may be given to another pod. An interface without a row belongs to no pod,
+//! and nothing passes it.
+
+use core::mem::{offset_of, size_of};
+
+use crate::plain_old_data;
+
+/// Entries of `ENDPOINTS`: a pod has one per address.
+pub const ENDPOINT_COUNT_MAX: u32 = 8_192;
+/// Entries of `INTERFACES`.
+pub const INTERFACE_COUNT_MAX: u32 = 4_096;
+
+/// A hardware address.
+pub type Mac = [u8; 6];
+
+/// Value of `ENDPOINTS`, whose key is an address (`services::Addr`) of a pod on this node.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct EndpointValue {
+    /// FNV-1a of the pod's UID, as in `BackendValue::pod_id`.
+    pub pod_id: u64,
+    /// The host end of the pod's veth.
+    pub ifindex: u32,
+    /// None defined yet.
+    pub flags: u32,
+    /// Of the interface in the pod.
+    pub pod_mac: Mac,
+    /// Of the host end.
+    pub host_mac: Mac,
+    /// Always 0.
+    pub _pad: [u8; 4],
+}
+
+/// Value of `INTERFACES`, whose key is the index of the host end of a pod's veth.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct InterfaceValue {
+    /// FNV-1a of the pod's UID, as in `BackendValue::pod_id`.
+    pub pod_id: u64,
+    /// Of the interface in the pod.
+    pub pod_mac: Mac,
+    /// Of the host end.
+    pub host_mac: Mac,
+    /// None defined yet.
+    pub flags: u32,
+}
+
+const _: () = {
+    assert!(size_of::<EndpointValue>() == 32);
+    assert!(offset_of!(EndpointValue, ifindex) == 8);
+    assert!(offset_of!(EndpointValue, pod_mac) == 16);
+    assert!(offset_of!(EndpointValue, host_mac) == 22);
+    assert!(offset_of!(EndpointValue, _pad) == 28);
+
+    assert!(size_of::<InterfaceValue>() == 24);
+    assert!(offset_of!(InterfaceValue, pod_mac) == 8);
+    assert!(offset_of!(InterfaceValue, host_mac) == 14);
+    assert!(offset_of!(InterfaceValue, flags) == 20);
+};
+
+plain_old_data!(EndpointValue, InterfaceValue);

@@ -1,0 +1,260 @@
+//! What a frame says, read once: addresses, ports, where the layers begin.
+//!
+//! ```text
+//!  Ethernet ─┬► ARP
+//!            ├► IPv4 (options) ─┬► TCP, UDP: ports        a fragment that is not the first has none
+//!            ├► IPv6 (extensions┴► ICMP: type and code
+//!            └► anything else
+//! ```
+//! The headers of a usual packet are read where they lie; options and extension headers, which are
+//! rare, are copied by a helper, because the verifier can follow that at any offset.
+//!
+//! Invariants: every access is checked against the end of the packet; every loop has a constant
+//! bound; nothing here changes a packet (but for making its headers contiguous).
+
+use core::mem::size_of;
+
+use aya_ebpf::programs::TcContext;
+use ebpf_maps::endpoint::Mac;
+use ebpf_maps::services::{Addr, v4_mapped};
+
+/// Length of the Ethernet header, where IP begins.
+pub const IP_OFFSET: usize = 14;
+/// Length of an IPv4 header without options.
+pub const V4_LENGTH: usize = 20;
+/// Length of the fixed IPv6 header.
+pub const V6_LENGTH: usize = 40;
+/// Bytes that are made contiguous: Ethernet, IPv6 and the longest header read behind it.
+const CONTIGUOUS: u32 = (IP_OFFSET + V6_LENGTH + 20) as u32;
+/// Extension headers that are followed; senders use one or two.
+const EXTENSION_COUNT_MAX: u32 = 4;
+
+const ETHERTYPE_V4: u16 = 0x0800_u16.to_be();
+const ETHERTYPE_V6: u16 = 0x86dd_u16.to_be();
+const ETHERTYPE_ARP: u16 = 0x0806_u16.to_be();
+
+/// IANA protocol numbers.
+pub const ICMP: u8 = 1;
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+pub const ICMP_V6: u8 = 58;
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION_OPTIONS: u8 = 60;
+
+/// `Packet::flags`: a fragment, the first one or a later one.
+pub const IS_FRAGMENT: u8 = 1;
+/// `Packet::flags`: nothing is known of the layer above IP: a later fragment, or cut short there.
+pub const NO_L4: u8 = 2;
+/// `Packet::flags`: IPv4 options or IPv6 extension headers.
+pub const HAS_OPTIONS: u8 = 4;
+
+/// An IP packet.
+#[derive(Clone, Copy)]
+pub struct Packet {
+    pub source: Addr,
+    pub destination: Addr,
+    /// TCP and UDP; network order; 0 where there is none.
+    pub source_port_be: u16,
+    pub destination_port_be: u16,
+    /// IANA protocol number of the layer above IP.
+    pub proto: u8,
+    /// [`IS_FRAGMENT`], [`NO_L4`], [`HAS_OPTIONS`].
+    pub flags: u8,
+    /// TCP: its flags. ICMP: its type.
+    pub kind: u8,
+    /// ICMP: its code.
+    pub code: u8,
+    /// From the start of the frame to the layer above IP.
+    pub l4_offset: u32,
+    pub is_v6: bool,
+}
+
+/// What a frame is.
+pub enum Frame {
+    Ip(Packet),
+    Arp,
+    /// Another protocol, or in a VLAN.
+    Other,
+    /// Too short for its own headers.
+    Malformed,
+}
+
+/// Reads a frame.
+#[inline(always)]
+pub fn parse(ctx: &TcContext) -> Frame {
+    // SAFETY: the kernel passes a valid context.
+    if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
+        return Frame::Other;
+    }
+    let (length, wanted) = (ctx.len(), CONTIGUOUS);
+    let wanted = if length < wanted { length } else { wanted };
+    if ctx.data() + (wanted as usize) > ctx.data_end() && ctx.pull_data(wanted).is_err() {
+        return Frame::Malformed;
+    }
+    let parsed = match read::<u16>(ctx, 12) {
+        Some(ETHERTYPE_V4) => v4(ctx),
+        Some(ETHERTYPE_V6) => v6(ctx),
+        Some(ETHERTYPE_ARP) => return Frame::Arp,
+        Some(_) => return Frame::Other,
+        None => None,
+    };
+    match parsed {
+        Some(packet) => Frame::Ip(packet),
+        None => Frame::Malformed,
+    }
+}
+
+/// The frame's source hardware address.
+#[inline(always)]
+pub fn source_mac(ctx: &TcContext) -> Option<Mac> {
+    read(ctx, 6)
+}
+
+/// Bytes of the packet at a constant offset, where they lie.
+#[inline(always)]
+pub fn read<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
+    let (start, end) = (ctx.data() + offset, ctx.data_end());
+    if start + size_of::<T>() > end {
+        return None;
+    }
+    // SAFETY: within the packet, as just checked; every T here is made of integers. The machine
+    // reads words at any address, and the verifier knows where it does not.
+    Some(unsafe { *(start as *const T) })
+}
+
+#[inline(always)]
+fn v4(ctx: &TcContext) -> Option<Packet> {
+    let version_length: u8 = read(ctx, IP_OFFSET)?;
+    let fragment = u16::from_be(read(ctx, IP_OFFSET + 6)?);
+    let proto: u8 = read(ctx, IP_OFFSET + 9)?;
+    let source: u32 = read(ctx, IP_OFFSET + 12)?;
+    let destination: u32 = read(ctx, IP_OFFSET + 16)?;
+    let length = u32::from(version_length & 15) * 4;
+    if version_length >> 4 != 4 || length < V4_LENGTH as u32 {
+        return None;
+    }
+    let mut packet = Packet {
+        source: v4_mapped(source),
+        destination: v4_mapped(destination),
+        source_port_be: 0,
+        destination_port_be: 0,
+        proto,
+        flags: 0,
+        kind: 0,
+        code: 0,
+        l4_offset: IP_OFFSET as u32 + length,
+        is_v6: false,
+    };
+    // More fragments, or an offset.
+    if fragment & 0x3fff != 0 {
+        packet.flags |= IS_FRAGMENT;
+    }
+    if fragment & 0x1fff != 0 {
+        packet.flags |= NO_L4;
+        return Some(packet);
+    }
+    if length == V4_LENGTH as u32 {
+        l4(&mut packet, |at| read(ctx, IP_OFFSET + V4_LENGTH + at));
+    } else {
+        packet.flags |= HAS_OPTIONS;
+        l4(&mut packet, |at| ctx.load(length as usize + IP_OFFSET + at).ok());
+    }
+    Some(packet)
+}
+
+#[inline(always)]
+fn v6(ctx: &TcContext) -> Option<Packet> {
+    let version: u8 = read(ctx, IP_OFFSET)?;
+    let mut next: u8 = read(ctx, IP_OFFSET + 6)?;
+    let source: Addr = read(ctx, IP_OFFSET + 8)?;
+    let destination: Addr = read(ctx, IP_OFFSET + 24)?;
+    if version >> 4 != 6 {
+        return None;
+    }
+    let mut flags = 0;
+    let mut offset = (IP_OFFSET + V6_LENGTH) as u32;
+    let mut followed = 0;
+    while is_extension(next) {
+        if followed == EXTENSION_COUNT_MAX {
+            return None;
+        }
+        followed += 1;
+        let [following, length, high, low] = ctx.load::<[u8; 4]>(offset as usize).ok()?;
+        flags |= HAS_OPTIONS;
+        if next == FRAGMENT {
+            flags |= IS_FRAGMENT;
+            if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
+                flags |= NO_L4;
+            }
+        }
+        offset += match next {
+            FRAGMENT => 8,
+            AUTHENTICATION => (u32::from(length) + 2) * 4,
+            _ => (u32::from(length) + 1) * 8,
+        };
+        next = following;
+        if flags & NO_L4 != 0 {
+            break;
+        }
+    }
+    let mut packet = Packet {
+        source,
+        destination,
+        source_port_be: 0,
+        destination_port_be: 0,
+        proto: next,
+        flags,
+        kind: 0,
+        code: 0,
+        l4_offset: offset,
+        is_v6: true,
+    };
+    if flags & NO_L4 != 0 {
+        return Some(packet);
+    }
+    if flags & HAS_OPTIONS == 0 {
+        l4(&mut packet, |at| read(ctx, IP_OFFSET + V6_LENGTH + at));
+    } else {
+        l4(&mut packet, |at| ctx.load(offset as usize + at).ok());
+    }
+    Some(packet)
+}
+
+#[inline(always)]
+fn is_extension(next: u8) -> bool {
+    matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS)
+}
+
+/// Fills in what the layer above IP says; `word` gives four bytes of it.
+#[inline(always)]
+fn l4(packet: &mut Packet, word: impl Fn(usize) -> Option<u32>) {
+    let known = match packet.proto {
+        TCP => ports(packet, &word).and_then(|()| {
+            let [_, flags, ..] = word(12)?.to_ne_bytes();
+            packet.kind = flags;
+            Some(())
+        }),
+        UDP => ports(packet, &word),
+        ICMP | ICMP_V6 => word(0).map(|head| {
+            let [kind, code, ..] = head.to_ne_bytes();
+            packet.kind = kind;
+            packet.code = code;
+        }),
+        _ => Some(()),
+    };
+    if known.is_none() {
+        packet.flags |= NO_L4;
+    }
+}
+
+#[inline(always)]
+fn ports(packet: &mut Packet, word: impl Fn(usize) -> Option<u32>) -> Option<()> {
+    let [a, b, c, d] = word(0)?.to_ne_bytes();
+    packet.source_port_be = u16::from_ne_bytes([a, b]);
+    packet.destination_port_be = u16::from_ne_bytes([c, d]);
+    Some(())
+}
