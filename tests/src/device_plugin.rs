@@ -29,13 +29,17 @@ pub const RESOURCE: &str = "example.com/fuse";
 /// The name of its socket.
 const SOCKET: &str = "example-fuse.sock";
 /// The node of both devices on this machine; whoever starts the plugin makes it.
-pub const HOST_PATH: &str = "/run/gantry-example-device";
+pub const HOST_PATH: &str = "/dev/gantry-example";
+/// Where the hook of the CDI device puts the state that it is given.
+pub const HOOK_FILE: &str = "/run/gantry-example-hook";
 /// The device that comes by its CDI name.
 const BY_CDI: &str = "fuse-1";
-/// A CDI spec that defines it.
+/// A CDI spec that defines it; its hook runs while the container is made.
 pub const CDI_SPEC: &str = r#"{"cdiVersion": "0.6.0", "kind": "example.com/fuse", "devices": [
     {"name": "fuse-1", "containerEdits": {"env": ["BY_CDI=yes"],
-     "deviceNodes": [{"path": "/dev/example", "hostPath": "/run/gantry-example-device", "permissions": "rw"}]}}]}"#;
+     "deviceNodes": [{"path": "/dev/example", "hostPath": "/dev/gantry-example", "permissions": "rw"}],
+     "hooks": [{"hookName": "createContainer", "path": "/bin/sh", "env": ["PATH=/bin:/usr/bin"],
+                "args": ["sh", "-c", "cat > /run/gantry-example-hook"]}]}}]}"#;
 
 struct Plugin {
     healthy: watch::Receiver<bool>,

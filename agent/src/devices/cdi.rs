@@ -2,7 +2,9 @@
 //!
 //! `vendor.example/class=name` is looked up in the specs of `/etc/cdi` and `/var/run/cdi`; of two
 //! files that define one device, the later directory's counts, and within a directory they are a
-//! conflict. Hooks are refused in words: they are programs of the host that would run as root.
+//! conflict. Hooks are programs of the host that run as root while the container is made, each for a
+//! bounded time; one that would run after the container's end is refused in words, for then nobody
+//! of OCI's runtime is left to run it.
 //!
 //! Source: the CNCF's container-device-interface, SPEC.md 0.8.
 
@@ -13,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::plan::{Grant, Mount, Node};
+use super::plan::{Grant, Hook, Mount, Node};
 
 /// Where specs are; the later ones count more.
 pub const DIRECTORIES: [&str; 2] = ["/etc/cdi", "/var/run/cdi"];
@@ -21,6 +23,16 @@ pub const DIRECTORIES: [&str; 2] = ["/etc/cdi", "/var/run/cdi"];
 const FILE_BYTES_MAX: u64 = 1 << 20;
 /// Specs of one directory.
 const FILE_COUNT_MAX: usize = 256;
+/// The moments at which a hook can be run, by OCI's names.
+const MOMENTS: [&str; 5] = [
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "startContainer",
+    "poststart",
+];
+/// How long a hook may take whose spec does not say it; a longer time in a spec is cut to it.
+const HOOK_TIMEOUT_S: u32 = 30;
 
 #[derive(Deserialize, Debug)]
 #[serde(rename_all = "camelCase")]
@@ -46,7 +58,7 @@ struct Edits {
     env: Vec<String>,
     device_nodes: Vec<DeviceNode>,
     mounts: Vec<SpecMount>,
-    hooks: Vec<serde_json::Value>,
+    hooks: Vec<SpecHook>,
 }
 
 #[derive(Deserialize, Debug, Clone)]
@@ -64,6 +76,18 @@ struct SpecMount {
     container_path: String,
     #[serde(default)]
     options: Vec<String>,
+}
+
+#[derive(Deserialize, Debug, Clone)]
+#[serde(rename_all = "camelCase")]
+struct SpecHook {
+    hook_name: String,
+    path: String,
+    #[serde(default)]
+    args: Vec<String>,
+    #[serde(default)]
+    env: Vec<String>,
+    timeout: Option<u32>,
 }
 
 /// What these devices need.
@@ -138,11 +162,6 @@ fn read(path: &Path) -> Result<Spec, String> {
 }
 
 fn edits(edits: &Edits, name: &str) -> Result<Grant, String> {
-    if !edits.hooks.is_empty() {
-        return Err(format!(
-            "CDI device {name} wants hooks, which are not supported: use a spec without them"
-        ));
-    }
     let mut grant = Grant::default();
     for variable in &edits.env {
         let Some((key, value)) = variable.split_once('=') else {
@@ -174,7 +193,37 @@ fn edits(edits: &Edits, name: &str) -> Result<Grant, String> {
             read_only: mount.options.iter().any(|option| option == "ro"),
         });
     }
+    for hook in &edits.hooks {
+        grant
+            .hooks
+            .push(hook_of(hook).map_err(|words| format!("CDI device {name}: {words}"))?);
+    }
     Ok(grant)
+}
+
+fn hook_of(hook: &SpecHook) -> Result<Hook, String> {
+    let SpecHook {
+        hook_name: moment,
+        path,
+        ..
+    } = hook;
+    if !MOMENTS.contains(&moment.as_str()) {
+        return Err(format!(
+            "hooks at {moment} are not run (those at {} are): use a spec without it",
+            MOMENTS.join(", ")
+        ));
+    }
+    if !path.starts_with('/') {
+        return Err(format!("hook {path} is no absolute path"));
+    }
+    let bounded = |timeout: u32| timeout.clamp(1, HOOK_TIMEOUT_S);
+    Ok(Hook {
+        moment: moment.clone(),
+        path: path.clone(),
+        args: hook.args.clone(),
+        env: hook.env.clone(),
+        timeout_s: hook.timeout.map_or(HOOK_TIMEOUT_S, bounded),
+    })
 }
 
 #[cfg(test)]
@@ -196,7 +245,12 @@ devices:
         - {hostPath: /usr, containerPath: /opt, options: [ro, nosuid]}
   - name: hooked
     containerEdits:
-      hooks: [{hookName: createContainer, path: /bin/true}]
+      hooks:
+        - {hookName: createContainer, path: /bin/true, args: ["true", "-x"], env: [A=1]}
+        - {hookName: prestart, path: /bin/true, timeout: 900}
+  - name: late
+    containerEdits:
+      hooks: [{hookName: poststop, path: /bin/true}]
 "#;
 
     #[test]
@@ -213,7 +267,10 @@ devices:
         assert_eq!(grant.nodes[0].permissions, "rw");
         assert_eq!(grant.nodes[1].host_path, "/dev/fuse");
         assert!(grant.mounts[0].read_only);
-        assert!(of("hooked").unwrap_err().contains("hooks"));
+        let hooks = of("hooked").unwrap().hooks;
+        assert_eq!(hooks[0].args, ["true", "-x"]);
+        assert_eq!((hooks[0].timeout_s, hooks[1].timeout_s), (30, 30));
+        assert!(of("late").unwrap_err().contains("poststop"));
         let none = of("none").unwrap_err();
         assert!(
             none.contains("no CDI spec defines") && none.contains("broken.json"),

@@ -21,6 +21,8 @@ pub struct Grant {
     pub mounts: Vec<Mount>,
     /// Device nodes.
     pub nodes: Vec<Node>,
+    /// Programs of the host that the container's making runs.
+    pub hooks: Vec<Hook>,
 }
 
 /// A host path in the container.
@@ -45,6 +47,21 @@ pub struct Node {
     pub permissions: String,
 }
 
+/// A program of the host, run as root while the container is made.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Hook {
+    /// OCI's name of the moment: `createContainer`.
+    pub moment: String,
+    /// Absolute.
+    pub path: String,
+    /// With argument 0; empty: the path alone.
+    pub args: Vec<String>,
+    /// `NAME=value`, all that it gets.
+    pub env: Vec<String>,
+    /// It is killed after so many seconds, and the container is not made.
+    pub timeout_s: u32,
+}
+
 impl Grant {
     /// Adds what another resource gives.
     pub fn add(&mut self, other: Self) {
@@ -57,6 +74,11 @@ impl Grant {
         for node in other.nodes {
             if !self.nodes.contains(&node) {
                 self.nodes.push(node);
+            }
+        }
+        for hook in other.hooks {
+            if !self.hooks.contains(&hook) {
+                self.hooks.push(hook);
             }
         }
     }

@@ -140,6 +140,7 @@ fn grant(answer: ContainerAllocateResponse, cdi_directories: &[PathBuf]) -> Resu
                 permissions: device.permissions,
             })
             .collect(),
+        ..Grant::default()
     };
     if !names.is_empty() {
         grant.add(cdi::resolve(&names, cdi_directories)?);

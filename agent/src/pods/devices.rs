@@ -13,7 +13,7 @@ use super::{configs, status};
 use crate::dataplane::DeviceRule;
 use crate::devices::plan::{Asker, Grant, is_extended};
 use crate::ids::PodUid;
-use crate::runtime::spec::{GivenDevices, security};
+use crate::runtime::spec::{GivenDevices, GivenNode, security};
 
 /// Devices that the container asks for, by resource.
 fn wanted(config: &Container) -> Vec<(String, usize)> {
@@ -58,12 +58,16 @@ pub(super) async fn grant(job: &Job, config: &Container) -> Result<Grant, Failur
 pub(super) fn look_up(grant: &Grant) -> Result<GivenDevices, String> {
     let nodes = grant.nodes.iter().map(|node| {
         let (host, container) = (Path::new(&node.host_path), Path::new(&node.container_path));
-        let found = security::device_node(host, container)?;
-        Ok((found, node.permissions.clone()))
+        Ok(GivenNode {
+            device: security::device_node(host, container)?,
+            host_path: host.to_owned(),
+            access: node.permissions.clone(),
+        })
     });
     Ok(GivenDevices {
         nodes: nodes.collect::<Result<_, String>>()?,
         mounts: grant.mounts.clone(),
+        hooks: grant.hooks.clone(),
     })
 }
 
@@ -71,12 +75,12 @@ pub(super) fn look_up(grant: &Grant) -> Result<GivenDevices, String> {
 pub(super) fn rules(devices: &GivenDevices) -> Vec<DeviceRule> {
     let nodes = devices.nodes.iter();
     nodes
-        .map(|(node, access)| DeviceRule {
-            is_block: node.typ() == LinuxDeviceType::B,
-            major: u32::try_from(node.major()).unwrap_or(0),
-            minor: u32::try_from(node.minor()).unwrap_or(0),
-            read: access.contains('r'),
-            write: access.contains('w'),
+        .map(|node| DeviceRule {
+            is_block: node.device.typ() == LinuxDeviceType::B,
+            major: u32::try_from(node.device.major()).unwrap_or(0),
+            minor: u32::try_from(node.device.minor()).unwrap_or(0),
+            read: node.access.contains('r'),
+            write: node.access.contains('w'),
         })
         .collect()
 }

@@ -38,7 +38,7 @@ use self::identity::Identity;
 use self::security::Host;
 use super::Seccomp;
 use crate::cgroups::limits;
-use crate::devices::plan::Mount;
+use crate::devices::plan::{Hook, Mount};
 use crate::user_namespaces::{RANGE_LENGTH, UserNamespace};
 use crate::volumes::ReadyVolume;
 #[cfg(doc)]
@@ -87,10 +87,23 @@ pub struct SpecInput<'a> {
 /// What device plugins give a container, looked up on this machine.
 #[derive(Clone, Default, Debug)]
 pub struct GivenDevices {
-    /// Nodes to make, with the access of each, of `rwm`.
-    pub nodes: Vec<(LinuxDevice, String)>,
+    /// Nodes to make.
+    pub nodes: Vec<GivenNode>,
     /// Host paths to mount.
     pub mounts: Vec<Mount>,
+    /// Programs of the host to run meanwhile.
+    pub hooks: Vec<Hook>,
+}
+
+/// A device node that a container is given.
+#[derive(Clone, Debug)]
+pub struct GivenNode {
+    /// As it is to appear.
+    pub device: LinuxDevice,
+    /// Where it is on the host.
+    pub host_path: PathBuf,
+    /// Of `rwm`.
+    pub access: String,
 }
 
 /// Host paths of generated files that are mounted into every container; none: not mounted.
@@ -224,7 +237,7 @@ pub fn build(input: &SpecInput<'_>) -> Result<Spec, SpecError> {
         .ok_or_else(|| SpecError::invalid("spec", "the pod has none"))?;
     check_supported(pod_spec, input.container)?;
     let context = input.container.security_context.clone().unwrap_or_default();
-    let document = json!({
+    let mut document = json!({
         "ociVersion": "1.0.2",
         "process": process(input, &context)?,
         "root": {
@@ -234,6 +247,9 @@ pub fn build(input: &SpecInput<'_>) -> Result<Spec, SpecError> {
         "mounts": mounts::list(input)?,
         "linux": linux(input, pod_spec, &context)?,
     });
+    if !input.devices.hooks.is_empty() {
+        document["hooks"] = hooks(&input.devices.hooks);
+    }
     serde_json::from_value(document).map_err(SpecError::Schema)
 }
 
@@ -251,6 +267,19 @@ fn check_supported(pod: &PodSpec, container: &Container) -> Result<(), SpecError
         return unsupported("securityContext.seLinuxOptions", "a label".into());
     }
     Ok(())
+}
+
+/// By moment, in the order of the grant.
+fn hooks(hooks: &[Hook]) -> Value {
+    let mut moments: BTreeMap<&str, Vec<Value>> = BTreeMap::new();
+    for hook in hooks {
+        let mut value = json!({ "path": hook.path, "timeout": hook.timeout_s, "env": hook.env });
+        if !hook.args.is_empty() {
+            value["args"] = json!(hook.args);
+        }
+        moments.entry(&hook.moment).or_default().push(value);
+    }
+    json!(moments)
 }
 
 fn process(input: &SpecInput<'_>, context: &SecurityContext) -> Result<Value, SpecError> {
@@ -341,7 +370,10 @@ fn linux(
     if !sysctls.is_empty() {
         linux["sysctl"] = json!(sysctls);
     }
-    let given: Vec<&LinuxDevice> = input.devices.nodes.iter().map(|(node, _)| node).collect();
+    // In a user namespace no node can be made: there they are mounted ([`mounts`]).
+    let made = input.namespaces.user.is_none();
+    let nodes = input.devices.nodes.iter().filter(|_| made);
+    let given: Vec<&LinuxDevice> = nodes.map(|node| &node.device).collect();
     if !privileged && !given.is_empty() {
         linux["devices"] = serde_json::to_value(&given).map_err(SpecError::Schema)?;
     }

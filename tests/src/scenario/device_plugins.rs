@@ -9,8 +9,8 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 use super::sleeper;
-use crate::cluster::{Cluster, NODE};
-use crate::device_plugin::{self, CDI_SPEC, HOST_PATH, RESOURCE};
+use crate::cluster::{Cluster, NODE, is_ready};
+use crate::device_plugin::{self, CDI_SPEC, HOOK_FILE, HOST_PATH, RESOURCE};
 
 const LIMIT: Duration = Duration::from_secs(120);
 const SPEC: &str = "/var/run/cdi/gantry-tests.json";
@@ -50,6 +50,7 @@ impl Drop for Plugin {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(SPEC);
         let _ = std::fs::remove_file(HOST_PATH);
+        let _ = std::fs::remove_file(HOOK_FILE);
         let _ = std::fs::remove_dir("/var/run/cdi");
         let _ = std::fs::remove_dir_all(gantry_agent::devices::DIRECTORY);
         let _ = std::fs::remove_dir("/var/lib/kubelet");
@@ -83,6 +84,28 @@ fn held(cluster: &Cluster, pod: &str) -> Result<String> {
     Ok(said)
 }
 
+/// `hostUsers: false`: no node can be made there, so the device is mounted. Where the kernel has no
+/// id-mapped mounts of the pod's files, there are no such pods, and nothing to see.
+fn in_a_user_namespace(cluster: &Cluster) -> Result<()> {
+    cluster.apply_ok(&format!("{}  hostUsers: false\n", user("mapped")))?;
+    let refused = |c: &Cluster| -> Result<bool> {
+        Ok(c.ok(&["describe", "pod", "mapped"])?
+            .contains("show the pod's ids"))
+    };
+    cluster.wait("a pod with users of its own to run", LIMIT, |c| {
+        Ok(is_ready(&c.get(&["pod", "mapped"])?) || refused(c)?)
+    })?;
+    if refused(cluster)? {
+        eprintln!(
+            "    no pods with users of their own on this kernel: their devices are not looked at"
+        );
+        return Ok(());
+    }
+    let said = held(cluster, "mapped")?;
+    ensure!(said.contains("10, 229"), "in a user namespace: {said:?}");
+    Ok(())
+}
+
 /// Two devices and three pods: two run, with a device each that the kernel lets them open, and the
 /// third waits; an agent restart changes nothing; sick devices are not offered.
 pub(super) fn device_plugins(cluster: &mut Cluster) -> Result<()> {
@@ -100,6 +123,15 @@ pub(super) fn device_plugins(cluster: &mut Cluster) -> Result<()> {
             && two.contains("10, 229")
             && one.lines().next() != two.lines().next(),
         "devices of the two pods: {one:?} {two:?}"
+    );
+
+    // One of them came by a CDI name, whose hook was told of the container.
+    let state = std::fs::read_to_string(HOOK_FILE).context("the hook has left nothing")?;
+    let state: Value = serde_json::from_str(&state).context("what the hook was told")?;
+    let bundle = state["bundle"].as_str().unwrap_or_default();
+    ensure!(
+        Path::new(bundle).join("config.json").exists() && state["pid"].as_i64() > Some(1),
+        "the hook was told {state}"
     );
 
     cluster.apply_ok(&user("three"))?;
@@ -134,6 +166,9 @@ pub(super) fn device_plugins(cluster: &mut Cluster) -> Result<()> {
         three.lines().next() == two.lines().next(),
         "{three:?}, wanted what two had: {two:?}"
     );
+
+    cluster.ok(&["delete", "pod", "three"])?;
+    in_a_user_namespace(cluster)?;
 
     plugin.healthy.send_replace(false);
     cluster.wait("sick devices not to be offered", LIMIT, |c| {

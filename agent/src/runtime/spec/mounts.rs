@@ -74,6 +74,12 @@ pub(super) fn list(input: &SpecInput<'_>) -> Result<Value, SpecError> {
         let (source, destination) = (Path::new(&mount.host_path), &mount.container_path);
         mounts.push(bind(source, destination, &["rbind", "rprivate", access]));
     }
+    if input.namespaces.user.is_some() && !super::privileged(input.container) {
+        for node in &input.devices.nodes {
+            let place = node.device.path().to_string_lossy();
+            mounts.push(bind(&node.host_path, &place, &["bind", "rprivate", "rw"]));
+        }
+    }
     Ok(Value::Array(mounts))
 }
 

@@ -10,7 +10,7 @@ use gantry_api::k8s_openapi::api::core::v1::{Container, PodSpec, SecurityContext
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceBuilder, LinuxDeviceType};
 use serde_json::{Value, json};
 
-use super::SpecError;
+use super::{GivenNode, SpecError};
 
 /// Docker's default set: mask `a80425fb`.
 pub const DEFAULT_CAPABILITIES: [Cap; 14] = [
@@ -244,7 +244,7 @@ pub(super) fn adds_sys_admin(container: &Container) -> bool {
 }
 
 /// The device rules of cgroup v1 (on v2 the agent's own program holds the same list).
-pub(super) fn device_rules(privileged: bool, given: &[(LinuxDevice, String)]) -> Value {
+pub(super) fn device_rules(privileged: bool, given: &[GivenNode]) -> Value {
     if privileged {
         return json!([{ "allow": true, "access": "rwm" }]);
     }
@@ -269,14 +269,15 @@ pub(super) fn device_rules(privileged: bool, given: &[(LinuxDevice, String)]) ->
     ];
     let mut rules = vec![json!({ "allow": false, "access": "rwm" })];
     rules.extend(character.map(|(major, minor)| rule("c", major, minor)));
-    rules.extend(given.iter().map(|(node, access)| {
-        let kind = if node.typ() == LinuxDeviceType::B {
+    rules.extend(given.iter().map(|node| {
+        let device = &node.device;
+        let kind = if device.typ() == LinuxDeviceType::B {
             "b"
         } else {
             "c"
         };
-        let mut rule = rule(kind, node.major(), Some(node.minor()));
-        rule["access"] = json!(access);
+        let mut rule = rule(kind, device.major(), Some(device.minor()));
+        rule["access"] = json!(node.access);
         rule
     }));
     Value::Array(rules)
