@@ -153,7 +153,12 @@ fn main() -> ExitCode {
         .init();
     heap::limit_arenas();
     let is_helper = matches!(arguments.command, Command::MountNfs(_));
-    let done = tokio::runtime::Runtime::new()
+    let done = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        // What a thread keeps (its stack, freed memory for its next use) ends with it; a burst of
+        // pods needs dozens, what comes every ten seconds a few.
+        .thread_keep_alive(Duration::from_secs(1))
+        .build()
         .context("start the async runtime")
         .and_then(|runtime| match arguments.command {
             Command::Run(run) => runtime.block_on(agent(*run)),

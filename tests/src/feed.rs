@@ -309,7 +309,7 @@ impl Agent {
         };
         self.handle
             .reporter
-            .status(uid, "default", name, status, is_final, is_final);
+            .status(uid, "default", name, &status, is_final, is_final);
     }
 }
 

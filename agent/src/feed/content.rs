@@ -333,8 +333,9 @@ fn insert_into_view(view: &mut View, key: &str, item: proto::Item) -> Option<()>
             Arc::make_mut(&mut view.nodes).insert(name, Arc::new(route));
         }
         (Key::Pod(uid), Value::PodJson(json)) => {
-            let pod: Pod = serde_json::from_slice(&json).ok()?;
-            Arc::make_mut(&mut view.pods).insert(uid, Arc::new(pod));
+            let decoded: Pod = serde_json::from_slice(&json).ok()?;
+            // A copy has no room to spare, which is half of what was decoded; it is kept for long.
+            Arc::make_mut(&mut view.pods).insert(uid, Arc::new(decoded.clone()));
         }
         (Key::Blob(blob), Value::BlobJson(json)) => {
             let object: serde_json::Value = serde_json::from_slice(&json).ok()?;

@@ -9,11 +9,10 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::Context;
 use gantry_api::k8s_openapi::api::core::v1::{Container, Pod};
-use tokio::sync::mpsc;
 
 use super::prepare::{Failure, credentials, etc, hostname, names};
 use super::timeline::timed;
-use super::worker::Message;
+use super::worker::{Inputs, Message};
 use super::{Node, configs, processes, termination};
 use crate::cgroups::limits::{container_limits, qos_class};
 use crate::devices::plan::Grant;
@@ -47,7 +46,7 @@ pub struct Job {
     /// For ConfigMaps, Secrets and Services.
     pub view: Arc<View>,
     /// Durations of phases go here.
-    pub inputs: mpsc::Sender<Message>,
+    pub inputs: Inputs,
     /// For the pod's first process.
     pub turn: processes::Turn,
     /// The run whose processes this one is to see, when it has a target.
@@ -61,7 +60,10 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
         .into_owned();
     let (image, took) = timed(image(&job, &config)).await;
     let image = image?;
-    let _ = job.inputs.send(Message::Took("image", took)).await;
+    let _ = job
+        .inputs
+        .send(Box::new(Message::Took("image", took)))
+        .await;
     clean_before(&job).await;
     let layers = job.node.paths.container_layers(&job.run);
     let (rootfs, took) = timed(job.node.images.mount_rootfs(
@@ -71,7 +73,10 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
     ))
     .await;
     let rootfs = rootfs.map_err(|e| Failure::new("CreateContainerError", e))?;
-    let _ = job.inputs.send(Message::Took("rootfs", took)).await;
+    let _ = job
+        .inputs
+        .send(Box::new(Message::Took("rootfs", took)))
+        .await;
     limit(&job, &config).await?;
     let grant = super::devices::grant(&job, &config).await?;
     let pid_namespace = processes::namespace_of(
@@ -96,7 +101,10 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
         RuntimeError::Container(words) => Failure::new("RunContainerError", words),
         other => Failure::new("CreateContainerError", other),
     })?;
-    let _ = job.inputs.send(Message::Took("create", took)).await;
+    let _ = job
+        .inputs
+        .send(Box::new(Message::Took("create", took)))
+        .await;
     Ok((at, image.image_id()))
 }
 
@@ -158,7 +166,9 @@ async fn image(job: &Job, config: &Container) -> Result<Arc<Image>, Failure> {
         if !pulling.swap(true, Ordering::Relaxed) {
             let words = format!("Pulling image {reference:?}");
             // A worker with a full inbox has more urgent things to tell.
-            let _ = job.inputs.try_send(Message::Event("Pulling", words));
+            let _ = job
+                .inputs
+                .try_send(Box::new(Message::Event("Pulling", words)));
         }
     };
     let image = job
@@ -176,7 +186,10 @@ async fn image(job: &Job, config: &Container) -> Result<Arc<Image>, Failure> {
             began.elapsed().as_secs_f64(),
             image.size_bytes
         );
-        let _ = job.inputs.send(Message::Event("Pulled", words)).await;
+        let _ = job
+            .inputs
+            .send(Box::new(Message::Event("Pulled", words)))
+            .await;
     }
     Ok(image)
 }

@@ -287,7 +287,7 @@ impl PodWorkers {
             return;
         }
         for handle in self.handles.values() {
-            let _ = handle.inputs.send(Message::Blobs).await;
+            let _ = handle.inputs.send(Box::new(Message::Blobs)).await;
         }
     }
 
@@ -296,7 +296,7 @@ impl PodWorkers {
         for handle in self.handles.values() {
             let _ = handle
                 .inputs
-                .send(Message::Input(state::Input::Retry))
+                .send(Box::new(Message::Input(state::Input::Retry)))
                 .await;
         }
     }
@@ -306,7 +306,7 @@ impl PodWorkers {
         match self.handles.get(&run.pod) {
             Some(handle) => {
                 let input = state::Input::Exited(run, exit);
-                let _ = handle.inputs.send(Message::Input(input)).await;
+                let _ = handle.inputs.send(Box::new(Message::Input(input))).await;
             }
             None => info!(%run, code = exit.code, "a container of no known pod has ended"),
         }
@@ -326,7 +326,7 @@ impl PodWorkers {
             } => (pod, Message::Warning(reason, message)),
         };
         if let Some(handle) = self.handles.get(&pod) {
-            let _ = handle.inputs.send(message).await;
+            let _ = handle.inputs.send(Box::new(message)).await;
         }
     }
 

@@ -9,11 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::{Pod, Secret};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 use super::timeline::timed;
-use super::worker::Message;
+use super::worker::{Inputs, Message};
 use super::{Node, launch};
 use crate::cgroups::held::{Held, held};
 use crate::cgroups::limits::{container_limits, pod_limits, qos_class};
@@ -75,7 +75,7 @@ pub async fn sandbox(
     uid: &PodUid,
     pod: &Pod,
     view: &watch::Receiver<Arc<View>>,
-    inputs: &mpsc::Sender<Message>,
+    inputs: &Inputs,
 ) -> Result<(PodNetwork, ReadyVolumes), Failure> {
     let view = view.borrow().clone();
     let (namespace, name) = names(pod);
@@ -141,7 +141,7 @@ pub async fn sandbox(
         ("cgroup", cgroup_took),
         ("roots", roots_took),
     ] {
-        let _ = inputs.send(Message::Took(phase, took)).await;
+        let _ = inputs.send(Box::new(Message::Took(phase, took))).await;
     }
     Ok((network, volumes))
 }
@@ -151,13 +151,15 @@ async fn check_limits(
     node: &Node,
     pod: &Pod,
     is_new: bool,
-    inputs: &mpsc::Sender<Message>,
+    inputs: &Inputs,
 ) -> Result<(), Failure> {
     match held(pod, node.cgroups.policy(), node.cgroups.lacks()) {
         Held::All => {}
         Held::Refused(words) => return Err(Failure::new("LimitNotHeld", words)),
         Held::Not(words) if is_new => {
-            let _ = inputs.send(Message::Warning("LimitNotHeld", words)).await;
+            let _ = inputs
+                .send(Box::new(Message::Warning("LimitNotHeld", words)))
+                .await;
         }
         Held::Not(_) => {}
     }

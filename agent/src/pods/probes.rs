@@ -16,13 +16,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::Probe;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::check::Target;
 use super::records::Probed;
 use super::state::{Input, ProbeKind};
-use super::worker::Message;
+use super::worker::{Inputs, Message};
 
 /// Connections of probes open at once on this node.
 const NETWORK_COUNT_MAX: usize = 256;
@@ -100,7 +100,7 @@ pub struct Prober {
     /// The container.
     pub target: Target,
     /// Verdicts, failures and counters go here.
-    pub inputs: mpsc::Sender<Message>,
+    pub inputs: Inputs,
     /// Shared by all probes of the node.
     pub limits: Arc<Limits>,
     /// What is known already; from before an agent restart when `adopted`.
@@ -154,19 +154,19 @@ impl Prober {
                 // A full channel only means that the worker has other news to take first.
                 let _ = self
                     .inputs
-                    .try_send(Message::Unhealthy(kind, words.clone()));
+                    .try_send(Box::new(Message::Unhealthy(kind, words.clone())));
             }
             let change = threshold.take(verdict.is_ok());
             if let Some(healthy) = change {
                 let input = Input::Probe(self.target.run.clone(), kind, healthy);
-                let sent = self.inputs.send(Message::Input(input)).await;
+                let sent = self.inputs.send(Box::new(Message::Input(input))).await;
                 if sent.is_err() || (kind == ProbeKind::Startup && healthy) {
                     return;
                 }
             }
             let against = threshold.against();
             let counted = Message::Counted(self.target.run.clone(), kind, against);
-            if against != told && self.inputs.try_send(counted).is_ok() {
+            if against != told && self.inputs.try_send(Box::new(counted)).is_ok() {
                 told = against;
             }
             sleep(period.saturating_sub(began.elapsed())).await;

@@ -4,6 +4,7 @@ use gantry_api::k8s_openapi::api::core::v1::{Container, TCPSocketAction};
 use gantry_api::k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 use proptest::prelude::*;
 use tokio::io::AsyncReadExt;
+use tokio::sync::mpsc;
 
 use super::*;
 use crate::ids::{ContainerRun, PodUid};
@@ -102,7 +103,7 @@ async fn thousands_probe_in_one_runtime_within_the_limit() {
     }
     let mut ready = std::collections::BTreeSet::new();
     while ready.len() < COUNT {
-        match inbox.recv().await.unwrap() {
+        match *inbox.recv().await.unwrap() {
             Message::Input(Input::Probe(run, ProbeKind::Readiness, true)) => {
                 ready.insert(run.name);
             }

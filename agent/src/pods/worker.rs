@@ -75,12 +75,16 @@ pub enum Message {
     Event(&'static str, String),
 }
 
+/// How to reach a worker. Boxed: a channel has places for 32 messages from its beginning, and there
+/// is one for each pod.
+pub type Inputs = mpsc::Sender<Box<Message>>;
+
 /// How the owner of all workers reaches one.
 pub struct Handle {
     /// The newest pod; none when the object has gone without a deletion.
     pub newest: watch::Sender<Option<Arc<Pod>>>,
     /// Exits.
-    pub inputs: mpsc::Sender<Message>,
+    pub inputs: Inputs,
 }
 
 /// One pod's worker.
@@ -90,8 +94,8 @@ pub struct Worker {
     began: Instant,
     newest: watch::Receiver<Option<Arc<Pod>>>,
     view: watch::Receiver<Arc<View>>,
-    inputs: mpsc::Sender<Message>,
-    inbox: mpsc::Receiver<Message>,
+    inputs: Inputs,
+    inbox: mpsc::Receiver<Box<Message>>,
     volumes: Arc<ArcSwapOption<ReadyVolumes>>,
     /// Volumes have one writer at a time.
     refresh: Arc<tokio::sync::Mutex<()>>,
@@ -220,7 +224,7 @@ impl Worker {
                     Err(_) => return,
                 },
                 // Cancel-safe: recv takes nothing before it is ready.
-                Some(message) = self.inbox.recv() => self.take(message),
+                Some(message) = self.inbox.recv() => self.take(*message),
                 // Cancel-safe: a timer.
                 () = sleep => self.turn(Input::Timer),
             }
@@ -325,7 +329,7 @@ impl Worker {
         let inputs = self.inputs.clone();
         tokio::spawn(async move {
             tokio::time::sleep(RESIZE_AGAIN).await;
-            let _ = inputs.send(Message::Reconsider).await;
+            let _ = inputs.send(Box::new(Message::Reconsider)).await;
         });
     }
 
@@ -355,10 +359,10 @@ impl Worker {
                     run.name
                 );
                 let _ = inputs
-                    .send(Message::Input(Input::Restart(run, words)))
+                    .send(Box::new(Message::Input(Input::Restart(run, words))))
                     .await;
             }
-            let _ = inputs.send(Message::Resized(written)).await;
+            let _ = inputs.send(Box::new(Message::Resized(written))).await;
         });
     }
 
@@ -461,7 +465,7 @@ impl Worker {
                 }
                 Err(failure) => Input::SandboxFailed(failure.reason.into(), failure.message),
             };
-            let _ = inputs.send(Message::Input(input)).await;
+            let _ = inputs.send(Box::new(Message::Input(input))).await;
         });
     }
 
@@ -486,7 +490,7 @@ impl Worker {
                 Ok((at, image_id)) => Input::Started { run, at, image_id },
                 Err(failure) => Input::StartFailed(run, failure.reason.into(), failure.message),
             };
-            let _ = inputs.send(Message::Input(input)).await;
+            let _ = inputs.send(Box::new(Message::Input(input))).await;
         });
     }
 
@@ -563,11 +567,13 @@ impl Worker {
                 Ok(()) => Input::TornDown,
                 Err(words) => {
                     // The pod stays until it succeeds: whoever waits for that is told why.
-                    let _ = inputs.send(Message::Warning("FailedKillPod", words)).await;
+                    let _ = inputs
+                        .send(Box::new(Message::Warning("FailedKillPod", words)))
+                        .await;
                     Input::TearDownFailed
                 }
             };
-            let _ = inputs.send(Message::Input(input)).await;
+            let _ = inputs.send(Box::new(Message::Input(input))).await;
         });
     }
 
@@ -606,13 +612,13 @@ impl Worker {
         if is_final && !released {
             records::write_final(&self.node.paths, &self.state.uid, &rendered);
         }
-        self.reported = rendered.clone();
+        self.reported = rendered;
         let metadata = &self.state.pod.metadata;
         self.node.reporter.status(
             &self.state.uid,
             metadata.namespace.as_deref().unwrap_or_default(),
             metadata.name.as_deref().unwrap_or_default(),
-            rendered,
+            &self.reported,
             is_final || released,
             released,
         );
@@ -651,11 +657,11 @@ impl Worker {
 }
 
 /// Has the tokens looked at until the worker ends. Pods of one moment ask at different ones.
-async fn look_at_tokens(inputs: mpsc::Sender<Message>) {
+async fn look_at_tokens(inputs: Inputs) {
     loop {
         let jitter = TOKEN_INTERVAL.mul_f64(rand::random::<f64>() / 4.0);
         tokio::time::sleep(TOKEN_INTERVAL + jitter).await;
-        if inputs.send(Message::Tokens).await.is_err() {
+        if inputs.send(Box::new(Message::Tokens)).await.is_err() {
             return;
         }
     }
@@ -675,7 +681,7 @@ fn limited(
 }
 
 /// Measures what has a limit until the worker ends, or one is over it.
-async fn watch_usage(volumes: Vec<volumes::usage::Limited>, inputs: mpsc::Sender<Message>) {
+async fn watch_usage(volumes: Vec<volumes::usage::Limited>, inputs: Inputs) {
     let volumes = Arc::new(volumes);
     loop {
         tokio::select! {
@@ -687,7 +693,7 @@ async fn watch_usage(volumes: Vec<volumes::usage::Limited>, inputs: mpsc::Sender
         let look = move || volumes::usage::exceeded(&measured);
         if let Ok(Some(words)) = tokio::task::spawn_blocking(look).await {
             let input = Input::Fail(EVICTED, words);
-            let _ = inputs.send(Message::Input(input)).await;
+            let _ = inputs.send(Box::new(Message::Input(input))).await;
             return;
         }
     }

@@ -113,7 +113,7 @@ impl Worker {
                 Hook::PostStart => Input::PostStarted(run, result),
                 Hook::PreStop => Input::PreStopped(run, result),
             };
-            let _ = inputs.send(Message::Input(input)).await;
+            let _ = inputs.send(Box::new(Message::Input(input))).await;
         });
         if let Some(before) = self.hooks.insert(name, task.abort_handle()) {
             before.abort();
@@ -142,7 +142,9 @@ impl Worker {
                 move || words.read(&exit)
             });
             let words = read.await.unwrap_or_default();
-            let _ = inputs.send(Message::Ended(run, exit, words)).await;
+            let _ = inputs
+                .send(Box::new(Message::Ended(run, exit, words)))
+                .await;
         });
     }
 }
