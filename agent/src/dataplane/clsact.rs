@@ -53,10 +53,22 @@ pub(super) fn attach(
     program: BorrowedFd<'_>,
 ) -> io::Result<()> {
     match ask(&qdisc(ifindex)) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(explained(error)),
         _ => {}
     }
-    ask(&filter(ifindex, direction, name, program.as_raw_fd()))
+    ask(&filter(ifindex, direction, name, program.as_raw_fd())).map_err(explained)
+}
+
+/// The kernel loads its modules itself where they are installed, and says no more than this where
+/// they are not.
+fn explained(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::NotFound => io::Error::other(
+            "this kernel has no clsact qdisc or no bpf filters: load the modules sch_ingress and \
+             cls_bpf (`modprobe -a sch_ingress cls_bpf`), or boot Linux 6.6 or newer",
+        ),
+        _ => error,
+    }
 }
 
 fn qdisc(ifindex: u32) -> Vec<u8> {

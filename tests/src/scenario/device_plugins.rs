@@ -130,7 +130,7 @@ pub(super) fn device_plugins(cluster: &mut Cluster) -> Result<()> {
     let state: Value = serde_json::from_str(&state).context("what the hook was told")?;
     let bundle = state["bundle"].as_str().unwrap_or_default();
     ensure!(
-        Path::new(bundle).join("config.json").exists() && state["pid"].as_i64() > Some(1),
+        Path::new(bundle).join("config.json").exists() && state["status"] == "creating",
         "the hook was told {state}"
     );
 

@@ -8,10 +8,12 @@ use anyhow::{Context, Result, bail};
 use crate::{report, run};
 
 /// What the guest needs that Debian builds as modules.
-const WANTED: [&str; 6] = [
+const WANTED: [&str; 8] = [
     "overlay",
     "veth",
     "bridge",
+    "sch_ingress",
+    "cls_bpf",
     "inet_diag",
     "tcp_diag",
     "udp_diag",
