@@ -1,5 +1,7 @@
 //! Device plugins: a pod gets the device and nobody else does, and it keeps it.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -31,6 +33,9 @@ impl Plugin {
         let mode = Mode::from_bits_truncate(0o666);
         let _ = std::fs::remove_file(HOST_PATH);
         mknod(HOST_PATH, SFlag::S_IFCHR, mode, makedev(10, 229)).context("make a device node")?;
+        // The hook runs in the container's namespaces, its users among them.
+        std::fs::write(HOOK_FILE, "")?;
+        std::fs::set_permissions(HOOK_FILE, Permissions::from_mode(0o666))?;
         std::fs::create_dir_all("/var/run/cdi")?;
         std::fs::write(SPEC, CDI_SPEC)?;
         runtime.spawn(async move {
