@@ -29,6 +29,7 @@ use k8s_openapi::api::core::v1::{
     ReplicationController, Secret, Service, ServiceAccount,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use k8s_openapi::api::storage::v1::StorageClass;
@@ -277,6 +278,16 @@ impl Served for EndpointSlice {
 
     fn validate(&self) -> Vec<FieldError> {
         validation::endpoint_slice(self)
+    }
+}
+
+impl Served for NetworkPolicy {
+    fn set_defaults(&mut self) {
+        defaults::network_policy(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::network_policy(self)
     }
 }
 
@@ -581,6 +592,7 @@ fn served(kind: &Kind) -> Result<&'static dyn Pipeline, Status> {
         "ClusterRoleBinding" => of!(ClusterRoleBinding),
         "Lease" => of!(Lease),
         "EndpointSlice" => of!(EndpointSlice),
+        "NetworkPolicy" => of!(NetworkPolicy),
         other => {
             let text = format!("the server does not serve kind {other:?}");
             return Err(Status::not_served(text));

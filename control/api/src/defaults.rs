@@ -17,6 +17,7 @@ use k8s_openapi::api::core::v1::{
     Container, EmptyDirVolumeSource, Pod, PodSpec, Probe, Secret, Service, ServicePort, Volume,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 /// Mode of files in configMap and secret volumes: 0644.
@@ -267,6 +268,29 @@ pub fn endpoint_slice(slice: &mut EndpointSlice) {
     for port in slice.ports.iter_mut().flatten() {
         port.name.get_or_insert_default();
         text(&mut port.protocol, "TCP");
+    }
+}
+
+/// Defaults of a NetworkPolicy: it is about incoming traffic, and about outgoing where it has rules
+/// for it. Source: `pkg/apis/networking/v1/defaults.go`.
+pub fn network_policy(policy: &mut NetworkPolicy) {
+    let spec = policy.spec.get_or_insert_default();
+    spec.pod_selector.get_or_insert_default();
+    let incoming = spec
+        .ingress
+        .iter_mut()
+        .flatten()
+        .map(|rule| &mut rule.ports);
+    let outgoing = spec.egress.iter_mut().flatten().map(|rule| &mut rule.ports);
+    for port in incoming.chain(outgoing).flatten().flatten() {
+        text(&mut port.protocol, "TCP");
+    }
+    let types = spec.policy_types.get_or_insert_default();
+    if types.is_empty() {
+        types.push("Ingress".to_owned());
+        if spec.egress.iter().flatten().next().is_some() {
+            types.push("Egress".to_owned());
+        }
     }
 }
 

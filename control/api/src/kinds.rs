@@ -226,6 +226,13 @@ pub static KINDS: &[Kind] = &[
         "endpointslice",
         &[],
     ),
+    grouped(
+        "networking.k8s.io",
+        "NetworkPolicy",
+        "networkpolicies",
+        "networkpolicy",
+        &["netpol"],
+    ),
 ];
 
 impl Kind {

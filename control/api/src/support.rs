@@ -521,6 +521,30 @@ pub static PERSISTENT_VOLUME_CLAIM_SPEC: &[Rule] = &[
     yes("volumeName"),
 ];
 
+/// Fields of a NetworkPolicy's spec.
+pub static NETWORK_POLICY_SPEC: &[Rule] = &[
+    listed("egress"),
+    yes("egress[].to"),
+    listed("egress[].ports"),
+    yes("egress[].ports[].endPort"),
+    yes("egress[].ports[].port"),
+    no("egress[].ports[].protocol", TCP_OR_UDP, NO_SCTP),
+    listed("ingress"),
+    yes("ingress[].from"),
+    listed("ingress[].ports"),
+    yes("ingress[].ports[].endPort"),
+    yes("ingress[].ports[].port"),
+    no("ingress[].ports[].protocol", TCP_OR_UDP, NO_SCTP),
+    Rule {
+        note: "pods with hostNetwork are never selected: their traffic is the node's",
+        ..yes("podSelector")
+    },
+    yes("policyTypes"),
+];
+
+const TCP_OR_UDP: &[&str] = &["\"TCP\"", "\"UDP\""];
+const NO_SCTP: &str = "SCTP is not tracked; a policy without ports speaks of every protocol";
+
 /// What the support table says about one object.
 #[derive(Debug, Default)]
 pub struct Findings {
@@ -550,6 +574,7 @@ static VOLUME_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(PERSISTENT_VO
 static CLAIM_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(PERSISTENT_VOLUME_CLAIM_SPEC));
 static JOB_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(JOB_SPEC));
 static CRON_JOB_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(CRON_JOB_SPEC));
+static POLICY_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(NETWORK_POLICY_SPEC));
 
 /// The table of a workload's spec.
 fn workload_table(kind: &Kind) -> Option<&'static Table> {
@@ -615,6 +640,7 @@ pub fn check(kind: &Kind, object: &Value) -> Findings {
             Level::Listed,
             &mut findings,
         ),
+        "NetworkPolicy" => walk(&POLICY_TABLE, "", spec, &path, Level::Listed, &mut findings),
         _ => {
             if let Some(table) = workload_table(kind) {
                 check_workload(table, spec, &path, &mut findings);
@@ -787,7 +813,7 @@ fn judge(table: &Table, at: &str, value: &Value, path: &Path, level: Level, out:
 #[must_use]
 pub fn matrix() -> String {
     let mut text = String::from("| Field | Gantry | Note |\n|---|---|---|\n");
-    let parts: [(&str, &[Rule]); 13] = [
+    let parts: [(&str, &[Rule]); 14] = [
         ("pod.spec", POD_SPEC),
         ("pod.spec.containers[]", CONTAINER),
         ("pod.spec.containers[].*Probe", PROBE),
@@ -801,6 +827,7 @@ pub fn matrix() -> String {
         ("cronjob.spec", CRON_JOB_SPEC),
         ("persistentvolume.spec", PERSISTENT_VOLUME_SPEC),
         ("persistentvolumeclaim.spec", PERSISTENT_VOLUME_CLAIM_SPEC),
+        ("networkpolicy.spec", NETWORK_POLICY_SPEC),
     ];
     for (prefix, rules) in parts {
         for rule in rules.iter().filter(|r| r.level != Level::Listed) {
@@ -920,6 +947,22 @@ mod tests {
         assert_eq!(volume(nfs), (vec![], vec![]));
         let local = json!({"local": {"path": "/x"}, "mountOptions": ["ro"]});
         assert!(volume(local).1[0].starts_with("spec.mountOptions: "));
+    }
+
+    #[test]
+    fn sctp_is_refused_in_policies() {
+        let policy = json!({"spec": {
+            "ingress": [{"from": [{"podSelector": {"matchLabels": {"a": "b"}}}],
+                "ports": [{"protocol": "UDP", "port": 53, "endPort": 54}]}],
+            "egress": [{"ports": [{"port": "http"}, {"protocol": "SCTP", "port": 1}]}],
+            "podSelector": {}, "policyTypes": ["Ingress"]}});
+        let findings = check(resolve("netpol").unwrap(), &policy);
+        let errors: Vec<String> = findings.errors.iter().map(ToString::to_string).collect();
+        assert_eq!(errors.len(), 1, "{errors:?}");
+        assert!(
+            errors[0].starts_with("spec.egress[0].ports[1].protocol: Forbidden: not supported"),
+            "{errors:?}"
+        );
     }
 
     #[test]

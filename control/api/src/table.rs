@@ -170,6 +170,7 @@ fn names(kind: &Kind) -> (&'static [&'static str], &'static [&'static str]) {
         "ControllerRevision" => (&["NAME", "CONTROLLER", "REVISION", "AGE"], &[]),
         "ServiceAccount" => (&["NAME", "AGE"], &[]),
         "EndpointSlice" => (&["NAME", "ADDRESSTYPE", "PORTS", "ENDPOINTS", "AGE"], &[]),
+        "NetworkPolicy" => (&["NAME", "POD-SELECTOR", "AGE"], &[]),
         "Event" => (
             &["LAST SEEN", "TYPE", "REASON", "OBJECT", "MESSAGE"],
             &["SUBOBJECT", "SOURCE", "FIRST SEEN", "COUNT", "NAME"],
@@ -210,6 +211,10 @@ pub fn row(kind: &Kind, object: &Value, now: Timestamp, wide: bool, namespace: b
         "Service" => cells.extend(service(object, age, wide)),
         "Node" => cells.extend(node(object, age, wide)),
         "EndpointSlice" => cells.extend(endpoint_slice(object, age)),
+        "NetworkPolicy" => {
+            let pods = label_selector_text(object.pointer("/spec/podSelector"));
+            cells.extend([own(), pods, age]);
+        }
         "Event" => cells.extend(event(object, now, wide)),
         "ConfigMap" => {
             let count = map_len(object, "/data") + map_len(object, "/binaryData");
@@ -321,7 +326,9 @@ pub fn labels_text(labels: Option<&Value>) -> String {
     or_none(&pairs.join(","))
 }
 
-fn label_selector_text(selector: Option<&Value>) -> String {
+/// A label selector as `a=b,c in (d,e)`; `<none>` when it is empty.
+#[must_use]
+pub fn label_selector_text(selector: Option<&Value>) -> String {
     let parsed = selector
         .and_then(|s| serde_json::from_value(s.clone()).ok())
         .and_then(|s| crate::selector::Selector::from_api(&s).ok());

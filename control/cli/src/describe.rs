@@ -3,6 +3,7 @@
 //! Labels and layout follow kubectl; a pod also shows where its start went (see the agent's
 //! `pods/timeline.rs`).
 
+mod network_policy;
 mod pod;
 mod storage;
 mod text;
@@ -115,6 +116,7 @@ async fn describe(session: &Session, kind: &Kind, object: &Value) -> Result<Stri
         "CronJob" => workload::cron_job(object, &mut text),
         "PersistentVolumeClaim" => storage::claim(object, &mut text),
         "PersistentVolume" => storage::volume(object, &mut text),
+        "NetworkPolicy" => network_policy::describe(object, &mut text),
         "ConfigMap" => config_map(object, &mut text),
         "Secret" => secret(object, &mut text),
         _ => generic(kind, object, &mut text),

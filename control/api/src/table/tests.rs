@@ -44,6 +44,15 @@ fn durations_read_like_kubectl() {
 }
 
 #[test]
+fn a_policy_shows_whom_it_is_about() {
+    let mut policy = json!({"metadata": {"name": "p", "creationTimestamp": "2026-01-01T00:55:00Z"},
+        "spec": {"podSelector": {"matchLabels": {"app": "db"}}}});
+    assert_eq!(cells("netpol", &policy, false), ["p", "app=db", "5m"]);
+    policy["spec"]["podSelector"] = json!({});
+    assert_eq!(cells("netpol", &policy, false)[1], "<none>");
+}
+
+#[test]
 fn pod_status_follows_the_containers() {
     let running = |ready| json!({"ready": ready, "restartCount": 0, "state": {"running": {}}});
     let state = |state: Value| {

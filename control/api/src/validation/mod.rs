@@ -7,6 +7,7 @@ mod batch;
 mod job_policy;
 mod lifecycle;
 pub mod names;
+mod network_policy;
 mod pod;
 mod resources;
 mod security;
@@ -17,6 +18,7 @@ mod volume;
 mod workload;
 
 pub use batch::{cron_job, job, job_update};
+pub use network_policy::network_policy;
 pub use pod::{MIRROR_ANNOTATION, no_ephemeral, pod, pod_spec, pod_update};
 pub use service::{endpoint_slice, service, service_update};
 pub use sets::{
