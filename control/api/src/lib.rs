@@ -32,6 +32,7 @@ pub mod kinds;
 #[cfg(feature = "yaml")]
 pub mod manifest;
 pub mod merge;
+pub mod network_policy;
 pub mod quantity;
 pub mod selector;
 pub mod status;

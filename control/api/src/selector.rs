@@ -182,6 +182,17 @@ impl Selector {
         self.matches(&labels)
     }
 
+    /// A label that everything selected has, if one follows from the selector: for an index.
+    #[must_use]
+    pub fn certain_label(&self) -> Option<(&str, &str)> {
+        self.0.iter().find_map(|r| match &r.condition {
+            Condition::In(values) if values.len() == 1 => {
+                values.first().map(|value| (r.key.as_str(), value.as_str()))
+            }
+            _ => None,
+        })
+    }
+
     /// Whether it selects everything.
     #[must_use]
     pub fn is_empty(&self) -> bool {

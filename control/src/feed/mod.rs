@@ -49,6 +49,7 @@ mod join;
 mod latest;
 mod mirrors;
 mod pods;
+mod policies;
 mod register;
 mod service;
 mod session;
@@ -66,8 +67,9 @@ use floor::Floors;
 use tunnels::Tunnels;
 use view::Index;
 
-/// The largest message taken from an agent: a status with many containers is far below.
-const UP_MESSAGE_BYTES_MAX: usize = 4 << 20;
+/// The largest message taken from an agent: a Hello names each peer of the node's policies, some 100
+/// bytes for each of 65,536 that a node can program. A status with many containers is far below.
+const UP_MESSAGE_BYTES_MAX: usize = 16 << 20;
 
 /// The cluster's settings, told to every agent in Welcome, and the key for pods' tokens.
 #[derive(Clone)]

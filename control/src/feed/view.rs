@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  change of /registry/...  ──► Index ──┬─► Latest: services, backends, node routes   (common: same bytes for all)
-//!                                       └─► pods of a node, the blobs they name       (private: by inventory)
+//!                                       ├─► pods of a node, the blobs they name       (private: by inventory)
+//!                                       └─► Policies: those of its pods, their peers  (private: by difference)
 //!  Cursor of a stream ──► Index::step ──► items + Commit(rev, digests) ──► next Cursor
 //! ```
 //! Pure: values in, values out. `V(R)` of a node is what [`Index::step`] gives to an empty cursor.
@@ -25,6 +26,7 @@ use serde::de::DeserializeOwned;
 
 use super::join::{self, CLAIMS, EndpointId, Name, NodeFacts, PodFacts, PodOnNode, SliceFacts};
 use super::latest::{Encoded, Latest, TOMBSTONES_MAX};
+use super::policies::{self, Policies};
 
 const VOLUMES: &str = "persistentvolumes";
 const SECRETS: &str = "secrets";
@@ -64,10 +66,12 @@ struct PodSlot {
 pub(super) struct Cursor {
     /// The revision of the common part that the agent holds; none: it needs everything.
     pub(super) common: Option<u64>,
-    /// What it holds of the private part: key, the object's own revision.
+    /// What it holds of its pods and blobs: key, the object's own revision.
     pub(super) private: BTreeMap<String, u64>,
     /// Digest of `private` and the revision of the last look at it; none: not looked at yet.
     private_seen: Option<(u64, u64)>,
+    /// The rest of the private part: policies and their peers.
+    policies: policies::Seen,
     /// A first commit is owed even when nothing changed.
     welcomed: bool,
 }
@@ -75,10 +79,14 @@ pub(super) struct Cursor {
 impl Cursor {
     /// A stream whose agent holds the common part at `common` and this private inventory.
     pub(super) fn resume(common: Option<u64>, private: BTreeMap<String, u64>) -> Self {
+        let (policies, private) = private
+            .into_iter()
+            .partition(|(key, _)| policies::is_ours(key));
         Self {
             common,
             private,
             private_seen: None,
+            policies: policies::Seen::resume(policies),
             welcomed: false,
         }
     }
@@ -112,6 +120,7 @@ pub(super) struct Index {
     volume_secrets: BTreeMap<String, BTreeSet<Name>>,
     secret_volumes: BTreeMap<Name, BTreeSet<String>>,
     nodes: BTreeMap<String, NodeFacts>,
+    policies: Policies,
     /// The revision of the last change of each node's private part. Kept when the node goes: a stream
     /// that is still open must see that its pods have gone too.
     private_changed_at: BTreeMap<String, u64>,
@@ -141,6 +150,7 @@ impl Index {
             volume_secrets: BTreeMap::new(),
             secret_volumes: BTreeMap::new(),
             nodes: BTreeMap::new(),
+            policies: Policies::default(),
             private_changed_at: BTreeMap::new(),
             touched: BTreeSet::new(),
         }
@@ -172,7 +182,9 @@ impl Index {
     /// private part changed since the last call.
     pub(super) fn advance(&mut self, rev: u64) -> BTreeSet<String> {
         self.rev = self.rev.max(rev);
-        std::mem::take(&mut self.touched)
+        let mut touched = std::mem::take(&mut self.touched);
+        touched.append(&mut self.policies.take_touched());
+        touched
     }
 
     /// Takes one key of the store: its new value, or none when it was deleted, at `rev`.
@@ -192,11 +204,21 @@ impl Index {
             }
             ("pods", Some(name)) => {
                 let pod: Option<core::Pod> = parse(key, value);
+                let name = (first.into(), name.into());
+                self.policies.apply_pod(&name, pod.as_ref(), rev);
                 let slot = pod.zip(value).map(|(pod, json)| PodSlot {
                     facts: PodFacts::new(&pod),
                     document: Document::new(rev, json),
                 });
-                self.apply_pod((first.into(), name.into()), slot, rev);
+                self.apply_pod(name, slot, rev);
+            }
+            ("namespaces", None) => {
+                self.policies.apply_namespace(first, parse(key, value), rev);
+            }
+            ("networkpolicies", Some(name)) => {
+                let policy = parse(key, value);
+                let name = (first.into(), name.into());
+                self.policies.apply_policy(&name, policy.as_ref(), rev);
             }
             (VOLUMES, None) => {
                 self.apply_volume(first, parse(key, value));
@@ -231,7 +253,15 @@ impl Index {
                 "" => format!("/registry/{plural}/{name}"),
                 _ => named(plural, &(namespace.clone(), name.clone())),
             });
-        let held = nodes.chain(services).chain(slices).chain(pods).chain(blobs);
+        let policies = self
+            .policies
+            .held()
+            .map(|(plural, namespace, name)| match namespace {
+                "" => format!("/registry/{plural}/{name}"),
+                _ => format!("/registry/{plural}/{namespace}/{name}"),
+            });
+        let held = nodes.chain(services).chain(slices).chain(pods);
+        let held = held.chain(blobs).chain(policies);
         let gone: Vec<String> = held.filter(|key| !entries.contains_key(&**key)).collect();
         for key in gone {
             self.apply(&key, None, rev);
@@ -571,6 +601,9 @@ impl Index {
             _ => self.step_private(node, cursor, &mut items),
         };
         cursor.private_seen = Some((private_digest, self.rev));
+        let seen = &mut cursor.policies;
+        let policy_digest = self.policies.step(node, seen, self.rev, &mut items);
+        let private_digest: Digest = [private_digest, policy_digest].into_iter().collect();
         cursor.common = Some(self.rev);
         if items.is_empty() && cursor.welcomed {
             return None;
@@ -579,7 +612,7 @@ impl Index {
         let commit = proto::Commit {
             rev: self.rev,
             common_digest: self.common.digest(),
-            private_digest,
+            private_digest: private_digest.value(),
             want_ack: common_changed,
         };
         Some(Step { items, commit })

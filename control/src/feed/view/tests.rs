@@ -13,7 +13,7 @@ struct Agent {
 }
 
 fn is_private(key: &str) -> bool {
-    key.starts_with("pod/") || key.starts_with("blob/")
+    key.starts_with("pod/") || key.starts_with("blob/") || policies::is_ours(key)
 }
 
 impl Agent {
@@ -134,7 +134,7 @@ fn pod(uid: &str, node: &str, ready: bool, deleting: bool, secret: &str) -> Json
     let mut pod = json!({"metadata": {"name": "p", "namespace": "d", "uid": uid},
         "spec": {"nodeName": node, "containers": [{"name": "c",
             "envFrom": [{"secretRef": {"name": secret}}]}]},
-        "status": {"phase": "Running", "conditions": [
+        "status": {"phase": "Running", "podIP": "10.244.0.7", "conditions": [
             {"type": "Ready", "status": if ready { "True" } else { "False" }}]}});
     if deleting {
         pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
@@ -154,6 +154,8 @@ enum Op {
     Slice(usize, usize, Vec<(usize, u8)>),
     Pod(usize, u8, usize, bool, bool, usize),
     Secret(usize, u8),
+    Namespace(usize, u8),
+    Policy(usize, u8),
     Delete(usize, usize),
     /// The agent of node 0 or 1 takes what is there.
     Step(usize),
@@ -174,6 +176,8 @@ fn key(kind: usize, i: usize) -> String {
         1 => format!("/registry/services/d/s{}", i % 2),
         2 => format!("/registry/endpointslices/d/x{i}"),
         3 => format!("/registry/pods/d/{}", PODS[i]),
+        5 => format!("/registry/namespaces/{}", ["d", "e"][i % 2]),
+        6 => format!("/registry/networkpolicies/d/q{i}"),
         _ => format!("/registry/secrets/d/k{}", i % 2),
     }
 }
@@ -194,7 +198,9 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         )
             .prop_map(|(i, uid, n, ready, going, k)| Op::Pod(i, uid, n, ready, going, k)),
         (0..2usize, any::<u8>()).prop_map(|(i, value)| Op::Secret(i, value)),
-        (0..5usize, 0..3usize).prop_map(|(kind, i)| Op::Delete(kind, i)),
+        (0..2usize, 0..2u8).prop_map(|(i, label)| Op::Namespace(i, label)),
+        (0..3usize, 0..4u8).prop_map(|(i, peers)| Op::Policy(i, peers)),
+        (0..7usize, 0..3usize).prop_map(|(kind, i)| Op::Delete(kind, i)),
         (0..2usize).prop_map(Op::Step),
         (0..2usize).prop_map(Op::Step),
         (0..2usize).prop_map(Op::Break),
@@ -232,6 +238,19 @@ fn play(op: &Op, store: &mut Store, index: &mut Index) {
             store.put(index, &key(3, *i), &object);
         }
         Op::Secret(i, value) => store.put(index, &key(4, *i), &secret(*value)),
+        Op::Namespace(i, label) => {
+            let object = json!({"metadata": {"labels": {"l": label.to_string()}}});
+            store.put(index, &key(5, *i), &object);
+        }
+        Op::Policy(i, peers) => {
+            let peer = match peers {
+                0 => json!({"podSelector": {}}),
+                n => json!({"namespaceSelector": {"matchLabels": {"l": (n % 2).to_string()}}}),
+            };
+            let object = json!({"spec": {"podSelector": {}, "policyTypes": ["Ingress"],
+                "ingress": [{"from": [peer]}]}});
+            store.put(index, &key(6, *i), &object);
+        }
         Op::Delete(kind, i) => store.delete(index, &key(*kind, *i)),
         Op::Restart => *index = store.index(),
         Op::Reload => {
