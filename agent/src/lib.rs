@@ -32,6 +32,7 @@ pub mod open_files;
 pub mod paths;
 mod plugin_socket;
 pub mod pods;
+pub mod policy;
 pub mod pressure;
 pub mod readiness;
 pub mod run_directory;

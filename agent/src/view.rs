@@ -16,6 +16,7 @@ use imbl::OrdMap;
 use ipnet::IpNet;
 
 use crate::ids::PodUid;
+use crate::policy::{Peers, PolicyName};
 
 /// `namespace/name` of a Service.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -72,4 +73,8 @@ pub struct View {
     pub pods: Arc<BTreeMap<PodUid, Arc<Pod>>>,
     /// The ConfigMaps and Secrets those pods name, as JSON objects: as few as this node's pods.
     pub blobs: Arc<BTreeMap<BlobKey, Arc<serde_json::Value>>>,
+    /// The NetworkPolicies that select those pods.
+    pub policies: Arc<OrdMap<PolicyName, Arc<proto::Policy>>>,
+    /// The pods that those policies mean by their selectors.
+    pub peers: Arc<Peers>,
 }

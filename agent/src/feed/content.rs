@@ -22,6 +22,7 @@ use prost::Message as _;
 
 use super::secrets::{self, Withheld};
 use crate::ids::PodUid;
+use crate::policy::PolicyName;
 use crate::view::{BlobKey, ServiceName, Settings, View};
 
 /// Why a batch was not taken. The way on is always the same: ask for everything.
@@ -96,7 +97,8 @@ pub(super) struct Content {
 }
 
 fn is_private(key: &str) -> bool {
-    key.starts_with("pod/") || key.starts_with("blob/")
+    let private = ["pod/", "blob/", "policy/", "peer/"];
+    private.iter().any(|prefix| key.starts_with(prefix))
 }
 
 impl Content {
@@ -288,6 +290,9 @@ enum Key {
     Node(String),
     Pod(PodUid),
     Blob(BlobKey),
+    Policy(PolicyName),
+    /// The set, and `namespace/name` of the pod in it.
+    Peer(String, String),
 }
 
 impl Key {
@@ -314,6 +319,11 @@ impl Key {
                 namespace: parts.next()?,
                 name: parts.next()?,
             }),
+            "policy" => Self::Policy(PolicyName {
+                namespace: first,
+                name: parts.next()?,
+            }),
+            "peer" => Self::Peer(first, format!("{}/{}", parts.next()?, parts.next()?)),
             _ => return None,
         })
     }
@@ -341,6 +351,13 @@ fn insert_into_view(view: &mut View, key: &str, item: proto::Item) -> Option<()>
             let object: serde_json::Value = serde_json::from_slice(&json).ok()?;
             Arc::make_mut(&mut view.blobs).insert(blob, Arc::new(object));
         }
+        (Key::Policy(name), Value::Policy(policy)) => {
+            Arc::make_mut(&mut view.policies).insert(name, Arc::new(policy));
+        }
+        (Key::Peer(set, pod), Value::Peer(peer)) => {
+            let members = Arc::make_mut(&mut view.peers).entry(set).or_default();
+            Arc::make_mut(members).insert(pod, Arc::new(peer));
+        }
         _ => return None,
     }
     Some(())
@@ -367,7 +384,17 @@ fn remove_from_view(view: &mut View, key: &str) {
         Some(Key::Blob(blob)) if view.blobs.contains_key(&blob) => {
             Arc::make_mut(&mut view.blobs).remove(&blob);
         }
-        Some(Key::Backend(..) | Key::Pod(_) | Key::Blob(_)) | None => {}
+        Some(Key::Policy(name)) => remove(&mut view.policies, &name),
+        Some(Key::Peer(set, pod)) if view.peers.contains_key(&set) => {
+            let all = Arc::make_mut(&mut view.peers);
+            if let Some(members) = all.get_mut(&set) {
+                remove(members, &pod);
+                if members.is_empty() {
+                    all.remove(&set);
+                }
+            }
+        }
+        Some(Key::Backend(..) | Key::Pod(_) | Key::Blob(_) | Key::Peer(..)) | None => {}
     }
 }
 

@@ -5,6 +5,7 @@
 //!                             PEERS, REVERSE_NAT ◄────────────────  written by the programs,
 //!                             AFFINITY           ◄────────────────  read by recvmsg(), getpeername()
 //!  agent (dataplane::pods) ──► ENDPOINTS, INTERFACES                packets of pods
+//!  agent (policy::plan) ──► POLICY_PODS, POLICY_PEERS, POLICY_RULES  which of them are allowed
 //! ```
 //! Every address is 16 bytes in network order, an IPv4 address in its v4-mapped form
 //! (`::ffff:a.b.c.d`), so that one set of maps serves both families.
@@ -18,6 +19,7 @@ pub mod counter;
 pub mod device;
 pub mod drop;
 pub mod endpoint;
+pub mod policy;
 pub mod services;
 
 /// Version of the layouts in this crate; part of the directory in which maps are pinned.

@@ -305,3 +305,39 @@ fn an_item_of_a_newer_control_plane_counts_in_the_digest_and_is_left_out() {
     assert!(content.view().pods.is_empty());
     assert_eq!(content.common_digest(), server.commit().common_digest);
 }
+
+#[test]
+fn policies_and_their_peers_are_in_the_view_while_they_are_sent() {
+    let policy = item("policy/d/p", 7, Value::Policy(proto::Policy::default()));
+    let peer = |pod: &str| {
+        let peer = proto::PolicyPeer::default();
+        item(&format!("peer/s/d/{pod}"), 8, Value::Peer(peer))
+    };
+    let (mut content, mut server) = (Content::default(), Server::default());
+    let items = [policy, peer("a"), peer("b")];
+    items.iter().for_each(|item| server.set(item));
+    take(&mut content, false, &items, &server.commit());
+    let view = content.view();
+    let name = PolicyName {
+        namespace: "d".into(),
+        name: "p".into(),
+    };
+    assert!(view.policies.contains_key(&name));
+    let members: Vec<&String> = view.peers["s"].keys().collect();
+    assert_eq!(members, ["d/a", "d/b"]);
+    let keys: Vec<_> = content
+        .private_keys()
+        .into_iter()
+        .map(|k| (k.key, k.rev))
+        .collect();
+    let wanted = [("peer/s/d/a", 8), ("peer/s/d/b", 8), ("policy/d/p", 7)];
+    assert_eq!(keys, wanted.map(|(key, rev)| (key.to_owned(), rev)));
+    let items = [
+        deleted("policy/d/p"),
+        deleted("peer/s/d/a"),
+        deleted("peer/s/d/b"),
+    ];
+    items.iter().for_each(|item| server.set(item));
+    take(&mut content, false, &items, &server.commit());
+    assert!(content.view().policies.is_empty() && content.view().peers.is_empty());
+}
