@@ -24,7 +24,8 @@ use gantry_agent::shutdown::Shutdown;
 use gantry_agent::view::View;
 use gantry_agent::volumes::csi::CsiDrivers;
 use gantry_agent::volumes::nfs;
-use gantry_agent::{check, cleanup, dns, heap, open_files, run_directory, shutdown, static_pods};
+use gantry_agent::{check, cleanup, dns, heap, open_files, policy, run_directory};
+use gantry_agent::{shutdown, static_pods};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -329,6 +330,12 @@ async fn agent(run: Run) -> Result<()> {
     let going_down = resources.going_down();
     let (order, orders) = resources.watch(&images, &link.view, &tasks, &shutdown);
     let listener = shutdown::listen(&node.paths).context("the agent's socket")?;
+    tasks.spawn(policy::follow::follow(
+        dataplane.clone(),
+        link.view.clone(),
+        order.clone(),
+        shutdown.clone(),
+    ));
     let down = Shutdown {
         periods,
         going_down,

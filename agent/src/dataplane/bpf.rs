@@ -33,10 +33,12 @@ use tokio::sync::Mutex;
 use super::hooks::{self, DEVICE_HOOK, SERVICE_HOOKS};
 use super::load::{self, Loaded, program_fd, take_map, unexpected};
 use super::pods::PodPrograms;
+use super::policies::Policies;
 use super::tables::Tables;
 use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService, bpffs, sys};
 use crate::ids::PodUid;
 use crate::paths::Paths;
+use crate::policy::StuckPod;
 use crate::services::arena::QUARANTINE;
 use crate::services::changed::{Shared, changed};
 use crate::services::index::{Surroundings, index, parse_address, resolver_service, resolver_sets};
@@ -66,6 +68,7 @@ pub struct BpfDataplane {
     counters: PerCpuArray<MapData, u64>,
     drops: PerCpuArray<MapData, u64>,
     pods: std::sync::Mutex<PodPrograms>,
+    policies: std::sync::Mutex<Policies>,
     device_guard: Result<ProgramFd, String>,
     device_exempt: std::sync::Mutex<HashMap<MapData, u64, u32>>,
     device_rules: std::sync::Mutex<HashMap<MapData, DeviceRuleKey, u32>>,
@@ -138,6 +141,7 @@ impl BpfDataplane {
         let drops = take_map(&mut ebpf, "DROPS")?.try_into();
         let drops = drops.map_err(|error: MapError| unexpected("DROPS", error))?;
         let pods = PodPrograms::take(&mut ebpf, paths)?;
+        let policies = Policies::take(&mut ebpf)?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
         let exempt = exempt.map_err(|error: MapError| unexpected("DEVICE_EXEMPT", error))?;
         let rules = take_map(&mut ebpf, "DEVICE_RULES")?.try_into();
@@ -174,6 +178,7 @@ impl BpfDataplane {
             counters,
             drops,
             pods: std::sync::Mutex::new(pods),
+            policies: std::sync::Mutex::new(policies),
             device_guard,
             device_exempt: std::sync::Mutex::new(exempt),
             device_rules: std::sync::Mutex::new(rules),
@@ -200,6 +205,12 @@ impl BpfDataplane {
     pub(super) fn pods(&self) -> std::sync::MutexGuard<'_, PodPrograms> {
         // What a panic leaves half-written is written again by the next call for that pod.
         let locked = self.pods.lock();
+        locked.unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn policies(&self) -> std::sync::MutexGuard<'_, Policies> {
+        // As above: the maps are read again after anything that was not finished.
+        let locked = self.policies.lock();
         locked.unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -320,16 +331,23 @@ impl BpfDataplane {
 
 #[async_trait]
 impl Dataplane for BpfDataplane {
+    fn apply_policies(&self, view: &View) -> Result<Vec<StuckPod>, DataplaneError> {
+        self.policies().apply(view, self.now())
+    }
+
     fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError> {
+        self.policies().attach(&pod.pod);
         self.pods().attach(pod)
     }
 
     fn detach_pod(&self, pod: &PodUid) -> Result<(), DataplaneError> {
-        self.pods().detach(pod)
+        self.pods().detach(pod)?;
+        self.policies().detach(pod)
     }
 
     fn retain_pods(&self, live: &HashSet<PodUid>) -> Result<(), DataplaneError> {
-        self.pods().retain(live.iter())
+        let retained = self.pods().retain(live.iter());
+        retained.and(self.policies().retain(live.iter()))
     }
 
     fn exempt_devices(&self, cgroup: &Path) -> Result<(), DataplaneError> {

@@ -8,6 +8,7 @@ use async_trait::async_trait;
 
 use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService};
 use crate::ids::PodUid;
+use crate::policy::StuckPod;
 use crate::view::View;
 
 /// The pods that are attached now.
@@ -30,6 +31,10 @@ impl FakeDataplane {
 #[async_trait]
 impl Dataplane for FakeDataplane {
     async fn apply(&self, _view: &View) -> Result<Vec<StuckService>, DataplaneError> {
+        Ok(Vec::new())
+    }
+
+    fn apply_policies(&self, _view: &View) -> Result<Vec<StuckPod>, DataplaneError> {
         Ok(Vec::new())
     }
 

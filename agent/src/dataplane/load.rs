@@ -18,7 +18,7 @@ pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 13] = [
+pub(super) const PINNED_MAPS: [&str; 17] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
@@ -30,6 +30,10 @@ pub(super) const PINNED_MAPS: [&str; 13] = [
     "ENDPOINTS",
     "INTERFACES",
     "DROPS",
+    "POLICY_PODS",
+    "POLICY_PEERS",
+    "POLICY_RULES",
+    "FLOWS",
     "DEVICE_EXEMPT",
     "DEVICE_RULES",
 ];

@@ -4,6 +4,7 @@
 //!  View ─► bpf (what changed?) ─► services::{index, plan} ─► tables (maps, mapped arenas)
 //!           │ start: bpffs ─► load (object, pinned maps) ─► hooks (pinned links on cgroups)
 //!           └ cleanup: remove_all
+//!  View ─► policies (what pods may exchange: policy::{compile, plan}) ─► their maps
 //!  pod networks ─► pods (rows, programs on the host ends of veths: tcx links or clsact filters)
 //! ```
 //! Invariants: only this module knows aya, and only `sys` makes raw system calls; maps and links
@@ -15,6 +16,7 @@ mod clsact;
 mod hooks;
 mod load;
 mod pods;
+mod policies;
 mod sys;
 mod tables;
 
@@ -34,6 +36,7 @@ use async_trait::async_trait;
 pub use self::bpf::{BpfDataplane, Options};
 pub use self::cleanup::remove_all;
 use crate::ids::PodUid;
+use crate::policy::StuckPod;
 use crate::view::View;
 
 /// A Service that could not be programmed; the others are.
@@ -129,6 +132,11 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Makes the kernel's state that of `view`. Idempotent; returns when every change is visible to
     /// new connections. Removals never fail; additions that do not fit are returned as stuck.
     async fn apply(&self, view: &View) -> Result<Vec<StuckService>, DataplaneError>;
+
+    /// Makes the kernel's state that of the policies of `view`. Idempotent; blocks for as long as the
+    /// writes take, and waits for nothing. A pod passes nothing before the first view that has it is
+    /// applied. Returns the pods that pass nothing because their rules do not fit.
+    fn apply_policies(&self, view: &View) -> Result<Vec<StuckPod>, DataplaneError>;
 
     /// Puts a pod into the packet path, before it can send. Idempotent; after the agent's start it is
     /// called for every pod that is there, and replaces the programs without a gap. Blocks for the

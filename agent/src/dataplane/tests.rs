@@ -9,6 +9,8 @@
 mod bed;
 mod frames;
 mod packets;
+mod policy;
+mod policy_wires;
 mod programs;
 mod wires;
 

@@ -1,4 +1,5 @@
-//! NetworkPolicies of this node: from the view to what the maps say, and how to get there. Pure.
+//! NetworkPolicies of this node: from the view to what the maps say, and how to get there. Pure, but
+//! for [`follow`], which has it done at each new view.
 //!
 //! ```text
 //!  View (policies, peers) ─┐
@@ -12,6 +13,7 @@
 //! Source: Kubernetes `networking/v1` types.
 
 pub mod compile;
+pub mod follow;
 pub mod plan;
 pub mod prefix;
 

@@ -187,6 +187,28 @@ impl Table {
         steps
     }
 
+    /// Whether a pod has policies, if only to be open.
+    pub fn has(&self, pod: u64) -> bool {
+        self.endpoints.contains_key(&pod)
+    }
+
+    /// A pod of which no policy speaks.
+    pub fn open(&mut self, pod: u64) -> Step {
+        let pair = Pair {
+            ingress: POLICY_OPEN,
+            egress: POLICY_OPEN,
+        };
+        self.endpoints.insert(pod, pair);
+        Step::SetEndpoint(pod, pair)
+    }
+
+    /// A pod that is gone.
+    pub fn forget(&mut self, pod: u64) -> Option<Step> {
+        self.endpoints
+            .remove(&pod)
+            .map(|_| Step::RemoveEndpoint(pod))
+    }
+
     /// Every prefix that is held or wanted, sorted.
     fn moves(&self, wanted: &Wanted) -> Vec<Move> {
         let all: BTreeSet<Prefix> = self

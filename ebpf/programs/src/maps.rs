@@ -3,12 +3,16 @@
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use ebpf_maps::counter::COUNTER_COUNT;
 use ebpf_maps::device::{DEVICE_EXEMPT_COUNT_MAX, DEVICE_RULE_COUNT_MAX, DeviceRuleKey};
 use ebpf_maps::drop::DROP_COUNT;
 use ebpf_maps::endpoint::{
     ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue,
+};
+use ebpf_maps::policy::{
+    FLOW_COUNT_MAX, FlowKey, PEER_PREFIX_COUNT_MAX, POLICY_POD_COUNT_MAX, PodPolicies,
+    RULE_COUNT_MAX, RuleKey,
 };
 use ebpf_maps::services::{
     AFFINITY_COUNT_MAX, Addr, AffinityKey, AffinityValue, BACKEND_COUNT, BackendValue,
@@ -69,6 +73,25 @@ pub static INTERFACES: HashMap<u32, InterfaceValue> =
 /// `ebpf_maps::drop`.
 #[map]
 pub static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(DROP_COUNT, 0);
+
+/// What is allowed to each pod and from it. This and the next two are written by the agent only.
+#[map]
+pub static POLICY_PODS: HashMap<u64, PodPolicies> =
+    HashMap::with_max_entries(POLICY_POD_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// The identity of a peer, by its address; the longest prefix counts.
+#[map]
+pub static POLICY_PEERS: LpmTrie<Addr, u32> =
+    LpmTrie::with_max_entries(PEER_PREFIX_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// What is there is allowed; a prefix stands for every port or protocol that begins with it.
+#[map]
+pub static POLICY_RULES: LpmTrie<RuleKey, u8> =
+    LpmTrie::with_max_entries(RULE_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// What policies have allowed, and when it was last used.
+#[map]
+pub static FLOWS: LruHashMap<FlowKey, u64> = LruHashMap::with_max_entries(FLOW_COUNT_MAX, 0);
 
 /// Ids of the cgroups (of privileged pods) that the device guard lets pass.
 #[map]

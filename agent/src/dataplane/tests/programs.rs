@@ -3,11 +3,13 @@
 //! The kernel presents the frame as one that came by `lo`, so index 1 is the interface of the pod
 //! under test. What a redirect does beyond its verdict is seen in `wires`.
 
+use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{HashMap, MapData, PerCpuArray};
 use aya::programs::{Program, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use ebpf_maps::drop::DROP_NAMES;
 use ebpf_maps::endpoint::{EndpointValue, InterfaceValue};
+use ebpf_maps::policy::{POLICY_OPEN, PodPolicies};
 use ebpf_maps::services::Addr;
 
 use super::frames::Mac;
@@ -16,6 +18,9 @@ use crate::services::index::addr_of;
 
 /// The index of the interface under test.
 pub(super) const OWN_IFINDEX: u32 = 1;
+/// The size of `struct __sk_buff`, and where its `ingress_ifindex` is; `ifindex` follows.
+const SK_BUFF_BYTES: usize = 192;
+const INGRESS_IFINDEX: usize = 36;
 /// `TC_ACT_UNSPEC`: goes on.
 pub(super) const PASS: i32 = -1;
 /// `TC_ACT_SHOT`
@@ -52,6 +57,11 @@ impl Programs {
         self.ebpf.map_mut(name).unwrap().try_into().unwrap()
     }
 
+    /// A trie of the object.
+    pub(super) fn trie<K: Pod, V: Pod>(&mut self, name: &str) -> LpmTrie<&mut MapData, K, V> {
+        self.ebpf.map_mut(name).unwrap().try_into().unwrap()
+    }
+
     /// A pod of this node: its rows, as the agent writes them.
     pub(super) fn add_pod(&mut self, pod_id: u64, ifindex: u32, pod_mac: Mac, addresses: &[&str]) {
         let host_mac = [0x0e, 0, 0, 0, 0, ifindex as u8];
@@ -61,6 +71,7 @@ impl Programs {
             host_mac,
             flags: 0,
         };
+        self.set_policies(pod_id, POLICY_OPEN, POLICY_OPEN);
         let mut interfaces = self.map::<u32, InterfaceValue>("INTERFACES");
         interfaces.insert(ifindex, interface, 0).unwrap();
         for address in addresses {
@@ -78,16 +89,42 @@ impl Programs {
         }
     }
 
+    /// The pod's policies, by number.
+    pub(super) fn set_policies(&mut self, pod_id: u64, ingress: u32, egress: u32) {
+        let row = PodPolicies {
+            pod_id,
+            ingress,
+            egress,
+        };
+        let mut pods = self.map::<u64, PodPolicies>("POLICY_PODS");
+        pods.insert(pod_id, row, 0).unwrap();
+    }
+
     /// Runs a program once.
     pub(super) fn run(&mut self, program: &str, frame: &[u8]) -> Outcome {
+        self.run_from(program, frame, 0)
+    }
+
+    /// The same for a frame that came by the interface `ingress_ifindex`; 0: the node made it.
+    pub(super) fn run_from(
+        &mut self,
+        program: &str,
+        frame: &[u8],
+        ingress_ifindex: u32,
+    ) -> Outcome {
         let before = self.drops();
         let mut out = vec![0; frame.len() + 256];
         let Some(Program::SchedClassifier(classifier)) = self.ebpf.program(program) else {
             panic!("{program} is no packet program");
         };
+        // `struct __sk_buff`; of the two fields, one is where it came from and the other its own.
+        let mut ctx = [0; SK_BUFF_BYTES];
+        ctx[INGRESS_IFINDEX..INGRESS_IFINDEX + 4].copy_from_slice(&ingress_ifindex.to_ne_bytes());
+        ctx[INGRESS_IFINDEX + 4..INGRESS_IFINDEX + 8].copy_from_slice(&OWN_IFINDEX.to_ne_bytes());
         let options = TestRunOptions {
             data_in: Some(frame),
             data_out: Some(&mut out),
+            ctx_in: (ingress_ifindex != 0).then_some(&ctx[..]),
             ..TestRunOptions::default()
         };
         let result = classifier.test_run(options).unwrap();

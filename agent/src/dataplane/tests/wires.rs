@@ -13,6 +13,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use super::bed::{ip, try_ip};
 use crate::dataplane::pods::{Attachment, PodPrograms};
+use crate::dataplane::policies::Policies;
 use crate::dataplane::{PodInterface, bpffs, hooks, load, remove_all};
 use crate::ids::PodUid;
 use crate::paths::Paths;
@@ -56,6 +57,7 @@ pub(super) struct Wires {
     pub node: Namespace,
     pub pods: [Namespace; 2],
     pub programs: PodPrograms,
+    pub policies: Policies,
     pub paths: Paths,
     _directory: tempfile::TempDir,
 }
@@ -108,10 +110,13 @@ impl Wires {
         fs::create_dir_all(hooks::directory(&paths)).unwrap();
         let mut ebpf = load::load(&paths).unwrap().ebpf;
         let programs = PodPrograms::take(&mut ebpf, &paths).unwrap();
+        let mut policies = Policies::take(&mut ebpf).unwrap();
+        [0, 1].iter().for_each(|pod| policies.open(&uid(*pod)));
         Some(Self {
             node,
             pods,
             programs,
+            policies,
             paths,
             _directory: directory,
         })
