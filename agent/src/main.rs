@@ -35,6 +35,9 @@ mod image_command;
 
 /// What a wrong command line or configuration exits with (sysexits.h, EX_USAGE).
 const EXIT_USAGE: u8 = 64;
+/// From the switch of the maps to its acknowledgement: a connect that was on its way through the
+/// programs has sent its SYN by then, so that a backend which ends after the ack still answers it.
+const SYN_IN_FLIGHT: Duration = Duration::from_millis(2);
 /// How long the parts may take to end.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -419,6 +422,7 @@ async fn follow(
         let newest = view.borrow_and_update().clone();
         match dataplane.apply(&newest).await {
             Ok(stuck) => {
+                tokio::time::sleep(SYN_IN_FLIGHT).await;
                 reporter.programmed(newest.rev, stuck);
                 retry = Duration::from_millis(100);
             }

@@ -674,6 +674,14 @@ async fn a_floor_is_answered_when_every_node_has_programmed_it() {
     agent.handle.reporter.programmed(view, Vec::new());
     let early = tokio::time::timeout(Duration::from_millis(300), next_word(&mut owner)).await;
     assert!(early.is_err(), "n2 itself has programmed nothing yet");
+    let Some(down::Message::Floor(named)) = next_word(&mut owner).await else {
+        panic!()
+    };
+    assert_eq!(
+        (named.waited, named.missing.as_slice()),
+        (rev, &["n2 (not yet back)".to_owned()][..]),
+        "who waits in vain is told for whom"
+    );
     let rev_now = control.registry.store().revision();
     let ack = proto::Ack {
         rev: rev_now,
@@ -691,6 +699,81 @@ async fn a_floor_is_answered_when_every_node_has_programmed_it() {
     assert!(floor.rev >= rev);
     assert_eq!((floor.nodes, floor.missing.len()), (2, 0));
     agent.stop().await;
+    control.stop().await;
+}
+
+/// The next answer to a wait for a floor.
+async fn answer(
+    waits: &mut tokio::sync::watch::Receiver<Option<proto::Floor>>,
+) -> Option<proto::Floor> {
+    tokio::time::timeout(WAIT, waits.changed())
+        .await
+        .unwrap()
+        .ok()?;
+    waits.borrow_and_update().clone()
+}
+
+/// Two agents: the owner of a pod asks, the other is silent, then acks; the control plane dies in the
+/// middle of a second wait and is asked again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_drain_is_answered_names_who_is_missing_and_survives_a_failover() {
+    let store = tempfile::tempdir().unwrap();
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let (address, url) = (control.address.to_string(), control.url());
+    let (owner, other) = (
+        Agent::start(&url, "n1", one.path()),
+        Agent::start(&url, "n2", two.path()),
+    );
+    owner.live().await;
+    other.live().await;
+    let both = |view: &View| (view.nodes.len() == 2).then_some(view.rev);
+    let rev = owner.until("both are known", both).await;
+    let ack = |agent: &Agent| {
+        let rev = agent.view().rev;
+        agent.handle.reporter.programmed(rev, Vec::new());
+    };
+    ack(&owner);
+    let mut waits = owner.handle.reporter.floor(rev);
+    let floor = answer(&mut waits).await.unwrap();
+    assert_eq!((floor.missing_count, floor.nodes), (1, 2), "{floor:?}");
+    other
+        .until("the other follows", |view| (view.rev >= rev).then_some(()))
+        .await;
+    ack(&other);
+    let floor = answer(&mut waits).await.unwrap();
+    assert_eq!((floor.missing_count, floor.waited), (0, rev), "{floor:?}");
+
+    // Asked anew, since an answer is not kept; the control plane dies before the next change is
+    // programmed anywhere, and its successor knows of the acks only what agents say.
+    let service: Service =
+        serde_json::from_value(json!({"metadata": {"name": "s", "namespace": "default"},
+        "spec": {"ports": [{"port": 80}]}}))
+        .unwrap();
+    control.registry.create(&service).await.unwrap();
+    let named = |view: &View| {
+        let name = |n: &gantry_agent::view::ServiceName| n.name == "s";
+        view.services.keys().any(name).then_some(view.rev)
+    };
+    let rev = owner.until("the Service arrives", named).await;
+    other.until("the Service arrives", named).await;
+    let mut waits = owner.handle.reporter.floor(rev);
+    control.stop().await;
+    let control = Control::admin(store.path(), &address).await;
+    owner.live().await;
+    other.live().await;
+    ack(&owner);
+    ack(&other);
+    let floor = loop {
+        let floor = answer(&mut waits).await.unwrap();
+        if floor.missing_count == 0 {
+            break floor;
+        }
+    };
+    assert_eq!((floor.waited, floor.nodes), (rev, 2));
+    assert!(!owner.handle.reporter.is_cut_off());
+    owner.stop().await;
+    other.stop().await;
     control.stop().await;
 }
 

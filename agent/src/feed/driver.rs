@@ -79,6 +79,7 @@ impl Driver {
     /// Notes the end of a stream; returns how long to wait before the next dial.
     fn after(&mut self, ended: Ended, backoff: Duration) -> Duration {
         lock(&self.shared.reports).broken();
+        lock(&self.shared.floors).broken();
         lock(&self.shared.outbox).counters.streams_broken += 1;
         let node = &self.config.node;
         let jittered = backoff.mul_f64(rand::random::<f64>());

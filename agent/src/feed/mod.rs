@@ -40,6 +40,7 @@ use crate::view::{Settings, View};
 mod content;
 mod driver;
 mod finals;
+mod floors;
 mod log;
 pub mod node_info;
 mod reports;
@@ -49,6 +50,7 @@ mod tokens;
 mod tunnel;
 
 use finals::Finals;
+use floors::FloorWaits;
 use reports::{Reports, Status};
 pub use tokens::ControlPlaneTokens;
 
@@ -196,6 +198,7 @@ pub struct Handle {
 struct Shared {
     reports: Mutex<Reports>,
     outbox: Mutex<Outbox>,
+    floors: Mutex<FloorWaits>,
     /// Something to send.
     wake: Notify,
     /// A final status to be written to disk.
@@ -401,6 +404,20 @@ impl Reporter {
         }
     }
 
+    /// Asks whether every node has programmed everything common up to `rev`. The answers: who is
+    /// missing, then that nobody is. Dropping the receiver ends the wait.
+    pub fn floor(&self, rev: u64) -> watch::Receiver<Option<proto::Floor>> {
+        let answers = lock(&self.shared.floors).ask(rev);
+        self.shared.wake.notify_one();
+        answers
+    }
+
+    /// There is no stream, and a try to open one has failed: nobody can be asked anything.
+    pub fn is_cut_off(&self) -> bool {
+        let is_open = lock(&self.shared.channel).is_some();
+        !is_open && lock(&self.shared.outbox).counters.streams_broken > 0
+    }
+
     /// The node's conditions have changed: they go up now, not with the next beat.
     pub fn beat(&self) {
         lock(&self.shared.outbox).beat_due = true;
@@ -452,6 +469,7 @@ pub fn run(
     let shared = Arc::new(Shared {
         reports: Mutex::new(Reports::new(incarnation, records)),
         outbox: Mutex::default(),
+        floors: Mutex::default(),
         wake: Notify::new(),
         persist: Notify::new(),
         persisted: watch::Sender::new(0),

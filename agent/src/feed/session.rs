@@ -297,6 +297,12 @@ impl Driver {
         if std::mem::take(&mut stream.beat_due) || at_once {
             return Some(up::Message::Beat(self.beat(stream)));
         }
+        // What is said after a commit on this stream is said by who knows what it asks about.
+        if stream.applied > 0
+            && let Some(rev) = lock(&self.shared.floors).take_next()
+        {
+            return Some(up::Message::FloorWait(proto::FloorWait { rev }));
+        }
         if let Some(report) = lock(&self.shared.reports).take_next() {
             return Some(up::Message::Status(report));
         }
@@ -359,9 +365,14 @@ impl Driver {
                 Ok(())
             }
             Some(down::Message::GoAway(go_away)) => Err(went_away(go_away)),
-            // Nothing asks for a floor yet; a second welcome and what a newer control plane may
-            // send are no reason to end the stream.
-            Some(down::Message::Floor(_) | down::Message::Welcome(_)) | None => Ok(()),
+            Some(down::Message::Floor(floor)) => {
+                lock(&self.shared.floors).answered(floor);
+                self.shared.wake.notify_one(); // the next wait may go
+                Ok(())
+            }
+            // A second welcome and what a newer control plane may send are no reason to end the
+            // stream.
+            Some(down::Message::Welcome(_)) | None => Ok(()),
         }
     }
 

@@ -41,6 +41,7 @@ pub mod backoff;
 mod check;
 mod configs;
 mod devices;
+pub mod drain;
 mod hooks;
 mod launch;
 mod prepare;

@@ -6,11 +6,13 @@
 //!
 //! `/run/gantry/pods/<uid>/probes.json` (memory: it goes with the boot, as the containers do) holds
 //! the verdicts and counters of running containers; it is written before a change is reported.
+//! `drain` beside it holds when the pod's last drain began, on the clock that runs since the boot.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::PodStatus;
 use serde::{Deserialize, Serialize};
@@ -140,6 +142,39 @@ pub fn write_probed(paths: &Paths, uid: &PodUid, probed: &BTreeMap<String, Probe
     }
 }
 
+fn drain_file(paths: &Paths, uid: &PodUid) -> PathBuf {
+    paths.sandbox(uid).join("drain")
+}
+
+/// Time since the boot: the same for every process, and no clock that anybody sets.
+fn uptime() -> Option<Duration> {
+    let text = fs::read_to_string("/proc/uptime").ok()?;
+    Duration::try_from_secs_f64(text.split(' ').next()?.parse().ok()?).ok()
+}
+
+/// Notes that the drain of a deleted pod begins; the first note stays. Best effort: without it the
+/// next agent waits anew, with the same cap.
+pub fn begin_drain(paths: &Paths, uid: &PodUid) {
+    let (path, Some(now)) = (drain_file(paths, uid), uptime()) else {
+        return;
+    };
+    if !path.exists()
+        && let Err(error) = fs::write(&path, now.as_secs_f64().to_string())
+    {
+        debug!(pod = %uid, %error, "keep when the drain began");
+    }
+}
+
+/// How long ago the drain of the pod began, under this agent or one before it.
+pub fn drained_for(paths: &Paths, uid: &PodUid) -> Duration {
+    let began = fs::read_to_string(drain_file(paths, uid)).ok();
+    let began = began.and_then(|text| Duration::try_from_secs_f64(text.parse().ok()?).ok());
+    match (began, uptime()) {
+        (Some(began), Some(now)) => now.saturating_sub(began),
+        _ => Duration::ZERO,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -163,6 +198,25 @@ mod tests {
         assert_eq!(read_probed(&paths, &uid), all);
         fs::write(probes_file(&paths, &uid), b"{\"a\"").unwrap();
         assert!(read_probed(&paths, &uid).is_empty());
+    }
+
+    #[test]
+    fn a_drain_goes_on_where_an_agent_before_has_begun_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut paths = Paths::standard("/".into());
+        paths.run = dir.path().into();
+        let uid = PodUid::new("u1").unwrap();
+        assert_eq!(drained_for(&paths, &uid), Duration::ZERO);
+        fs::create_dir_all(paths.sandbox(&uid)).unwrap();
+        begin_drain(&paths, &uid);
+        std::thread::sleep(Duration::from_millis(60));
+        begin_drain(&paths, &uid);
+        assert!(
+            drained_for(&paths, &uid) >= Duration::from_millis(40),
+            "the first counts"
+        );
+        fs::write(drain_file(&paths, &uid), "x").unwrap();
+        assert_eq!(drained_for(&paths, &uid), Duration::ZERO);
     }
 
     #[test]

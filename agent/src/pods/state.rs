@@ -9,8 +9,8 @@
 //! One task per pod UID (`worker.rs`) owns this state: no lock, no second writer. Work in flight is
 //! part of the state (`Sandbox::Preparing`, `Run::Starting`), so [`PodState::next`] is
 //! idempotent: it looks at what is and asks for what is missing. `start.rs` says which container may
-//! start and what a start or an exit means, `stop.rs` the way from a wish to SIGKILL, `adopt.rs`
-//! what a restarted agent makes of what it finds.
+//! start and what a start or an exit means, `stop.rs` the way from a wish to SIGKILL, `drain.rs` what
+//! comes before that, `adopt.rs` what a restarted agent makes of what it finds.
 //!
 //! Invariants, checked by `tests::any_history_keeps_the_rules`: phases only move right; nothing is
 //! started after Syncing; one start in flight per container; a run number is started once; a grace
@@ -18,6 +18,7 @@
 //! Source: the kubelet's pod workers, `kuberuntime_manager.go` and `kuberuntime_container.go`.
 
 mod adopt;
+mod drain;
 mod start;
 mod stop;
 
@@ -28,6 +29,7 @@ use std::time::{Duration, SystemTime};
 
 use gantry_api::k8s_openapi::api::core::v1::{Container as ContainerConfig, ContainerStatus, Pod};
 
+pub use self::drain::{DRAIN_CAP, Drain, Drained};
 use self::start::has_startup_probe;
 use super::backoff::Backoff;
 use super::configs;
@@ -151,6 +153,8 @@ pub struct Container {
 pub enum Stop {
     /// Nobody asked.
     No,
+    /// Waits until nobody sends to the pod any more; then it has this many seconds.
+    Drain(u64),
     /// The preStop hook runs; over at this time.
     Hook(Duration),
     /// Waits for the containers that must end before it; over at this time.
@@ -188,6 +192,12 @@ pub struct PodState {
     pub tear_down: TearDown,
     /// The node has ended the pod.
     pub failed: Option<Failed>,
+    /// Do nodes still send to it?
+    pub drain: Drain,
+    /// How long its drain had been waited for before an agent restart.
+    pub drained_for: Duration,
+    /// Drains asked for: an answer to an earlier one says nothing.
+    pub drain_number: u32,
 }
 
 /// Why the node has ended a pod.
@@ -257,6 +267,8 @@ pub enum Input {
     Evict(String),
     /// The machine goes down: the pod has this many seconds.
     Shutdown(u64),
+    /// An answer to [`Action::Drain`] of that number.
+    Drained(u32, Drained),
     /// The postStart hook is over.
     PostStarted(ContainerRun, Result<(), String>),
     /// The preStop hook is over.
@@ -284,6 +296,8 @@ pub enum Action {
     StartProbes(ContainerRun),
     /// No more probes of this container.
     StopProbes(ContainerRun),
+    /// Find out when no node sends to the pod any more; answers carry the number.
+    Drain(u32),
     /// Run the postStart hook.
     PostStart(ContainerRun),
     /// Run the preStop hook.
@@ -327,6 +341,9 @@ impl PodState {
             grace_s,
             tear_down: TearDown::Due(Duration::ZERO, 0),
             failed: None,
+            drain: Drain::No,
+            drained_for: Duration::ZERO,
+            drain_number: 0,
         }
     }
 
@@ -420,6 +437,9 @@ impl PodState {
                 self.start_failed(&run, reason, message, now, &mut actions);
             }
             Input::Exited(run, exit) => self.container_exited(&run, exit, now, &mut actions),
+            Input::Drained(number, drained) => {
+                self.drained(number, drained, now, &mut actions);
+            }
             Input::PostStarted(run, result) => {
                 self.post_started(&run, result, now, &mut actions);
             }
@@ -542,6 +562,7 @@ impl PodState {
             self.terminate(now, actions);
         }
         if self.phase == Phase::Syncing || self.phase == Phase::Terminating {
+            self.advance_drain(now, actions);
             self.advance_stops(now, actions);
         }
         if self.phase == Phase::TearingDown
@@ -600,6 +621,10 @@ impl PodState {
             .into_iter()
             .chain(starts)
             .chain(kills)
+            .chain(
+                self.drain_over_at()
+                    .filter(|_| self.phase <= Phase::Terminating),
+            )
             .chain(deadline)
             .chain(tear_down)
             .min()

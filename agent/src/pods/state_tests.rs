@@ -46,6 +46,13 @@ fn uid() -> PodUid {
     PodUid::new("u1").unwrap()
 }
 
+/// A pod that no Service knows: it is stopped without a drain.
+fn undrained(uid: PodUid, pod: Arc<Pod>) -> PodState {
+    let mut state = PodState::new(uid, pod);
+    state.drain = Drain::Over;
+    state
+}
+
 fn secs(s: u64) -> Duration {
     Duration::from_secs(s)
 }
@@ -85,7 +92,7 @@ fn deleted(pod: &Arc<Pod>, grace: i64) -> Arc<Pod> {
 #[test]
 fn containers_start_together_after_the_sandbox() {
     let spec = web("Always", 0);
-    let mut state = PodState::new(uid(), spec);
+    let mut state = undrained(uid(), spec);
     assert_eq!(state.next(Input::Timer, secs(0)), [Action::PrepareSandbox]);
     assert_eq!(
         starts(&state.next(Input::SandboxReady(network()), secs(0))),
@@ -99,7 +106,7 @@ fn containers_start_together_after_the_sandbox() {
 
 #[test]
 fn init_containers_run_in_order_and_to_completion() {
-    let mut state = PodState::new(uid(), web("Never", 2));
+    let mut state = undrained(uid(), web("Never", 2));
     state.next(Input::Timer, secs(0));
     assert_eq!(
         starts(&state.next(Input::SandboxReady(network()), secs(0))),
@@ -121,7 +128,7 @@ fn init_containers_run_in_order_and_to_completion() {
 
 #[test]
 fn crash_loop_waits_longer_each_time() {
-    let mut state = PodState::new(uid(), web("Always", 0));
+    let mut state = undrained(uid(), web("Always", 0));
     state.next(Input::Timer, secs(0));
     state.next(Input::SandboxReady(network()), secs(0));
     state.next(started("a", 0), secs(0));
@@ -137,7 +144,7 @@ fn crash_loop_waits_longer_each_time() {
 #[test]
 fn deletion_asks_then_kills_then_tears_down() {
     let spec = web("Always", 0);
-    let mut state = PodState::new(uid(), spec.clone());
+    let mut state = undrained(uid(), spec.clone());
     state.next(Input::Timer, secs(0));
     state.next(Input::SandboxReady(network()), secs(0));
     state.next(started("a", 0), secs(0));
@@ -168,7 +175,7 @@ fn deletion_asks_then_kills_then_tears_down() {
 #[test]
 fn a_shorter_grace_period_counts_a_longer_does_not() {
     let spec = web("Always", 0);
-    let mut state = PodState::new(uid(), spec.clone());
+    let mut state = undrained(uid(), spec.clone());
     state.next(
         Input::Observed(vec![observed("a", 0, None), observed("b", 0, None)]),
         secs(0),
@@ -196,7 +203,7 @@ fn observed(name: &str, attempt: u32, exit: Option<Exit>) -> ObservedContainer {
 
 #[test]
 fn adopted_containers_are_not_started_again() {
-    let mut state = PodState::new(uid(), web("Always", 0));
+    let mut state = undrained(uid(), web("Always", 0));
     let found = vec![
         observed("a", 2, None),
         observed("a", 1, Some(exit(9))),
@@ -221,7 +228,7 @@ fn adopted_containers_are_not_started_again() {
 
 #[test]
 fn an_exit_during_the_agents_absence_is_seen_at_adoption() {
-    let mut state = PodState::new(uid(), web("Never", 0));
+    let mut state = undrained(uid(), web("Never", 0));
     let found = vec![
         observed("a", 0, Some(exit(7))),
         observed("b", 0, Some(exit(0))),
@@ -233,7 +240,7 @@ fn an_exit_during_the_agents_absence_is_seen_at_adoption() {
 
 #[test]
 fn a_failed_liveness_probe_restarts_the_container_after_its_grace() {
-    let mut state = PodState::new(uid(), web("Always", 0));
+    let mut state = undrained(uid(), web("Always", 0));
     state.next(
         Input::Observed(vec![observed("a", 0, None), observed("b", 0, None)]),
         secs(0),
@@ -308,7 +315,7 @@ fn with_sidecars(policy: &str) -> PodState {
             "containers": [{"name": "a"}],
         }
     }));
-    let mut state = PodState::new(uid(), spec);
+    let mut state = undrained(uid(), spec);
     state.next(Input::Timer, secs(0));
     let begun = state.next(Input::SandboxReady(network()), secs(0));
     assert_eq!(starts(&begun), ["s0/0"]);
@@ -358,7 +365,7 @@ fn a_sidecar_that_exits_is_restarted_and_holds_nobody_back() {
 
 #[test]
 fn a_failed_init_container_of_a_restarting_pod_is_tried_until_it_succeeds() {
-    let mut state = PodState::new(uid(), web("Always", 1));
+    let mut state = undrained(uid(), web("Always", 1));
     state.next(Input::Timer, secs(0));
     state.next(Input::SandboxReady(network()), secs(0));
     state.next(started("init0", 0), secs(0));
@@ -375,7 +382,7 @@ fn a_failed_init_container_of_a_restarting_pod_is_tried_until_it_succeeds() {
 
 #[test]
 fn a_post_start_hook_holds_back_the_next_container_and_its_own_probes() {
-    let mut state = PodState::new(uid(), varied("Always", &[], true, None));
+    let mut state = undrained(uid(), varied("Always", &[], true, None));
     state.next(Input::Timer, secs(0));
     let first = state.next(Input::SandboxReady(network()), secs(0));
     assert_eq!(starts(&first), ["a/0"]);
@@ -390,7 +397,7 @@ fn a_post_start_hook_holds_back_the_next_container_and_its_own_probes() {
 
 #[test]
 fn a_failed_post_start_hook_stops_the_container() {
-    let mut state = PodState::new(uid(), varied("Always", &[], true, None));
+    let mut state = undrained(uid(), varied("Always", &[], true, None));
     state.next(Input::Timer, secs(0));
     state.next(Input::SandboxReady(network()), secs(0));
     state.next(started("a", 0), secs(0));
@@ -407,7 +414,7 @@ fn a_failed_post_start_hook_stops_the_container() {
 #[test]
 fn a_pre_stop_hook_is_inside_the_grace_period() {
     let spec = varied("Always", &[], true, None);
-    let mut state = PodState::new(uid(), spec.clone());
+    let mut state = undrained(uid(), spec.clone());
     let found = vec![observed("a", 0, None), observed("b", 0, None)];
     state.next(Input::Observed(found), secs(0));
     state.next(Input::SandboxReady(network()), secs(0));
@@ -431,7 +438,7 @@ fn a_pre_stop_hook_is_inside_the_grace_period() {
 #[test]
 fn a_pre_stop_hook_that_hangs_is_followed_by_sigterm_and_two_seconds() {
     let spec = varied("Always", &[], true, None);
-    let mut state = PodState::new(uid(), spec.clone());
+    let mut state = undrained(uid(), spec.clone());
     state.next(Input::Observed(vec![observed("a", 0, None)]), secs(0));
     state.next(Input::SandboxReady(network()), secs(0));
     state.next(Input::Spec(deleted(&spec, 5)), secs(10));
@@ -446,7 +453,7 @@ fn a_pre_stop_hook_that_hangs_is_followed_by_sigterm_and_two_seconds() {
 
 #[test]
 fn the_deadline_counts_from_the_pods_start_and_fails_it() {
-    let mut state = PodState::new(uid(), varied("Always", &[], false, Some(30)));
+    let mut state = undrained(uid(), varied("Always", &[], false, Some(30)));
     state.age = secs(10);
     let found = vec![observed("a", 0, None), observed("b", 0, None)];
     state.next(Input::Observed(found), secs(0));
@@ -461,7 +468,7 @@ fn a_probes_own_grace_period_replaces_the_pods() {
     let mut spec = serde_json::to_value(web("Always", 0)).unwrap();
     spec["spec"]["containers"][0]["livenessProbe"] =
         serde_json::json!({"tcpSocket": {"port": 1}, "terminationGracePeriodSeconds": 60});
-    let mut state = PodState::new(uid(), pod(spec));
+    let mut state = undrained(uid(), pod(spec));
     state.next(
         Input::Observed(vec![observed("a", 0, None), observed("b", 0, None)]),
         secs(0),
@@ -483,7 +490,7 @@ fn an_adopted_container_keeps_what_this_node_knew_of_its_probes() {
         // What the API holds is older.
         spec["status"] = serde_json::json!({"containerStatuses": [{"name": "a", "ready": !ready,
             "restartCount": 2, "image": "", "imageID": ""}]});
-        let mut state = PodState::new(uid(), pod(spec));
+        let mut state = undrained(uid(), pod(spec));
         let known = Probed {
             attempt: 2,
             started: true,
@@ -499,7 +506,7 @@ fn an_adopted_container_keeps_what_this_node_knew_of_its_probes() {
 #[test]
 fn what_came_meanwhile_ends_the_wait_of_sandbox_and_tear_down() {
     let spec = web("Always", 0);
-    let mut state = PodState::new(uid(), spec.clone());
+    let mut state = undrained(uid(), spec.clone());
     state.next(Input::Timer, secs(0));
     let failed = || Input::SandboxFailed("FailedMount".into(), "no such driver".into());
     state.next(failed(), secs(0));
@@ -519,6 +526,202 @@ fn what_came_meanwhile_ends_the_wait_of_sandbox_and_tear_down() {
     assert!(state.next(Input::Retry, secs(1)).is_empty());
 }
 
+/// Running, and about to end: the actions of the deletion.
+fn running_then(spec: &Arc<Pod>, end: Input, now: Duration) -> (PodState, Vec<Action>) {
+    let mut state = PodState::new(uid(), spec.clone());
+    state.next(Input::Timer, secs(0));
+    state.next(Input::SandboxReady(network()), secs(0));
+    state.next(started("a", 0), secs(0));
+    state.next(started("b", 0), secs(0));
+    let actions = state.next(end, now);
+    (state, actions)
+}
+
+fn millis(ms: u64) -> Duration {
+    Duration::from_millis(ms)
+}
+
+fn events(actions: &[Action]) -> Vec<&str> {
+    let words = |a: &'_ Action| matches!(a, Action::Event("Drained", ..));
+    let drained = actions.iter().filter(|a| words(a));
+    drained
+        .filter_map(|a| match a {
+            Action::Event(_, words, _) => Some(words.as_str()),
+            _ => None,
+        })
+        .collect()
+}
+
+fn acked(nodes: u32) -> Drained {
+    Drained::Acked {
+        nodes,
+        is_named: false,
+    }
+}
+
+#[test]
+fn sigterm_waits_until_every_node_has_stopped_sending() {
+    let spec = web("Always", 0);
+    let end = Input::Spec(deleted(&spec, 5));
+    let (mut state, actions) = running_then(&spec, end, secs(10));
+    assert!(actions.contains(&Action::Drain(1)), "{actions:?}");
+    assert!(stops(&actions).is_empty(), "nothing is stopped yet");
+    let answer = Input::Drained(1, acked(3));
+    let actions = state.next(answer, secs(10) + millis(4));
+    assert_eq!(events(&actions), ["drained: acked 3/3 nodes in 4 ms"]);
+    assert!(
+        stops(&actions).is_empty(),
+        "what is under way arrives first"
+    );
+    let at = state.wake_at().unwrap();
+    assert!(at < secs(10) + millis(100));
+    assert_eq!(stops(&state.next(Input::Timer, at)), ["a", "b"]);
+    assert_eq!(
+        state.wake_at(),
+        Some(at + secs(5)),
+        "the grace period is whole: it begins after the drain"
+    );
+}
+
+#[test]
+fn a_silent_node_holds_a_drain_no_longer_than_the_cap_and_is_named() {
+    let spec = web("Always", 0);
+    let end = Input::Spec(deleted(&spec, 5));
+    let (mut state, _) = running_then(&spec, end, secs(10));
+    let missing = Drained::Missing {
+        count: 5,
+        nodes: 8,
+        names: vec!["node-7".into(), "node-8 (not yet back)".into()],
+    };
+    let actions = state.next(Input::Drained(1, missing), secs(10) + millis(700));
+    assert!(stops(&actions).is_empty());
+    assert_eq!(state.wake_at(), Some(secs(11)));
+    let actions = state.next(Input::Timer, secs(11));
+    assert_eq!(stops(&actions), ["a", "b"]);
+    assert_eq!(
+        events(&actions),
+        [
+            "drained: not by all within 1 s: acked 3/8 nodes, waiting for node-7, \
+          node-8 (not yet back) and 3 more"
+        ]
+    );
+    // An answer that comes too late changes nothing.
+    assert!(state.next(Input::Drained(1, acked(8)), secs(12)).is_empty());
+}
+
+#[test]
+fn who_has_nothing_to_wait_for_does_not_wait() {
+    let spec = web("Always", 0);
+    let cases = [
+        ("no backend of any Service", Drained::NoBackend, 0),
+        ("the control plane is away", Drained::CutOff, 1),
+    ];
+    for (what, answer, told) in cases {
+        let end = Input::Spec(deleted(&spec, 5));
+        let (mut state, _) = running_then(&spec, end, secs(10));
+        let actions = state.next(Input::Drained(1, answer), secs(10));
+        assert_eq!(stops(&actions), ["a", "b"], "{what}");
+        assert_eq!(events(&actions).len(), told, "{what}");
+    }
+}
+
+#[test]
+fn force_crash_and_hard_eviction_do_not_wait() {
+    let spec = web("Always", 0);
+    let asked = |actions: &[Action]| actions.iter().any(|a| matches!(a, Action::Drain(_)));
+    let (_, actions) = running_then(&spec, Input::Spec(deleted(&spec, 0)), secs(10));
+    assert!(!asked(&actions), "grace 0");
+    let (_, actions) = running_then(&spec, Input::Gone, secs(10));
+    assert!(!asked(&actions), "the object is gone");
+    let (_, actions) = running_then(&spec, Input::Evict("memory".into()), secs(10));
+    assert!(
+        !asked(&actions) && stops(&actions).len() == 2,
+        "the node needs it back"
+    );
+    let crash = Input::Exited(run("a", 0), exit(137));
+    let (_, actions) = running_then(&spec, crash, secs(10));
+    assert!(!asked(&actions), "it has ended already");
+    // A force deletion that comes later ends the wait.
+    let end = Input::Spec(deleted(&spec, 5));
+    let (mut state, _) = running_then(&spec, end, secs(10));
+    let actions = state.next(Input::Spec(deleted(&spec, 0)), secs(10));
+    assert!(
+        actions.iter().any(|a| matches!(a, Action::Kill(_))),
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn a_member_of_a_headless_service_is_held_until_old_answers_are_dead() {
+    let spec = web("Always", 0);
+    let end = Input::Spec(deleted(&spec, 5));
+    let (mut state, _) = running_then(&spec, end, secs(10));
+    let answer = Drained::Acked {
+        nodes: 2,
+        is_named: true,
+    };
+    let actions = state.next(Input::Drained(1, answer), secs(10) + millis(3));
+    assert!(events(&actions)[0].starts_with("drained: acked 2/2 nodes in 3 ms, held"));
+    assert!(stops(&state.next(Input::Timer, secs(10) + millis(999))).is_empty());
+    let actions = state.next(Input::Timer, secs(11));
+    assert_eq!(stops(&actions), ["a", "b"]);
+    assert!(events(&actions).is_empty(), "nobody was missing");
+}
+
+#[test]
+fn an_agent_restart_asks_again_and_the_cap_runs_on() {
+    let spec = web("Always", 0);
+    let again = |drained_for: Duration| {
+        let mut state = PodState::new(uid(), spec.clone());
+        state.drained_for = drained_for;
+        let found = vec![observed("a", 0, None), observed("b", 0, None)];
+        state.next(Input::Observed(found), secs(0));
+        let actions = state.next(Input::Spec(deleted(&spec, 5)), secs(0));
+        (state, actions)
+    };
+    let (state, actions) = again(millis(400));
+    assert!(actions.contains(&Action::Drain(1)) && stops(&actions).is_empty());
+    assert_eq!(state.wake_at(), Some(millis(600)));
+    let (_, actions) = again(secs(7));
+    assert_eq!(stops(&actions), ["a", "b"], "it was over before");
+}
+
+#[test]
+fn a_node_that_goes_down_drains_its_pods_within_their_time() {
+    let spec = web("Always", 0);
+    let (mut state, actions) = running_then(&spec, Input::Shutdown(4), secs(10));
+    assert!(actions.contains(&Action::Drain(1)) && stops(&actions).is_empty());
+    let actions = state.next(Input::Timer, secs(11));
+    assert_eq!(stops(&actions), ["a", "b"]);
+    assert_eq!(state.wake_at(), Some(secs(14)), "one time for everything");
+}
+
+#[test]
+fn a_restart_of_a_container_drains_the_pod_each_time() {
+    let mut state = PodState::new(uid(), web("Always", 0));
+    state.next(Input::Timer, secs(0));
+    state.next(Input::SandboxReady(network()), secs(0));
+    state.next(started("a", 0), secs(0));
+    state.next(started("b", 0), secs(0));
+    for attempt in 0..2u32 {
+        let at = secs(100 * u64::from(attempt + 1));
+        let number = attempt + 1;
+        let actions = state.next(Input::Restart(run("a", attempt), "why".into()), at);
+        assert!(actions.contains(&Action::Drain(number)), "{actions:?}");
+        // The answer to an earlier question is none.
+        assert!(
+            state
+                .next(Input::Drained(number - 1, acked(1)), at)
+                .is_empty()
+        );
+        state.next(Input::Drained(number, acked(1)), at);
+        assert_eq!(stops(&state.next(Input::Timer, at + millis(100))), ["a"]);
+        state.next(Input::Exited(run("a", attempt), exit(0)), at + secs(1));
+        state.next(Input::Timer, at + secs(50));
+        state.next(started("a", attempt + 1), at + secs(50));
+    }
+}
+
 /// A machine that answers actions in any order, with any outcome.
 #[derive(Default)]
 struct Machine {
@@ -528,12 +731,23 @@ struct Machine {
     preparing: bool,
     tearing: bool,
     ever_started: Vec<ContainerRun>,
+    drain: Option<u32>,
 }
 
 impl Machine {
     fn take(&mut self, state: &PodState, actions: &[Action]) {
         for action in actions {
+            if let Action::Stop(run) | Action::PreStop(run) = action {
+                let container = state
+                    .containers
+                    .iter()
+                    .find(|c| c.name == run.name)
+                    .unwrap();
+                let waits = matches!(container.stop, Stop::Drain(_));
+                assert!(!waits, "what waits for a drain is not asked to stop");
+            }
             match action {
+                Action::Drain(number) => self.drain = Some(*number),
                 Action::PrepareSandbox => {
                     assert!(!self.preparing, "one sandbox in flight");
                     self.preparing = true;
@@ -562,7 +776,7 @@ impl Machine {
 
     /// One possible event, chosen by `pick`.
     fn answer(&mut self, pick: usize, good: bool) -> Input {
-        match pick % 6 {
+        match pick % 7 {
             0 if self.preparing => {
                 self.preparing = false;
                 if good {
@@ -603,6 +817,23 @@ impl Machine {
                     true => Input::PostStarted(run, result),
                     false => Input::PreStopped(run, result),
                 }
+            }
+            6 if self.drain.is_some() => {
+                let nodes = 3;
+                let drained = match (pick / 7 % 4, good) {
+                    (0, _) => Drained::NoBackend,
+                    (1, _) => Drained::CutOff,
+                    (_, true) => Drained::Acked {
+                        nodes,
+                        is_named: pick.is_multiple_of(2),
+                    },
+                    (_, false) => Drained::Missing {
+                        count: 1,
+                        nodes,
+                        names: vec!["n".into()],
+                    },
+                };
+                Input::Drained(self.drain.unwrap_or_default(), drained)
             }
             _ => Input::Timer,
         }

@@ -110,6 +110,7 @@ pub struct Worker {
     resize: Option<Progress>,
     timeline: Timeline,
     unhealthy_at: HashMap<&'static str, Instant>,
+    drain: Option<AbortHandle>,
 }
 
 impl Worker {
@@ -139,6 +140,7 @@ impl Worker {
             state.refuse(shutdown::REFUSED, shutdown::REFUSED_MESSAGE);
         }
         state.recalled = records::read_probed(&node.paths, &state.uid);
+        state.drained_for = records::drained_for(&node.paths, &state.uid);
         state.age = age(&reported);
         let mut timeline = Timeline::new();
         let adopted = !found.is_empty();
@@ -165,6 +167,7 @@ impl Worker {
             resize: None,
             timeline: Timeline::new(),
             unhealthy_at: HashMap::new(),
+            drain: None,
             state: state.clone(),
         };
         if adopted {
@@ -432,6 +435,7 @@ impl Worker {
                     task.abort();
                 }
             }
+            Action::Drain(number) => self.ask_for_drain(number),
             Action::PostStart(run) => self.run_hook(run, Hook::PostStart),
             Action::PreStop(run) => self.run_hook(run, Hook::PreStop),
             Action::StopHooks(run) => {

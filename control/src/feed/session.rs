@@ -23,6 +23,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
+use super::floor::Waits;
 use super::view::{Cursor, Step};
 use super::{Inner, NodeLink};
 
@@ -44,8 +45,6 @@ const TAKE_OVER_TIMEOUT: Duration = Duration::from_secs(10);
 const WRITES_MAX: usize = 320;
 /// Events in progress; more are dropped, they are best effort.
 const EVENT_WRITES_MAX: usize = 32;
-/// Waits for a floor of one agent.
-const FLOOR_WAITS_MAX: usize = 256;
 
 type Down = mpsc::Sender<Result<proto::Down, tonic::Status>>;
 
@@ -82,7 +81,7 @@ struct Session {
     event_writes: usize,
     /// Pods whose status is being written: one at a time each, so that they land in order.
     writing: BTreeSet<String>,
-    floor_waits: Vec<u64>,
+    floor_waits: Waits,
     /// Welcome carried no pod prefix: the agent has to come back for it.
     lacks_pod_cidr: bool,
     /// The node's conditions as the agent gave them last.
@@ -236,7 +235,7 @@ impl Session {
             writes: JoinSet::new(),
             event_writes: 0,
             writing: BTreeSet::new(),
-            floor_waits: Vec::new(),
+            floor_waits: Waits::default(),
             lacks_pod_cidr,
             conditions,
         };
@@ -269,6 +268,7 @@ impl Session {
         let mut dirty = true;
         loop {
             let may_send = dirty && self.open.len() < OPEN_COMMITS_MAX;
+            let floors_due = self.floor_waits.due_at();
             // Every arm is cancel safe: a message, a permit or a finished write is either taken or
             // still there. What an arm's body awaits is never cut off by another arm.
             tokio::select! {
@@ -298,6 +298,9 @@ impl Session {
                 }
                 Some(written) = self.writes.join_next() => self.written(written).await?,
                 Some(open) = tunnels.recv() => self.send(down::Message::OpenTunnel(open)).await?,
+                () = sleep_until(floors_due.unwrap_or(last_heard)), if floors_due.is_some() => {
+                    self.answer_floors().await?;
+                }
                 changed = acked.changed(), if !self.floor_waits.is_empty() => {
                     changed.map_err(|_| leave("the feed has ended"))?;
                     self.answer_floors().await?;
@@ -353,11 +356,10 @@ impl Session {
                 Ok(())
             }
             Some(up::Message::FloorWait(wait)) => {
-                if self.floor_waits.len() >= FLOOR_WAITS_MAX {
-                    return Err(leave("more than 256 waits for a floor"));
+                match self.floor_waits.add(wait.rev, Instant::now()) {
+                    true => Ok(()),
+                    false => Err(leave("more than 256 waits for a floor")),
                 }
-                self.floor_waits.push(wait.rev);
-                Ok(())
             }
             Some(up::Message::MirrorPods(report)) => {
                 let (inner, node) = (self.inner.clone(), self.node.clone());
@@ -469,15 +471,12 @@ impl Session {
         if self.floor_waits.is_empty() {
             return Ok(());
         }
-        let floors = self.inner.floors();
-        let mut waiting = Vec::new();
-        for rev in std::mem::take(&mut self.floor_waits) {
-            match floors.reached(rev) {
-                Some(floor) => self.send(down::Message::Floor(floor)).await?,
-                None => waiting.push(rev),
-            }
+        let answers = self
+            .floor_waits
+            .answers(&self.inner.floors(), Instant::now());
+        for floor in answers {
+            self.send(down::Message::Floor(floor)).await?;
         }
-        self.floor_waits = waiting;
         Ok(())
     }
 }

@@ -1,10 +1,11 @@
 //! The way from a wish to SIGKILL, all of it inside one grace period.
 //!
 //! ```text
-//!      begin_stop            hook done, or grace over      its turn, or grace over            grace over
-//! No ─────────────► Hook ───────────────────────────► Turn ──────────────────────► Asked ──────────────► Killed ⟲
-//!  └─ no preStop ──────────────────────────────────────┘        (SIGTERM)                 (SIGKILL)
+//!      begin_stop          drained           hook done, or grace over      its turn, or grace over            grace over
+//! No ─────────────► Drain ─────────► Hook ───────────────────────────► Turn ──────────────────────► Asked ──────────────► Killed ⟲
+//!                     └─ no preStop ──────────────────────────────────┘        (SIGTERM)                 (SIGKILL)
 //! ```
+//! The grace period begins with the end of the drain (`drain.rs`).
 //! When the pod ends, sidecars have their turn after everything they served, in reverse order.
 //! Source: the kubelet's `killContainer` and `terminationOrdering`.
 
@@ -101,15 +102,30 @@ impl PodState {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
+        let container = &self.containers[index];
+        if !matches!(container.run, Run::Running { .. }) || container.stop != Stop::No {
+            return;
+        }
+        match self.must_drain(grace_s, now, actions) {
+            true => self.containers[index].stop = Stop::Drain(grace_s),
+            false => self.ask_to_stop(index, grace_s, now, actions),
+        }
+    }
+
+    /// The grace period begins.
+    pub(super) fn ask_to_stop(
+        &mut self,
+        index: usize,
+        grace_s: u64,
+        now: Duration,
+        actions: &mut Vec<Action>,
+    ) {
         let run = self.run_of(index);
         let hook = self.config(&run.name).is_some_and(|c| {
             let hooks = c.lifecycle.as_ref();
             hooks.is_some_and(|l| l.pre_stop.is_some())
         });
         let container = &mut self.containers[index];
-        if !matches!(container.run, Run::Running { .. }) || container.stop != Stop::No {
-            return;
-        }
         let end = now + Duration::from_secs(grace_s);
         if hook && grace_s > 0 {
             container.stop = Stop::Hook(end);
@@ -208,14 +224,14 @@ impl Stop {
             Self::Hook(at) => Self::Hook(at.min(end)),
             Self::Turn(at) => Self::Turn(at.min(end)),
             Self::Asked(at) => Self::Asked(at.min(end)),
-            Self::No | Self::Killed(_) => self,
+            Self::No | Self::Drain(_) | Self::Killed(_) => self,
         }
     }
 
     /// When time alone moves it on.
     pub(super) fn due_at(self) -> Option<Duration> {
         match self {
-            Self::No => None,
+            Self::No | Self::Drain(_) => None,
             Self::Hook(at) | Self::Turn(at) | Self::Asked(at) | Self::Killed(at) => Some(at),
         }
     }

@@ -14,7 +14,7 @@ use crate::pods::hooks::{self, Hook};
 use crate::pods::probes::Prober;
 use crate::pods::records::{self, Probed};
 use crate::pods::state::{Container, Input, Run, Sandbox};
-use crate::pods::{prepare, termination};
+use crate::pods::{drain, prepare, termination};
 use crate::runtime::Exit;
 
 impl Worker {
@@ -56,6 +56,27 @@ impl Worker {
         };
         let task = tokio::spawn(prober.watch());
         if let Some(before) = self.probes.insert(run.name.clone(), task.abort_handle()) {
+            before.abort();
+        }
+    }
+
+    /// Finds out when no node sends to the pod any more. An agent after this one does not wait
+    /// longer for the pod's end than this one would have.
+    pub(super) fn ask_for_drain(&mut self, number: u32) {
+        if self.state.deleted {
+            records::begin_drain(&self.node.paths, &self.state.uid);
+        }
+        let namespace = self.state.pod.metadata.namespace.clone();
+        let asked = drain::ask(
+            self.view.clone(),
+            self.node.reporter.clone(),
+            namespace.unwrap_or_default(),
+            self.state.uid.clone(),
+            number,
+            self.inputs.clone(),
+        );
+        let task = tokio::spawn(asked).abort_handle();
+        if let Some(before) = self.drain.replace(task) {
             before.abort();
         }
     }
