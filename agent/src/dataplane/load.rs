@@ -1,6 +1,7 @@
 //! From the embedded object to loaded programs on pinned maps.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use aya::maps::{Map, MapError};
@@ -18,7 +19,7 @@ pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 17] = [
+pub(super) const PINNED_MAPS: [&str; 19] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
@@ -29,17 +30,22 @@ pub(super) const PINNED_MAPS: [&str; 17] = [
     "COUNTERS",
     "ENDPOINTS",
     "INTERFACES",
+    "FLOWS",
+    "ZONES",
     "DROPS",
     "POLICY_PODS",
     "POLICY_PEERS",
     "POLICY_RULES",
-    "FLOWS",
+    "POLICY_FLOWS",
     "DEVICE_EXEMPT",
     "DEVICE_RULES",
 ];
 
 /// Lines of the verifier's log that an error shows: the last ones say what it did not like.
 const VERIFIER_LINES: usize = 12;
+
+/// Times that a program is loaded again because of a signal; libbpf's own number.
+const INTERRUPTED_MAX: u32 = 5;
 
 /// What was loaded.
 pub(super) struct Loaded {
@@ -175,15 +181,28 @@ fn load_program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a ProgramFd, Dat
     let program = ebpf
         .program_mut(name)
         .ok_or_else(|| missing("program", name))?;
-    let loaded = match program {
+    let mut load = || match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSock(program) => program.load(),
         Program::CgroupDevice(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
+    let mut loaded = load();
+    for _ in 0..INTERRUPTED_MAX {
+        if !loaded.as_ref().is_err_and(was_interrupted) {
+            break;
+        }
+        loaded = load();
+    }
     loaded.map_err(|error| refused(name, &error))?;
     program.fd().map_err(|error| refused(name, &error))
+}
+
+/// A signal has come while the verifier was at work.
+fn was_interrupted(error: &ProgramError) -> bool {
+    matches!(error, ProgramError::LoadError { io_error, .. }
+        if io_error.kind() == io::ErrorKind::WouldBlock)
 }
 
 fn missing(kind: &str, name: &str) -> DataplaneError {

@@ -109,6 +109,9 @@ pub struct PodInterface {
     pub pod_mac: [u8; 6],
     /// The pod's addresses: it may send from these and from no other.
     pub addresses: Vec<IpAddr>,
+    /// Packets from other pods of the node may be put into the pod at once: nothing else on the host
+    /// end must see them.
+    pub direct: bool,
 }
 
 /// A device that a container was given, where the device guard is attached.

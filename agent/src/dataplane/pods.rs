@@ -23,7 +23,9 @@ use std::path::{Path, PathBuf};
 use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError};
 use aya::programs::ProgramFd;
-use ebpf_maps::endpoint::{ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue};
+use ebpf_maps::endpoint::{
+    DIRECT, ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue,
+};
 use ebpf_maps::services::Addr;
 
 use super::clsact::{self, Direction};
@@ -156,7 +158,7 @@ impl PodPrograms {
             let value = EndpointValue {
                 pod_id,
                 ifindex: pod.ifindex,
-                flags: 0,
+                flags: if pod.direct { DIRECT } else { 0 },
                 pod_mac: pod.pod_mac,
                 host_mac: pod.host_mac,
                 _pad: [0; 4],

@@ -1,17 +1,21 @@
 //! The data plane on the running kernel. Each test has its own cgroup below its own process'
 //! cgroup, its own bpffs and network namespaces, so nothing else on the machine is affected.
 //!
-//! `packets` runs the packet programs on single frames, `wires` between real namespaces.
+//! `packets` and `translation` run the packet programs on single frames, `wires` between real
+//! namespaces.
 //!
 //! A test's client is a thread: in a *threaded* cgroup a single thread can be a member, and a
 //! thread can have a network namespace of its own.
 
 mod bed;
 mod frames;
+mod maps;
 mod packets;
+mod passage;
 mod policy;
 mod policy_wires;
 mod programs;
+mod translation;
 mod wires;
 
 use std::io;

@@ -38,6 +38,8 @@ pub(super) async fn find(
             host_mac,
             pod_mac,
             addresses: addresses.to_vec(),
+            // A shaper of the plugins may stand on the host end.
+            direct: false,
         }),
     )
 }

@@ -195,6 +195,7 @@ impl PodNetworks {
                             host_mac,
                             pod_mac: mac_of(*first),
                             addresses: record.addresses.clone(),
+                            direct: true,
                         };
                         return Ok(Attached {
                             addresses: record.addresses,
@@ -225,6 +226,7 @@ impl PodNetworks {
                     host_mac: attached.host_mac,
                     pod_mac: attached.mac,
                     addresses: addresses.clone(),
+                    direct: true,
                 };
                 return Ok(Attached {
                     addresses,

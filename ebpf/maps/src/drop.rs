@@ -14,12 +14,18 @@ pub const LINK_PROTOCOL: u32 = 4;
 pub const MALFORMED: u32 = 5;
 /// A NetworkPolicy does not allow it.
 pub const POLICY: u32 = 6;
+/// A frontend without backends: answered by a reset or an ICMP error.
+pub const NO_BACKEND: u32 = 7;
+/// The map of flows took no entry, or no free source port was found for one.
+pub const FLOWS_FULL: u32 = 8;
+/// A slot or backend of a Service was out of range: a fault of the agent, never of a packet.
+pub const BROKEN_SLOT: u32 = 9;
 
 /// Entries of `DROPS`.
 pub const DROP_COUNT: u32 = 32;
 
 /// The name of each reason in use, by index, for metrics and reports.
-pub const DROP_NAMES: [&str; 7] = [
+pub const DROP_NAMES: [&str; 10] = [
     "no_pod",
     "source_address",
     "source_mac",
@@ -27,6 +33,9 @@ pub const DROP_NAMES: [&str; 7] = [
     "link_protocol",
     "malformed",
     "policy",
+    "no_backend",
+    "flows_full",
+    "broken_slot",
 ];
 
 const _: () = assert!(DROP_NAMES.len() <= DROP_COUNT as usize);

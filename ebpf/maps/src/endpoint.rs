@@ -17,6 +17,10 @@ pub const ENDPOINT_COUNT_MAX: u32 = 8_192;
 /// Entries of `INTERFACES`.
 pub const INTERFACE_COUNT_MAX: u32 = 4_096;
 
+/// `EndpointValue::flags`: packets from other pods of this node may be put into the pod at once.
+/// Not where something else on the host end must see them (a third party's shaper).
+pub const DIRECT: u32 = 1;
+
 /// A hardware address.
 pub type Mac = [u8; 6];
 
@@ -28,7 +32,7 @@ pub struct EndpointValue {
     pub pod_id: u64,
     /// The host end of the pod's veth.
     pub ifindex: u32,
-    /// None defined yet.
+    /// [`DIRECT`].
     pub flags: u32,
     /// Of the interface in the pod.
     pub pod_mac: Mac,

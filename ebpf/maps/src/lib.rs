@@ -6,6 +6,7 @@
 //!                             AFFINITY           ◄────────────────  read by recvmsg(), getpeername()
 //!  agent (dataplane::pods) ──► ENDPOINTS, INTERFACES                packets of pods
 //!  agent (policy::plan) ──► POLICY_PODS, POLICY_PEERS, POLICY_RULES  which of them are allowed
+//!                             FLOWS              ◄────────────────  written and read by packets
 //! ```
 //! Every address is 16 bytes in network order, an IPv4 address in its v4-mapped form
 //! (`::ffff:a.b.c.d`), so that one set of maps serves both families.
@@ -19,6 +20,7 @@ pub mod counter;
 pub mod device;
 pub mod drop;
 pub mod endpoint;
+pub mod flow;
 pub mod policy;
 pub mod services;
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  POLICY_PODS[pod's id]           = {ingress, egress}      OPEN: allowed; none: nothing is
-//!  FLOWS[pod, peer, ports]         = last use               present: allowed, either way
+//!  POLICY_FLOWS[pod, peer, ports]  = last use               present: allowed, either way
 //!  POLICY_PEERS[peer's address]    = identity               longest prefix; none: 0
 //!  POLICY_RULES[policy, identity, protocol, port]           longest prefix; present: allowed
 //!  POLICY_RULES[policy, 0, protocol, port]                  what everybody may
@@ -60,7 +60,7 @@ pub struct RuleKey {
     pub port_be: u16,
 }
 
-/// Entries of `FLOWS`; the least recently used go first.
+/// Entries of `POLICY_FLOWS`; the least recently used go first.
 pub const FLOW_COUNT_MAX: u32 = 65_536;
 
 /// `FlowKey::kind`: a connection, or an exchange of datagrams.
@@ -76,7 +76,7 @@ pub const FLOW_TIMEOUT_S: u64 = 180;
 /// How long the fragments of a packet may take: as the kernel's `ipfrag_time`.
 pub const FRAGMENTS_TIMEOUT_S: u64 = 30;
 
-/// Key of `FLOWS`: what was allowed for a pod, and so is in both directions. The value is the time of
+/// Key of `POLICY_FLOWS`: what was allowed for a pod, and so is in both directions. The value is the time of
 /// its last use: nanoseconds of the monotonic clock, coarse.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]

@@ -49,6 +49,9 @@ pub const AFFINITY_NETNS: u32 = 0;
 /// `AffinityKey::kind`: the client is one unconnected UDP socket.
 pub const AFFINITY_SOCKET: u32 = 1;
 
+/// `AffinityKey::kind`: the client is a pod, by its id, whose packets no socket hook has seen.
+pub const AFFINITY_POD: u32 = 2;
+
 /// How long an unconnected UDP socket keeps its backend without a datagram; the kernel's own
 /// `nf_conntrack_udp_timeout_stream`, which kube-proxy's clients are used to.
 pub const UDP_STICKY_S: u32 = 120;
@@ -197,11 +200,11 @@ pub struct ReverseValue {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct AffinityKey {
-    /// A network namespace's or socket's cookie, as `kind` says.
+    /// A network namespace's or socket's cookie, or a pod's id, as `kind` says.
     pub client: u64,
     /// The `FrontendValue::service_id`.
     pub service_id: u32,
-    /// [`AFFINITY_NETNS`] or [`AFFINITY_SOCKET`].
+    /// [`AFFINITY_NETNS`], [`AFFINITY_SOCKET`] or [`AFFINITY_POD`].
     pub kind: u32,
 }
 

@@ -14,3 +14,25 @@ pub fn drop(reason: u32) -> i32 {
     }
     TC_ACT_SHOT
 }
+
+/// What stands for "not dropped" where a reason would stand.
+const KEPT: u32 = u32::MAX;
+
+/// A result in one register. Functions that are called, and not inlined, return it so: of a larger
+/// value the unused half would be undefined, which the verifier refuses to see.
+#[inline(always)]
+pub fn packed(result: Result<(), u32>) -> u32 {
+    match result {
+        Ok(()) => KEPT,
+        Err(reason) => reason,
+    }
+}
+
+/// The other way.
+#[inline(always)]
+pub fn unpacked(code: u32) -> Result<(), u32> {
+    match code {
+        KEPT => Ok(()),
+        reason => Err(reason),
+    }
+}

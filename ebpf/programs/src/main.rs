@@ -5,8 +5,9 @@
 //!  recvmsg(), getpeername()  ──► reverse::restore   ──► the frontend's address again
 //!  close()                   ──► reverse::forget
 //!  open(), mknod()           ──► device::is_allowed
-//!  packet out of a pod       ──► pod::sent     ──► spoof::check ──► policy ──► the node's network
-//!  packet into a pod         ──► pod::received ──► policy ──► the pod
+//!  packet out of a pod       ──► pod::sent     ──► spoof ──► translate ──► policy ─┬► the node's network
+//!                                                                                └► pod::deliver
+//!  packet into a pod         ──► pod::received ──► pod::deliver ──► policy ──► translate ──► the pod
 //! ```
 //! The service hooks attach to the root of cgroup v2, so they see every pod and the node's own
 //! processes; a Service costs once per connection and nothing per packet. The packet hooks attach
@@ -18,16 +19,21 @@
 #![no_std]
 #![no_main]
 
+mod conntrack;
 mod device;
 mod drop;
 mod maps;
+mod nat;
 mod packet;
 mod pod;
 mod policy;
+mod reject;
 mod reverse;
 mod service;
 mod socket;
 mod spoof;
+mod translate;
+mod work;
 
 use aya_ebpf::macros::{cgroup_device, cgroup_sock, cgroup_sock_addr, classifier};
 use aya_ebpf::programs::{DeviceContext, SockAddrContext, SockContext, TcContext};

@@ -7,18 +7,18 @@ use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
 use ebpf_maps::counter::COUNTER_COUNT;
 use ebpf_maps::device::{DEVICE_EXEMPT_COUNT_MAX, DEVICE_RULE_COUNT_MAX, DeviceRuleKey};
 use ebpf_maps::drop::DROP_COUNT;
-use ebpf_maps::endpoint::{
-    ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue,
-};
+use ebpf_maps::endpoint::{ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue};
+use ebpf_maps::flow::{FLOW_COUNT_MAX, FlowKey, FlowValue, ZONE_COUNT};
 use ebpf_maps::policy::{
-    FLOW_COUNT_MAX, FlowKey, PEER_PREFIX_COUNT_MAX, POLICY_POD_COUNT_MAX, PodPolicies,
-    RULE_COUNT_MAX, RuleKey,
+    self, PEER_PREFIX_COUNT_MAX, POLICY_POD_COUNT_MAX, PodPolicies, RULE_COUNT_MAX, RuleKey,
 };
 use ebpf_maps::services::{
     AFFINITY_COUNT_MAX, Addr, AffinityKey, AffinityValue, BACKEND_COUNT, BackendValue,
     FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, NODE_ADDRESS_COUNT_MAX, PEER_COUNT_MAX,
     PeerValue, REVERSE_COUNT_MAX, ReverseKey, ReverseValue, SLOT_COUNT, SLOTS_PER_ELEMENT,
 };
+
+use crate::work::Work;
 
 /// What clients address. Written by the agent only, one element at a time.
 #[map]
@@ -70,6 +70,26 @@ pub static ENDPOINTS: HashMap<Addr, EndpointValue> =
 pub static INTERFACES: HashMap<u32, InterfaceValue> =
     HashMap::with_max_entries(INTERFACE_COUNT_MAX, BPF_F_NO_PREALLOC);
 
+/// `ebpf_maps::flow`. Written by the programs only.
+#[map]
+pub static FLOWS: LruHashMap<FlowKey, FlowValue> = LruHashMap::with_max_entries(FLOW_COUNT_MAX, 0);
+
+/// Where a packet program works: see [`Work`].
+#[map]
+static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
+
+/// This CPU's place to work. None cannot happen, but the verifier wants it looked at.
+#[inline(always)]
+pub fn work() -> Option<&'static mut Work> {
+    // SAFETY: the pointer is this CPU's own element. Packet programs run with soft interrupts off,
+    // and one ends before the next begins: no two have it at once.
+    WORK.get_ptr_mut(0).map(|work| unsafe { &mut *work })
+}
+
+/// Which zones of FLOWS were ever used: 0 or 1 each. Written by the programs only.
+#[map]
+pub static ZONES: Array<u32> = Array::with_max_entries(ZONE_COUNT, 0);
+
 /// `ebpf_maps::drop`.
 #[map]
 pub static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(DROP_COUNT, 0);
@@ -91,7 +111,8 @@ pub static POLICY_RULES: LpmTrie<RuleKey, u8> =
 
 /// What policies have allowed, and when it was last used.
 #[map]
-pub static FLOWS: LruHashMap<FlowKey, u64> = LruHashMap::with_max_entries(FLOW_COUNT_MAX, 0);
+pub static POLICY_FLOWS: LruHashMap<policy::FlowKey, u64> =
+    LruHashMap::with_max_entries(policy::FLOW_COUNT_MAX, 0);
 
 /// Ids of the cgroups (of privileged pods) that the device guard lets pass.
 #[map]

@@ -16,6 +16,7 @@ use core::mem::size_of;
 
 use aya_ebpf::programs::TcContext;
 use ebpf_maps::endpoint::Mac;
+use ebpf_maps::flow::Ends;
 use ebpf_maps::services::{Addr, v4_mapped};
 
 /// Length of the Ethernet header, where IP begins.
@@ -39,6 +40,18 @@ pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 pub const ICMP_V6: u8 = 58;
 
+/// TCP flags.
+pub const FIN: u8 = 1;
+pub const SYN: u8 = 2;
+pub const RST: u8 = 4;
+pub const ACK: u8 = 16;
+
+/// ICMP types that have an identifier: echo reply and request of both families.
+const ECHO_REPLY: u8 = 0;
+const ECHO: u8 = 8;
+const ECHO_V6: u8 = 128;
+const ECHO_REPLY_V6: u8 = 129;
+
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
@@ -53,11 +66,12 @@ pub const NO_L4: u8 = 2;
 pub const HAS_OPTIONS: u8 = 4;
 
 /// An IP packet.
+#[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Packet {
     pub source: Addr,
     pub destination: Addr,
-    /// TCP and UDP; network order; 0 where there is none.
+    /// TCP and UDP; network order; ICMP echo: its identifier in both; else 0.
     pub source_port_be: u16,
     pub destination_port_be: u16,
     /// IANA protocol number of the layer above IP.
@@ -73,9 +87,24 @@ pub struct Packet {
     pub is_v6: bool,
 }
 
+impl Packet {
+    /// Who talks to whom.
+    #[inline(always)]
+    pub fn ends(&self) -> Ends {
+        Ends {
+            source: self.source,
+            destination: self.destination,
+            source_port_be: self.source_port_be,
+            destination_port_be: self.destination_port_be,
+        }
+    }
+}
+
 /// What a frame is.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Frame {
-    Ip(Packet),
+    /// An IP packet; `Work::packet` says which.
+    Ip,
     Arp,
     /// Another protocol, or in a VLAN.
     Other,
@@ -83,9 +112,9 @@ pub enum Frame {
     Malformed,
 }
 
-/// Reads a frame.
-#[inline(always)]
-pub fn parse(ctx: &TcContext) -> Frame {
+/// Reads a frame into `packet`.
+#[inline(never)]
+pub fn parse(ctx: &TcContext, packet: &mut Packet) -> Frame {
     // SAFETY: the kernel passes a valid context.
     if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
         return Frame::Other;
@@ -96,14 +125,14 @@ pub fn parse(ctx: &TcContext) -> Frame {
         return Frame::Malformed;
     }
     let parsed = match read::<u16>(ctx, 12) {
-        Some(ETHERTYPE_V4) => v4(ctx),
-        Some(ETHERTYPE_V6) => v6(ctx),
+        Some(ETHERTYPE_V4) => v4(ctx, packet),
+        Some(ETHERTYPE_V6) => v6(ctx, packet),
         Some(ETHERTYPE_ARP) => return Frame::Arp,
         Some(_) => return Frame::Other,
         None => None,
     };
     match parsed {
-        Some(packet) => Frame::Ip(packet),
+        Some(()) => Frame::Ip,
         None => Frame::Malformed,
     }
 }
@@ -127,22 +156,19 @@ pub fn read<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
 }
 
 #[inline(always)]
-fn v4(ctx: &TcContext) -> Option<Packet> {
+fn v4(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
     let version_length: u8 = read(ctx, IP_OFFSET)?;
     let fragment = u16::from_be(read(ctx, IP_OFFSET + 6)?);
-    let proto: u8 = read(ctx, IP_OFFSET + 9)?;
-    let source: u32 = read(ctx, IP_OFFSET + 12)?;
-    let destination: u32 = read(ctx, IP_OFFSET + 16)?;
     let length = u32::from(version_length & 15) * 4;
     if version_length >> 4 != 4 || length < V4_LENGTH as u32 {
         return None;
     }
-    let mut packet = Packet {
-        source: v4_mapped(source),
-        destination: v4_mapped(destination),
+    *packet = Packet {
+        source: v4_mapped(read(ctx, IP_OFFSET + 12)?),
+        destination: v4_mapped(read(ctx, IP_OFFSET + 16)?),
         source_port_be: 0,
         destination_port_be: 0,
-        proto,
+        proto: read(ctx, IP_OFFSET + 9)?,
         flags: 0,
         kind: 0,
         code: 0,
@@ -153,80 +179,80 @@ fn v4(ctx: &TcContext) -> Option<Packet> {
     if fragment & 0x3fff != 0 {
         packet.flags |= IS_FRAGMENT;
     }
+    if length != V4_LENGTH as u32 {
+        packet.flags |= HAS_OPTIONS;
+    }
     if fragment & 0x1fff != 0 {
         packet.flags |= NO_L4;
-        return Some(packet);
-    }
-    if length == V4_LENGTH as u32 {
-        l4(&mut packet, |at| read(ctx, IP_OFFSET + V4_LENGTH + at));
+    } else if length == V4_LENGTH as u32 {
+        l4(packet, |at| read(ctx, IP_OFFSET + V4_LENGTH + at));
     } else {
-        packet.flags |= HAS_OPTIONS;
-        l4(&mut packet, |at| ctx.load(length as usize + IP_OFFSET + at).ok());
+        l4(packet, |at| ctx.load(length as usize + IP_OFFSET + at).ok());
     }
-    Some(packet)
+    Some(())
 }
 
 #[inline(always)]
-fn v6(ctx: &TcContext) -> Option<Packet> {
+fn v6(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
     let version: u8 = read(ctx, IP_OFFSET)?;
     let mut next: u8 = read(ctx, IP_OFFSET + 6)?;
-    let source: Addr = read(ctx, IP_OFFSET + 8)?;
-    let destination: Addr = read(ctx, IP_OFFSET + 24)?;
     if version >> 4 != 6 {
         return None;
     }
-    let mut flags = 0;
+    *packet = Packet {
+        source: read(ctx, IP_OFFSET + 8)?,
+        destination: read(ctx, IP_OFFSET + 24)?,
+        source_port_be: 0,
+        destination_port_be: 0,
+        proto: next,
+        flags: 0,
+        kind: 0,
+        code: 0,
+        l4_offset: (IP_OFFSET + V6_LENGTH) as u32,
+        is_v6: true,
+    };
+    if !is_extension(next) {
+        l4(packet, |at| read(ctx, IP_OFFSET + V6_LENGTH + at));
+        return Some(());
+    }
     let mut offset = (IP_OFFSET + V6_LENGTH) as u32;
+    let mut flags = HAS_OPTIONS;
     let mut followed = 0;
-    while is_extension(next) {
+    while is_extension(next) && flags & NO_L4 == 0 {
         if followed == EXTENSION_COUNT_MAX {
             return None;
         }
         followed += 1;
         let [following, length, high, low] = ctx.load::<[u8; 4]>(offset as usize).ok()?;
-        flags |= HAS_OPTIONS;
-        if next == FRAGMENT {
-            flags |= IS_FRAGMENT;
-            if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
-                flags |= NO_L4;
+        let length = match next {
+            FRAGMENT => {
+                flags |= IS_FRAGMENT;
+                if u16::from_be_bytes([high, low]) & 0xfff8 != 0 {
+                    flags |= NO_L4;
+                }
+                8
             }
-        }
-        offset += match next {
-            FRAGMENT => 8,
             AUTHENTICATION => (u32::from(length) + 2) * 4,
             _ => (u32::from(length) + 1) * 8,
         };
+        offset += length;
         next = following;
-        if flags & NO_L4 != 0 {
-            break;
-        }
     }
-    let mut packet = Packet {
-        source,
-        destination,
-        source_port_be: 0,
-        destination_port_be: 0,
-        proto: next,
-        flags,
-        kind: 0,
-        code: 0,
-        l4_offset: offset,
-        is_v6: true,
-    };
-    if flags & NO_L4 != 0 {
-        return Some(packet);
+    packet.proto = next;
+    packet.flags = flags;
+    packet.l4_offset = offset;
+    if flags & NO_L4 == 0 {
+        l4(packet, |at| ctx.load(offset as usize + at).ok());
     }
-    if flags & HAS_OPTIONS == 0 {
-        l4(&mut packet, |at| read(ctx, IP_OFFSET + V6_LENGTH + at));
-    } else {
-        l4(&mut packet, |at| ctx.load(offset as usize + at).ok());
-    }
-    Some(packet)
+    Some(())
 }
 
 #[inline(always)]
 fn is_extension(next: u8) -> bool {
-    matches!(next, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS)
+    matches!(
+        next,
+        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS
+    )
 }
 
 /// Fills in what the layer above IP says; `word` gives four bytes of it.
@@ -243,6 +269,15 @@ fn l4(packet: &mut Packet, word: impl Fn(usize) -> Option<u32>) {
             let [kind, code, ..] = head.to_ne_bytes();
             packet.kind = kind;
             packet.code = code;
+            let is_echo = match packet.proto {
+                ICMP => matches!(kind, ECHO | ECHO_REPLY),
+                _ => matches!(kind, ECHO_V6 | ECHO_REPLY_V6),
+            };
+            if is_echo && let Some(rest) = word(4) {
+                let [high, low, ..] = rest.to_ne_bytes();
+                packet.source_port_be = u16::from_ne_bytes([high, low]);
+                packet.destination_port_be = packet.source_port_be;
+            }
         }),
         _ => Some(()),
     };

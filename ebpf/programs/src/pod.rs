@@ -1,52 +1,161 @@
 //! The walk of a packet past the host end of a pod's veth, in both directions.
 //!
+//! ```text
+//!  sent      spoof ─► translate ─► policy (out) ─┬► another pod of this node: deliver, put into it at once
+//!                        └► refused: the answer  ├► itself, through a Service: put back into it
+//!                           is put back into it  └► anybody else: the node's network
+//!  received  deliver, and on into the pod
+//!  deliver   policy (in) ─► translate the answer back
+//! ```
+//! Putting a packet into a pod (`bpf_redirect_peer`) skips the bridge and the node's stack: neither
+//! sees it, its TTL stays as on a bridge, and its size was checked by the sender's own interface, which
+//! has the MTU of all. `to_pod` does not see it either, so `deliver` is done before.
+//!
 //! A verdict of `TC_ACT_UNSPEC` is "nothing against it": other programs on the interface run next,
 //! then the packet goes on.
 
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
+use aya_ebpf::helpers::bpf_redirect_peer;
 use aya_ebpf::programs::TcContext;
 use ebpf_maps::drop;
+use ebpf_maps::endpoint::{DIRECT, EndpointValue, Mac};
+use ebpf_maps::flow::ZONE_SERVICE;
+use ebpf_maps::services::Addr;
 
 use crate::drop::drop;
-use crate::maps::INTERFACES;
-use crate::packet::{Frame, parse};
-use crate::{policy, spoof};
+use crate::maps::{ENDPOINTS, INTERFACES, work};
+use crate::packet::{Frame, parse, read};
+use crate::translate::Outcome;
+use crate::work::Work;
+use crate::{conntrack, policy, reject, spoof, translate};
+
+/// For this machine's stack, whatever the hardware address said.
+const PACKET_HOST: u32 = 0;
 
 /// What the pod sends.
 #[inline(always)]
 pub fn sent(ctx: &TcContext) -> i32 {
-    let frame = parse(ctx);
-    let pod_id = match spoof::check(ctx, &frame) {
+    let Some(work) = work() else {
+        return drop(drop::MALFORMED);
+    };
+    let frame = parse(ctx, &mut work.packet);
+    let pod_id = match spoof::check(ctx, frame, &work.packet) {
         Ok(pod_id) => pod_id,
         Err(reason) => return drop(reason),
     };
-    let Frame::Ip(packet) = &frame else {
+    if frame != Frame::Ip {
         return TC_ACT_UNSPEC; // ARP
-    };
-    if !policy::allows_egress(ctx, packet, pod_id) {
+    }
+    let own = ifindex(ctx);
+    let mut to = endpoint(&work.packet.destination);
+    if to.is_none() {
+        match translate::sent(ctx, work, pod_id) {
+            Outcome::UNTOUCHED => {}
+            Outcome::TRANSLATED => to = endpoint(&work.packet.destination),
+            Outcome::REFUSED => return refuse(ctx, work, own),
+            dropped => return drop(dropped.reason()),
+        }
+        if let Some(itself) = to
+            && itself.ifindex == own
+        {
+            return put_into(ctx, itself);
+        }
+    }
+    if !policy::allows_egress(ctx, &work.packet, pod_id) {
         return drop(drop::POLICY);
     }
-    TC_ACT_UNSPEC
+    let Some(to) = to else {
+        return TC_ACT_UNSPEC;
+    };
+    if to.flags & DIRECT == 0 || to.ifindex == own {
+        return TC_ACT_UNSPEC;
+    }
+    match deliver(ctx, work, to.pod_id) {
+        Ok(()) => put_into(ctx, to),
+        Err(reason) => drop(reason),
+    }
 }
 
 /// What the pod is sent.
 #[inline(always)]
 pub fn received(ctx: &TcContext) -> i32 {
-    let packet = match parse(ctx) {
-        Frame::Ip(packet) => packet,
+    let Some(work) = work() else {
+        return drop(drop::MALFORMED);
+    };
+    match parse(ctx, &mut work.packet) {
+        Frame::Ip => {}
         // The pod's stack might understand it, and policy could not.
         Frame::Malformed => return drop(drop::MALFORMED),
         Frame::Arp | Frame::Other => return TC_ACT_UNSPEC,
-    };
-    // SAFETY: the kernel passes a valid context.
-    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
-    let Some(interface) = INTERFACES.get_ptr(&ifindex) else {
+    }
+    let Some(interface) = INTERFACES.get_ptr(&ifindex(ctx)) else {
         return drop(drop::NO_POD);
     };
     // SAFETY: the pointer is an element of the map, checked by the lookup.
     let pod_id = unsafe { (*interface).pod_id };
-    if !policy::allows_ingress(ctx, &packet, pod_id) {
-        return drop(drop::POLICY);
+    match deliver(ctx, work, pod_id) {
+        Ok(()) => TC_ACT_UNSPEC,
+        Err(reason) => drop(reason),
     }
-    TC_ACT_UNSPEC
+}
+
+/// What is done to every packet that reaches a pod, whichever way.
+#[inline(always)]
+fn deliver(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Result<(), u32> {
+    if !policy::allows_ingress(ctx, &work.packet, pod_id) {
+        return Err(drop::POLICY);
+    }
+    if conntrack::is_used(ZONE_SERVICE) {
+        return translate::delivered(ctx, work);
+    }
+    Ok(())
+}
+
+/// Its frontend has no backend: it is told so at once.
+#[inline(always)]
+fn refuse(ctx: &TcContext, work: &Work, own: u32) -> i32 {
+    let dropped = drop(drop::NO_BACKEND);
+    match reject::answer(ctx, &work.packet) {
+        true => redirect(ctx, own),
+        false => dropped,
+    }
+}
+
+/// Puts the packet into a pod, past everything on the way.
+#[inline(always)]
+fn put_into(ctx: &TcContext, to: &EndpointValue) -> i32 {
+    // Addressed to the gateway until a Service was translated, or by a routed wiring.
+    if read::<Mac>(ctx, 0).is_none_or(|mac| !equal(&mac, &to.pod_mac))
+        && ctx.store(0, &[to.pod_mac, to.host_mac], 0).is_err()
+    {
+        return drop(drop::MALFORMED);
+    }
+    redirect(ctx, to.ifindex)
+}
+
+#[inline(always)]
+fn redirect(ctx: &TcContext, ifindex: u32) -> i32 {
+    // Kernels before 6.15 leave it as the host end saw it: a frame for somebody else.
+    let _ = ctx.change_type(PACKET_HOST);
+    // SAFETY: any index is a valid argument.
+    unsafe { bpf_redirect_peer(ifindex, 0) as i32 }
+}
+
+#[inline(always)]
+fn endpoint(addr: &Addr) -> Option<&'static EndpointValue> {
+    // SAFETY: the element stays mapped while the program runs; if it is reused meanwhile, the packet
+    // goes to the pod that has taken the place, which drops what is not addressed to it.
+    ENDPOINTS.get_ptr(addr).map(|value| unsafe { &*value })
+}
+
+#[inline(always)]
+fn ifindex(ctx: &TcContext) -> u32 {
+    // SAFETY: the kernel passes a valid context.
+    unsafe { (*ctx.skb.skb).ifindex }
+}
+
+/// Equality without a call to memcmp.
+#[inline(always)]
+fn equal(a: &Mac, b: &Mac) -> bool {
+    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4] && a[5] == b[5]
 }

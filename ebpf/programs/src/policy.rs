@@ -10,7 +10,8 @@
 //!  all else                                 ─► refused
 //! ```
 //! Asked for each packet with the addresses that are really used: after a Service was translated
-//! to its backend, before an answer is translated back. Not asked for ARP; neighbour discovery passes.
+//! to its backend, before an answer is translated back. Not asked for ARP and for what a pod
+//! sends to itself; neighbour discovery passes.
 //!
 //! A SYN is always judged, so a new rule holds for every new connection, and what is remembered of an
 //! old one can open none. Connections that stand when a policy comes go on; that of a pod which has no
@@ -23,12 +24,12 @@ use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use ebpf_maps::policy::{
-    FLOW, FLOW_TIMEOUT_S, FRAGMENTS_IN, FRAGMENTS_OUT, FRAGMENTS_TIMEOUT_S, FlowKey,
-    POLICY_CLOSED, POLICY_OPEN, PodPolicies, RULE_BITS_PORT, RULE_BITS_PROTO, RuleKey,
+    FLOW, FLOW_TIMEOUT_S, FRAGMENTS_IN, FRAGMENTS_OUT, FRAGMENTS_TIMEOUT_S, FlowKey, POLICY_CLOSED,
+    POLICY_OPEN, PodPolicies, RULE_BITS_PORT, RULE_BITS_PROTO, RuleKey,
 };
 use ebpf_maps::services::{Addr, v4_mapped};
 
-use crate::maps::{FLOWS, POLICY_PEERS, POLICY_PODS, POLICY_RULES};
+use crate::maps::{POLICY_FLOWS, POLICY_PEERS, POLICY_PODS, POLICY_RULES};
 use crate::packet::{
     self, ICMP, ICMP_V6, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, TCP, UDP, V4_LENGTH, V6_LENGTH,
 };
@@ -66,15 +67,24 @@ pub fn allows_ingress(ctx: &TcContext, packet: &Packet, pod_id: u64) -> bool {
     allows(ctx, packet, pod_id, false)
 }
 
-#[inline(always)]
+// Called and not inlined: both directions of both hooks have one copy, with a stack of its own.
+#[inline(never)]
 fn allows(ctx: &TcContext, packet: &Packet, pod_id: u64, outgoing: bool) -> bool {
     let Some((ingress, egress)) = policies_of(pod_id) else {
         return false;
     };
     let (peer, pod_port_be, peer_port_be) = if outgoing {
-        (packet.destination, packet.source_port_be, packet.destination_port_be)
+        (
+            packet.destination,
+            packet.source_port_be,
+            packet.destination_port_be,
+        )
     } else {
-        (packet.source, packet.destination_port_be, packet.source_port_be)
+        (
+            packet.source,
+            packet.destination_port_be,
+            packet.source_port_be,
+        )
     };
     let flow = FlowKey {
         pod_id,
@@ -149,7 +159,11 @@ fn has_rule(policy: u32, packet: &Packet, peer: &Addr, has_l4: bool) -> bool {
         None => 0,
     };
     // Without a port, only a rule for all ports can be met.
-    let bits = if has_l4 { RULE_BITS_PORT } else { RULE_BITS_PROTO };
+    let bits = if has_l4 {
+        RULE_BITS_PORT
+    } else {
+        RULE_BITS_PROTO
+    };
     let key = RuleKey {
         policy,
         identity,
@@ -167,7 +181,7 @@ fn has_rule(policy: u32, packet: &Packet, peer: &Addr, has_l4: bool) -> bool {
 /// Whether this is remembered and not too old; then it is as new.
 #[inline(always)]
 fn is_known(flow: &FlowKey, timeout_s: u64) -> bool {
-    let Some(used) = FLOWS.get_ptr_mut(flow) else {
+    let Some(used) = POLICY_FLOWS.get_ptr_mut(flow) else {
         return false;
     };
     if flow.proto == TCP && flow.kind == FLOW {
@@ -193,7 +207,7 @@ fn remember(flow: &FlowKey) {
     // SAFETY: takes nothing, returns a number.
     let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
     // LRU: it is never full.
-    let _ = FLOWS.insert(flow, &now_ns, 0);
+    let _ = POLICY_FLOWS.insert(flow, &now_ns, 0);
 }
 
 /// What the fragments of a packet have in common: its id, in place of the ports.
@@ -212,7 +226,11 @@ fn fragments(ctx: &TcContext, packet: &Packet, flow: &FlowKey, outgoing: bool) -
     FlowKey {
         pod_port_be: u16::from_ne_bytes([id[0], id[1]]),
         peer_port_be: u16::from_ne_bytes([id[2], id[3]]),
-        kind: if outgoing { FRAGMENTS_OUT } else { FRAGMENTS_IN },
+        kind: if outgoing {
+            FRAGMENTS_OUT
+        } else {
+            FRAGMENTS_IN
+        },
         ..*flow
     }
 }

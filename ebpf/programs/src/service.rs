@@ -1,4 +1,5 @@
-//! From a frontend to one of its backends, at connect() and at unconnected sends.
+//! From a frontend to one of its backends, at connect() and at unconnected sends. `translate` does
+//! the same for packets, with the lookups and the choice of this file.
 //!
 //! A frontend without backends is refused at once: ECONNREFUSED where `bpf_set_retval` exists for
 //! these hooks (Linux 6.1), else EPERM. The choice is random; a Service with affinity remembers it
@@ -35,7 +36,7 @@ pub enum Call {
 const ECONNREFUSED: i32 = 111;
 const NS_PER_S: u64 = 1_000_000_000;
 /// Times a frontend is read again when its element was reused under the reader.
-const READ_ATTEMPTS: u32 = 3;
+pub const READ_ATTEMPTS: u32 = 3;
 
 /// 1 where `bpf_set_retval` may be called from these hooks. The agent clears it when the kernel
 /// refuses the programs with it; as read-only data it lets the verifier drop the call.
@@ -43,11 +44,13 @@ const READ_ATTEMPTS: u32 = 3;
 static HAS_SET_RETVAL: u32 = 1;
 
 /// What a frontend's value says, read consistently.
-struct Frontend {
+pub struct Frontend {
     base: u32,
-    count: u32,
-    service_id: u32,
-    affinity_s: u32,
+    /// How many backends.
+    pub count: u32,
+    pub service_id: u32,
+    /// See `FrontendValue::affinity_s`.
+    pub affinity_s: u32,
 }
 
 /// Translates the peer if it is a frontend; `set` writes it back in the hook's family.
@@ -89,7 +92,7 @@ pub fn forward(
 
 /// The frontend that answers for this peer, if any does: its key and its element.
 #[inline(always)]
-fn frontend_of(peer: &Peer) -> Option<(FrontendKey, *const FrontendValue)> {
+pub fn frontend_of(peer: &Peer) -> Option<(FrontendKey, *const FrontendValue)> {
     let key = FrontendKey {
         addr: peer.addr,
         port_be: peer.port_be,
@@ -116,7 +119,7 @@ fn frontend_of(peer: &Peer) -> Option<(FrontendKey, *const FrontendValue)> {
 
 /// Reads a frontend's element; none when it was reused meanwhile: see [`FrontendValue`].
 #[inline(always)]
-fn read_frontend(key: &FrontendKey, value: *const FrontendValue) -> Option<Frontend> {
+pub fn read_frontend(key: &FrontendKey, value: *const FrontendValue) -> Option<Frontend> {
     // SAFETY: the lookup checked the pointer; the element stays mapped while the program runs.
     // base and count are 8-byte aligned neighbours (asserted in ebpf_maps).
     let (range, service_id, affinity_s, check) = unsafe {
@@ -162,15 +165,27 @@ fn choose(ctx: &SockAddrContext, frontend: &Frontend, call: Call) -> Option<&'st
     } else {
         return choose_any(frontend).map(|(_, backend)| backend);
     };
-    // SAFETY: both helpers take this hook's context; the clock takes nothing.
-    let (client, now_ns) = unsafe {
-        let client = if kind == AFFINITY_NETNS {
+    // SAFETY: both helpers take this hook's context.
+    let client = unsafe {
+        if kind == AFFINITY_NETNS {
             bpf_get_netns_cookie(ctx.as_ptr())
         } else {
             bpf_get_socket_cookie(ctx.as_ptr())
-        };
-        (client, bpf_ktime_get_coarse_ns())
+        }
     };
+    choose_for(frontend, kind, client, timeout_s).map(|(_, backend)| backend)
+}
+
+/// The backend that this client had within so many seconds, else any; and its id.
+#[inline(always)]
+pub fn choose_for(
+    frontend: &Frontend,
+    kind: u32,
+    client: u64,
+    timeout_s: u32,
+) -> Option<(u32, &'static BackendValue)> {
+    // SAFETY: takes nothing, returns a number.
+    let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
     let key = AffinityKey {
         client,
         service_id: frontend.service_id,
@@ -186,7 +201,7 @@ fn choose(ctx: &SockAddrContext, frontend: &Frontend, call: Call) -> Option<&'st
             // SAFETY: as above.
             unsafe { (*last).used_ns = now_ns };
             count(counter::AFFINITY_HITS);
-            return Some(backend);
+            return Some((id, backend));
         }
     }
     let (backend_id, backend) = choose_any(frontend)?;
@@ -200,12 +215,12 @@ fn choose(ctx: &SockAddrContext, frontend: &Frontend, call: Call) -> Option<&'st
         },
         0,
     );
-    Some(backend)
+    Some((backend_id, backend))
 }
 
 /// A random backend of the frontend.
 #[inline(always)]
-fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
+pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
     // SAFETY: takes nothing, returns a number.
     let random = unsafe { bpf_get_prandom_u32() };
     // checked_rem: the verifier must see that no division by zero can panic.
@@ -225,7 +240,7 @@ fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
 
 /// The backend of an affinity if the Service still sends to it.
 #[inline(always)]
-fn usable(id: u32, service_id: u32) -> Option<&'static BackendValue> {
+pub fn usable(id: u32, service_id: u32) -> Option<&'static BackendValue> {
     let backend = BACKENDS.get(id)?;
     (backend.service_id == service_id && backend.state == BACKEND_IN_USE).then_some(backend)
 }

@@ -57,13 +57,13 @@ struct Arp {
 
 /// The id of the pod that sent this frame, or why it must not have sent it.
 #[inline(always)]
-pub fn check(ctx: &TcContext, frame: &Frame) -> Result<u64, u32> {
+pub fn check(ctx: &TcContext, frame: Frame, packet: &Packet) -> Result<u64, u32> {
     // SAFETY: the kernel passes a valid context.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     let Some(mac) = packet::source_mac(ctx) else {
         return Err(drop::MALFORMED);
     };
-    if let Frame::Ip(packet) = frame
+    if frame == Frame::Ip
         && let Some(own) = ENDPOINTS.get_ptr(&packet.source)
     {
         // SAFETY: the pointer is an element of the map, checked by the lookup.
@@ -86,9 +86,9 @@ pub fn check(ctx: &TcContext, frame: &Frame) -> Result<u64, u32> {
         return Err(drop::SOURCE_MAC);
     }
     match frame {
-        Frame::Ip(packet) if packet.is_v6 => without_address_v6(ctx, packet, ifindex, &pod_mac)?,
-        Frame::Ip(packet) if asks_for_lease(packet) => {}
-        Frame::Ip(_) => return Err(drop::SOURCE_ADDRESS),
+        Frame::Ip if packet.is_v6 => without_address_v6(ctx, packet, ifindex, &pod_mac)?,
+        Frame::Ip if asks_for_lease(packet) => {}
+        Frame::Ip => return Err(drop::SOURCE_ADDRESS),
         Frame::Arp => arp(ctx, ifindex, &pod_mac)?,
         Frame::Other => return Err(drop::LINK_PROTOCOL),
         Frame::Malformed => return Err(drop::MALFORMED),
@@ -109,8 +109,12 @@ fn without_address_v6(
         return Err(drop::SOURCE_ADDRESS);
     }
     match packet.kind {
-        LISTENER_REPORT | LISTENER_DONE | LISTENER_REPORT_V2 | ROUTER_SOLICITATION
-        | NEIGHBOUR_SOLICITATION | NEIGHBOUR_ADVERTISEMENT
+        LISTENER_REPORT
+        | LISTENER_DONE
+        | LISTENER_REPORT_V2
+        | ROUTER_SOLICITATION
+        | NEIGHBOUR_SOLICITATION
+        | NEIGHBOUR_ADVERTISEMENT
             if packet.flags & NO_L4 == 0 =>
         {
             discovery(ctx, packet, ifindex, mac, nobody)

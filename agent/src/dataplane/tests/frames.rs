@@ -1,4 +1,5 @@
-//! Frames for the packet programs, built from the top of the stack down, with right checksums.
+//! Frames for the packet programs, built from the top of the stack down, with right checksums; and
+//! the check that a frame which a program has changed still has them.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -9,6 +10,7 @@ pub(super) const UDP: u8 = 17;
 pub(super) const SYN: u8 = 2;
 pub(super) const RST: u8 = 4;
 pub(super) const ACK: u8 = 16;
+pub(super) const FIN: u8 = 1;
 const ICMP: u8 = 1;
 const ICMP_V6: u8 = 58;
 
@@ -172,6 +174,90 @@ pub(super) fn frame(source: Mac, destination: Mac, payload: &[u8]) -> Vec<u8> {
 
 pub(super) fn framed(source: Mac, destination: Mac, ethertype: [u8; 2], payload: &[u8]) -> Vec<u8> {
     [&destination[..], &source, &ethertype, payload].concat()
+}
+
+/// Panics unless every checksum of this frame is right: of IPv4, of the layer above, and of the
+/// packet that an ICMP error quotes, as far as it is there.
+pub(super) fn assert_checksums(frame: &[u8]) {
+    let packet = &frame[14..];
+    let (source, destination, proto, payload) = match packet[0] >> 4 {
+        4 => {
+            let length = usize::from(packet[0] & 15) * 4;
+            assert_eq!(sum(&[&packet[..length]]), 0, "IPv4 header");
+            (
+                octets_v4(&packet[12..16]),
+                octets_v4(&packet[16..20]),
+                packet[9],
+                &packet[length..],
+            )
+        }
+        6 => (
+            octets_v6(&packet[8..24]),
+            octets_v6(&packet[24..40]),
+            packet[6],
+            &packet[40..],
+        ),
+        version => panic!("version {version}"),
+    };
+    let covered = match proto {
+        ICMP => Vec::new(),
+        _ => pseudo(source, destination, proto, payload.len()),
+    };
+    assert_eq!(sum(&[&covered, payload]), 0, "protocol {proto}");
+    let is_error = match proto {
+        ICMP => matches!(payload[0], 3 | 11 | 12),
+        ICMP_V6 => payload[0] < 128,
+        _ => false,
+    };
+    if is_error && payload[8] >> 4 == 4 {
+        let quoted = &payload[8..];
+        assert_eq!(sum(&[&quoted[..20]]), 0, "quoted IPv4 header");
+    }
+}
+
+/// Source and destination of a frame's packet; ports are 0 where there are none.
+pub(super) fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
+    ends_of_packet(&frame[14..])
+}
+
+/// As [`ends`], of the packet that an ICMP error quotes.
+pub(super) fn quoted_ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
+    let header = if frame[14] >> 4 == 4 { 20 } else { 40 };
+    ends_of_packet(&frame[14 + header + 8..])
+}
+
+fn ends_of_packet(packet: &[u8]) -> (SocketAddr, SocketAddr) {
+    let (source, destination, proto, rest) = match packet[0] >> 4 {
+        4 => (
+            octets_v4(&packet[12..16]),
+            octets_v4(&packet[16..20]),
+            packet[9],
+            &packet[20..],
+        ),
+        _ => (
+            octets_v6(&packet[8..24]),
+            octets_v6(&packet[24..40]),
+            packet[6],
+            &packet[40..],
+        ),
+    };
+    let port = |at: usize| u16::from_be_bytes([rest[at], rest[at + 1]]);
+    let (from, to) = match proto {
+        TCP | UDP => (port(0), port(2)),
+        _ => (0, 0),
+    };
+    (
+        SocketAddr::new(source, from),
+        SocketAddr::new(destination, to),
+    )
+}
+
+fn octets_v4(bytes: &[u8]) -> IpAddr {
+    IpAddr::from(<[u8; 4]>::try_from(bytes).unwrap())
+}
+
+fn octets_v6(bytes: &[u8]) -> IpAddr {
+    IpAddr::from(<[u8; 16]>::try_from(bytes).unwrap())
 }
 
 fn addrs(source: &str, destination: &str) -> (SocketAddr, SocketAddr) {

@@ -11,6 +11,7 @@ use ebpf_maps::services::Addr;
 use ipnet::IpNet;
 
 use super::frames::{ACK, Mac, RST, SYN, TCP, UDP, frame, icmp, tcp, udp, v4};
+use super::maps::Maps;
 use super::programs::{OWN_IFINDEX, PASS, Programs, SHOT};
 use crate::policy::prefix::Prefix;
 
@@ -393,7 +394,7 @@ fn wide_rules_and_their_absence() {
         "a connection outlives the coming of a policy"
     );
     programs
-        .map::<u64, ebpf_maps::policy::PodPolicies>("POLICY_PODS")
+        .hash::<u64, ebpf_maps::policy::PodPolicies>("POLICY_PODS")
         .remove(&7)
         .unwrap();
     assert!(

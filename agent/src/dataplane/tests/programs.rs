@@ -4,15 +4,16 @@
 //! under test. What a redirect does beyond its verdict is seen in `wires`.
 
 use aya::maps::lpm_trie::LpmTrie;
-use aya::maps::{HashMap, MapData, PerCpuArray};
+use aya::maps::{Map, MapData, PerCpuArray};
 use aya::programs::{Program, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use ebpf_maps::drop::DROP_NAMES;
-use ebpf_maps::endpoint::{EndpointValue, InterfaceValue};
+use ebpf_maps::endpoint::{DIRECT, EndpointValue, InterfaceValue};
 use ebpf_maps::policy::{POLICY_OPEN, PodPolicies};
 use ebpf_maps::services::Addr;
 
 use super::frames::Mac;
+use super::maps::Maps;
 use crate::dataplane::load;
 use crate::services::index::addr_of;
 
@@ -23,6 +24,8 @@ const SK_BUFF_BYTES: usize = 192;
 const INGRESS_IFINDEX: usize = 36;
 /// `TC_ACT_UNSPEC`: goes on.
 pub(super) const PASS: i32 = -1;
+/// `TC_ACT_REDIRECT`: put into a pod.
+pub(super) const REDIRECT: i32 = 7;
 /// `TC_ACT_SHOT`
 pub(super) const SHOT: i32 = 2;
 
@@ -40,6 +43,18 @@ pub(super) struct Outcome {
     pub dropped: Option<&'static str>,
 }
 
+impl Maps for Programs {
+    fn data(&self, name: &str) -> MapData {
+        let map = match self.ebpf.map(name).unwrap() {
+            Map::Array(map) | Map::HashMap(map) | Map::LruHashMap(map) | Map::PerCpuArray(map) => {
+                map
+            }
+            _ => panic!("{name} is of a kind that no test needs"),
+        };
+        MapData::from_id(map.info().unwrap().id()).unwrap()
+    }
+}
+
 impl Programs {
     /// None, with the reason on stderr, without root.
     pub(super) fn new() -> Option<Self> {
@@ -50,11 +65,6 @@ impl Programs {
         let mut ebpf = EbpfLoader::new().btf(None).load(load::OBJECT).unwrap();
         load::load_packets(&mut ebpf).unwrap();
         Some(Self { ebpf })
-    }
-
-    /// A hash map of the object.
-    pub(super) fn map<K: Pod, V: Pod>(&mut self, name: &str) -> HashMap<&mut MapData, K, V> {
-        self.ebpf.map_mut(name).unwrap().try_into().unwrap()
     }
 
     /// A trie of the object.
@@ -72,19 +82,19 @@ impl Programs {
             flags: 0,
         };
         self.set_policies(pod_id, POLICY_OPEN, POLICY_OPEN);
-        let mut interfaces = self.map::<u32, InterfaceValue>("INTERFACES");
+        let mut interfaces = self.hash::<u32, InterfaceValue>("INTERFACES");
         interfaces.insert(ifindex, interface, 0).unwrap();
         for address in addresses {
             let endpoint = EndpointValue {
                 pod_id,
                 ifindex,
-                flags: 0,
+                flags: DIRECT,
                 pod_mac,
                 host_mac,
                 _pad: [0; 4],
             };
             let addr = addr_of(address.parse().unwrap());
-            let mut endpoints = self.map::<Addr, EndpointValue>("ENDPOINTS");
+            let mut endpoints = self.hash::<Addr, EndpointValue>("ENDPOINTS");
             endpoints.insert(addr, endpoint, 0).unwrap();
         }
     }
@@ -96,7 +106,7 @@ impl Programs {
             ingress,
             egress,
         };
-        let mut pods = self.map::<u64, PodPolicies>("POLICY_PODS");
+        let mut pods = self.hash::<u64, PodPolicies>("POLICY_PODS");
         pods.insert(pod_id, row, 0).unwrap();
     }
 
@@ -136,6 +146,21 @@ impl Programs {
             frame: out,
             dropped: dropped.map(|index| DROP_NAMES[index]),
         }
+    }
+
+    /// Nanoseconds of one run, the mean of many. The frame is what the run before has left.
+    pub(super) fn time(&self, program: &str, frame: &[u8]) -> u128 {
+        let Some(Program::SchedClassifier(classifier)) = self.ebpf.program(program) else {
+            panic!("{program} is no packet program");
+        };
+        let mut out = vec![0; frame.len() + 256];
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            repeat: 200_000,
+            ..TestRunOptions::default()
+        };
+        classifier.test_run(options).unwrap().duration.as_nanos()
     }
 
     /// Instructions that the verifier walked, by program.

@@ -6,12 +6,13 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-use aya::maps::{HashMap, MapData, PerCpuArray};
+use aya::maps::{MapData, PerCpuArray};
 use ebpf_maps::drop::DROP_NAMES;
 use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, setns, unshare};
 
 use super::bed::{ip, try_ip};
+use super::maps::Maps;
 use crate::dataplane::pods::{Attachment, PodPrograms};
 use crate::dataplane::policies::Policies;
 use crate::dataplane::{PodInterface, bpffs, hooks, load, remove_all};
@@ -59,7 +60,7 @@ pub(super) struct Wires {
     pub programs: PodPrograms,
     pub policies: Policies,
     pub paths: Paths,
-    _directory: tempfile::TempDir,
+    _place: Place,
 }
 
 /// The addresses of pod 0 and 1.
@@ -86,6 +87,8 @@ impl Wires {
         node.run(|| {
             ip("link del v0");
             ip("link add gantry0 address 0a:58:0a:f4:00:01 type bridge");
+            // A router solicits from its link-local address, which must not wait for duplicates here.
+            fs::write("/proc/sys/net/ipv6/conf/gantry0/accept_dad", "0").unwrap();
             ip("link set gantry0 up");
             ip("addr add 10.244.0.1/24 dev gantry0");
             ip("addr add fd00:244::1/64 dev gantry0 nodad");
@@ -97,17 +100,8 @@ impl Wires {
             wire(&node, &namespace, pod);
             namespace
         });
-        let directory = tempfile::tempdir().unwrap();
-        let paths = Paths {
-            run: directory.path().join("run"),
-            lib: directory.path().join("lib"),
-            log: directory.path().join("log"),
-            bpf: directory.path().join("bpf/gantry"),
-            kubelet: directory.path().join("kubelet"),
-            bin: directory.path().into(),
-        };
-        bpffs::ensure(&paths).unwrap();
-        fs::create_dir_all(hooks::directory(&paths)).unwrap();
+        let place = Place::new();
+        let paths = place.paths.clone();
         let mut ebpf = load::load(&paths).unwrap().ebpf;
         let programs = PodPrograms::take(&mut ebpf, &paths).unwrap();
         let mut policies = Policies::take(&mut ebpf).unwrap();
@@ -118,7 +112,7 @@ impl Wires {
             programs,
             policies,
             paths,
-            _directory: directory,
+            _place: place,
         })
     }
 
@@ -146,19 +140,9 @@ impl Wires {
     /// How often packets were dropped for this reason.
     pub(super) fn dropped(&self, reason: &str) -> u64 {
         let index = DROP_NAMES.iter().position(|name| *name == reason).unwrap();
-        let drops = MapData::from_pin(load::map_directory(&self.paths).join("DROPS")).unwrap();
+        let drops = self.data("DROPS");
         let drops = PerCpuArray::<_, u64>::try_from(aya::maps::Map::PerCpuArray(drops)).unwrap();
         drops.get(&(index as u32), 0).unwrap().iter().sum()
-    }
-
-    /// A pinned hash map, LRU or not.
-    pub(super) fn map<K: aya::Pod, V: aya::Pod>(&self, name: &str) -> HashMap<MapData, K, V> {
-        let data = MapData::from_pin(load::map_directory(&self.paths).join(name)).unwrap();
-        let map = match data.info().unwrap().map_type().unwrap() {
-            aya::maps::MapType::LruHash => aya::maps::Map::LruHashMap(data),
-            _ => aya::maps::Map::HashMap(data),
-        };
-        map.try_into().unwrap()
     }
 
     /// Names of the pins of pods' links.
@@ -172,13 +156,49 @@ impl Wires {
     pub(super) fn rows(&self) -> (usize, usize) {
         use ebpf_maps::endpoint::{EndpointValue, InterfaceValue};
         use ebpf_maps::services::Addr;
-        let endpoints = self.map::<Addr, EndpointValue>("ENDPOINTS").keys().count();
-        let interfaces = self.map::<u32, InterfaceValue>("INTERFACES").keys().count();
+        let endpoints = self.hash::<Addr, EndpointValue>("ENDPOINTS").keys().count();
+        let interfaces = self
+            .hash::<u32, InterfaceValue>("INTERFACES")
+            .keys()
+            .count();
         (endpoints, interfaces)
     }
 }
 
-impl Drop for Wires {
+impl Maps for Wires {
+    fn data(&self, name: &str) -> MapData {
+        MapData::from_pin(load::map_directory(&self.paths).join(name)).unwrap()
+    }
+}
+
+/// A bpffs in a directory of its own; both go with it, also when a test fails early.
+struct Place {
+    paths: Paths,
+    _directory: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let paths = Paths {
+            run: directory.path().join("run"),
+            lib: directory.path().join("lib"),
+            log: directory.path().join("log"),
+            bpf: directory.path().join("bpf/gantry"),
+            kubelet: directory.path().join("kubelet"),
+            bin: directory.path().into(),
+        };
+        let place = Self {
+            paths,
+            _directory: directory,
+        };
+        bpffs::ensure(&place.paths).unwrap();
+        fs::create_dir_all(hooks::directory(&place.paths)).unwrap();
+        place
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
         if let Err(error) = remove_all(&self.paths) {
             eprintln!("clean up: {error}");
@@ -199,6 +219,7 @@ pub(super) fn interface(pod: usize) -> PodInterface {
         host_mac: [0x0e, 0, 0, 0, 0, last],
         pod_mac: [0x0a, 0x58, 10, 244, 0, last],
         addresses: [V4[pod], V6[pod]].map(|text| text.parse().unwrap()).into(),
+        direct: true,
     }
 }
 
@@ -282,11 +303,24 @@ pub(super) fn udp_to(
     }
     client.send_to(b"question", address)?;
     let mut buffer = [0; 16];
-    let (_, seen) = server.recv_from(&mut buffer)?;
+    let (_, seen) = received(server, &mut buffer)?;
     server.send_to(b"answer", seen)?;
-    let (length, answered) = client.recv_from(&mut buffer)?;
+    let (length, answered) = received(&client, &mut buffer)?;
     assert_eq!(&buffer[..length], b"answer");
     Ok((seen, answered))
+}
+
+/// One datagram. A socket with a timeout is not asked again by itself after an interruption.
+pub(super) fn received(
+    socket: &UdpSocket,
+    buffer: &mut [u8],
+) -> std::io::Result<(usize, SocketAddr)> {
+    loop {
+        match socket.recv_from(buffer) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
 }
 
 /// Both pods reach each other and the node, by both protocols and families.
@@ -364,7 +398,7 @@ fn foreign_addresses_are_refused(wires: &Wires) {
         receiver.set_read_timeout(Some(SHORT)).unwrap();
         let sender = a.run(|| UdpSocket::bind(client)).unwrap();
         sender.send_to(b"forged", server).unwrap();
-        receiver.recv_from(&mut [0; 8]).unwrap_err();
+        received(&receiver, &mut [0; 8]).unwrap_err();
         let after = wires.dropped("source_address") + wires.dropped("neighbour");
         assert!(after > before, "{client}");
     }

@@ -1,0 +1,212 @@
+//! Services for packets that no socket hook has translated: of raw sockets, of sockets that are not
+//! below the agent's cgroup root, of namespaces and machines nested in the pod.
+//!
+//! ```text
+//!  from a pod   a known flow      ─► becomes what it became before
+//!               a frontend        ─► a backend is chosen, the flow begins
+//!               without backends  ─► refused at once
+//!  to a pod     an answer         ─► comes from the frontend again
+//!  both ways    an ICMP error     ─► quotes again what its receiver has sent
+//! ```
+//! A pod that reaches itself does so from a reserved address, because it would refuse a packet that
+//! comes from its own. Where two flows would become the same (one source port, two Services, one
+//! backend), the second gets another source port, which its answers have back.
+//!
+//! Limits: fragments have no ports, and a frontend's are not translated.
+
+use aya_ebpf::helpers::bpf_get_prandom_u32;
+use aya_ebpf::programs::TcContext;
+use ebpf_maps::counter;
+use ebpf_maps::drop;
+use ebpf_maps::flow::{FlowValue, HAIRPIN_V4, HAIRPIN_V6, IS_REPLY, ZONE_SERVICE};
+use ebpf_maps::services::{AFFINITY_POD, Addr, BackendValue, v4_mapped};
+
+use crate::drop::{packed, unpacked};
+use crate::maps::{FRONTENDS, count};
+use crate::packet::{ACK, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP};
+use crate::service::{READ_ATTEMPTS, choose_any, choose_for, frontend_of, read_frontend, usable};
+use crate::socket::Peer;
+use crate::work::Work;
+use crate::{conntrack, nat};
+
+/// Source ports that are tried for a flow that would become like another.
+const PORT_ATTEMPTS: u32 = 4;
+/// The lowest of them; the highest is 65,535.
+const PORT_MIN: u32 = 32_768;
+
+/// What became of a packet. One word, for the reason that `drop::packed` has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Outcome(u32);
+
+impl Outcome {
+    /// It is about no Service.
+    pub const UNTOUCHED: Self = Self(u32::MAX);
+    /// It goes to a backend, or is an answer.
+    pub const TRANSLATED: Self = Self(u32::MAX - 1);
+    /// Its frontend has no backend.
+    pub const REFUSED: Self = Self(u32::MAX - 2);
+
+    /// The reason to drop it, where it is none of these.
+    #[inline(always)]
+    pub fn reason(self) -> u32 {
+        self.0
+    }
+}
+
+/// A packet that a pod sends to something that is no pod of this node.
+#[inline(never)]
+pub fn sent(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Outcome {
+    match sent_here(ctx, work, pod_id) {
+        Ok(outcome) => outcome,
+        Err(reason) => Outcome(reason),
+    }
+}
+
+#[inline(always)]
+fn sent_here(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Result<Outcome, u32> {
+    if work.packet.flags & (NO_L4 | IS_FRAGMENT) != 0 {
+        return Ok(Outcome::UNTOUCHED);
+    }
+    let is_used = conntrack::is_used(ZONE_SERVICE);
+    if is_used && nat::is_error(&work.packet) {
+        nat::rewrite_error(ctx, work, ZONE_SERVICE)?;
+        return Ok(Outcome::TRANSLATED);
+    }
+    if !matches!(work.packet.proto, TCP | UDP) {
+        return Ok(Outcome::UNTOUCHED);
+    }
+    if is_used && conntrack::find(work, ZONE_SERVICE) && stands(&work.flow, &work.packet) {
+        work.becomes = work.flow.ends;
+    } else {
+        match choose(&work.packet, pod_id)? {
+            Choice::NoFrontend => return Ok(Outcome::UNTOUCHED),
+            Choice::NoBackend => return Ok(Outcome::REFUSED),
+            Choice::Backend(id, backend) => begin(work, id, backend)?,
+        }
+    }
+    nat::rewrite(ctx, work)?;
+    Ok(Outcome::TRANSLATED)
+}
+
+/// A packet that is put into a pod: the answers of what [`sent`] has translated.
+///
+/// # Errors
+/// A reason to drop it.
+#[inline(always)]
+pub fn delivered(ctx: &TcContext, work: &mut Work) -> Result<(), u32> {
+    unpacked(delivered_packed(ctx, work))
+}
+
+#[inline(never)]
+fn delivered_packed(ctx: &TcContext, work: &mut Work) -> u32 {
+    packed(delivered_here(ctx, work))
+}
+
+#[inline(always)]
+fn delivered_here(ctx: &TcContext, work: &mut Work) -> Result<(), u32> {
+    if work.packet.flags & NO_L4 != 0 {
+        return Ok(());
+    }
+    if nat::is_error(&work.packet) {
+        return nat::rewrite_error(ctx, work, ZONE_SERVICE);
+    }
+    if matches!(work.packet.proto, TCP | UDP)
+        && conntrack::find(work, ZONE_SERVICE)
+        && work.flow.flags & IS_REPLY != 0
+    {
+        count(counter::REVERSED);
+        work.becomes = work.flow.ends;
+        return nat::rewrite(ctx, work);
+    }
+    Ok(())
+}
+
+/// Whether a known flow goes on. TCP does to a backend that has left its Service; what begins anew
+/// does not, and a datagram always begins anew.
+#[inline(always)]
+fn stands(flow: &FlowValue, packet: &Packet) -> bool {
+    let begins = packet.proto == UDP || packet.kind & (SYN | ACK) == SYN;
+    flow.flags & IS_REPLY != 0 || !begins || usable(flow.backend_id, flow.service_id).is_some()
+}
+
+enum Choice {
+    NoFrontend,
+    NoBackend,
+    Backend(u32, &'static BackendValue),
+}
+
+#[inline(always)]
+fn choose(packet: &Packet, pod_id: u64) -> Result<Choice, u32> {
+    let peer = Peer {
+        addr: packet.destination,
+        port_be: packet.destination_port_be,
+        proto: packet.proto,
+    };
+    let Some((key, mut value)) = frontend_of(&peer) else {
+        return Ok(Choice::NoFrontend);
+    };
+    let mut attempt = 0;
+    while attempt < READ_ATTEMPTS {
+        attempt += 1;
+        if let Some(frontend) = read_frontend(&key, value) {
+            if frontend.count == 0 {
+                return Ok(Choice::NoBackend);
+            }
+            let chosen = match frontend.affinity_s {
+                0 => choose_any(&frontend),
+                timeout_s => choose_for(&frontend, AFFINITY_POD, pod_id, timeout_s),
+            };
+            if let Some((id, backend)) = chosen {
+                return Ok(Choice::Backend(id, backend));
+            }
+        }
+        // Changed under the reader.
+        match FRONTENDS.get_ptr(&key) {
+            Some(newer) => value = newer,
+            None => return Ok(Choice::NoFrontend),
+        }
+    }
+    Err(drop::BROKEN_SLOT)
+}
+
+#[inline(always)]
+fn begin(work: &mut Work, backend_id: u32, backend: &BackendValue) -> Result<(), u32> {
+    work.becomes = work.packet.ends();
+    work.becomes.destination = backend.addr;
+    work.becomes.destination_port_be = backend.port_be;
+    if same(&work.packet.source, &backend.addr) {
+        work.becomes.source = hairpin(work.packet.is_v6);
+    }
+    let mut attempt = 0;
+    while !conntrack::begin(work, ZONE_SERVICE, backend_id, backend.service_id) {
+        attempt += 1;
+        if attempt > PORT_ATTEMPTS {
+            return Err(drop::FLOWS_FULL);
+        }
+        // SAFETY: takes nothing, returns a number.
+        let random = unsafe { bpf_get_prandom_u32() };
+        work.becomes.source_port_be = ((PORT_MIN | (random & (PORT_MIN - 1))) as u16).to_be();
+    }
+    count(counter::TRANSLATED);
+    Ok(())
+}
+
+#[inline(always)]
+fn hairpin(is_v6: bool) -> Addr {
+    let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = HAIRPIN_V6;
+    match is_v6 {
+        false => v4_mapped(u32::from_ne_bytes(HAIRPIN_V4)),
+        true => [
+            u32::from_ne_bytes([a, b, c, d]),
+            u32::from_ne_bytes([e, f, g, h]),
+            u32::from_ne_bytes([i, j, k, l]),
+            u32::from_ne_bytes([m, n, o, p]),
+        ],
+    }
+}
+
+/// Equality without a call to memcmp.
+#[inline(always)]
+fn same(a: &Addr, b: &Addr) -> bool {
+    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
+}
