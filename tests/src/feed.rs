@@ -17,6 +17,7 @@ use gantry_agent::view::View;
 use gantry_api::digest::{Digest, item_hash};
 use gantry_api::k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, PodStatus, Secret, Service};
 use gantry_api::k8s_openapi::api::discovery::v1::EndpointSlice;
+use gantry_api::k8s_openapi::api::networking::v1::NetworkPolicy;
 use gantry_api::proto;
 use gantry_api::proto::feed_client::FeedClient;
 use gantry_api::proto::feed_server;
@@ -34,6 +35,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
+
+mod policies;
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -1141,14 +1144,14 @@ async fn nothing_takes_effect_before_its_commit_and_an_older_history_is_refused(
 fn content(view: &View) -> String {
     let pods: BTreeMap<_, _> = view.pods.iter().collect();
     format!(
-        "{:?} {:?} {:?} {pods:?} {:?}",
-        view.services, view.backends, view.nodes, view.blobs
+        "{:?} {:?} {:?} {pods:?} {:?} {:?} {:?}",
+        view.services, view.backends, view.nodes, view.blobs, view.policies, view.peers
     )
 }
 
 /// One random write; conflicts and absences are part of the game.
 async fn random_write(registry: &Registry, seed: u64) {
-    let (what, i, x) = (seed % 7, (seed / 7) % 4, (seed / 28) % 5);
+    let (what, i, x) = (seed % 9, (seed / 9) % 4, (seed / 36) % 5);
     let options = DeleteOptions {
         grace_period_s: Some(x as i64 % 2 * 30),
         ..Default::default()
@@ -1200,6 +1203,24 @@ async fn random_write(registry: &Registry, seed: u64) {
         }
         4 => drop(registry.delete::<Pod>("default", &name, &options).await),
         5 => drop(registry.delete::<Service>("default", &name, &options).await),
+        6 => {
+            let to = if x % 2 == 0 {
+                json!({"namespaceSelector": {}})
+            } else {
+                json!({"podSelector": {}})
+            };
+            let policy = json!({"metadata": meta, "spec": {"podSelector": {},
+                "policyTypes": ["Egress"], "egress": [{"to": [to], "ports": [{"port": 50 + x}]}]}});
+            let policy: NetworkPolicy = serde_json::from_value(policy).unwrap();
+            if registry.create(&policy).await.is_err() {
+                let _ = registry.update(&policy).await;
+            }
+        }
+        7 => drop(
+            registry
+                .delete::<NetworkPolicy>("default", &name, &options)
+                .await,
+        ),
         _ => drop(registry.delete::<Secret>("default", &name, &options).await),
     }
 }
@@ -1272,6 +1293,7 @@ async fn after_any_history_an_old_agent_has_what_a_new_one_gets() {
     agent.until("the marker", has_marker).await;
     assert_eq!(content(&agent.view()), old);
     assert!(old.contains("Backend"), "the history has made backends");
+    assert!(old.contains("Policy {"), "the history has made policies");
     agent.stop().await;
     control.stop().await;
 }

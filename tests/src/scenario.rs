@@ -21,6 +21,7 @@ mod leaks;
 mod life_cycle;
 mod limits;
 mod main_job;
+mod network_policy;
 mod probes;
 mod reboot;
 mod resources;
@@ -93,6 +94,7 @@ pub const ALL: &[Scenario] = &[
     scenario("no-ebpf", degraded::no_ebpf),
     for_every_kernel("missing-controller", degraded::missing_controller),
     for_every_kernel("reboot", reboot::reboot),
+    for_every_kernel("network-policy", network_policy::network_policy),
 ];
 
 impl Scenario {

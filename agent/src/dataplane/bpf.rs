@@ -141,7 +141,7 @@ impl BpfDataplane {
         let drops = take_map(&mut ebpf, "DROPS")?.try_into();
         let drops = drops.map_err(|error: MapError| unexpected("DROPS", error))?;
         let pods = PodPrograms::take(&mut ebpf, paths)?;
-        let policies = Policies::take(&mut ebpf)?;
+        let policies = Policies::take(&mut ebpf, options.resolver.map(|at| at.ip()))?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
         let exempt = exempt.map_err(|error: MapError| unexpected("DEVICE_EXEMPT", error))?;
         let rules = take_map(&mut ebpf, "DEVICE_RULES")?.try_into();

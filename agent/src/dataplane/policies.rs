@@ -9,18 +9,20 @@
 //! void, and the next call adopts the maps again before it plans.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, MapData, MapError};
+use bytes::Bytes;
 use ebpf_maps::policy::{
     PEER_PREFIX_COUNT_MAX, PodPolicies, RULE_BITS_ALL, RULE_BITS_PROTO, RULE_COUNT_MAX, RuleKey,
 };
 use ebpf_maps::services::Addr;
 use gantry_api::k8s_openapi::api::core::v1::Pod;
-use gantry_api::network_policy::{named_ports, takes_part};
+use gantry_api::network_policy::{RESOLVER_PEER, named_ports, takes_part};
 use gantry_api::proto;
 use imbl::OrdMap;
 
@@ -54,6 +56,8 @@ pub(super) struct Policies {
     table: Table,
     local: BTreeMap<u64, LocalPod>,
     attached: BTreeSet<u64>,
+    /// Where the node's resolver listens: behind the cluster's DNS address.
+    resolver: Option<IpAddr>,
     last: Option<Last>,
     stuck: Vec<StuckPod>,
     void: bool,
@@ -61,7 +65,7 @@ pub(super) struct Policies {
 
 impl Policies {
     /// Takes the maps out of a loaded object, and reads what an earlier agent wrote.
-    pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
+    pub(super) fn take(ebpf: &mut Ebpf, resolver: Option<IpAddr>) -> Result<Self, DataplaneError> {
         let pods = take_map(ebpf, "POLICY_PODS")?.try_into();
         let peers = take_map(ebpf, "POLICY_PEERS")?.try_into();
         let rules = take_map(ebpf, "POLICY_RULES")?.try_into();
@@ -72,6 +76,7 @@ impl Policies {
             table: Table::default(),
             local: BTreeMap::new(),
             attached: BTreeSet::new(),
+            resolver,
             last: None,
             stuck: Vec::new(),
             void: true,
@@ -152,7 +157,8 @@ impl Policies {
         // Pods' statuses change all the time, what policies see of them seldom.
         if !(self.last.as_ref().is_some_and(same) && local == self.local) {
             let pods: Vec<LocalPod> = local.values().cloned().collect();
-            let (wanted, stuck) = compile(&pods, &view.policies, &view.peers, LIMITS);
+            let peers = with_resolver(&view.peers, self.resolver);
+            let (wanted, stuck) = compile(&pods, &view.policies, &peers, LIMITS);
             let steps = self.table.plan(&wanted, now);
             self.perform(&steps)?;
             self.stuck = stuck;
@@ -215,6 +221,29 @@ impl Policies {
         }
         .map_err(|error| failed(&format!("policy maps: {step:?}"), &error))
     }
+}
+
+/// Who may ask the cluster's DNS may ask the node's resolver: that is where its packets go.
+fn with_resolver(peers: &Peers, resolver: Option<IpAddr>) -> Peers {
+    let Some(resolver) = resolver else {
+        return peers.clone();
+    };
+    let bytes = match resolver {
+        IpAddr::V4(address) => Bytes::copy_from_slice(&address.octets()),
+        IpAddr::V6(address) => Bytes::copy_from_slice(&address.octets()),
+    };
+    let (namespace, name) = RESOLVER_PEER;
+    let name = format!("{namespace}/{name}");
+    let mut all = peers.clone();
+    for (set, members) in peers {
+        if let Some(peer) = members.get(&name) {
+            let mut peer = proto::PolicyPeer::clone(peer);
+            peer.addresses.push(bytes.clone());
+            let members = members.update(name.clone(), Arc::new(peer));
+            all.insert(set.clone(), Arc::new(members));
+        }
+    }
+    all
 }
 
 /// The pods of this node that policies speak of.

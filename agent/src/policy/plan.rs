@@ -12,6 +12,7 @@
 //! * only policies change: each endpoint is switched, the prefixes stay;
 //! * both: prefixes are switched to identities of passage, which mean the old class to the old policies
 //!   and the new class to the new ones; then the endpoints; then the prefixes to their plain identities.
+//!   Where that would take more rules than fit, the pods are closed until all is written.
 //!
 //! New prefixes are written from long to short, so that none is met by an address that shall match a
 //! longer one. Rules that nothing leads to any more stay for a second, for packets that are under way.
@@ -28,6 +29,9 @@ use super::prefix::{PortPrefix, Prefix};
 
 /// How long rules stay that nothing leads to.
 pub const QUARANTINE: Duration = Duration::from_secs(1);
+
+/// Rules for passage: beside them the old and the new ones fit.
+const COPY_COUNT_MAX: usize = RULE_COUNT_MAX as usize / 4;
 
 /// No class at all: what holds for everybody.
 const NOBODY: u32 = 0;
@@ -81,7 +85,6 @@ pub struct Found {
 }
 
 /// See the module: the maps as they are, and what the numbers in them mean.
-#[derive(Default)]
 pub struct Table {
     peers: BTreeMap<Prefix, u32>,
     rules: BTreeMap<(u32, u32), BTreeSet<PortPrefix>>,
@@ -92,6 +95,10 @@ pub struct Table {
     idle: BTreeMap<(u32, u32), Duration>,
     last_policy: u32,
     last_identity: u32,
+    /// More rules than this are not written for passage: then pods are closed for the time of the writes.
+    copy_count_max: usize,
+    /// The numbers of identities have been used up once: the next may be one that is still in use.
+    came_round: bool,
 }
 
 /// What happens to a prefix.
@@ -105,7 +112,33 @@ struct Move {
     wanted: bool,
 }
 
+impl Default for Table {
+    fn default() -> Self {
+        Self {
+            peers: BTreeMap::new(),
+            rules: BTreeMap::new(),
+            endpoints: BTreeMap::new(),
+            classes: BTreeMap::new(),
+            policies: BTreeMap::new(),
+            idle: BTreeMap::new(),
+            last_policy: 0,
+            last_identity: 0,
+            copy_count_max: COPY_COUNT_MAX,
+            came_round: false,
+        }
+    }
+}
+
 impl Table {
+    /// With room for so many rules of passage.
+    #[cfg(test)]
+    pub fn with_room(copy_count_max: usize) -> Self {
+        Self {
+            copy_count_max,
+            ..Self::default()
+        }
+    }
+
     /// The maps of an earlier agent. Its numbers mean nothing to this one.
     pub fn adopt(found: Found) -> Self {
         let mut table = Self {
@@ -141,7 +174,8 @@ impl Table {
                 .get(pod)
                 .is_some_and(|pair| !self.rules_as(pair, rulings))
         });
-        let passage = classes_move && policies_move;
+        let both_move = classes_move && policies_move;
+        let passage = both_move && self.copies(&moves, wanted) <= self.copy_count_max;
         let mut steps = Vec::new();
         let gone: Vec<u64> = self
             .endpoints
@@ -154,11 +188,14 @@ impl Table {
             steps.push(Step::RemoveEndpoint(pod));
         }
         let old_policies = self.policies_in_use();
-        if passage {
+        if both_move {
             // None of their numbers is taken again: to them, identities of passage mean other classes.
             old_policies.iter().for_each(|policy| {
                 self.policies.remove(policy);
             });
+        }
+        if both_move && !passage {
+            self.close(&mut steps);
         }
         let pairs = self.pairs(wanted);
         let (first, last) = self.identities(&moves, passage);
@@ -207,6 +244,46 @@ impl Table {
         self.endpoints
             .remove(&pod)
             .map(|_| Step::RemoveEndpoint(pod))
+    }
+
+    /// How many rules the identities of passage would need, of the old policies and of the new ones.
+    fn copies(&self, moves: &[Move], wanted: &Wanted) -> usize {
+        let mut old_rules: BTreeMap<u32, usize> = BTreeMap::new();
+        for ((_, identity), ports) in &self.rules {
+            *old_rules.entry(*identity).or_insert(0) += ports.len();
+        }
+        let both = wanted
+            .endpoints
+            .values()
+            .flat_map(|r| [&r.ingress, &r.egress]);
+        let rules = both.filter_map(|ruling| match ruling {
+            Ruling::Rules(rules) => Some(rules),
+            Ruling::Open | Ruling::Closed => None,
+        });
+        let rules: BTreeSet<&Arc<Rules>> = rules.collect();
+        let mut new_rules: BTreeMap<&Arc<Class>, usize> = BTreeMap::new();
+        let moved = moves.iter().filter(|m| !self.means(m.old, &m.class));
+        let passages: BTreeSet<(u32, &Arc<Class>)> = moved.map(|m| (m.old, &m.class)).collect();
+        let counts = passages.into_iter().map(|(old, class)| {
+            let new = new_rules
+                .entry(class)
+                .or_insert_with(|| rules.iter().map(|rules| ports_of(rules, class).len()).sum());
+            old_rules.get(&old).copied().unwrap_or(0) + *new
+        });
+        counts.sum()
+    }
+
+    /// Closes every pod that has policies, until it gets its new ones.
+    fn close(&mut self, steps: &mut Vec<Step>) {
+        let closed = |policy: u32| policy.min(POLICY_CLOSED);
+        for (pod, pair) in &mut self.endpoints {
+            let (ingress, egress) = (closed(pair.ingress), closed(pair.egress));
+            let new = Pair { ingress, egress };
+            if *pair != new {
+                *pair = new;
+                steps.push(Step::SetEndpoint(*pod, new));
+            }
+        }
     }
 
     /// Every prefix that is held or wanted, sorted.
@@ -349,16 +426,15 @@ impl Table {
     }
 
     fn new_identity(&mut self, class: &Arc<Class>) -> u32 {
-        let rules = &self.rules;
-        let used: BTreeSet<u32> = match self.last_identity {
-            u32::MAX => rules
-                .keys()
-                .map(|(_, i)| *i)
-                .chain(self.peers.values().copied())
-                .collect(),
-            _ => BTreeSet::new(),
+        let last = self.last_identity;
+        self.came_round |= last == u32::MAX;
+        let used: BTreeSet<u32> = if self.came_round {
+            let of_rules = self.rules.keys().map(|(_, identity)| *identity);
+            of_rules.chain(self.peers.values().copied()).collect()
+        } else {
+            BTreeSet::new()
         };
-        self.last_identity = next(self.last_identity, NOBODY + 1, |number| {
+        self.last_identity = next(last, NOBODY + 1, |number| {
             used.contains(&number) || self.classes.contains_key(&number)
         });
         self.classes.insert(self.last_identity, class.clone());

@@ -398,6 +398,41 @@ proptest! {
         prop_assert!(maps.0.rules.is_empty() && maps.0.peers.is_empty() && maps.0.endpoints.is_empty());
     }
 
+    /// Without room for passage pods are closed meanwhile: nothing is allowed that both states refuse, and
+    /// in the end all is as it should be.
+    #[test]
+    fn without_room_for_passage_pods_are_closed_meanwhile(
+        history in proptest::collection::vec(proptest::collection::vec(op(), 1..4), 1..10)
+    ) {
+        let (mut world, mut maps, mut table) = (World::default(), Maps::default(), Table::with_room(0));
+        let questions = questions();
+        for (second, batch) in (0u64..).zip(history) {
+            let before = world.clone();
+            batch.iter().for_each(|op| play(&mut world, op));
+            let (wanted, _) = world.compile(ROOMY);
+            let steps = table.plan(&wanted, Duration::from_secs(second));
+            let kept = world.pods.iter().filter_map(|(i, new)| Some((before.pods.get(i)?, new)));
+            let refused: Vec<_> = kept
+                .flat_map(|(old, new)| questions.iter().map(move |question| (old, new, *question)))
+                .filter(|(old, new, question)| {
+                    !before.allows(old, *question) && !world.allows(new, *question)
+                })
+                .map(|(_, new, question)| (new.id, question))
+                .collect();
+            for step in &steps {
+                maps.perform(step);
+                for (pod, question) in &refused {
+                    prop_assert!(!maps.allows(*pod, *question), "{:?} after {:?}", question, step);
+                }
+            }
+            for pod in world.pods.values() {
+                for question in &questions {
+                    prop_assert_eq!(maps.allows(pod.id, *question), world.allows(pod, *question));
+                }
+            }
+        }
+    }
+
     /// Where the maps are too small a pod is closed and reported; never is anything allowed that the
     /// policies refuse, and other pods are served.
     #[test]
@@ -485,4 +520,49 @@ fn the_numbers_of_a_dead_agent_mean_nothing() {
     assert_eq!(steps, wanted);
     let steps = table.plan(&compile::Wanted::default(), Duration::from_secs(6));
     assert_eq!(steps, [Step::RemoveRule(rule)]);
+}
+
+#[test]
+fn numbers_that_come_round_are_not_those_in_use() {
+    let mut world = World::default();
+    play(&mut world, &Op::Pod(0, Some((true, true))));
+    let mut policy = proto::Policy {
+        pod_selector_json: Bytes::from_static(b"{}"),
+        ingress: true,
+        ..Default::default()
+    };
+    policy.incoming = vec![proto::PolicyRule {
+        sets: vec!["s0".to_owned()],
+        any_port: true,
+        ..Default::default()
+    }];
+    play(&mut world, &Op::Policy(0, Some(policy)));
+    play(&mut world, &Op::Set(0, vec![(0, 80)]));
+    let prefix = |text: &str| Prefix::from(text.parse::<IpAddr>().unwrap());
+    let in_use = [(1, "192.0.2.1"), (3, "192.0.2.3"), (u32::MAX, "192.0.2.9")];
+    let rule = |policy| Rule {
+        policy,
+        identity: 1,
+        ports: PortPrefix::All,
+    };
+    let found = Found {
+        peers: in_use.map(|(number, text)| (prefix(text), number)).into(),
+        rules: [rule(2), rule(u32::MAX)].into(),
+        endpoints: BTreeMap::from([(
+            0,
+            Pair {
+                ingress: u32::MAX,
+                egress: 2,
+            },
+        )]),
+    };
+    let steps = Table::adopt(found).plan(&world.compile(ROOMY).0, Duration::ZERO);
+    for step in steps {
+        match step {
+            Step::AddRule(Rule { identity, .. }) | Step::SetPeer(_, identity) => {
+                assert!(![1, 3, u32::MAX].contains(&identity), "{step:?}");
+            }
+            _ => {}
+        }
+    }
 }

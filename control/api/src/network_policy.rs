@@ -9,6 +9,10 @@ use std::net::IpAddr;
 
 use crate::proto;
 
+/// Namespace and name under which the node's own resolver is a peer: manifests allow names by the labels
+/// of the DNS pods that other clusters have, and here there are none. No pod can be called so.
+pub const RESOLVER_PEER: (&str, &str) = ("kube-system", "kube-dns.");
+
 /// Whether policies speak of this pod: it has an address of its own and has not ended.
 #[must_use]
 pub fn takes_part(pod: &Pod) -> bool {

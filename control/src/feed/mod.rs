@@ -25,7 +25,8 @@
 //!
 //! Resume: same lineage and a revision within the tombstones (or an equal digest) goes on by cursor;
 //! else everything is sent. Digests by bucket, which would narrow that, may come later. The private
-//! part always goes by inventory: a Secret enters a node's view by a binding.
+//! part goes by inventory: a Secret enters a node's view by a binding. So do policies and their peers
+//! ([`policies`]) when a stream starts, by hashes of their content; then by difference, for they are many.
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
@@ -151,7 +152,8 @@ impl NodeLink {
 impl Feed {
     /// Reads the store and is ready to serve; [`Feed::run`] keeps it up to date.
     pub fn new(registry: Registry, settings: Settings) -> Self {
-        let index = follow::load(registry.store());
+        let mut index = follow::load(registry.store());
+        index.add_resolver(settings.dns_service_ip.into());
         let (rev, common_rev) = (index.rev(), index.common_rev());
         let inner = Inner {
             registry,

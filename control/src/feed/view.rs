@@ -13,6 +13,7 @@
 //! because a Secret enters a node's view by a binding and not by a change of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::OnceLock;
 
 use bytes::Bytes;
@@ -185,6 +186,11 @@ impl Index {
         let mut touched = std::mem::take(&mut self.touched);
         touched.append(&mut self.policies.take_touched());
         touched
+    }
+
+    /// The cluster's DNS, which policies can name as a peer.
+    pub(super) fn add_resolver(&mut self, address: IpAddr) {
+        self.policies.add_resolver(address, self.rev);
     }
 
     /// Takes one key of the store: its new value, or none when it was deleted, at `rev`.

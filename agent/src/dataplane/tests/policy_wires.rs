@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use gantry_api::k8s_openapi::api::core::v1::Pod;
+use gantry_api::network_policy::RESOLVER_PEER;
 use gantry_api::proto;
 use serde_json::json;
 
-use super::wires::{SHORT, V4, V6, Wires, at, tcp_between, udp_between};
+use super::wires::{GATEWAY, SHORT, V4, V6, Wires, at, tcp_between, udp_between};
 use crate::ids::PodUid;
 use crate::policy::PolicyName;
 use crate::view::View;
@@ -145,8 +146,22 @@ fn a_pod_that_is_isolated_gets_answers_and_its_node() {
         tcp_between(&node.wires.node, db, at(addresses[1], port)).unwrap();
         udp_between(&node.wires.node, db, at(addresses[1], port)).unwrap();
     }
+    // The API forgets the pod before the node is done with it: what held, holds.
+    let uid = PodUid::new("pod-1").unwrap();
+    node.wires.policies.attach(&uid);
+    let pods = node.view.pods.clone();
+    Arc::make_mut(&mut node.view.pods).remove(&uid);
     node.set("db", None);
-    assert_eq!(node.reaches(8083), BOTH);
+    let policies = std::mem::take(&mut node.view.policies);
+    node.apply();
+    assert_eq!(node.reaches(8083), BOTH, "its policy has gone");
+    node.ingress(Vec::new());
+    assert_eq!(node.reaches(8084), NEITHER, "a policy holds for it");
+    (node.view.pods, node.view.policies) = (pods, policies);
+    node.apply();
+    assert_eq!(node.reaches(8085), BOTH);
+    node.wires.policies.detach(&uid).unwrap();
+    assert_eq!(node.reaches(8086), NEITHER, "nobody has judged it");
 }
 
 #[test]
@@ -209,8 +224,31 @@ fn what_a_pod_sends_is_limited_too() {
     // It answers whoever asks, also its node, and asks the node for names.
     tcp_between(db, web, at(V4[0], 8081)).unwrap();
     udp_between(&node.wires.node, web, at(V6[0], 8081)).unwrap();
-    udp_between(web, &node.wires.node, at("10.244.0.1", 53)).unwrap();
-    tcp_between(web, &node.wires.node, at("10.244.0.1", 8082)).unwrap_err();
+    udp_between(web, &node.wires.node, at(GATEWAY, 53)).unwrap();
+    tcp_between(web, &node.wires.node, at(GATEWAY, 8082)).unwrap_err();
+    // The resolver of the node is the cluster's DNS, whoever it is to the rule.
+    let to_resolver = proto::Policy {
+        egress: true,
+        outgoing: vec![proto::PolicyRule {
+            sets: vec!["dns".into()],
+            ..rule(&[(17, 53, 53)])
+        }],
+        ..Default::default()
+    };
+    node.set("web", Some(to_resolver));
+    let [web, _] = &node.wires.pods;
+    udp_between(web, &node.wires.node, at(GATEWAY, 53)).unwrap_err();
+    let (namespace, name) = RESOLVER_PEER;
+    let peer = proto::PolicyPeer {
+        addresses: vec![Bytes::from_static(&[10, 96, 0, 10])],
+        ports: Vec::new(),
+    };
+    let members = std::iter::once((format!("{namespace}/{name}"), Arc::new(peer))).collect();
+    Arc::make_mut(&mut node.view.peers).insert("dns".into(), Arc::new(members));
+    node.apply();
+    let [web, _] = &node.wires.pods;
+    udp_between(web, &node.wires.node, at(GATEWAY, 53)).unwrap();
+    assert_eq!(node.reaches(53), NEITHER);
     node.set("web", None);
     assert_eq!(node.reaches(8083), BOTH);
 }
@@ -279,7 +317,7 @@ fn a_new_agent_finds_the_policies_in_force_and_goes_on() {
     assert_eq!(node.reaches(8080), NEITHER);
     // The agent is killed, and starts again without a view.
     let mut ebpf = super::super::load::load(&node.wires.paths).unwrap().ebpf;
-    node.wires.policies = super::super::policies::Policies::take(&mut ebpf).unwrap();
+    node.wires.policies = super::super::policies::Policies::take(&mut ebpf, None).unwrap();
     assert_eq!(
         node.wires
             .policies

@@ -67,6 +67,9 @@ pub(super) struct Wires {
 pub(super) const V4: [&str; 2] = ["10.244.0.2", "10.244.0.3"];
 pub(super) const V6: [&str; 2] = ["fd00:244::2", "fd00:244::3"];
 
+/// The node's address on the bridge.
+pub(super) const GATEWAY: &str = "10.244.0.1";
+
 /// An address and a port.
 pub(super) fn at(address: &str, port: u16) -> SocketAddr {
     SocketAddr::new(address.parse().unwrap(), port)
@@ -104,7 +107,7 @@ impl Wires {
         let paths = place.paths.clone();
         let mut ebpf = load::load(&paths).unwrap().ebpf;
         let programs = PodPrograms::take(&mut ebpf, &paths).unwrap();
-        let mut policies = Policies::take(&mut ebpf).unwrap();
+        let mut policies = Policies::take(&mut ebpf, Some(GATEWAY.parse().unwrap())).unwrap();
         [0, 1].iter().for_each(|pod| policies.open(&uid(*pod)));
         Some(Self {
             node,

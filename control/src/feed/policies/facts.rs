@@ -194,6 +194,34 @@ fn port(port: &NetworkPolicyPort) -> Option<proto::PolicyPort> {
     })
 }
 
+/// The labels of the DNS pods of other clusters.
+const RESOLVER_LABEL: (&str, &str) = ("k8s-app", "kube-dns");
+
+/// The cluster's DNS as if it were a pod.
+pub(super) fn resolver(address: IpAddr) -> PodFacts {
+    let port = |name: &str, protocol| proto::BackendPort {
+        name: name.to_owned(),
+        protocol,
+        port: 53,
+    };
+    let (key, value) = RESOLVER_LABEL;
+    PodFacts {
+        labels: Labels::from([(key.to_owned(), value.to_owned())]),
+        node: String::new(),
+        peer: Some(proto::PolicyPeer {
+            addresses: vec![address_bytes(address)],
+            ports: vec![port("dns", 17), port("dns-tcp", 6)],
+        }),
+    }
+}
+
+fn address_bytes(address: IpAddr) -> Bytes {
+    match address {
+        IpAddr::V4(address) => Bytes::copy_from_slice(&address.octets()),
+        IpAddr::V6(address) => Bytes::copy_from_slice(&address.octets()),
+    }
+}
+
 /// What the join needs of a pod that takes part.
 #[derive(Clone, PartialEq, Debug)]
 pub(super) struct PodFacts {
@@ -210,11 +238,7 @@ impl PodFacts {
         if !takes_part(pod) {
             return None;
         }
-        let bytes = |address: IpAddr| match address {
-            IpAddr::V4(address) => Bytes::copy_from_slice(&address.octets()),
-            IpAddr::V6(address) => Bytes::copy_from_slice(&address.octets()),
-        };
-        let addresses: Vec<Bytes> = addresses(pod).into_iter().map(bytes).collect();
+        let addresses: Vec<Bytes> = addresses(pod).into_iter().map(address_bytes).collect();
         let spec = pod.spec.as_ref();
         let peer = (!addresses.is_empty()).then(|| proto::PolicyPeer {
             addresses,

@@ -21,12 +21,14 @@
 //! Source: Kubernetes `networking/v1` types, NetworkPolicySpec and NetworkPolicyPeer.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use gantry_api::digest::Digest;
 use gantry_api::k8s_openapi::api::core::v1::{Namespace, Pod};
 use gantry_api::k8s_openapi::api::networking::v1::NetworkPolicy;
+use gantry_api::network_policy::RESOLVER_PEER;
 use gantry_api::proto;
 use gantry_api::proto::item::Value;
 use imbl::OrdMap;
@@ -176,8 +178,18 @@ impl Policies {
         }
     }
 
+    /// The cluster's DNS is a peer from now on: what manifests call the pods of `kube-dns`.
+    pub(super) fn add_resolver(&mut self, address: IpAddr, rev: u64) {
+        let (namespace, name) = RESOLVER_PEER;
+        let name = (namespace.to_owned(), name.to_owned());
+        self.set_pod(&name, Some(facts::resolver(address)), rev);
+    }
+
     pub(super) fn apply_pod(&mut self, name: &Name, pod: Option<&Pod>, rev: u64) {
-        let new = pod.and_then(PodFacts::new);
+        self.set_pod(name, pod.and_then(PodFacts::new), rev);
+    }
+
+    fn set_pod(&mut self, name: &Name, new: Option<PodFacts>, rev: u64) {
         let old = self.pods.get(name).cloned();
         if old == new {
             return;

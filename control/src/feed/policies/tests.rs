@@ -414,3 +414,28 @@ fn ports_travel_as_written() {
         "which of all pods have a port of that name must be known"
     );
 }
+
+#[test]
+fn names_are_allowed_by_the_labels_of_other_clusters_dns_pods() {
+    let mut policies = Policies::default();
+    policies.add_resolver([10, 96, 0, 10].into(), 0);
+    let namespace = json!({"metadata": {"labels": {"kubernetes.io/metadata.name": "kube-system"}}});
+    policies.apply_namespace("kube-system", Some(typed(&namespace)), 1);
+    let policy = typed(
+        &json!({"spec": {"podSelector": {}, "policyTypes": ["Egress"],
+        "egress": [{"to": [{"podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}]}]}}),
+    );
+    policies.apply_policy(&("d".into(), "p".into()), Some(&policy), 2);
+    let pod = typed(&json!({"spec": {"containers": [], "nodeName": "n"}}));
+    policies.apply_pod(&("d".into(), "web".into()), Some(&pod), 3);
+    let mut agent = Agent::default();
+    agent.step(&policies, "n", 3);
+    let resolved = agent.resolved();
+    let (_, peers) = &resolved[&(("d".into(), "p".into()), "Egress")][0];
+    let (namespace, name) = RESOLVER_PEER;
+    assert_eq!(
+        peers,
+        &BTreeSet::from([(namespace.to_owned(), name.to_owned())])
+    );
+}
