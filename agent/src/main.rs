@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use gantry_agent::cgroups::Cgroups;
-use gantry_agent::dataplane::{Dataplane, bpf::BpfDataplane, bpf::Options};
+use gantry_agent::dataplane::{Dataplane, FullMaps, bpf::BpfDataplane, bpf::Options};
 use gantry_agent::devices::DevicePlugins;
 use gantry_agent::feed::node_info;
 use gantry_agent::feed::{self, Reporter};
@@ -266,7 +266,7 @@ async fn agent(run: Run) -> Result<()> {
         warn!("limits: {sentence}");
     }
     let devices = DevicePlugins::open(&run.device_plugins, &paths, shutdown.clone());
-    let node_info = resources.info(&devices.amounts());
+    let node_info = resources.info(&devices.amounts(), &dataplane);
     let host_addresses = pods::node_addresses(&node_info());
     let config = feed::Config::new(run.server, run.credentials, node_name.clone(), &paths);
     let mirrors = static_pods::Mirrors::default();
@@ -276,6 +276,7 @@ async fn agent(run: Run) -> Result<()> {
         ImageStore::clone(&images),
         resources.usage(),
         mirrors.clone(),
+        dataplane.clone(),
     ));
     let mut link =
         feed::run(config, node_info, target.clone(), shutdown.clone()).context("feed")?;
@@ -305,6 +306,7 @@ async fn agent(run: Run) -> Result<()> {
         root: root.to_owned(),
     });
     let csi = CsiDrivers::new(&paths);
+    let follower = node_name.clone();
     let node = Arc::new(pods::Node {
         name: node_name,
         host_addresses,
@@ -331,7 +333,7 @@ async fn agent(run: Run) -> Result<()> {
     tasks.spawn(keep_disk_free(store, link.view.clone(), shutdown.clone()));
     let resolver = dns::Resolver::start(resolver, link.view.clone(), shutdown.clone()).await?;
     let going_down = resources.going_down();
-    let (order, orders) = resources.watch(&images, &link.view, &tasks, &shutdown);
+    let (order, orders) = resources.watch(&images, &link.view, &dataplane, &tasks, &shutdown);
     let listener = shutdown::listen(&node.paths).context("the agent's socket")?;
     tasks.spawn(policy::follow::follow(
         dataplane.clone(),
@@ -362,6 +364,7 @@ async fn agent(run: Run) -> Result<()> {
     let workers = PodWorkers::new(node, link.view.clone(), found, orders);
     tasks.spawn(workers.run(shutdown.clone()));
     tasks.spawn(follow(
+        follower,
         dataplane,
         link.view.clone(),
         link.reporter,
@@ -406,12 +409,14 @@ fn dataplane(paths: &Paths, cgroups: &Cgroups, options: Options) -> Result<BpfDa
 
 /// Programs every new view, then acknowledges it.
 async fn follow(
+    node: String,
     dataplane: Arc<dyn Dataplane>,
     mut view: watch::Receiver<Arc<View>>,
     reporter: Reporter,
     shutdown: CancellationToken,
 ) {
     let mut retry = Duration::from_millis(100);
+    let mut full = FullMaps::new(node);
     view.mark_changed();
     loop {
         tokio::select! {
@@ -422,6 +427,7 @@ async fn follow(
         let newest = view.borrow_and_update().clone();
         match dataplane.apply(&newest).await {
             Ok(stuck) => {
+                full.look(&*dataplane, &reporter);
                 tokio::time::sleep(SYN_IN_FLIGHT).await;
                 reporter.programmed(newest.rev, stuck);
                 retry = Duration::from_millis(100);

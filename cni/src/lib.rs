@@ -12,6 +12,7 @@
 //! * [`config`] what a network is, validated; [`result`] what CNI answers, per spec version;
 //! * [`ipam`] address leases as files; [`netlink`] the kernel's links, addresses, routes, typed;
 //! * [`netns`] network namespaces by file descriptor; [`routes`] pod prefixes of other nodes.
+//! * [`sock_diag`] the sockets of a namespace, and their end.
 //!
 //! Invariants of absence: nothing else in the workspace knows rtnetlink; nothing here runs a
 //! program, writes a netfilter rule or enters a namespace on a thread it does not own.
@@ -25,6 +26,7 @@ pub mod netns;
 pub mod plugin;
 pub mod result;
 pub mod routes;
+pub mod sock_diag;
 pub mod sysctl;
 
 pub use error::CniError;

@@ -22,6 +22,7 @@ use gantry_api::proto;
 use gantry_api::proto::feed_client::FeedClient;
 use gantry_api::proto::feed_server;
 use gantry_api::proto::pods_client::PodsClient;
+use gantry_api::proto::stats_client::StatsClient;
 use gantry_api::proto::{down, exec_input, exec_output, up};
 use gantry_control::feed::{Feed, Settings};
 use gantry_control::pki::{Authority, ServerName};
@@ -100,6 +101,7 @@ impl Control {
         let server = tonic::transport::Server::builder()
             .add_service(InterceptedService::new(feed.feed_server(), identify))
             .add_service(feed.pods_server())
+            .add_service(feed.stats_server())
             .serve_with_incoming_shutdown(
                 TcpListenerStream::new(listener),
                 token.clone().cancelled_owned(),
@@ -201,6 +203,18 @@ impl TunnelTarget for FakePods {
             return Ok(lines.chain(futures_util::stream::pending()).boxed());
         }
         Ok(lines.boxed())
+    }
+
+    async fn services(
+        &self,
+        request: &proto::ServicesRequest,
+    ) -> Result<Vec<proto::ProgrammedService>, TunnelError> {
+        let service = |number: u32| proto::ProgrammedService {
+            namespace: request.namespace.clone(),
+            name: format!("s{number}"),
+            ..Default::default()
+        };
+        Ok((0..250).map(service).collect())
     }
 
     async fn forward(&self, port: u16, _pod: PodUid) -> Result<tokio::net::TcpStream, TunnelError> {
@@ -777,6 +791,57 @@ async fn a_drain_is_answered_names_who_is_missing_and_survives_a_failover() {
     assert!(!owner.handle.reporter.is_cut_off());
     owner.stop().await;
     other.stop().await;
+    control.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn programmed_services_come_from_every_node_in_parts() {
+    let store = tempfile::tempdir().unwrap();
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let (first, second) = (
+        Agent::start(&control.url(), "n1", one.path()),
+        Agent::start(&control.url(), "n2", two.path()),
+    );
+    first.live().await;
+    second.live().await;
+    let mut client = StatsClient::connect(control.url()).await.unwrap();
+    let ask = |node: &str| proto::ServicesRequest {
+        node: node.into(),
+        namespace: "shop".into(),
+        name: String::new(),
+    };
+    let mut parts = client.services(ask("")).await.unwrap().into_inner();
+    let mut counts = BTreeMap::new();
+    while let Some(part) = parts.message().await.unwrap() {
+        assert_eq!(part.error, "");
+        assert!(
+            part.services
+                .iter()
+                .all(|service| service.namespace == "shop")
+        );
+        *counts.entry(part.node).or_insert(0) += part.services.len();
+    }
+    assert_eq!(
+        counts,
+        BTreeMap::from([("n1".into(), 250), ("n2".into(), 250)])
+    );
+    let unknown = client.services(ask("n3")).await.unwrap_err();
+    assert_eq!(unknown.code(), tonic::Code::NotFound);
+    // One that is away says so, the other answers.
+    second.stop().await;
+    eventually("it has left", || {
+        (!control.feed.is_connected("n2")).then_some(())
+    })
+    .await;
+    let mut parts = client.services(ask("")).await.unwrap().into_inner();
+    let (mut errors, mut count) = (Vec::new(), 0);
+    while let Some(part) = parts.message().await.unwrap() {
+        count += part.services.len();
+        errors.extend((!part.error.is_empty()).then_some(part.node));
+    }
+    assert_eq!((count, errors), (250, vec!["n2".to_owned()]));
+    first.stop().await;
     control.stop().await;
 }
 

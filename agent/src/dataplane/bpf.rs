@@ -34,6 +34,7 @@ use super::hooks::{self, DEVICE_HOOK, SERVICE_HOOKS};
 use super::load::{self, Loaded, program_fd, take_map, unexpected};
 use super::pods::PodPrograms;
 use super::policies::Policies;
+use super::repair::Repair;
 use super::tables::Tables;
 use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService, bpffs, sys};
 use crate::ids::PodUid;
@@ -41,8 +42,12 @@ use crate::paths::Paths;
 use crate::policy::StuckPod;
 use crate::services::arena::QUARANTINE;
 use crate::services::changed::{Shared, changed};
-use crate::services::index::{Surroundings, index, parse_address, resolver_service, resolver_sets};
+use crate::services::gone::lost;
+use crate::services::index::{
+    BackendSet, Surroundings, index, parse_address, resolver_service, resolver_sets,
+};
 use crate::services::plan::{Limits, Plan, Table};
+use crate::services::shown::{Entry, Fill, show};
 use crate::view::{ServiceName, Settings, View};
 
 pub use super::hooks::cgroup_id;
@@ -69,6 +74,8 @@ pub struct BpfDataplane {
     drops: PerCpuArray<MapData, u64>,
     pods: std::sync::Mutex<PodPrograms>,
     policies: std::sync::Mutex<Policies>,
+    repair: Repair,
+    fill: std::sync::Mutex<Vec<Fill>>,
     device_guard: Result<ProgramFd, String>,
     device_exempt: std::sync::Mutex<HashMap<MapData, u64, u32>>,
     device_rules: std::sync::Mutex<HashMap<MapData, DeviceRuleKey, u32>>,
@@ -87,6 +94,8 @@ struct State {
     stuck: BTreeMap<ServiceName, String>,
     /// Parts of Services that make no sense; planned again when the Service changes.
     faults: BTreeMap<ServiceName, String>,
+    /// Connections of some backends are, or were, counted.
+    has_counted: bool,
     /// A write failed: `table` may not be what the maps hold.
     void: bool,
     /// Programs that wait for the first apply before they take over from those of another layout.
@@ -105,7 +114,7 @@ struct Upgrade {
 }
 
 /// What a Service wants, and what of it could not be understood.
-type Wanted = BTreeMap<ServiceName, Vec<crate::services::index::BackendSet>>;
+type Wanted = BTreeMap<ServiceName, Vec<BackendSet>>;
 
 impl BpfDataplane {
     /// Loads the programs, adopts what is pinned, attaches to `cgroup_root`: the root of cgroup v2
@@ -142,6 +151,11 @@ impl BpfDataplane {
         let drops = drops.map_err(|error: MapError| unexpected("DROPS", error))?;
         let pods = PodPrograms::take(&mut ebpf, paths)?;
         let policies = Policies::take(&mut ebpf, options.resolver.map(|at| at.ip()))?;
+        let peers = take_map(&mut ebpf, "PEERS")?.try_into();
+        let peers = peers.map_err(|error: MapError| unexpected("PEERS", error))?;
+        let traffic = tables.traffic();
+        let traffic = traffic.map_err(|error| DataplaneError::kernel("map TRAFFIC", &error))?;
+        let repair = Repair::start(paths, peers, traffic)?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
         let exempt = exempt.map_err(|error: MapError| unexpected("DEVICE_EXEMPT", error))?;
         let rules = take_map(&mut ebpf, "DEVICE_RULES")?.try_into();
@@ -167,6 +181,7 @@ impl BpfDataplane {
             node_addresses,
             stuck: BTreeMap::new(),
             faults: BTreeMap::new(),
+            has_counted: false,
             void: false,
             upgrade,
         };
@@ -179,6 +194,8 @@ impl BpfDataplane {
             drops,
             pods: std::sync::Mutex::new(pods),
             policies: std::sync::Mutex::new(policies),
+            repair,
+            fill: std::sync::Mutex::default(),
             device_guard,
             device_exempt: std::sync::Mutex::new(exempt),
             device_rules: std::sync::Mutex::new(rules),
@@ -331,6 +348,45 @@ impl BpfDataplane {
 
 #[async_trait]
 impl Dataplane for BpfDataplane {
+    async fn services(
+        &self,
+        request: &proto::ServicesRequest,
+    ) -> Result<Vec<proto::ProgrammedService>, DataplaneError> {
+        let state = self.state.lock().await;
+        let wanted = |name: &ServiceName| {
+            (request.namespace.is_empty() || name.namespace == request.namespace)
+                && (request.name.is_empty() || name.name == request.name)
+        };
+        let found = state.tables.found()?;
+        let entries = found.frontends.into_iter().zip(found.backends);
+        let entries = entries.map(|((key, value), slots)| Entry {
+            service: state.table.owner(&key).cloned(),
+            key,
+            value,
+            slots,
+        });
+        let all = request.namespace.is_empty() && request.name.is_empty();
+        let entries = entries.filter(|entry| entry.service.as_ref().map_or(all, wanted));
+        let stuck = state.stuck.iter().chain(&state.faults);
+        let stuck = stuck.filter(|(name, _)| wanted(name));
+        let stuck = stuck
+            .map(|(name, why)| (name.clone(), why.clone()))
+            .collect();
+        let traffic = |id| state.tables.traffic_of(id).unwrap_or_default();
+        let backends = |name: &ServiceName| state.last.as_ref()?.shared.backends(name);
+        Ok(show(entries.collect(), traffic, backends, &stuck))
+    }
+
+    fn fill(&self) -> Vec<Fill> {
+        let fill = self.fill.lock();
+        fill.unwrap_or_else(std::sync::PoisonError::into_inner)
+            .clone()
+    }
+
+    fn sockets_ended(&self) -> u64 {
+        self.repair.ended()
+    }
+
     fn apply_policies(&self, view: &View) -> Result<Vec<StuckPod>, DataplaneError> {
         self.policies().apply(view, self.now())
     }
@@ -384,7 +440,14 @@ impl Dataplane for BpfDataplane {
             state.adopt_again(self.now())?;
         }
         state.apply_settings(&view.settings, &self.options);
+        state.apply_zone(view);
         let wanted = state.changes(view, &self.options);
+        let lost = state.last.as_ref().map(|last| {
+            let names = wanted.keys().cloned().collect();
+            lost(&last.shared, view, &names)
+        });
+        let counted = |sets: &Vec<BackendSet>| sets.iter().any(|set| set.least_connections);
+        state.has_counted |= wanted.values().any(counted);
         self.program(state, wanted, view.rev).await?;
         state.apply_nodes(view)?;
         state.whole = false;
@@ -394,6 +457,19 @@ impl Dataplane for BpfDataplane {
             settings: view.settings.clone(),
         });
         take_over(&self.paths, &mut state.upgrade)?;
+        *self
+            .fill
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = state.table.fill();
+        if state.has_counted {
+            let ids = state.table.counted();
+            state.has_counted = !ids.is_empty();
+            self.repair.count(ids, view);
+        }
+        match lost {
+            Some(lost) => self.repair.end(lost, view),
+            None => self.repair.look(view),
+        }
         Ok(state.report())
     }
 }
@@ -418,6 +494,16 @@ impl State {
             .collect();
         if reserved != self.surroundings.reserved {
             self.surroundings.reserved = reserved;
+            self.whole = true;
+        }
+    }
+
+    /// Which zone this node is in: which backends are close.
+    fn apply_zone(&mut self, view: &View) {
+        let own = view.nodes.get(&self.surroundings.node);
+        let zone = own.map(|node| node.zone.as_str()).unwrap_or_default();
+        if zone != self.surroundings.zone {
+            self.surroundings.zone = zone.to_owned();
             self.whole = true;
         }
     }
@@ -504,7 +590,7 @@ fn sums(
 }
 
 /// What the cluster's DNS address means on this node.
-fn resolver(settings: &Settings, options: &Options) -> Vec<crate::services::index::BackendSet> {
+fn resolver(settings: &Settings, options: &Options) -> Vec<BackendSet> {
     match (settings.dns_service_ip, options.resolver) {
         (Some(cluster), Some(own)) => resolver_sets(cluster, own, &options.node),
         _ => Vec::new(),

@@ -5,10 +5,12 @@ use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
+use gantry_api::proto;
 
 use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService};
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
+use crate::services::shown::Fill;
 use crate::view::View;
 
 /// The pods that are attached now.
@@ -36,6 +38,21 @@ impl Dataplane for FakeDataplane {
 
     fn apply_policies(&self, _view: &View) -> Result<Vec<StuckPod>, DataplaneError> {
         Ok(Vec::new())
+    }
+
+    async fn services(
+        &self,
+        _request: &proto::ServicesRequest,
+    ) -> Result<Vec<proto::ProgrammedService>, DataplaneError> {
+        Ok(Vec::new())
+    }
+
+    fn fill(&self) -> Vec<Fill> {
+        Vec::new()
+    }
+
+    fn sockets_ended(&self) -> u64 {
+        0
     }
 
     fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError> {

@@ -19,12 +19,13 @@ pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 19] = [
+pub(super) const PINNED_MAPS: [&str; 20] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
     "NODE_ADDRESSES",
     "PEERS",
+    "TRAFFIC",
     "REVERSE_NAT",
     "AFFINITY",
     "COUNTERS",

@@ -3,6 +3,7 @@
 //! ```text
 //!  View ─► bpf (what changed?) ─► services::{index, plan} ─► tables (maps, mapped arenas)
 //!           │ start: bpffs ─► load (object, pinned maps) ─► hooks (pinned links on cgroups)
+//!           ├ repair: sockets whose backend has gone
 //!           └ cleanup: remove_all
 //!  View ─► policies (what pods may exchange: policy::{compile, plan}) ─► their maps
 //!  pod networks ─► pods (rows, programs on the host ends of veths: tcx links or clsact filters)
@@ -13,10 +14,12 @@
 
 mod bpffs;
 mod clsact;
+mod full;
 mod hooks;
 mod load;
 mod pods;
 mod policies;
+mod repair;
 mod sys;
 mod tables;
 
@@ -32,11 +35,14 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 
 use async_trait::async_trait;
+use gantry_api::proto;
 
 pub use self::bpf::{BpfDataplane, Options};
 pub use self::cleanup::remove_all;
+pub use self::full::FullMaps;
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
+use crate::services::shown::Fill;
 use crate::view::View;
 
 /// A Service that could not be programmed; the others are.
@@ -140,6 +146,18 @@ pub trait Dataplane: Send + Sync + 'static {
     /// writes take, and waits for nothing. A pod passes nothing before the first view that has it is
     /// applied. Returns the pods that pass nothing because their rules do not fit.
     fn apply_policies(&self, view: &View) -> Result<Vec<StuckPod>, DataplaneError>;
+
+    /// Services as the maps have them now, those that are asked for.
+    async fn services(
+        &self,
+        request: &proto::ServicesRequest,
+    ) -> Result<Vec<proto::ProgrammedService>, DataplaneError>;
+
+    /// How full the maps of Services were after the last apply.
+    fn fill(&self) -> Vec<Fill>;
+
+    /// Sockets that were ended since the agent's start because their backend had gone.
+    fn sockets_ended(&self) -> u64;
 
     /// Puts a pod into the packet path, before it can send. Idempotent; after the agent's start it is
     /// called for every pod that is there, and replaces the programs without a gap. Blocks for the

@@ -261,6 +261,12 @@ impl<T: Pod> MappedArray<T> {
         })
     }
 
+    /// The same array, mapped once more.
+    pub(super) fn again(&self) -> io::Result<Self> {
+        let count = u32::try_from(self.count).map_err(io::Error::other)?;
+        Self::map(self.array.as_fd(), count)
+    }
+
     /// Where the element is, or none beyond the end.
     fn element(&self, index: u32) -> io::Result<Option<NonNull<T>>> {
         let index = index as usize;

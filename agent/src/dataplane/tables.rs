@@ -10,6 +10,7 @@ use aya::Ebpf;
 use aya::maps::{HashMap, Map, MapData, MapError};
 use ebpf_maps::services::{
     Addr, BACKEND_COUNT, BACKEND_RETIRED, BackendValue, FrontendKey, FrontendValue, SLOT_COUNT,
+    TrafficValue,
 };
 
 use super::DataplaneError;
@@ -17,12 +18,23 @@ use super::load::{absent_is_fine, failed, take_map, unexpected};
 use super::sys::MappedArray;
 use crate::services::plan::{BackendId, Found, Step};
 
+/// Words of a `TrafficValue`.
+const TRAFFIC_WORDS: u32 = 2;
+
+/// The words of a backend in TRAFFIC: connections, chosen.
+pub(super) fn traffic_words(id: BackendId) -> [u32; 2] {
+    let first = id.0.saturating_mul(TRAFFIC_WORDS);
+    [first, first.saturating_add(1)]
+}
+
 /// FRONTENDS, SLOTS, BACKENDS and NODE_ADDRESSES.
 pub(super) struct Tables {
     frontends: HashMap<MapData, FrontendKey, FrontendValue>,
     slots: MappedArray<u32>,
     backends: MappedArray<BackendValue>,
     node_addresses: HashMap<MapData, Addr, u32>,
+    /// Two words a backend, as in `TrafficValue`.
+    traffic: MappedArray<u64>,
 }
 
 impl Tables {
@@ -37,6 +49,7 @@ impl Tables {
             backends: mapped(ebpf, "BACKENDS", BACKEND_COUNT)?,
             node_addresses: node_addresses
                 .map_err(|error: MapError| unexpected("NODE_ADDRESSES", error))?,
+            traffic: mapped(ebpf, "TRAFFIC", BACKEND_COUNT * TRAFFIC_WORDS)?,
         })
     }
 
@@ -46,6 +59,21 @@ impl Tables {
     /// The steps before the failed one have been performed, the ones after it have not.
     pub(super) fn perform(&mut self, steps: &[Step]) -> Result<(), DataplaneError> {
         steps.iter().try_for_each(|step| self.perform_one(step))
+    }
+
+    /// A second view of TRAFFIC, for another thread.
+    pub(super) fn traffic(&self) -> io::Result<MappedArray<u64>> {
+        self.traffic.again()
+    }
+
+    /// What was done with a backend.
+    pub(super) fn traffic_of(&self, id: BackendId) -> Result<TrafficValue, DataplaneError> {
+        let [connections, chosen] = traffic_words(id);
+        let read = |word| Ok(self.traffic.read(word).map_err(unmapped)?.unwrap_or(0));
+        Ok(TrafficValue {
+            connections: read(connections)?,
+            chosen: read(chosen)?,
+        })
     }
 
     /// Everything in the maps, for [`crate::services::plan::Table::adopt`].
@@ -83,7 +111,7 @@ impl Tables {
 
     fn perform_one(&mut self, step: &Step) -> Result<(), DataplaneError> {
         let written = match step {
-            Step::WriteBackend { id, value } => self.backends.write(id.0, *value),
+            Step::WriteBackend { id, value } => self.write_backend(*id, *value),
             Step::WriteSlots { base, ids } => self.write_slots(*base, ids),
             Step::RetireBackend { id } => self.retire(*id),
             Step::SetFrontend { key, value } => {
@@ -104,6 +132,13 @@ impl Tables {
             what: format!("{step:?}"),
             reason: "out of the arena's range, a fault of the planner".into(),
         })
+    }
+
+    fn write_backend(&mut self, id: BackendId, value: BackendValue) -> io::Result<bool> {
+        for word in traffic_words(id) {
+            self.traffic.write(word, 0)?;
+        }
+        self.backends.write(id.0, value)
     }
 
     fn write_slots(&mut self, base: u32, ids: &[BackendId]) -> io::Result<bool> {
@@ -150,7 +185,7 @@ impl Tables {
 }
 
 fn unmapped(error: io::Error) -> DataplaneError {
-    DataplaneError::kernel("map SLOTS or BACKENDS into memory", &error)
+    DataplaneError::kernel("map SLOTS, BACKENDS or TRAFFIC into memory", &error)
 }
 
 fn mapped<T: aya::Pod>(

@@ -29,6 +29,7 @@ use self::bed::{Bed, backend, block_on, device_node, service, udp_destination, v
 use super::hooks::SERVICE_HOOKS;
 use super::*;
 use crate::services::index::addr_of;
+use gantry_api::proto;
 
 fn addr(text: &str) -> SocketAddr {
     text.parse().unwrap()
@@ -232,6 +233,171 @@ fn the_cluster_dns_address_is_the_nodes_own_resolver() {
         let client = udp("0.0.0.0:0");
         client.send_to(b"a", "10.96.0.10:53").unwrap();
         assert_eq!(server.recv_from(&mut [0; 4]).unwrap().0, 1);
+    });
+}
+
+#[test]
+fn the_backend_that_holds_its_connections_gets_fewer_of_them() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let ports = [9101, 9102, 9103, 9104, 9105];
+    let of = |ip, port, least_connections| {
+        let backends: Vec<_> = ports
+            .iter()
+            .map(|port| backend("127.0.0.1", *port))
+            .collect();
+        let mut served = service(ip, 6, port, &backends);
+        served.0.least_connections = least_connections;
+        served
+    };
+    let services = vec![
+        ("random", of("10.96.0.1", 80, false)),
+        ("least", of("10.96.0.2", 80, true)),
+    ];
+    block_on(dataplane.apply(&view(1, services))).unwrap();
+    // The first backend is slow: its connections stay, the others' are over at once.
+    let slow_share = |service: &str| {
+        let listeners = ports.map(|port| TcpListener::bind(format!("127.0.0.1:{port}")).unwrap());
+        for listener in &listeners {
+            listener.set_nonblocking(true).unwrap();
+        }
+        let mut held = Vec::new();
+        for _ in 0..200 {
+            let client = TcpStream::connect(service).unwrap();
+            let chosen = listeners
+                .iter()
+                .position(|listener| listener.accept().is_ok());
+            if chosen == Some(0) {
+                held.push(client);
+            }
+        }
+        held.len()
+    };
+    bed.inside(|| {
+        let (random, least) = (slow_share("10.96.0.1:80"), slow_share("10.96.0.2:80"));
+        assert!(random >= 20, "{random} of 200, about 40 by chance");
+        assert!(least <= 5, "{least} of 200 went to the busiest backend");
+    });
+    let asked = proto::ServicesRequest {
+        name: "least".into(),
+        ..Default::default()
+    };
+    let shown = block_on(dataplane.services(&asked)).unwrap();
+    assert_eq!(shown.len(), 1);
+    assert_eq!((shown[0].frontends.len(), shown[0].backends.len()), (1, 5));
+    assert_eq!(shown[0].backends.iter().map(|b| b.chosen).sum::<u64>(), 200);
+    assert!(dataplane.fill().iter().all(|fill| !fill.is_nearly_full()));
+    let (left, chosen) = bed.traffic();
+    assert_eq!(left, 0, "every connection that ended is taken out again");
+    assert_eq!(chosen, 400, "every choice is counted");
+}
+
+#[test]
+fn a_datagram_socket_that_connects_again_is_counted_once() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let mut served = service("10.96.0.1", 17, 53, &[backend("127.0.0.1", 9201)]);
+    served.0.least_connections = true;
+    block_on(dataplane.apply(&view(1, vec![("dns", served)]))).unwrap();
+    bed.inside(|| {
+        let client = udp("0.0.0.0:0");
+        for _ in 0..3 {
+            client.connect("10.96.0.1:53").unwrap();
+        }
+        assert_eq!(bed.traffic().0, 1);
+    });
+    assert_eq!(bed.traffic(), (0, 3));
+}
+
+/// Waits at most a second for what a dead socket says.
+fn fails_soon(read: impl FnOnce() -> io::Result<usize>) {
+    let begun = std::time::Instant::now();
+    let error = read().unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ECONNABORTED), "{error}");
+    assert!(
+        begun.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[test]
+fn a_socket_whose_backend_has_gone_is_told_at_once_and_others_are_not() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let state = |rev, of: Option<proto::backend::State>| {
+        let with = |proto, port| {
+            let mut served = service("10.96.0.1", proto, port, &[backend("127.0.0.3", port)]);
+            if rev == 1 {
+                served.1.clear();
+            }
+            if let Some(state) = of {
+                let leaving = service("10.96.0.1", proto, port, &[backend("127.0.0.2", port)]).1;
+                let mut leaving = proto::Backend::clone(&leaving["0"]);
+                leaving.set_state(state);
+                served.1.insert("leaving".into(), Arc::new(leaving));
+            }
+            served
+        };
+        let services = vec![("tcp", with(6, 8080)), ("udp", with(17, 5353))];
+        block_on(dataplane.apply(&view(rev, services))).unwrap();
+    };
+    state(1, Some(proto::backend::State::Serving));
+    bed.inside(|| {
+        let _listener = TcpListener::bind("127.0.0.2:8080").unwrap();
+        let other = udp("127.0.0.3:5353");
+        let wait = Some(Duration::from_secs(5));
+        let mut idle = TcpStream::connect("10.96.0.1:8080").unwrap();
+        let mapped = TcpStream::connect("[::ffff:10.96.0.1]:8080").unwrap();
+        let direct = TcpStream::connect("127.0.0.2:8080").unwrap();
+        for socket in [&idle, &mapped, &direct] {
+            socket.set_read_timeout(wait).unwrap();
+        }
+        let (client, direct_udp) = (udp("0.0.0.0:0"), udp("0.0.0.0:0"));
+        client.connect("10.96.0.1:5353").unwrap();
+        direct_udp.connect("127.0.0.2:5353").unwrap();
+
+        // Leaving, it may finish what it has.
+        state(2, Some(proto::backend::State::Draining));
+        std::thread::sleep(Duration::from_millis(100));
+        idle.set_nonblocking(true).unwrap();
+        let busy = io::Read::read(&mut idle, &mut [0]).unwrap_err();
+        assert_eq!(busy.kind(), io::ErrorKind::WouldBlock);
+        idle.set_nonblocking(false).unwrap();
+        assert_eq!(dataplane.sockets_ended(), 0);
+
+        state(3, None);
+        fails_soon(|| io::Read::read(&mut idle, &mut [0]));
+        fails_soon(|| io::Read::read(&mut &mapped, &mut [0]));
+        fails_soon(|| client.recv(&mut [0]));
+        assert_eq!(dataplane.sockets_ended(), 3);
+        // The client asks the Service again and is served.
+        client.connect("10.96.0.1:5353").unwrap();
+        client.send(b"again").unwrap();
+        assert_eq!(other.recv(&mut [0; 8]).unwrap(), 5);
+        // Who never asked a Service is not meant.
+        direct.set_nonblocking(true).unwrap();
+        assert_eq!(
+            direct.peek(&mut [0]).unwrap_err().kind(),
+            io::ErrorKind::WouldBlock
+        );
+        assert_eq!(direct_udp.peer_addr().unwrap(), addr("127.0.0.2:5353"));
+    });
+}
+
+#[test]
+fn what_went_while_no_agent_ran_is_found_by_the_next_one() {
+    let Some(bed) = Bed::new() else { return };
+    let served = |at| service("10.96.0.1", 17, 53, &[backend(at, 5353)]);
+    let before = bed.start();
+    block_on(before.apply(&view(1, vec![("dns", served("127.0.0.2"))]))).unwrap();
+    bed.inside(|| {
+        let client = udp("0.0.0.0:0");
+        client.connect("10.96.0.1:53").unwrap();
+        drop(before);
+        let after = bed.start();
+        block_on(after.apply(&view(2, vec![("dns", served("127.0.0.3"))]))).unwrap();
+        fails_soon(|| client.recv(&mut [0]));
     });
 }
 
@@ -613,7 +779,12 @@ fn a_switch_under_load_never_misses_and_never_mixes() {
                     let client = UdpSocket::bind("0.0.0.0:0").unwrap();
                     client.connect("10.96.0.1:53").unwrap();
                     let newest = begun.load(Ordering::SeqCst);
-                    client.send(b"a").unwrap();
+                    match client.send(b"a").map_err(|error| error.raw_os_error()) {
+                        Ok(_) => {}
+                        // Its backend has left meanwhile, and socket repair has told it.
+                        Err(Some(libc::EDESTADDRREQ | libc::ECONNABORTED)) => continue,
+                        Err(other) => panic!("{other:?}"),
+                    }
                     let [_, high, low, index] = udp_destination(&server).octets();
                     let generation = u64::from(u16::from_be_bytes([high, low]));
                     assert!(

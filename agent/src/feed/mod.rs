@@ -151,6 +151,14 @@ pub trait TunnelTarget: Send + Sync + 'static {
         Err(TunnelError("this agent has no images".into()))
     }
 
+    /// Services as this node has them programmed.
+    async fn services(
+        &self,
+        _request: &proto::ServicesRequest,
+    ) -> Result<Vec<proto::ProgrammedService>, TunnelError> {
+        Err(TunnelError("this agent programs no Services".into()))
+    }
+
     /// A connection to a port of the pod, on its own loopback.
     async fn forward(&self, port: u16, pod: PodUid) -> Result<tokio::net::TcpStream, TunnelError>;
 

@@ -253,6 +253,24 @@ pub fn with_devices(mut node: Node, amounts: &Offered) -> Node {
     node
 }
 
+/// The same node with what is known of its Service maps: additions will soon not fit, in words; "".
+pub fn with_service_maps(mut node: Node, warning: &str) -> Node {
+    let kind = "ServiceMapsPressure";
+    let condition = match warning.is_empty() {
+        true => condition(
+            kind,
+            false,
+            "ServiceMapsHaveRoom",
+            "the maps of Services have room",
+        ),
+        false => condition(kind, true, "ServiceMapsNearlyFull", warning),
+    };
+    if let Some(status) = &mut node.status {
+        status.conditions.get_or_insert_default().push(condition);
+    }
+    node
+}
+
 /// The same node, that takes no pods any more.
 pub fn going_down(mut node: Node) -> Node {
     let conditions = node.status.iter_mut();

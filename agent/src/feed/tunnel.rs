@@ -35,6 +35,8 @@ pub(super) const TUNNELS_MAX: usize = 64;
 const QUEUE: usize = 4;
 /// One HTTP/2 frame, so that tunnels and the feed take turns.
 const CHUNK_BYTES: usize = 16 << 10;
+/// Services in one message; one with a thousand backends has some 100 KiB.
+const SERVICES_PER_PART: usize = 100;
 
 type Up = mpsc::Sender<proto::TunnelUp>;
 
@@ -73,6 +75,8 @@ enum Work {
     /// Begun only now: a large directory takes longer than opening may.
     RemoveVolume(Arc<dyn TunnelTarget>, String, Up),
     Images(Arc<dyn TunnelTarget>, Box<proto::ImagesRequest>, Up),
+    /// Known already.
+    Services(Vec<proto::ProgrammedService>, Up),
 }
 
 async fn send(up: &Up, message: tunnel_up::Message) -> bool {
@@ -104,6 +108,12 @@ async fn produce(
             let usage = target.usage().await;
             usage
                 .map(|usage| Work::Usage(Box::new(usage), up.clone()))
+                .map_err(|error| error.to_string())
+        }
+        (_, Some(open_tunnel::Target::Services(request))) => {
+            let services = target.services(&request).await;
+            services
+                .map(|services| Work::Services(services, up.clone()))
                 .map_err(|error| error.to_string())
         }
         (_, Some(open_tunnel::Target::RemoveVolume(volume))) => {
@@ -153,6 +163,10 @@ impl Work {
                 send(&up, tunnel_up::Message::Usage(*usage)).await;
                 end(up, down).await;
             }
+            Self::Services(services, up) => {
+                send_services(services, &up).await;
+                end(up, down).await;
+            }
             Self::RemoveVolume(target, name, up) => {
                 let removed = target.remove_volume(&name).await;
                 let error = removed.err().map(|e| e.to_string()).unwrap_or_default();
@@ -161,6 +175,22 @@ impl Work {
                 end(up, down).await;
             }
             Self::Images(target, request, up) => run_images(&*target, *request, up, down).await,
+        }
+    }
+}
+
+/// In parts that are well below what a message may be; the last one says so.
+async fn send_services(mut rest: Vec<proto::ProgrammedService>, up: &Up) {
+    loop {
+        let more = rest.split_off(rest.len().min(SERVICES_PER_PART));
+        let last = more.is_empty();
+        let part = proto::NodeServices {
+            services: std::mem::replace(&mut rest, more),
+            last,
+            ..Default::default()
+        };
+        if !send(up, tunnel_up::Message::Services(part)).await || last {
+            return;
         }
     }
 }

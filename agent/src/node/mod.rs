@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use gantry_api::proto::ServicesRequest;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -23,6 +24,7 @@ use tracing::warn;
 use self::flags::ResourceFlags;
 use crate::cgroups::Cgroups;
 use crate::cgroups::requests::Amounts;
+use crate::dataplane::Dataplane;
 use crate::devices::Offered;
 use crate::feed::NodeInfoSource;
 use crate::feed::node_info::{self, NodeIdentity};
@@ -33,6 +35,7 @@ use crate::pods::Order;
 use crate::pressure::thresholds::Resource;
 use crate::pressure::{Monitor, signals::Sources};
 use crate::runtime::spec::security::Host;
+use crate::services::shown::warning;
 use crate::stats::{self, Collector, metrics::AgentFigures};
 use crate::view::View;
 
@@ -91,7 +94,12 @@ impl NodeResources {
     }
 
     /// The Node object's side of it, read anew at each call.
-    pub fn info(&self, devices: &watch::Receiver<Offered>) -> NodeInfoSource {
+    pub fn info(
+        &self,
+        devices: &watch::Receiver<Offered>,
+        dataplane: &Arc<dyn Dataplane>,
+    ) -> NodeInfoSource {
+        let dataplane = dataplane.clone();
         let (identity, lib) = (self.identity.clone(), self.paths.lib.clone());
         let pressures = self.pressures.subscribe();
         let going_down = self.going_down.subscribe();
@@ -99,6 +107,7 @@ impl NodeResources {
         Arc::new(move || {
             let node = node_info::read(&identity, &lib, &pressures.borrow());
             let node = node_info::with_devices(node, &devices.borrow());
+            let node = node_info::with_service_maps(node, &warning(&dataplane.fill()));
             match *going_down.borrow() {
                 true => node_info::going_down(node),
                 false => node,
@@ -132,6 +141,7 @@ impl NodeResources {
         self,
         images: &Arc<ImageStore>,
         view: &watch::Receiver<Arc<View>>,
+        dataplane: &Arc<dyn Dataplane>,
         tasks: &TaskTracker,
         shutdown: &CancellationToken,
     ) -> (mpsc::Sender<Order>, mpsc::Receiver<Order>) {
@@ -153,7 +163,7 @@ impl NodeResources {
             orders.clone(),
             self.pressures,
         );
-        let figures = figures(monitor.eviction_count(), pressures, view.clone());
+        let figures = figures(monitor.eviction_count(), pressures, view.clone(), dataplane);
         match stats::socket::listen(&socket) {
             Ok(listener) => {
                 tasks.spawn(stats::socket::serve(
@@ -178,11 +188,30 @@ fn figures(
     evictions: Arc<AtomicU64>,
     pressures: watch::Receiver<BTreeSet<Resource>>,
     view: watch::Receiver<Arc<View>>,
+    dataplane: &Arc<dyn Dataplane>,
 ) -> stats::socket::Figures {
-    Arc::new(move || AgentFigures {
-        evictions: evictions.load(Ordering::Relaxed),
-        pressures: Resource::ALL.map(|r| pressures.borrow().contains(&r)),
-        resident_bytes: stats::socket::resident_bytes(),
-        revision: view.borrow().rev,
+    let dataplane = dataplane.clone();
+    Arc::new(move || {
+        let figures = AgentFigures {
+            evictions: evictions.load(Ordering::Relaxed),
+            pressures: Resource::ALL.map(|r| pressures.borrow().contains(&r)),
+            resident_bytes: stats::socket::resident_bytes(),
+            revision: view.borrow().rev,
+            sockets_ended: dataplane.sockets_ended(),
+            fill: dataplane.fill(),
+            services: Vec::new(),
+        };
+        let dataplane = dataplane.clone();
+        Box::pin(async move {
+            let all = dataplane.services(&ServicesRequest::default()).await;
+            let services = all.unwrap_or_else(|error| {
+                warn!(%error, "no figures of Services");
+                Vec::new()
+            });
+            AgentFigures {
+                services,
+                ..figures
+            }
+        })
     })
 }

@@ -18,6 +18,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{mpsc, watch};
 
 use self::images::NodeImages;
+use crate::dataplane::Dataplane;
 use crate::feed::{TunnelError, TunnelTarget};
 use crate::ids::{ContainerRun, PodUid};
 use crate::images::ImageStore;
@@ -39,6 +40,7 @@ pub struct PodTunnels {
     images: NodeImages,
     usage: Collector,
     mirrors: Mirrors,
+    dataplane: Arc<dyn Dataplane>,
 }
 
 impl PodTunnels {
@@ -49,6 +51,7 @@ impl PodTunnels {
         images: ImageStore,
         usage: Collector,
         mirrors: Mirrors,
+        dataplane: Arc<dyn Dataplane>,
     ) -> Self {
         Self {
             paths,
@@ -56,6 +59,7 @@ impl PodTunnels {
             images: NodeImages::new(images),
             usage,
             mirrors,
+            dataplane,
         }
     }
 
@@ -112,6 +116,14 @@ async fn connect(netns: &Netns, address: SocketAddr) -> Result<TcpStream, Tunnel
 
 #[async_trait]
 impl TunnelTarget for PodTunnels {
+    async fn services(
+        &self,
+        request: &proto::ServicesRequest,
+    ) -> Result<Vec<proto::ProgrammedService>, TunnelError> {
+        let services = self.dataplane.services(request).await;
+        services.map_err(|error| TunnelError(error.to_string()))
+    }
+
     async fn logs(
         &self,
         request: proto::LogsRequest,

@@ -32,6 +32,13 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// The backends of a Service, then.
+    pub fn backends(&self, service: &ServiceName) -> Option<&Backends> {
+        self.backends.get(service).map(Arc::as_ref)
+    }
+}
+
 /// The Services of `last` or `view` that are not the same in both. Backends of a name that is no
 /// Service are nobody's and name nothing.
 pub fn changed(last: &Shared, view: &View) -> BTreeSet<ServiceName> {

@@ -3,6 +3,8 @@
 //! An endpoint of the API becomes a backend here and nowhere else. The rules are Kubernetes':
 //! * headless and ExternalName Services have no frontend;
 //! * only serving backends get connections; when none is serving, draining ones still do;
+//! * of those, a client gets the ones hinted for its node, else for its zone, as long as every
+//!   serving backend has such a hint (`trafficDistribution`); else all;
 //! * a target is found by the port's name and protocol, so a named target port may differ per pod;
 //! * `internalTrafficPolicy: Local` limits the cluster IPs to this node's backends. Addresses meant
 //!   for the outside (node ports, external and load balancer IPs) are, for clients on a node, an
@@ -67,6 +69,8 @@ pub struct BackendSet {
     pub backends: Vec<Backend>,
     /// Session affinity for so many seconds; 0: none.
     pub affinity_s: u32,
+    /// Of two random backends the one with fewer of this node's connections.
+    pub least_connections: bool,
 }
 
 /// What is the same for all Services of a node.
@@ -74,6 +78,8 @@ pub struct BackendSet {
 pub struct Surroundings {
     /// This node's name: which backends are local.
     pub node: String,
+    /// Its zone; "": not known.
+    pub zone: String,
     /// Frontends that the node answers itself, whatever Service claims them.
     pub reserved: BTreeSet<FrontendKey>,
 }
@@ -144,10 +150,11 @@ pub fn index(
                     local,
                 };
                 indexed.sets.push(BackendSet {
-                    backends: choose_backends(service, backends, &name, &surroundings.node),
+                    backends: choose_backends(service, backends, &name, surroundings),
                     name,
                     frontends,
                     affinity_s: affinity_s(service),
+                    least_connections: service.least_connections,
                 });
             }
         }
@@ -191,6 +198,7 @@ pub fn resolver_sets(cluster_dns: IpAddr, resolver: SocketAddr, node: &str) -> V
             pod_id: 0,
         }],
         affinity_s: 0,
+        least_connections: false,
     };
     vec![set(TCP), set(UDP)]
 }
@@ -314,27 +322,84 @@ fn node_port(
     }
 }
 
+fn serves(service: &proto::Service, backend: &proto::Backend) -> bool {
+    match backend.state() {
+        proto::backend::State::Serving => true,
+        proto::backend::State::NotReady => service.publish_not_ready,
+        proto::backend::State::Draining => false,
+    }
+}
+
+/// How close the backends of this node's clients are.
+///
+/// Source: Kubernetes `pkg/proxy/topology.go`: hints count only if every serving backend has one and
+/// some are for this node, or zone; a part of the backends would otherwise get too little or nothing.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Close {
+    Node,
+    Zone,
+    Anywhere,
+}
+
+impl Close {
+    fn of(
+        service: &proto::Service,
+        backends: Option<&Backends>,
+        surroundings: &Surroundings,
+    ) -> Self {
+        let serving = || {
+            let all = backends.into_iter().flat_map(Backends::values);
+            all.filter(|backend| serves(service, backend))
+        };
+        if serving().next().is_none() {
+            return Self::Anywhere;
+        }
+        let here = |close: Self| serving().any(|backend| close.takes(backend, surroundings));
+        if serving().all(|backend| !backend.node_hints.is_empty()) && here(Self::Node) {
+            return Self::Node;
+        }
+        if serving().all(|backend| !backend.zone_hints.is_empty()) && here(Self::Zone) {
+            return Self::Zone;
+        }
+        Self::Anywhere
+    }
+
+    fn takes(self, backend: &proto::Backend, surroundings: &Surroundings) -> bool {
+        match self {
+            Self::Node => backend.node_hints.contains(&surroundings.node),
+            Self::Zone => backend.zone_hints.contains(&surroundings.zone),
+            Self::Anywhere => true,
+        }
+    }
+}
+
 /// The backends of one set: serving ones, else draining ones.
 fn choose_backends(
     service: &proto::Service,
     backends: Option<&Backends>,
     name: &SetName,
-    node: &str,
+    surroundings: &Surroundings,
 ) -> Vec<Backend> {
     use proto::backend::State;
 
     // By address and port: a backend that is listed twice must not get twice its share.
     let mut serving = BTreeMap::new();
     let mut draining = BTreeMap::new();
+    let close = match name.local {
+        true => Close::Anywhere,
+        false => Close::of(service, backends, surroundings),
+    };
     for backend in backends.into_iter().flat_map(Backends::values) {
-        if name.local && backend.node != node {
+        if name.local && backend.node != surroundings.node {
             continue;
         }
         let into = match backend.state() {
-            State::Serving => &mut serving,
-            State::NotReady if service.publish_not_ready => &mut serving,
+            _ if serves(service, backend) => match close.takes(backend, surroundings) {
+                true => &mut serving,
+                false => continue,
+            },
             State::Draining => &mut draining,
-            State::NotReady => continue,
+            State::Serving | State::NotReady => continue,
         };
         for target in targets(backend, name) {
             into.insert((target.addr, target.port_be), target);

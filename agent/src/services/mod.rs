@@ -10,5 +10,8 @@
 
 pub mod arena;
 pub mod changed;
+pub mod counts;
+pub mod gone;
 pub mod index;
 pub mod plan;
+pub mod shown;

@@ -30,13 +30,14 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use ebpf_maps::services::{
-    BACKEND_COUNT, BACKEND_IN_USE, BackendValue, FRONTEND_COUNT_MAX, FrontendKey, FrontendValue,
-    SLOT_COUNT,
+    BACKEND_COUNT, BACKEND_IN_USE, BackendValue, FRONTEND_COUNT_MAX, FRONTEND_LEAST_CONNECTIONS,
+    FrontendKey, FrontendValue, SLOT_COUNT,
 };
 
 pub use self::adopt::Found;
 use super::arena::{Arena, ArenaFull};
 use super::index::{Backend, BackendSet, SetName, ip_of};
+use super::shown::Fill;
 use crate::view::ServiceName;
 
 /// An index into BACKENDS; 0 is none.
@@ -46,7 +47,7 @@ pub struct BackendId(pub u32);
 /// One write.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Step {
-    /// BACKENDS[id] = value.
+    /// BACKENDS[id] = value, and TRAFFIC[id] = 0: what an earlier backend of this id had is not its.
     WriteBackend {
         /// Referred to by no slot yet.
         id: BackendId,
@@ -208,6 +209,39 @@ impl Table {
         self.backends.len()
     }
 
+    /// How full the maps are. What is in quarantine is not free yet.
+    pub fn fill(&self) -> Vec<Fill> {
+        let of = |map, used: u32, limit: u32| Fill { map, used, limit };
+        let Limits {
+            frontend_count,
+            slot_count,
+            backend_count,
+        } = self.limits;
+        let frontends = u32::try_from(self.frontends.len()).unwrap_or(u32::MAX);
+        let slots = slot_count.saturating_sub(self.slots.free_count());
+        let backends = backend_count.saturating_sub(self.ids.free_count());
+        vec![
+            of("FRONTENDS", frontends, frontend_count),
+            of("SLOTS", slots, slot_count),
+            of("BACKENDS", backends, backend_count),
+        ]
+    }
+
+    /// Who owns a frontend.
+    pub fn owner(&self, key: &FrontendKey) -> Option<&ServiceName> {
+        self.claims.get(key)
+    }
+
+    /// Backends of frontends whose connections are counted.
+    pub fn counted(&self) -> BTreeSet<u32> {
+        let counted = |value: &&FrontendValue| value.flags & FRONTEND_LEAST_CONNECTIONS != 0;
+        let values = self.frontends.values().filter(counted);
+        let ranges = values.filter_map(|value| self.ranges.get(&value.base));
+        ranges
+            .flat_map(|range| range.ids.iter().map(|id| id.0))
+            .collect()
+    }
+
     /// Gives up the frontends and names that a Service does not want any more.
     fn let_go(&mut self, name: &ServiceName, sets: &[BackendSet]) {
         let wanted: BTreeSet<_> = sets.iter().flat_map(|set| set.frontends.iter()).collect();
@@ -282,7 +316,10 @@ impl Table {
                 base,
                 count,
                 affinity_s: set.affinity_s,
-                flags: 0,
+                flags: match set.least_connections {
+                    true => FRONTEND_LEAST_CONNECTIONS,
+                    false => 0,
+                },
             };
             if old.is_some_and(|old| {
                 FrontendValue {

@@ -6,14 +6,18 @@
 
 use std::fmt::Write as _;
 
+use gantry_api::proto::{ProgrammedBackend, ProgrammedService};
+
 use super::sample::{PodSample, Sample};
 use crate::cgroups::stats::{Pressure, Stats};
+use crate::services::index::{ip_of, parse_address};
+use crate::services::shown::Fill;
 
 /// The content type of the answer.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// What the agent counts itself.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct AgentFigures {
     /// Evictions since the agent's start.
     pub evictions: u64,
@@ -23,6 +27,12 @@ pub struct AgentFigures {
     pub resident_bytes: u64,
     /// Revision of the view in force.
     pub revision: u64,
+    /// Sockets ended because their backend had gone.
+    pub sockets_ended: u64,
+    /// How full the maps of Services are.
+    pub fill: Vec<Fill>,
+    /// Services as they are programmed, with what each backend was used for.
+    pub services: Vec<ProgrammedService>,
 }
 
 /// One family: its header and lines.
@@ -205,6 +215,7 @@ pub fn render(sample: &Sample, agent: &AgentFigures) -> String {
     pods(&mut text, sample);
     network(&mut text, sample);
     node(&mut text, sample, agent);
+    services(&mut text, agent);
     text
 }
 
@@ -264,7 +275,7 @@ fn network(text: &mut String, sample: &Sample) {
 
 fn node(text: &mut String, sample: &Sample, agent: &AgentFigures) {
     let containers: usize = sample.pods.iter().map(|pod| pod.containers.len()).sum();
-    let single: [(&'static str, &str, &str, f64); 7] = [
+    let single: [(&'static str, &str, &str, f64); 8] = [
         (
             "node_cpu_usage_seconds_total",
             "counter",
@@ -307,6 +318,12 @@ fn node(text: &mut String, sample: &Sample, agent: &AgentFigures) {
             "Revision of the control plane's state that is in force on this node.",
             agent.revision as f64,
         ),
+        (
+            "gantry_sockets_ended_total",
+            "counter",
+            "Sockets that were ended because their backend had gone.",
+            agent.sockets_ended as f64,
+        ),
     ];
     for (name, kind, help, value) in single {
         family(text, name, kind, help).line(&[], value);
@@ -315,6 +332,62 @@ fn node(text: &mut String, sample: &Sample, agent: &AgentFigures) {
     let mut pressure = family(text, "gantry_node_pressure", "gauge", help);
     for (name, is) in ["memory", "disk", "pids"].into_iter().zip(agent.pressures) {
         pressure.line(&[("resource", name)], f64::from(u8::from(is)));
+    }
+}
+
+/// Backends that were never used are left out: there may be many.
+fn services(text: &mut String, agent: &AgentFigures) {
+    let help = "Share of a map of Services that is used.";
+    let mut fill = family(text, "gantry_service_map_used_ratio", "gauge", help);
+    for one in &agent.fill {
+        let ratio = f64::from(one.used) / f64::from(one.limit.max(1));
+        fill.line(&[("map", one.map)], ratio);
+    }
+    let help = "Connections of this node that went to a backend, since it was programmed.";
+    backends(
+        text,
+        "gantry_service_backend_connections_total",
+        "counter",
+        help,
+        agent,
+        |b| b.chosen,
+    );
+    let help = "Sockets of this node connected to a backend, where its Service counts them.";
+    backends(
+        text,
+        "gantry_service_backend_open_connections",
+        "gauge",
+        help,
+        agent,
+        |b| b.connections,
+    );
+}
+
+fn backends(
+    text: &mut String,
+    name: &'static str,
+    kind: &str,
+    help: &str,
+    agent: &AgentFigures,
+    value: impl Fn(&ProgrammedBackend) -> u64,
+) {
+    let mut family = family(text, name, kind, help);
+    for service in &agent.services {
+        for backend in service.backends.iter().filter(|backend| value(backend) > 0) {
+            let place = match parse_address(&backend.address) {
+                Some(addr) => format!("{}:{}", ip_of(&addr), backend.port),
+                None => continue,
+            };
+            let protocol = if backend.protocol == 17 { "udp" } else { "tcp" };
+            let labels = [
+                ("namespace", service.namespace.as_str()),
+                ("service", &service.name),
+                ("backend", &place),
+                ("protocol", protocol),
+                ("pod", &backend.pod),
+            ];
+            family.line(&labels, value(backend) as f64);
+        }
     }
 }
 

@@ -16,6 +16,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::Collector;
+use futures_util::future::BoxFuture;
+
 use super::metrics::{self, AgentFigures};
 
 /// Requests at a time; more wait.
@@ -26,7 +28,7 @@ const HEAD_BYTES_MAX: usize = 8 << 10;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Gives the agent's own figures.
-pub type Figures = Arc<dyn Fn() -> AgentFigures + Send + Sync>;
+pub type Figures = Arc<dyn Fn() -> BoxFuture<'static, AgentFigures> + Send + Sync>;
 
 /// Listens at `path`, replacing what an earlier agent left there.
 pub fn listen(path: &Path) -> std::io::Result<UnixListener> {
@@ -100,7 +102,7 @@ async fn answer(
     let (status, body) = match path(&text) {
         Some("/metrics" | "/metrics/cadvisor" | "/metrics/resource") => {
             let sample = collector.sample().await;
-            ("200 OK", metrics::render(&sample, &figures()))
+            ("200 OK", metrics::render(&sample, &figures().await))
         }
         Some("/healthz") => ("200 OK", "ok".to_owned()),
         Some(_) => ("404 Not Found", "want /metrics or /healthz\n".to_owned()),
@@ -154,9 +156,11 @@ mod tests {
         let path = directory.path().join("metrics.sock");
         let paths = Paths::standard("/nowhere".into());
         let collector = Collector::new("n".into(), cgroups, paths);
-        let figures: Figures = Arc::new(|| AgentFigures {
-            evictions: 3,
-            ..AgentFigures::default()
+        let figures: Figures = Arc::new(|| {
+            Box::pin(std::future::ready(AgentFigures {
+                evictions: 3,
+                ..AgentFigures::default()
+            }))
         });
         let shutdown = CancellationToken::new();
         std::fs::write(&path, "left by an earlier agent").unwrap();

@@ -338,11 +338,7 @@ pub static SERVICE_SPEC: &[Rule] = &[
     yes("selector"),
     yes("sessionAffinity"),
     yes("sessionAffinityConfig"),
-    warn(
-        "trafficDistribution",
-        &[],
-        "every ready endpoint gets traffic",
-    ),
+    yes("trafficDistribution"),
     warn(
         "type",
         &["\"ClusterIP\"", "\"ExternalName\""],

@@ -31,6 +31,7 @@ mod rollout;
 mod run;
 mod scale;
 mod streams;
+mod svc;
 mod top;
 mod version;
 mod wait;
@@ -103,6 +104,9 @@ enum Verb {
     /// Show what nodes and pods use now
     #[command(subcommand)]
     Top(top::Top),
+    /// Services as nodes have them programmed
+    #[command(subcommand)]
+    Svc(svc::Svc),
     /// Follow or restart a rollout
     #[command(subcommand)]
     Rollout(rollout::Rollout),
@@ -167,6 +171,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::PortForward(verb) => verb.run(&global).await.map(done),
         Verb::Scale(verb) => verb.run(&global).await.map(done),
         Verb::Images(verb) => verb.run(&global).await,
+        Verb::Svc(verb) => verb.run(&global).await.map(done),
         Verb::Top(verb) => verb.run(&global).await.map(done),
         Verb::Rollout(verb) => verb.run(&global).await.map(done),
         Verb::Events(verb) => verb.run(&global).await.map(done),

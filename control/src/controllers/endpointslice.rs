@@ -13,7 +13,7 @@
 //! planning what was just planned changes nothing; endpoints stay in the slice where they are, so
 //! one pod's change writes one slice.
 //!
-//! Source: Kubernetes `staging/src/k8s.io/endpointslice/reconciler.go`.
+//! Source: Kubernetes `staging/src/k8s.io/endpointslice/reconciler.go` and `trafficdist`.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::{ObjectReference, Pod, Service, ServicePort};
 use gantry_api::k8s_openapi::api::discovery::v1::{
-    Endpoint, EndpointConditions, EndpointPort, EndpointSlice,
+    Endpoint, EndpointConditions, EndpointHints, EndpointPort, EndpointSlice, ForNode, ForZone,
 };
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use gantry_api::k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -211,15 +211,22 @@ fn endpoint_of(
     let hostname = pod_spec.and_then(|spec| spec.hostname.clone());
     let named = subdomain.is_some() && subdomain == service.metadata.name.as_ref();
     let node = pods::node(pod).map(str::to_owned);
+    let zone = node.as_ref().and_then(|node| zones.get(node)).cloned();
+    let ready = unready_too || (serving && !terminating);
+    let distribution = spec.and_then(|spec| spec.traffic_distribution.as_deref());
+    let hints = distribution.filter(|_| ready);
+    let hints =
+        hints.and_then(|distribution| hints_of(distribution, node.as_deref(), zone.as_deref()));
     Endpoint {
         addresses: vec![address],
+        hints,
         conditions: Some(EndpointConditions {
-            ready: Some(unready_too || (serving && !terminating)),
+            ready: Some(ready),
             serving: Some(serving),
             terminating: Some(terminating),
         }),
         hostname: hostname.filter(|hostname| named && !hostname.is_empty()),
-        zone: node.as_ref().and_then(|node| zones.get(node)).cloned(),
+        zone,
         node_name: node,
         target_ref: Some(ObjectReference {
             kind: Some("Pod".to_owned()),
@@ -230,6 +237,24 @@ fn endpoint_of(
         }),
         ..Endpoint::default()
     }
+}
+
+/// Whose clients should get a ready endpoint. Nothing where it is not known: then nobody's traffic
+/// is kept close, see the agents' `services::index`.
+fn hints_of(distribution: &str, node: Option<&str>, zone: Option<&str>) -> Option<EndpointHints> {
+    let for_zones = zone.map(|name| vec![ForZone { name: name.into() }]);
+    let hints = match distribution {
+        "PreferClose" | "PreferSameZone" => EndpointHints {
+            for_zones,
+            for_nodes: None,
+        },
+        "PreferSameNode" => EndpointHints {
+            for_zones,
+            for_nodes: node.map(|name| vec![ForNode { name: name.into() }]),
+        },
+        _ => return None,
+    };
+    (hints != EndpointHints::default()).then_some(hints)
 }
 
 /// A slice while its family is being planned.

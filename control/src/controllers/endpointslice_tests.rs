@@ -253,3 +253,38 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn hints_follow_the_distribution_and_only_ready_endpoints_have_them() {
+    let zones = HashMap::from([("n1".to_owned(), "z1".to_owned())]);
+    let hints = |distribution: Option<&str>, ready, zones: &HashMap<String, String>| {
+        let mut service = service(&["IPv4"]);
+        service.spec.as_mut().unwrap().traffic_distribution = distribution.map(str::to_owned);
+        let plan = plan(&service, &[pod(1, 8080, ready)], &[], zones);
+        let hints = plan.create[0].endpoints.as_ref().unwrap()[0].hints.clone();
+        let hints = hints.unwrap_or_default();
+        let zones = hints.for_zones.into_iter().flatten().map(|zone| zone.name);
+        let nodes = hints.for_nodes.into_iter().flatten().map(|node| node.name);
+        (zones.collect::<Vec<_>>(), nodes.collect::<Vec<_>>())
+    };
+    let none: (Vec<String>, Vec<String>) = Default::default();
+    assert_eq!(hints(None, true, &zones), none);
+    let zone = (vec!["z1".to_owned()], vec![]);
+    assert_eq!(hints(Some("PreferClose"), true, &zones), zone);
+    assert_eq!(hints(Some("PreferSameZone"), true, &zones), zone);
+    assert_eq!(
+        hints(Some("PreferSameZone"), false, &zones),
+        none,
+        "not ready"
+    );
+    let node = (vec!["z1".to_owned()], vec!["n1".to_owned()]);
+    assert_eq!(hints(Some("PreferSameNode"), true, &zones), node);
+    let nowhere = HashMap::new();
+    assert_eq!(
+        hints(Some("PreferSameZone"), true, &nowhere),
+        none,
+        "no zone known"
+    );
+    let node = (vec![], vec!["n1".to_owned()]);
+    assert_eq!(hints(Some("PreferSameNode"), true, &nowhere), node);
+}

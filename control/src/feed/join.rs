@@ -18,6 +18,7 @@ use bytes::Bytes;
 use gantry_api::k8s_openapi::api::core::v1 as core;
 use gantry_api::k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use gantry_api::proto;
+use gantry_api::validation;
 
 use crate::controllers::pods;
 
@@ -61,6 +62,8 @@ pub(super) struct EndpointFacts {
     hostname: String,
     node: String,
     zone: String,
+    zone_hints: Vec<String>,
+    node_hints: Vec<String>,
 }
 
 /// What the join needs of an EndpointSlice.
@@ -168,6 +171,7 @@ pub(super) fn service(service: &core::Service) -> proto::Service {
             .collect(),
         load_balancer_ips: balancer_ips.filter_map(address_bytes).collect(),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
+        least_connections: validation::least_connections(service),
     }
 }
 
@@ -224,12 +228,17 @@ fn endpoint_facts(
     } else {
         proto::backend::State::Serving // absent means ready
     };
+    let hints = endpoint.hints.clone().unwrap_or_default();
+    let zone_hints = hints.for_zones.into_iter().flatten();
+    let node_hints = hints.for_nodes.into_iter().flatten();
     let facts = EndpointFacts {
         address: address_bytes(address)?,
         state,
         hostname: endpoint.hostname.clone().unwrap_or_default(),
         node: endpoint.node_name.clone().unwrap_or_default(),
         zone: endpoint.zone.clone().unwrap_or_default(),
+        zone_hints: zone_hints.map(|zone| zone.name).collect(),
+        node_hints: node_hints.map(|node| node.name).collect(),
     };
     let pod = endpoint
         .target_ref
@@ -271,6 +280,8 @@ pub(super) fn backend(
         hostname: first.hostname.clone(),
         node: first.node.clone(),
         zone: first.zone.clone(),
+        zone_hints: first.zone_hints.clone(),
+        node_hints: first.node_hints.clone(),
         ..Default::default()
     };
     match id {
@@ -495,6 +506,7 @@ impl NodeFacts {
         (!self.pod_cidr.is_empty()).then(|| proto::NodeRoute {
             pod_cidr: self.pod_cidr.clone(),
             addresses: self.addresses.clone(),
+            zone: self.zone.clone(),
         })
     }
 }

@@ -1,4 +1,5 @@
-//! What nodes and pods use, for `gantry top`: every agent is asked on its own stream, side by side.
+//! What nodes and pods use, for `gantry top`, and which Services nodes have programmed, for `gantry svc`:
+//! every agent is asked on its own stream, side by side.
 
 use std::time::Duration;
 
@@ -9,13 +10,18 @@ use gantry_api::proto::open_tunnel::Target;
 use gantry_api::proto::{stats_server, tunnel_up};
 use gantry_api::quantity::Quantity;
 use gantry_api::status::Status;
+use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response};
 
 use super::Feed;
 
 /// An agent takes a second for its rates, and a reading.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Parts of answers on their way to the one who asked.
+const PARTS: usize = 4;
 
 /// The `Stats` service.
 pub struct NodeStats {
@@ -25,6 +31,12 @@ pub struct NodeStats {
 impl NodeStats {
     pub(super) fn new(feed: Feed) -> Self {
         Self { feed }
+    }
+
+    fn nodes(&self, wanted: &str) -> Result<Vec<Node>, Status> {
+        let (_, mut nodes) = self.feed.inner.registry.list::<Node>(None)?;
+        nodes.retain(|n| wanted.is_empty() || n.metadata.name.as_deref() == Some(wanted));
+        Ok(nodes)
     }
 
     async fn ask(&self, node: &Node) -> Result<proto::NodeUsage, Status> {
@@ -49,6 +61,43 @@ impl NodeStats {
     }
 }
 
+/// Passes on the parts of one node's answer.
+async fn pass_on_services(
+    feed: Feed,
+    node: String,
+    request: proto::ServicesRequest,
+    parts: mpsc::Sender<Result<proto::NodeServices, tonic::Status>>,
+) {
+    let passed = async {
+        let target = Target::Services(request);
+        let mut tunnel = feed.inner.open_tunnel(&node, "", target).await?;
+        loop {
+            let answer = timeout(ANSWER_TIMEOUT, tunnel.up.message()).await;
+            let answer = answer.map_err(|_| Status::timeout("no answer in 10 s"))?;
+            let Ok(Some(proto::TunnelUp {
+                message: Some(tunnel_up::Message::Services(mut part)),
+            })) = answer
+            else {
+                return Err(Status::unavailable("the agent has not answered to the end"));
+            };
+            node.clone_into(&mut part.node);
+            let is_last = part.last;
+            if parts.send(Ok(part)).await.is_err() || is_last {
+                return Ok::<_, Status>(()); // nobody listens any more, or all is said
+            }
+        }
+    };
+    if let Err(status) = passed.await {
+        let part = proto::NodeServices {
+            node,
+            error: status.message,
+            last: true,
+            ..Default::default()
+        };
+        let _ = parts.send(Ok(part)).await;
+    }
+}
+
 /// What pods may ask for of the node.
 fn fill_in(usage: &mut proto::NodeUsage, node: &Node) {
     let allocatable = node.status.as_ref().and_then(|s| s.allocatable.as_ref());
@@ -60,13 +109,34 @@ fn fill_in(usage: &mut proto::NodeUsage, node: &Node) {
 
 #[tonic::async_trait]
 impl stats_server::Stats for NodeStats {
+    type ServicesStream = ReceiverStream<Result<proto::NodeServices, tonic::Status>>;
+
+    async fn services(
+        &self,
+        request: Request<proto::ServicesRequest>,
+    ) -> Result<Response<Self::ServicesStream>, tonic::Status> {
+        let request = request.into_inner();
+        let nodes = self.nodes(&request.node)?;
+        if nodes.is_empty() && !request.node.is_empty() {
+            return Err(tonic::Status::not_found(format!(
+                "no node {}",
+                request.node
+            )));
+        }
+        let (parts, stream) = mpsc::channel(PARTS);
+        for node in nodes {
+            let name = node.metadata.name.unwrap_or_default();
+            let (feed, request, parts) = (self.feed.clone(), request.clone(), parts.clone());
+            tokio::spawn(pass_on_services(feed, name, request, parts));
+        }
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
     async fn usage(
         &self,
         request: Request<proto::UsageRequest>,
     ) -> Result<Response<proto::UsageReply>, tonic::Status> {
-        let wanted = request.into_inner().node;
-        let (_, mut nodes) = self.feed.inner.registry.list::<Node>(None)?;
-        nodes.retain(|n| wanted.is_empty() || n.metadata.name.as_deref() == Some(&*wanted));
+        let nodes = self.nodes(&request.into_inner().node)?;
         let answers = join_all(nodes.iter().map(|node| self.ask(node))).await;
         let mut reply = proto::UsageReply::default();
         for (node, answer) in nodes.iter().zip(answers) {

@@ -25,7 +25,7 @@ pub mod policy;
 pub mod services;
 
 /// Version of the layouts in this crate; part of the directory in which maps are pinned.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// A marker for types that may be copied to and from a map as bytes.
 macro_rules! plain_old_data {

@@ -44,6 +44,9 @@ pub const BACKEND_IN_USE: u8 = 1;
 /// `BackendValue::state`: it has left every slot; no affinity may bring it back.
 pub const BACKEND_RETIRED: u8 = 2;
 
+/// `FrontendValue::flags`: of two backends the one with fewer connections of this node is chosen.
+pub const FRONTEND_LEAST_CONNECTIONS: u32 = 0x100;
+
 /// `AffinityKey::kind`: the client is a network namespace, so a pod (or the node itself).
 pub const AFFINITY_NETNS: u32 = 0;
 /// `AffinityKey::kind`: the client is one unconnected UDP socket.
@@ -126,7 +129,7 @@ pub struct FrontendValue {
     pub count: u32,
     /// Session affinity by client for so many seconds; 0: none.
     pub affinity_s: u32,
-    /// None defined yet.
+    /// [`FRONTEND_LEAST_CONNECTIONS`] or 0.
     pub flags: u32,
 }
 
@@ -154,6 +157,16 @@ pub struct BackendValue {
     pub _pad: u32,
 }
 
+/// Value of `TRAFFIC`, whose key is a backend's id: what this node's programs did with it.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct TrafficValue {
+    /// Sockets connected to it now, where its Service counts them.
+    pub connections: u64,
+    /// Connects, and unconnected sends, that were translated to it.
+    pub chosen: u64,
+}
+
 /// Value of `PEERS`, whose key is the cookie of a connected socket: it has one peer.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -165,7 +178,9 @@ pub struct PeerValue {
     /// The backend's port, network order.
     pub backend_port_be: u16,
     /// Always 0.
-    pub _pad: [u16; 3],
+    pub _pad: u16,
+    /// The backend whose element of `TRAFFIC` counts this socket; 0: none does.
+    pub backend_id: u32,
 }
 
 /// Key of `REVERSE_NAT`: a socket without a connection, and one of the backends it talks to.
@@ -246,6 +261,9 @@ const _: () = {
     // An element of a memory-mapped array starts at a multiple of 8 bytes.
     assert!(size_of::<BackendValue>().is_multiple_of(8));
 
+    assert!(size_of::<TrafficValue>() == 16);
+    assert!(offset_of!(TrafficValue, chosen) == 8);
+
     assert!(size_of::<ReverseKey>() == 32);
     assert!(offset_of!(ReverseKey, addr) == 8);
     assert!(offset_of!(ReverseKey, port_be) == 24);
@@ -259,6 +277,7 @@ const _: () = {
     assert!(offset_of!(PeerValue, frontend) == 16);
     assert!(offset_of!(PeerValue, backend_port_be) == 40);
     assert!(offset_of!(PeerValue, _pad) == 42);
+    assert!(offset_of!(PeerValue, backend_id) == 44);
 
     assert!(size_of::<AffinityKey>() == 16);
     assert!(offset_of!(AffinityKey, service_id) == 8);
@@ -273,6 +292,7 @@ plain_old_data!(
     FrontendKey,
     FrontendValue,
     BackendValue,
+    TrafficValue,
     ReverseKey,
     ReverseValue,
     PeerValue,

@@ -18,6 +18,7 @@
 //! service hooks untouched; a packet is never dropped without a reason that is counted.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod conntrack;
 mod device;

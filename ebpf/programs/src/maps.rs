@@ -1,6 +1,8 @@
 //! The maps. The agent pins all of them, so their contents outlive it; see `ebpf_maps` for what
 //! the rows mean and who writes them.
 
+use core::arch::asm;
+
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
@@ -16,6 +18,7 @@ use ebpf_maps::services::{
     AFFINITY_COUNT_MAX, Addr, AffinityKey, AffinityValue, BACKEND_COUNT, BackendValue,
     FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, NODE_ADDRESS_COUNT_MAX, PEER_COUNT_MAX,
     PeerValue, REVERSE_COUNT_MAX, ReverseKey, ReverseValue, SLOT_COUNT, SLOTS_PER_ELEMENT,
+    TrafficValue,
 };
 
 use crate::work::Work;
@@ -45,6 +48,11 @@ pub static NODE_ADDRESSES: HashMap<Addr, u32> =
 /// remove the entry with its socket.
 #[map]
 pub static PEERS: HashMap<u64, PeerValue> = HashMap::with_max_entries(PEER_COUNT_MAX, 0);
+
+/// What was done with each backend, by its id. The programs add and subtract; the agent reads, clears
+/// it for a new backend, and repairs counts of connections whose end they could not see.
+#[map]
+pub static TRAFFIC: Array<TrafficValue> = Array::with_max_entries(BACKEND_COUNT, BPF_F_MMAPABLE);
 
 /// Which frontend an unconnected datagram went through. Written by the programs only.
 #[map]
@@ -123,6 +131,18 @@ pub static DEVICE_EXEMPT: HashMap<u64, u32> =
 #[map]
 pub static DEVICE_RULES: HashMap<DeviceRuleKey, u32> =
     HashMap::with_max_entries(DEVICE_RULE_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// Adds to a word of a map that programs of other CPUs add to at the same time. Rust has no atomic
+/// addition for a target without compare-and-swap; alone, without a result, it is an instruction of
+/// every kernel.
+///
+/// # Safety
+/// `word` is 8 bytes of a map's element, aligned, and was checked by a lookup.
+#[inline(always)]
+pub unsafe fn add(word: *mut u64, change: i64) {
+    // SAFETY: the caller's promise.
+    unsafe { asm!("lock *(u64 *)({} + 0) += {}", in(reg) word, in(reg) change) }
+}
 
 /// Adds one to a counter of this CPU.
 #[inline(always)]

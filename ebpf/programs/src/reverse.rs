@@ -9,6 +9,8 @@
 //!  unconnected sends ──► REVERSE_NAT[cookie, backend]   the least recently used go first
 //! ```
 
+use core::ptr::addr_of_mut;
+
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::programs::{SockAddrContext, SockContext};
@@ -16,13 +18,21 @@ use ebpf_maps::counter;
 use ebpf_maps::services::{Addr, BackendValue, PeerValue, ReverseKey, ReverseValue};
 
 use crate::PASS;
-use crate::maps::{PEERS, REVERSE_NAT, count};
+use crate::maps::{BACKENDS, PEERS, REVERSE_NAT, TRAFFIC, add, count};
 use crate::service::Call;
 use crate::socket::Peer;
 
 /// Notes that this socket reached `backend` by the name of `peer`.
+///
+/// * `counted` – the backend's id if its connections are counted, else 0.
 #[inline(always)]
-pub fn remember(ctx: &SockAddrContext, peer: &Peer, backend: &BackendValue, call: Call) {
+pub fn remember(
+    ctx: &SockAddrContext,
+    peer: &Peer,
+    backend: &BackendValue,
+    counted: u32,
+    call: Call,
+) {
     // SAFETY: the helper takes this hook's context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     let frontend = ReverseValue {
@@ -36,11 +46,16 @@ pub fn remember(ctx: &SockAddrContext, peer: &Peer, backend: &BackendValue, call
             backend: backend.addr,
             frontend,
             backend_port_be: backend.port_be,
-            _pad: [0; 3],
+            _pad: 0,
+            backend_id: counted,
         };
+        if counted != 0 {
+            uncount(cookie); // a datagram socket may connect again
+        }
         // Full: more connections than elements, or sockets that ended without sock_release (MPTCP's
         // subflows do).
         if PEERS.insert(&cookie, &value, 0).is_ok() {
+            count_connection(counted, 1);
             return;
         }
     }
@@ -87,7 +102,36 @@ pub fn forget(ctx: &SockContext) {
     // SAFETY: the helper takes this hook's context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
     // Not found is the common case: most sockets never met a Service.
+    uncount(cookie);
     let _ = PEERS.remove(&cookie);
+}
+
+/// Takes a socket out of the count that it is in.
+#[inline(always)]
+fn uncount(cookie: u64) {
+    // SAFETY: the element is this socket's own, and only its end frees it.
+    let Some(value) = (unsafe { PEERS.get(&cookie) }) else {
+        return;
+    };
+    // Its id may be another backend's by now, which was never connected to.
+    let Some(backend) = BACKENDS.get(value.backend_id) else {
+        return;
+    };
+    if backend.port_be == value.backend_port_be && equal(&backend.addr, &value.backend) {
+        count_connection(value.backend_id, -1);
+    }
+}
+
+/// Changes the count of a backend; id 0 is none.
+#[inline(always)]
+fn count_connection(backend_id: u32, change: i64) {
+    if backend_id == 0 {
+        return;
+    }
+    if let Some(traffic) = TRAFFIC.get_ptr_mut(backend_id) {
+        // SAFETY: the lookup checked the element; its fields are words.
+        unsafe { add(addr_of_mut!((*traffic).connections), change) }
+    }
 }
 
 #[inline(always)]

@@ -1,12 +1,15 @@
 //! From a frontend to one of its backends, at connect() and at unconnected sends. `translate` does
 //! the same for packets, with the lookups and the choice of this file.
 //!
+//! The choice is random; a Service may ask for the backend with fewer connections of this node, of two
+//! random ones: that finds a slow one without knowing why, and herds nobody to the idlest.
+//!
 //! A frontend without backends is refused at once: ECONNREFUSED where `bpf_set_retval` exists for
-//! these hooks (Linux 6.1), else EPERM. The choice is random; a Service with affinity remembers it
+//! these hooks (Linux 6.1), else EPERM. A Service with affinity remembers its choice
 //! per network namespace (a pod has one address per family, so that is its "client IP" before the
 //! packet exists), an unconnected UDP socket per socket, as conntrack would.
 
-use core::ptr::{addr_of, read_volatile};
+use core::ptr::{addr_of, addr_of_mut, read_volatile};
 
 use aya_ebpf::EbpfContext;
 use aya_ebpf::helpers::{
@@ -17,11 +20,11 @@ use aya_ebpf::programs::SockAddrContext;
 use ebpf_maps::counter;
 use ebpf_maps::services::{
     AFFINITY_NETNS, AFFINITY_SOCKET, Addr, AffinityKey, AffinityValue, BACKEND_IN_USE,
-    BackendValue, FrontendKey, FrontendValue, SCOPE_ADDRESS, SCOPE_NODE_PORT, SLOTS_PER_ELEMENT,
-    UDP_STICKY_S, is_v4_mapped, v4_mapped,
+    BackendValue, FRONTEND_LEAST_CONNECTIONS, FrontendKey, FrontendValue, SCOPE_ADDRESS,
+    SCOPE_NODE_PORT, SLOTS_PER_ELEMENT, UDP_STICKY_S, is_v4_mapped, v4_mapped,
 };
 
-use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, NODE_ADDRESSES, SLOTS, count};
+use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, NODE_ADDRESSES, SLOTS, TRAFFIC, add, count};
 use crate::socket::Peer;
 use crate::{PASS, REFUSE, reverse};
 
@@ -51,6 +54,15 @@ pub struct Frontend {
     pub service_id: u32,
     /// See `FrontendValue::affinity_s`.
     pub affinity_s: u32,
+    flags: u32,
+}
+
+impl Frontend {
+    /// Its connections are counted.
+    #[inline(always)]
+    fn is_counted(&self) -> bool {
+        self.flags & FRONTEND_LEAST_CONNECTIONS != 0
+    }
 }
 
 /// Translates the peer if it is a frontend; `set` writes it back in the hook's family.
@@ -72,9 +84,11 @@ pub fn forward(
                 count(counter::NO_BACKEND);
                 return refuse();
             }
-            if let Some(backend) = choose(ctx, &frontend, call) {
+            if let Some((id, backend)) = choose(ctx, &frontend, call) {
                 count(counter::TRANSLATED);
-                reverse::remember(ctx, &peer, backend, call);
+                count_chosen(id);
+                let counted = if frontend.is_counted() { id } else { 0 };
+                reverse::remember(ctx, &peer, backend, counted, call);
                 set(ctx, &backend.addr, backend.port_be);
                 log(ctx, frontend.service_id, backend);
                 return PASS;
@@ -122,14 +136,16 @@ pub fn frontend_of(peer: &Peer) -> Option<(FrontendKey, *const FrontendValue)> {
 pub fn read_frontend(key: &FrontendKey, value: *const FrontendValue) -> Option<Frontend> {
     // SAFETY: the lookup checked the pointer; the element stays mapped while the program runs.
     // base and count are 8-byte aligned neighbours (asserted in ebpf_maps).
-    let (range, service_id, affinity_s, check) = unsafe {
+    let (range, service_id, affinity_s, flags, check) = unsafe {
         let range = read_volatile(addr_of!((*value).base).cast::<[u32; 2]>().cast::<u64>());
         let service_id = read_volatile(addr_of!((*value).service_id));
         let affinity_s = read_volatile(addr_of!((*value).affinity_s));
+        let flags = read_volatile(addr_of!((*value).flags));
         (
             range,
             service_id,
             affinity_s,
+            flags,
             read_volatile(addr_of!((*value).check)),
         )
     };
@@ -142,6 +158,7 @@ pub fn read_frontend(key: &FrontendKey, value: *const FrontendValue) -> Option<F
         count,
         service_id,
         affinity_s,
+        flags,
     })
 }
 
@@ -157,13 +174,17 @@ fn words(pair: u64) -> [u32; 2] {
 
 /// A backend for this call; none if a slot is broken or belongs to another Service by now.
 #[inline(always)]
-fn choose(ctx: &SockAddrContext, frontend: &Frontend, call: Call) -> Option<&'static BackendValue> {
+fn choose(
+    ctx: &SockAddrContext,
+    frontend: &Frontend,
+    call: Call,
+) -> Option<(u32, &'static BackendValue)> {
     let (kind, timeout_s) = if frontend.affinity_s != 0 {
         (AFFINITY_NETNS, frontend.affinity_s)
     } else if call == Call::Send && frontend.count > 1 {
         (AFFINITY_SOCKET, UDP_STICKY_S)
     } else {
-        return choose_any(frontend).map(|(_, backend)| backend);
+        return choose_any(frontend);
     };
     // SAFETY: both helpers take this hook's context.
     let client = unsafe {
@@ -173,7 +194,7 @@ fn choose(ctx: &SockAddrContext, frontend: &Frontend, call: Call) -> Option<&'st
             bpf_get_socket_cookie(ctx.as_ptr())
         }
     };
-    choose_for(frontend, kind, client, timeout_s).map(|(_, backend)| backend)
+    choose_for(frontend, kind, client, timeout_s)
 }
 
 /// The backend that this client had within so many seconds, else any; and its id.
@@ -218,15 +239,34 @@ pub fn choose_for(
     Some((backend_id, backend))
 }
 
-/// A random backend of the frontend.
+/// A random backend of the frontend, or the one with fewer connections of two.
 #[inline(always)]
 pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
     // SAFETY: takes nothing, returns a number.
     let random = unsafe { bpf_get_prandom_u32() };
     // checked_rem: the verifier must see that no division by zero can panic.
-    let slot = frontend
-        .base
-        .wrapping_add(random.checked_rem(frontend.count)?);
+    let first = random.checked_rem(frontend.count)?;
+    let one = backend_at(frontend, first)?;
+    if !frontend.is_counted() || frontend.count < 2 {
+        return Some(one);
+    }
+    // SAFETY: as above.
+    let step = unsafe { bpf_get_prandom_u32() }.checked_rem(frontend.count.wrapping_sub(1))?;
+    let second = first
+        .wrapping_add(step)
+        .wrapping_add(1)
+        .checked_rem(frontend.count)?;
+    let other = backend_at(frontend, second)?;
+    Some(if connections(other.0) < connections(one.0) {
+        other
+    } else {
+        one
+    })
+}
+
+#[inline(always)]
+fn backend_at(frontend: &Frontend, number: u32) -> Option<(u32, &'static BackendValue)> {
+    let slot = frontend.base.wrapping_add(number);
     let pair = SLOTS.get(slot / SLOTS_PER_ELEMENT)?;
     let [even, odd] = *pair;
     let id = if slot % SLOTS_PER_ELEMENT == 0 {
@@ -236,6 +276,24 @@ pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
     };
     let backend = BACKENDS.get(id)?;
     (backend.service_id == frontend.service_id).then_some((id, backend))
+}
+
+#[inline(always)]
+fn count_chosen(id: u32) {
+    if let Some(traffic) = TRAFFIC.get_ptr_mut(id) {
+        // SAFETY: the lookup checked the element; its fields are words.
+        unsafe { add(addr_of_mut!((*traffic).chosen), 1) }
+    }
+}
+
+/// Sockets of this node that are connected to a backend. Below zero (a repair met a close) is none.
+#[inline(always)]
+fn connections(id: u32) -> i64 {
+    match TRAFFIC.get_ptr(id) {
+        // SAFETY: the lookup checked the pointer; other programs add to it at the same time.
+        Some(traffic) => unsafe { read_volatile(addr_of!((*traffic).connections)) as i64 }.max(0),
+        None => 0,
+    }
 }
 
 /// The backend of an affinity if the Service still sends to it.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use aya::maps::{Map, MapData};
-use ebpf_maps::services::{FrontendKey, FrontendValue, PEER_COUNT_MAX, PeerValue};
+use ebpf_maps::services::{FrontendKey, FrontendValue, PEER_COUNT_MAX, PeerValue, TrafficValue};
 use gantry_api::proto;
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
@@ -95,12 +95,21 @@ impl Bed {
                 members.write_all(tid.as_bytes()).unwrap();
                 unshare(CloneFlags::CLONE_NEWNET).unwrap();
                 loopback_up();
+                self.show_namespace(&tid);
                 f()
             });
             thread
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
+    }
+
+    /// Where the agent looks for the namespaces of its pods.
+    fn show_namespace(&self, tid: &str) {
+        let pod = self.paths.run.join(format!("pods/thread-{tid}/ns"));
+        fs::create_dir_all(&pod).unwrap();
+        let own = format!("/proc/self/task/{tid}/ns/net");
+        std::os::unix::fs::symlink(own, pod.join("net")).unwrap();
     }
 
     /// What FRONTENDS holds, read through its pin.
@@ -118,6 +127,16 @@ impl Bed {
     /// Entries of PEERS.
     pub(super) fn peers(&self) -> usize {
         self.peers_map().keys().count()
+    }
+
+    /// Connections and choices in TRAFFIC, summed over the first ids.
+    pub(super) fn traffic(&self) -> (i64, u64) {
+        let map = Map::Array(self.pinned("TRAFFIC"));
+        let map: aya::maps::Array<MapData, TrafficValue> = map.try_into().unwrap();
+        let all = (0..64).map(|id| map.get(&id, 0).unwrap());
+        all.fold((0, 0), |sum, of| {
+            (sum.0 + of.connections as i64, sum.1 + of.chosen)
+        })
     }
 
     /// Takes every element with cookies that no socket has.
@@ -312,6 +331,7 @@ pub(super) fn set_node(view: &mut View, address: &str) {
     let node = proto::NodeRoute {
         pod_cidr: String::new(),
         addresses: vec![octets(address).into()],
+        zone: String::new(),
     };
     Arc::make_mut(&mut view.nodes).insert("here".into(), Arc::new(node));
 }

@@ -51,6 +51,7 @@ fn backends(list: &[Arc<proto::Backend>]) -> Backends {
 fn here() -> Surroundings {
     Surroundings {
         node: "here".into(),
+        zone: "z1".into(),
         reserved: BTreeSet::new(),
     }
 }
@@ -238,6 +239,7 @@ fn the_nodes_resolver_takes_the_dns_address_from_any_service() {
     };
     let reserved = sets.iter().flat_map(|set| set.frontends.clone()).collect();
     let around = Surroundings {
+        zone: String::new(),
         node: "here".into(),
         reserved,
     };
@@ -258,4 +260,77 @@ fn addresses_survive_the_maps_form() {
         let address: IpAddr = text.parse().unwrap();
         assert_eq!(ip_of(&addr_of(address)), address);
     }
+}
+
+#[test]
+fn traffic_stays_close_as_long_as_every_serving_backend_has_a_hint() {
+    let hinted = |host: u8, state, zones: &[&str], nodes: &[&str]| {
+        let backend = endpoint(&format!("10.244.0.{host}"), 8080, state, "there");
+        Arc::new(proto::Backend {
+            zone_hints: zones.iter().map(|zone| (*zone).into()).collect(),
+            node_hints: nodes.iter().map(|node| (*node).into()).collect(),
+            ..proto::Backend::clone(&backend)
+        })
+    };
+    let s = State::Serving;
+    let (near, far) = (hinted(1, s, &["z1"], &[]), hinted(2, s, &["z2"], &[]));
+    let (own, other) = (
+        hinted(3, s, &["z1"], &["here"]),
+        hinted(4, s, &["z1"], &["there"]),
+    );
+    let (plain, leaving) = (hinted(5, s, &[], &[]), hinted(6, State::Draining, &[], &[]));
+    type Case<'a> = (&'a str, Vec<&'a Arc<proto::Backend>>, &'a [u8]);
+    let cases: [Case<'_>; 7] = [
+        ("the zone's", vec![&near, &far], &[1]),
+        ("nothing in the zone", vec![&far], &[2]),
+        ("one has no hint", vec![&near, &far, &plain], &[1, 2, 5]),
+        (
+            "a draining one needs none",
+            vec![&near, &far, &leaving],
+            &[1],
+        ),
+        ("the node's", vec![&own, &other], &[3]),
+        ("not all name a node: the zone's", vec![&other, &far], &[4]),
+        ("only draining ones are left", vec![&leaving], &[6]),
+    ];
+    let web = service(&["10.96.0.1"]);
+    for (what, list, wanted) in cases {
+        let list: Vec<_> = list.into_iter().cloned().collect();
+        let wanted: Vec<_> = wanted
+            .iter()
+            .map(|host| format!("10.244.0.{host}:8080"))
+            .collect();
+        let got = texts(&index(&web, Some(&backends(&list)), &here()).sets[0]);
+        assert_eq!(got, wanted, "{what}");
+    }
+    let nowhere = Surroundings {
+        zone: String::new(),
+        ..here()
+    };
+    let all = backends(&[near, far]);
+    assert_eq!(
+        texts(&index(&web, Some(&all), &nowhere).sets[0]).len(),
+        2,
+        "no zone is known"
+    );
+}
+
+#[test]
+fn a_local_policy_without_a_local_backend_refuses_whatever_the_hints() {
+    let mut web = service(&["10.96.0.1"]);
+    web.internal_local = true;
+    let there = backends(&[Arc::new(proto::Backend {
+        node_hints: vec!["here".into()],
+        ..proto::Backend::clone(&endpoint("10.244.0.1", 8080, State::Serving, "there"))
+    })]);
+    let indexed = index(&web, Some(&there), &here());
+    assert_eq!(indexed.sets.len(), 1);
+    assert!(indexed.sets[0].backends.is_empty() && !indexed.sets[0].frontends.is_empty());
+    let leaving = backends(&[endpoint("10.244.0.1", 8080, State::Draining, "here")]);
+    let indexed = index(&web, Some(&leaving), &here());
+    assert_eq!(
+        texts(&indexed.sets[0]),
+        ["10.244.0.1:8080"],
+        "the last local one"
+    );
 }

@@ -43,6 +43,7 @@ fn set(frontends: &[u8], backends: &[u8]) -> BackendSet {
         frontends: frontends.iter().map(|host| frontend(*host)).collect(),
         backends: backends.iter().map(|host| backend(*host)).collect(),
         affinity_s: 0,
+        least_connections: false,
     }
 }
 
@@ -62,6 +63,7 @@ impl Maps {
     fn perform(&mut self, step: &Step) {
         match step {
             Step::WriteBackend { id, value } => {
+                assert!(!self.is_held(*id), "written while it is used");
                 self.backends.insert(*id, *value);
             }
             Step::WriteSlots { base, ids } => {
@@ -79,6 +81,14 @@ impl Maps {
                 self.backends.get_mut(id).unwrap().state = BACKEND_RETIRED;
             }
         }
+    }
+
+    fn is_held(&self, id: BackendId) -> bool {
+        let mut ranges = self
+            .frontends
+            .values()
+            .flat_map(|v| v.base..v.base + v.count);
+        ranges.any(|slot| self.slots[&slot] == id)
     }
 
     /// What a program gets that holds this value: every slot, resolved as the program would.
@@ -163,6 +173,7 @@ fn a_changed_affinity_keeps_the_range() {
     table.plan(&wanted(1, vec![set(&[1], &[1, 2])]), 1, T);
     let sticky = BackendSet {
         affinity_s: 60,
+        least_connections: false,
         ..set(&[1], &[1, 2])
     };
     let plan = table.plan(&wanted(1, vec![sticky]), 2, T);
@@ -385,6 +396,7 @@ fn check_history(history: &[Change], limits: Limits) -> Result<(), TestCaseError
                         .iter()
                         .map(|(frontends, backends, affinity_s)| BackendSet {
                             affinity_s: *affinity_s,
+                            least_connections: *affinity_s % 2 == 1,
                             ..set(frontends, backends)
                         });
                     (service(*name), sets.collect())

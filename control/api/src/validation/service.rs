@@ -17,6 +17,13 @@ const CLUSTER_IPS_MAX: usize = 2;
 /// `sessionAffinityConfig.clientIP.timeoutSeconds`: one day.
 const AFFINITY_TIMEOUT_MAX_S: i32 = 86_400;
 
+/// `spec.trafficDistribution`; PreferClose is the old name of PreferSameZone.
+const DISTRIBUTIONS: &[&str] = &["PreferClose", "PreferSameNode", "PreferSameZone"];
+/// How a Service's connections are spread over its backends.
+pub(super) const LOAD_BALANCING_ANNOTATION: &str = "gantry.dev/load-balancing";
+const LEAST_CONNECTIONS: &str = "least-connections";
+const RANDOM: &str = "random";
+
 /// A Service.
 pub fn service(service: &Service) -> Vec<FieldError> {
     let path = Path::new("spec");
@@ -82,7 +89,26 @@ pub fn service(service: &Service) -> Vec<FieldError> {
             &mut errors,
         );
     }
+    let distribution = text(&spec.traffic_distribution);
+    let field = path.child("trafficDistribution");
+    one_of(&field, distribution, DISTRIBUTIONS, &mut errors);
+    let annotations = service.metadata.annotations.as_ref();
+    if let Some(value) = annotations.and_then(|a| a.get(LOAD_BALANCING_ANNOTATION)) {
+        let known = [LEAST_CONNECTIONS, RANDOM];
+        if !known.contains(&value.as_str()) {
+            let path = Path::new("metadata").child("annotations");
+            let path = path.key(LOAD_BALANCING_ANNOTATION);
+            errors.push(FieldError::not_supported(&path, value.as_str(), &known));
+        }
+    }
     errors
+}
+
+/// Whether a Service's connections go to the backend with fewer of them, of two chosen at random.
+pub fn least_connections(service: &Service) -> bool {
+    let annotations = service.metadata.annotations.as_ref();
+    let chosen = annotations.and_then(|a| a.get(LOAD_BALANCING_ANNOTATION));
+    chosen.is_some_and(|value| value == LEAST_CONNECTIONS)
 }
 
 fn external_name(spec: &ServiceSpec, path: &Path, errors: &mut Vec<FieldError>) {
@@ -304,5 +330,35 @@ fn endpoint_address(kind: &str, text: &str, path: &Path, errors: &mut Vec<FieldE
         }
         "FQDN" => each(path, text, names::dns1123_subdomain(text), errors),
         _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn unknown_ways_to_spread_connections_are_refused_by_path() {
+        let refusals = |balancing: &str, distribution: &str| {
+            let service = serde_json::from_value(json!({
+                "metadata": {"name": "s", "annotations": {LOAD_BALANCING_ANNOTATION: balancing}},
+                "spec": {"ports": [{"port": 80}], "trafficDistribution": distribution},
+            }));
+            let errors = super::service(&service.unwrap());
+            errors.iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        for distribution in DISTRIBUTIONS {
+            assert!(refusals("random", distribution).is_empty());
+        }
+        assert!(refusals("least-connections", "PreferClose").is_empty());
+        let refused = refusals("round-robin", "Nearby");
+        assert_eq!(refused.len(), 2, "{refused:?}");
+        assert!(
+            refused[0].starts_with("spec.trafficDistribution: Unsupported"),
+            "{refused:?}"
+        );
+        let path = "metadata.annotations[gantry.dev/load-balancing]: Unsupported value";
+        assert!(refused[1].starts_with(path), "{refused:?}");
     }
 }
