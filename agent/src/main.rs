@@ -13,7 +13,7 @@ use gantry_agent::devices::DevicePlugins;
 use gantry_agent::feed::node_info;
 use gantry_agent::feed::{self, Reporter};
 use gantry_agent::images::{ImageStore, Registries, drop_in, keep_disk_free};
-use gantry_agent::network::{NetworkConfig, PodNetworks};
+use gantry_agent::network::{NetworkConfig, PodNetworks, follow_uplinks};
 use gantry_agent::node::{NodeResources, flags::ResourceFlags};
 use gantry_agent::paths::Paths;
 use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
@@ -24,7 +24,7 @@ use gantry_agent::shutdown::Shutdown;
 use gantry_agent::view::View;
 use gantry_agent::volumes::csi::CsiDrivers;
 use gantry_agent::volumes::nfs;
-use gantry_agent::{check, cleanup, dns, heap, open_files, policy, run_directory};
+use gantry_agent::{check, cleanup, dns, health_check, heap, open_files, policy, run_directory};
 use gantry_agent::{shutdown, static_pods};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -300,6 +300,13 @@ async fn agent(run: Run) -> Result<()> {
         link.view.clone(),
         dataplane.clone(),
     );
+    let health_checks = health_check::run(
+        node_name.clone(),
+        host_addresses.clone(),
+        link.view.clone(),
+        shutdown.clone(),
+    );
+    let uplinks = follow_uplinks(dataplane.clone(), host_addresses.clone(), shutdown.clone());
     let unified = cgroups.layout().unified().filter(|_| cgroups.is_v2());
     let device_guard = unified.map(|root| pods::DeviceGuard {
         dataplane: dataplane.clone(),
@@ -363,6 +370,8 @@ async fn agent(run: Run) -> Result<()> {
     });
     let workers = PodWorkers::new(node, link.view.clone(), found, orders);
     tasks.spawn(workers.run(shutdown.clone()));
+    tasks.spawn(uplinks);
+    tasks.spawn(health_checks);
     tasks.spawn(follow(
         follower,
         dataplane,

@@ -11,8 +11,9 @@
 //!
 //! * [`config`] what a network is, validated; [`result`] what CNI answers, per spec version;
 //! * [`ipam`] address leases as files; [`netlink`] the kernel's links, addresses, routes, typed;
-//! * [`netns`] network namespaces by file descriptor; [`routes`] pod prefixes of other nodes.
-//! * [`sock_diag`] the sockets of a namespace, and their end.
+//! * [`netns`] network namespaces by file descriptor; [`routes`] pod prefixes of other nodes;
+//! * [`sock_diag`] the sockets of a namespace, and their end;
+//! * [`uplinks`] the node's interfaces towards the outside, and when they change.
 //!
 //! Invariants of absence: nothing else in the workspace knows rtnetlink; nothing here runs a
 //! program, writes a netfilter rule or enters a namespace on a thread it does not own.
@@ -28,5 +29,6 @@ pub mod result;
 pub mod routes;
 pub mod sock_diag;
 pub mod sysctl;
+pub mod uplinks;
 
 pub use error::CniError;

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use futures_util::TryStreamExt;
 use ipnet::IpNet;
 use netlink_packet_route::AddressFamily;
-use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
+};
 use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
@@ -257,33 +259,24 @@ impl Netlink {
     pub async fn addresses(&self, index: u32) -> Result<Vec<IpNet>, CniError> {
         let _dump = self.dump.lock().await;
         let request = self.handle.address().get().set_link_index_filter(index);
-        let messages: Vec<_> = (request.execute().try_collect().await)
+        let messages: Vec<AddressMessage> = (request.execute().try_collect().await)
             .map_err(|error| refused(format!("list addresses of link {index}"), error))?;
-        let mut addresses = Vec::new();
-        for message in messages {
-            let prefix_len = message.header.prefix_len;
-            // IFA_LOCAL is the address itself where both exist; IPv6 has IFA_ADDRESS only.
-            let local = message
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    AddressAttribute::Local(address) => Some(*address),
-                    _ => None,
-                });
-            let plain = message
-                .attributes
-                .iter()
-                .find_map(|attribute| match attribute {
-                    AddressAttribute::Address(address) => Some(*address),
-                    _ => None,
-                });
-            if let Some(address) = local.or(plain)
-                && let Ok(net) = IpNet::new(address, prefix_len)
-            {
-                addresses.push(net);
-            }
-        }
-        Ok(addresses)
+        Ok(messages.iter().filter_map(address_of).collect())
+    }
+
+    /// Every address of the namespace but link-local ones, with its link's index, in the kernel's
+    /// order.
+    pub async fn all_addresses(&self) -> Result<Vec<(u32, IpAddr)>, CniError> {
+        let _dump = self.dump.lock().await;
+        let request = self.handle.address().get();
+        let messages: Vec<AddressMessage> = (request.execute().try_collect().await)
+            .map_err(|error| refused("list addresses".into(), error))?;
+        let global = messages
+            .iter()
+            .filter(|m| m.header.scope == AddressScope::Universe);
+        Ok(global
+            .filter_map(|message| Some((message.header.index, address_of(message)?.addr())))
+            .collect())
     }
 
     /// Makes a route exist as given; replaces one to the same destination.
@@ -466,6 +459,23 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
         RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
         _ => None,
     }
+}
+
+/// The address that a message is about.
+fn address_of(message: &AddressMessage) -> Option<IpNet> {
+    // IFA_LOCAL is the address itself where both exist; IPv6 has IFA_ADDRESS only.
+    let attributes = message.attributes.iter();
+    let local = attributes.clone().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    let plain = || {
+        attributes.clone().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        })
+    };
+    IpNet::new(local.or_else(plain)?, message.header.prefix_len).ok()
 }
 
 fn errno(error: &rtnetlink::Error) -> Option<i32> {

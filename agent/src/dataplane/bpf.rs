@@ -26,7 +26,9 @@ use ebpf_maps::counter::COUNTER_NAMES;
 use ebpf_maps::device::{BLOCK, CHARACTER, DeviceRuleKey, READ, WRITE};
 use ebpf_maps::drop::DROP_NAMES;
 use ebpf_maps::services::Addr;
+use ebpf_maps::uplink::{NODE_OTHER, NODE_OWN};
 use gantry_api::proto;
+use gantry_cni::uplinks::Uplink;
 use imbl::OrdMap;
 use tokio::sync::Mutex;
 
@@ -36,10 +38,12 @@ use super::pods::PodPrograms;
 use super::policies::Policies;
 use super::repair::Repair;
 use super::tables::Tables;
+use super::uplinks::UplinkPrograms;
 use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService, bpffs, sys};
 use crate::ids::PodUid;
 use crate::paths::Paths;
 use crate::policy::StuckPod;
+use crate::services::announce::Announcements;
 use crate::services::arena::QUARANTINE;
 use crate::services::changed::{Shared, changed};
 use crate::services::gone::lost;
@@ -76,6 +80,7 @@ pub struct BpfDataplane {
     policies: std::sync::Mutex<Policies>,
     repair: Repair,
     fill: std::sync::Mutex<Vec<Fill>>,
+    uplinks: std::sync::Mutex<UplinkPrograms>,
     device_guard: Result<ProgramFd, String>,
     device_exempt: std::sync::Mutex<HashMap<MapData, u64, u32>>,
     device_rules: std::sync::Mutex<HashMap<MapData, DeviceRuleKey, u32>>,
@@ -89,7 +94,8 @@ struct State {
     /// Every Service is to be planned, whatever the last view was.
     whole: bool,
     surroundings: Surroundings,
-    node_addresses: BTreeSet<Addr>,
+    announcements: Announcements,
+    node_addresses: BTreeMap<Addr, u32>,
     /// Whole or partial failures, by Service; planned again at each apply.
     stuck: BTreeMap<ServiceName, String>,
     /// Parts of Services that make no sense; planned again when the Service changes.
@@ -156,6 +162,7 @@ impl BpfDataplane {
         let traffic = tables.traffic();
         let traffic = traffic.map_err(|error| DataplaneError::kernel("map TRAFFIC", &error))?;
         let repair = Repair::start(paths, peers, traffic)?;
+        let uplinks = UplinkPrograms::take(&mut ebpf, paths)?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
         let exempt = exempt.map_err(|error: MapError| unexpected("DEVICE_EXEMPT", error))?;
         let rules = take_map(&mut ebpf, "DEVICE_RULES")?.try_into();
@@ -178,6 +185,7 @@ impl BpfDataplane {
                 node: options.node.clone(),
                 ..Surroundings::default()
             },
+            announcements: Announcements::default(),
             node_addresses,
             stuck: BTreeMap::new(),
             faults: BTreeMap::new(),
@@ -196,6 +204,7 @@ impl BpfDataplane {
             policies: std::sync::Mutex::new(policies),
             repair,
             fill: std::sync::Mutex::default(),
+            uplinks: std::sync::Mutex::new(uplinks),
             device_guard,
             device_exempt: std::sync::Mutex::new(exempt),
             device_rules: std::sync::Mutex::new(rules),
@@ -228,6 +237,12 @@ impl BpfDataplane {
     fn policies(&self) -> std::sync::MutexGuard<'_, Policies> {
         // As above: the maps are read again after anything that was not finished.
         let locked = self.policies.lock();
+        locked.unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub(super) fn uplinks(&self) -> std::sync::MutexGuard<'_, UplinkPrograms> {
+        // As above.
+        let locked = self.uplinks.lock();
         locked.unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -396,6 +411,10 @@ impl Dataplane for BpfDataplane {
         self.pods().attach(pod)
     }
 
+    fn set_uplinks(&self, uplinks: &[Uplink]) -> Result<(), DataplaneError> {
+        self.uplinks().set(uplinks)
+    }
+
     fn detach_pod(&self, pod: &PodUid) -> Result<(), DataplaneError> {
         self.pods().detach(pod)?;
         self.policies().detach(pod)
@@ -448,7 +467,9 @@ impl Dataplane for BpfDataplane {
         });
         let counted = |sets: &Vec<BackendSet>| sets.iter().any(|set| set.least_connections);
         state.has_counted |= wanted.values().any(counted);
+        let announced = state.announced(view, &wanted);
         self.program(state, wanted, view.rev).await?;
+        self.uplinks().announce(&announced)?;
         state.apply_nodes(view)?;
         state.whole = false;
         state.last = Some(Last {
@@ -544,6 +565,20 @@ impl State {
         wanted
     }
 
+    /// The load balancer addresses that this node answers for.
+    fn announced(&mut self, view: &View, changed: &Wanted) -> BTreeSet<Addr> {
+        let last = self.last.as_ref();
+        let same_nodes = last.is_some_and(|last| Arc::ptr_eq(&last.nodes, &view.nodes));
+        let node = &self.surroundings.node;
+        if same_nodes {
+            self.announcements.update(changed.keys(), view, node);
+        } else {
+            let names = view.services.keys().chain(changed.keys());
+            self.announcements.update(names, view, node);
+        }
+        self.announcements.addresses()
+    }
+
     fn apply_nodes(&mut self, view: &View) -> Result<(), DataplaneError> {
         if self
             .last
@@ -552,13 +587,25 @@ impl State {
         {
             return Ok(());
         }
-        let addresses = view.nodes.values().flat_map(|node| &node.addresses);
-        let wanted: BTreeSet<Addr> = addresses.filter_map(|bytes| parse_address(bytes)).collect();
-        for addr in self.node_addresses.difference(&wanted) {
-            self.tables.set_node_address(addr, false)?;
+        let mut wanted: BTreeMap<Addr, u32> = BTreeMap::new();
+        for (name, node) in view.nodes.iter() {
+            let is_own = *name == self.surroundings.node;
+            let owner = if is_own { NODE_OWN } else { NODE_OTHER };
+            let addresses = node.addresses.iter();
+            for addr in addresses.filter_map(|bytes| parse_address(bytes)) {
+                let row = wanted.entry(addr).or_insert(owner);
+                *row = owner.max(*row);
+            }
         }
-        for addr in wanted.difference(&self.node_addresses) {
-            self.tables.set_node_address(addr, true)?;
+        for addr in self.node_addresses.keys() {
+            if !wanted.contains_key(addr) {
+                self.tables.set_node_address(addr, None)?;
+            }
+        }
+        for (addr, owner) in &wanted {
+            if self.node_addresses.get(addr) != Some(owner) {
+                self.tables.set_node_address(addr, Some(*owner))?;
+            }
         }
         self.node_addresses = wanted;
         Ok(())

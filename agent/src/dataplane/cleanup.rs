@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 
-use super::{DataplaneError, bpffs, hooks, sys};
+use super::{DataplaneError, bpffs, hooks, sys, uplinks};
 use crate::paths::Paths;
 
 /// Detaches all programs and removes all pins, also those of other versions of the agent.
@@ -27,6 +27,9 @@ pub fn remove_all(paths: &Paths) -> Result<(), DataplaneError> {
         if let Err(error) = detached {
             failures.push(format!("detach {}: {error}", pin.display()));
         }
+    }
+    if let Err(error) = uplinks::remove_filters(paths) {
+        failures.push(format!("remove filters of uplinks: {error}"));
     }
     // Never below something that is no bpffs: there it would be somebody's directory.
     if bpffs::is_bpffs(&paths.bpf) {

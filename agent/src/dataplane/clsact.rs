@@ -14,6 +14,7 @@ use nix::sys::socket::{
 
 const RTM_NEWQDISC: u16 = 36;
 const RTM_NEWTFILTER: u16 = 44;
+const RTM_DELTFILTER: u16 = 45;
 const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLM_F_EXCL: u16 = 0x200;
@@ -71,6 +72,39 @@ fn explained(error: io::Error) -> io::Error {
     }
 }
 
+/// Takes away what [`attach`] put there. Ok when it, or the interface, is gone already.
+pub(super) fn detach(ifindex: u32, direction: Direction) -> io::Result<()> {
+    let parent = parent(direction);
+    let mut message = message(
+        RTM_DELTFILTER,
+        0,
+        ifindex,
+        FILTER_HANDLE,
+        parent,
+        FILTER_INFO,
+    );
+    attribute(&mut message, TCA_KIND, b"bpf\0");
+    match ask(&finish(message)) {
+        // No filter, no interface, no qdisc.
+        Err(error)
+            if matches!(
+                error.raw_os_error(),
+                Some(libc::ENOENT | libc::ENODEV | libc::EINVAL)
+            ) =>
+        {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+fn parent(direction: Direction) -> u32 {
+    match direction {
+        Direction::Ingress => TC_H_INGRESS,
+        Direction::Egress => TC_H_EGRESS,
+    }
+}
+
 fn qdisc(ifindex: u32) -> Vec<u8> {
     let flags = NLM_F_CREATE | NLM_F_EXCL;
     let mut message = message(RTM_NEWQDISC, flags, ifindex, 0xffff_0000, TC_H_CLSACT, 0);
@@ -79,10 +113,7 @@ fn qdisc(ifindex: u32) -> Vec<u8> {
 }
 
 fn filter(ifindex: u32, direction: Direction, name: &str, program: i32) -> Vec<u8> {
-    let parent = match direction {
-        Direction::Ingress => TC_H_INGRESS,
-        Direction::Egress => TC_H_EGRESS,
-    };
+    let parent = parent(direction);
     let (kind, flags) = (RTM_NEWTFILTER, NLM_F_CREATE);
     let mut message = message(kind, flags, ifindex, FILTER_HANDLE, parent, FILTER_INFO);
     attribute(&mut message, TCA_KIND, b"bpf\0");

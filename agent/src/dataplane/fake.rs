@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use async_trait::async_trait;
 use gantry_api::proto;
+use gantry_cni::uplinks::Uplink;
 
 use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService};
 use crate::ids::PodUid;
@@ -67,6 +68,10 @@ impl Dataplane for FakeDataplane {
 
     fn retain_pods(&self, live: &HashSet<PodUid>) -> Result<(), DataplaneError> {
         self.pods().retain(|pod, _| live.contains(pod));
+        Ok(())
+    }
+
+    fn set_uplinks(&self, _uplinks: &[Uplink]) -> Result<(), DataplaneError> {
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use ebpf_maps::LAYOUT_VERSION;
 use super::DataplaneError;
 use super::hooks::{DEVICE_HOOK, SERVICE_HOOKS};
 use super::pods::POD_HOOKS;
+use super::uplinks::UPLINK_HOOKS;
 use crate::paths::Paths;
 
 /// Built by `build.rs`; licence "Dual MIT/GPL".
@@ -19,10 +20,13 @@ pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 20] = [
+pub(super) const PINNED_MAPS: [&str; 23] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
+    "SOURCE_RANGES",
+    "UPLINKS",
+    "ANNOUNCED",
     "NODE_ADDRESSES",
     "PEERS",
     "TRAFFIC",
@@ -173,9 +177,8 @@ pub(super) fn load_services(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
 
 /// Loads the programs of all hooks that see packets.
 pub(super) fn load_packets(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
-    POD_HOOKS
-        .iter()
-        .try_for_each(|hook| load_program(ebpf, hook.program).map(drop))
+    let mut hooks = POD_HOOKS.iter().chain(&UPLINK_HOOKS);
+    hooks.try_for_each(|hook| load_program(ebpf, hook.program).map(drop))
 }
 
 fn load_program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a ProgramFd, DataplaneError> {

@@ -6,6 +6,7 @@
 //!           ├ repair: sockets whose backend has gone
 //!           └ cleanup: remove_all
 //!  View ─► policies (what pods may exchange: policy::{compile, plan}) ─► their maps
+//!  uplinks ──────► uplinks (the same on the node's interfaces towards the outside)
 //!  pod networks ─► pods (rows, programs on the host ends of veths: tcx links or clsact filters)
 //! ```
 //! Invariants: only this module knows aya, and only `sys` makes raw system calls; maps and links
@@ -22,6 +23,7 @@ mod policies;
 mod repair;
 mod sys;
 mod tables;
+mod uplinks;
 
 pub mod bpf;
 pub mod cleanup;
@@ -36,6 +38,7 @@ use std::net::IpAddr;
 
 use async_trait::async_trait;
 use gantry_api::proto;
+use gantry_cni::uplinks::Uplink;
 
 pub use self::bpf::{BpfDataplane, Options};
 pub use self::cleanup::remove_all;
@@ -170,6 +173,10 @@ pub trait Dataplane: Send + Sync + 'static {
 
     /// Takes every pod out of it that is not in `live`: what a crash left behind.
     fn retain_pods(&self, live: &HashSet<PodUid>) -> Result<(), DataplaneError>;
+
+    /// Makes these interfaces, and no others, the ways by which clients outside of the nodes reach
+    /// Services. Idempotent. Blocks for the time of a few system calls.
+    fn set_uplinks(&self, uplinks: &[Uplink]) -> Result<(), DataplaneError>;
 
     /// A privileged container's cgroup: its processes may open every device. Needed where the
     /// device guard is attached (pure cgroup v2). Idempotent.

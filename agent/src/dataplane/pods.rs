@@ -35,20 +35,20 @@ use crate::ids::PodUid;
 use crate::paths::Paths;
 use crate::services::index::{addr_of, label64};
 
-/// A program of every pod.
-pub(super) struct PodHook {
+/// A program of an interface.
+pub(super) struct Hook {
     /// The function in `ebpf/programs/src/main.rs`.
     pub program: &'static str,
     pub direction: Direction,
 }
 
 /// What a pod is sent is judged before it can send.
-pub(super) const POD_HOOKS: [PodHook; 2] = [
-    PodHook {
+pub(super) const POD_HOOKS: [Hook; 2] = [
+    Hook {
         program: "to_pod",
         direction: Direction::Egress,
     },
-    PodHook {
+    Hook {
         program: "from_pod",
         direction: Direction::Ingress,
     },
@@ -75,7 +75,7 @@ pub(super) enum Attachment {
 
 impl Attachment {
     /// Asks the kernel, by an interface that cannot exist.
-    fn probe(program: BorrowedFd<'_>) -> Self {
+    pub(super) fn probe(program: BorrowedFd<'_>) -> Self {
         match sys::link_create_tcx(program, 0, Direction::Ingress.tcx()) {
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => Self::Clsact,
             _ => Self::Tcx,
@@ -86,7 +86,7 @@ impl Attachment {
 /// The pods that have programs, and what is needed to give them to more.
 pub(super) struct PodPrograms {
     links: PathBuf,
-    programs: Vec<(&'static PodHook, ProgramFd)>,
+    programs: Vec<(&'static Hook, ProgramFd)>,
     attachment: Attachment,
     endpoints: HashMap<MapData, Addr, EndpointValue>,
     interfaces: HashMap<MapData, u32, InterfaceValue>,
@@ -261,7 +261,7 @@ impl PodPrograms {
 }
 
 /// `pod-<id>-from_pod`: bpffs allows no dot in a name.
-fn pin_name(pod_id: u64, hook: &PodHook) -> String {
+fn pin_name(pod_id: u64, hook: &Hook) -> String {
     format!("pod-{pod_id:016x}-{}", hook.program)
 }
 
@@ -270,7 +270,8 @@ fn pod_of_pin(name: &str) -> Option<u64> {
     u64::from_str_radix(id, 16).ok()
 }
 
-fn attach_tcx(
+/// Puts a program on an interface by a pinned link, or in the place of the one that is pinned.
+pub(super) fn attach_tcx(
     pin: &Path,
     direction: Direction,
     program: BorrowedFd<'_>,

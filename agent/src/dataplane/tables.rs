@@ -1,21 +1,23 @@
 //! The service maps as the agent writes them: performs a plan's steps, and reads back what an
 //! earlier agent wrote.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::atomic::{Ordering, fence};
 
 use aya::Ebpf;
+use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, Map, MapData, MapError};
 use ebpf_maps::services::{
     Addr, BACKEND_COUNT, BACKEND_RETIRED, BackendValue, FrontendKey, FrontendValue, SLOT_COUNT,
-    TrafficValue,
+    SOURCE_RANGE_BITS, SourceRangeKey, TrafficValue,
 };
 
 use super::DataplaneError;
 use super::load::{absent_is_fine, failed, take_map, unexpected};
 use super::sys::MappedArray;
+use crate::services::index::SourceRange;
 use crate::services::plan::{BackendId, Found, Step};
 
 /// Words of a `TrafficValue`.
@@ -27,11 +29,12 @@ pub(super) fn traffic_words(id: BackendId) -> [u32; 2] {
     [first, first.saturating_add(1)]
 }
 
-/// FRONTENDS, SLOTS, BACKENDS and NODE_ADDRESSES.
+/// FRONTENDS, SLOTS, BACKENDS, SOURCE_RANGES and NODE_ADDRESSES.
 pub(super) struct Tables {
     frontends: HashMap<MapData, FrontendKey, FrontendValue>,
     slots: MappedArray<u32>,
     backends: MappedArray<BackendValue>,
+    source_ranges: LpmTrie<MapData, SourceRangeKey, u32>,
     node_addresses: HashMap<MapData, Addr, u32>,
     /// Two words a backend, as in `TrafficValue`.
     traffic: MappedArray<u64>,
@@ -42,11 +45,14 @@ impl Tables {
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
         let hash = |ebpf: &mut Ebpf, name: &str| take_map(ebpf, name);
         let frontends = hash(ebpf, "FRONTENDS")?.try_into();
+        let source_ranges = hash(ebpf, "SOURCE_RANGES")?.try_into();
         let node_addresses = hash(ebpf, "NODE_ADDRESSES")?.try_into();
         Ok(Self {
             frontends: frontends.map_err(|error: MapError| unexpected("FRONTENDS", error))?,
             slots: mapped(ebpf, "SLOTS", SLOT_COUNT)?,
             backends: mapped(ebpf, "BACKENDS", BACKEND_COUNT)?,
+            source_ranges: source_ranges
+                .map_err(|error: MapError| unexpected("SOURCE_RANGES", error))?,
             node_addresses: node_addresses
                 .map_err(|error: MapError| unexpected("NODE_ADDRESSES", error))?,
             traffic: mapped(ebpf, "TRAFFIC", BACKEND_COUNT * TRAFFIC_WORDS)?,
@@ -85,24 +91,34 @@ impl Tables {
             let backends = self.slots_of(&value);
             found.backends.push(backends.map_err(unmapped)?);
         }
+        for key in self.source_ranges.keys() {
+            let key = key.map_err(|error| failed("read SOURCE_RANGES", &error))?;
+            let (length, SourceRangeKey { service_id, addr }) = (key.prefix_len(), key.data());
+            let prefix = length.saturating_sub(SOURCE_RANGE_BITS);
+            found
+                .source_ranges
+                .push((service_id, SourceRange { addr, prefix }));
+        }
         Ok(found)
     }
 
-    /// The addresses at which node ports answer now.
-    pub(super) fn node_addresses(&self) -> Result<BTreeSet<Addr>, DataplaneError> {
-        let keys = self.node_addresses.keys();
-        keys.map(|key| key.map_err(|error| failed("read NODE_ADDRESSES", &error)))
+    /// The addresses at which node ports answer now, and whose they are.
+    pub(super) fn node_addresses(&self) -> Result<BTreeMap<Addr, u32>, DataplaneError> {
+        let rows = self.node_addresses.iter();
+        rows.map(|row| row.map_err(|error| failed("read NODE_ADDRESSES", &error)))
             .collect()
     }
 
-    /// Adds or removes one of them.
+    /// Writes one of them, or removes it.
+    ///
+    /// * `owner` – `NODE_OWN` or `NODE_OTHER`.
     pub(super) fn set_node_address(
         &mut self,
         addr: &Addr,
-        present: bool,
+        owner: Option<u32>,
     ) -> Result<(), DataplaneError> {
-        if present {
-            let inserted = self.node_addresses.insert(addr, 1, 0);
+        if let Some(owner) = owner {
+            let inserted = self.node_addresses.insert(addr, owner, 0);
             return inserted.map_err(|error| failed("write NODE_ADDRESSES", &error));
         }
         absent_is_fine(self.node_addresses.remove(addr))
@@ -119,6 +135,17 @@ impl Tables {
                 fence(Ordering::SeqCst);
                 let inserted = self.frontends.insert(key, value, 0);
                 return inserted.map_err(|error| failed("write FRONTENDS", &error));
+            }
+            Step::AddSourceRange { service_id, range } => {
+                let inserted = self
+                    .source_ranges
+                    .insert(&range_key(*service_id, range), 1, 0);
+                return inserted.map_err(|error| failed("write SOURCE_RANGES", &error));
+            }
+            Step::RemoveSourceRange { service_id, range } => {
+                let removed = self.source_ranges.remove(&range_key(*service_id, range));
+                return absent_is_fine(removed)
+                    .map_err(|error| failed("remove from SOURCE_RANGES", &error));
             }
             Step::RemoveFrontend { key } => {
                 return absent_is_fine(self.frontends.remove(key))
@@ -182,6 +209,14 @@ impl Tables {
         }
         Ok(Some(slots))
     }
+}
+
+fn range_key(service_id: u32, range: &SourceRange) -> Key<SourceRangeKey> {
+    let data = SourceRangeKey {
+        service_id,
+        addr: range.addr,
+    };
+    Key::new(SOURCE_RANGE_BITS + range.prefix, data)
 }
 
 fn unmapped(error: io::Error) -> DataplaneError {

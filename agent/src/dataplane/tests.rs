@@ -10,6 +10,7 @@
 mod bed;
 mod frames;
 mod maps;
+mod outside;
 mod packets;
 mod passage;
 mod policy;

@@ -18,10 +18,12 @@ mod pod_networks;
 mod pool;
 mod record;
 mod resolv;
+mod uplinks;
 
 pub use census::{Census, census, remove_all};
 pub use pod_networks::{NetworkConfig, PodNetworks, third_party_plugins};
 pub use resolv::{ResolvConf, node_resolv_conf, resolv_conf};
+pub use uplinks::follow_uplinks;
 
 use std::collections::HashSet;
 use std::net::IpAddr;

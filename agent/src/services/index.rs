@@ -9,13 +9,18 @@
 //! * `internalTrafficPolicy: Local` limits the cluster IPs to this node's backends. Addresses meant
 //!   for the outside (node ports, external and load balancer IPs) are, for clients on a node, an
 //!   abbreviation of the whole Service, whatever `externalTrafficPolicy` says;
+//! * for clients outside of the nodes the same addresses are frontends of their own.
+//!   `externalTrafficPolicy: Local` limits these to this node's backends; if only other nodes have
+//!   any, connections are dropped, not refused: an outside balancer then asks another node;
+//! * `loadBalancerSourceRanges` limits who may use the load balancer IPs from outside;
 //! * the cluster's DNS address is served by each node's own resolver, if it has one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use ebpf_maps::services::{
-    Addr, FrontendKey, SCOPE_ADDRESS, SCOPE_NODE_PORT, is_v4_mapped, v4_mapped,
+    Addr, FrontendKey, SCOPE_ADDRESS, SCOPE_NODE_PORT, SCOPE_OUTSIDE_ADDRESS,
+    SCOPE_OUTSIDE_NODE_PORT, is_v4_mapped, v4_mapped,
 };
 use gantry_api::proto;
 
@@ -71,6 +76,21 @@ pub struct BackendSet {
     pub affinity_s: u32,
     /// Of two random backends the one with fewer of this node's connections.
     pub least_connections: bool,
+    /// Nodes elsewhere have backends that this set leaves out.
+    pub elsewhere: bool,
+    /// Those of `frontends` that only clients in `source_ranges` may use. Sorted.
+    pub restricted: Vec<FrontendKey>,
+    /// Sorted, unique; of the set's family.
+    pub source_ranges: Vec<SourceRange>,
+}
+
+/// Addresses of clients that may use a load balancer IP.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct SourceRange {
+    /// 16 bytes, network order, zero beyond the prefix.
+    pub addr: Addr,
+    /// Bits of the 16 bytes: those of an IPv4 range and 96.
+    pub prefix: u32,
 }
 
 /// What is the same for all Services of a node.
@@ -103,43 +123,57 @@ pub fn index(
     if service.r#type == "ExternalName" || service.cluster_ips.is_empty() {
         return indexed;
     }
-    let cluster = addresses(&service.cluster_ips, "cluster IP", &mut indexed.faults);
-    let mut outside = addresses(&service.external_ips, "external IP", &mut indexed.faults);
-    let balancers = &service.load_balancer_ips;
-    outside.extend(addresses(
-        balancers,
-        "load balancer IP",
-        &mut indexed.faults,
-    ));
+    let faults = &mut indexed.faults;
+    let cluster = addresses(&service.cluster_ips, "cluster IP", faults);
+    let external = addresses(&service.external_ips, "external IP", faults);
+    let balancer = addresses(&service.load_balancer_ips, "load balancer IP", faults);
+    let source_ranges = source_ranges(service, faults);
 
     for port in &service.ports {
         let Some((proto, number)) = port_number(port, &mut indexed.faults) else {
             continue;
         };
-        let key = |addr: Addr| FrontendKey {
-            addr,
-            port_be: number.to_be(),
-            proto,
-            scope: SCOPE_ADDRESS,
-        };
+        let node_port = node_port(port, &mut indexed.faults);
         for v6 in [false, true] {
-            let inside = cluster.iter().filter(|addr| is_v4_mapped(addr) != v6);
-            let inside: BTreeSet<_> = inside.map(|addr| key(*addr)).collect();
-            let external = outside.iter().filter(|addr| is_v4_mapped(addr) != v6);
-            let mut external: BTreeSet<_> = external.map(|addr| key(*addr)).collect();
-            if !inside.is_empty() {
-                external.extend(node_port(port, proto, v6, &mut indexed.faults));
-            }
-            let by_policy = if service.internal_local {
-                vec![(true, inside), (false, external)]
-            } else {
-                vec![(false, inside.into_iter().chain(external).collect())]
+            let keys = |addresses: &[Addr], scope: u8| {
+                let own = addresses.iter().filter(|addr| is_v4_mapped(addr) != v6);
+                let key = |addr: &Addr| FrontendKey {
+                    addr: *addr,
+                    port_be: number.to_be(),
+                    proto,
+                    scope,
+                };
+                own.map(key).collect::<BTreeSet<_>>()
             };
+            let inside = keys(&cluster, SCOPE_ADDRESS);
+            let mut nodes_own = keys(&external, SCOPE_ADDRESS);
+            nodes_own.extend(keys(&balancer, SCOPE_ADDRESS));
+            let mut outside = keys(&external, SCOPE_OUTSIDE_ADDRESS);
+            let balanced = keys(&balancer, SCOPE_OUTSIDE_ADDRESS);
+            outside.extend(&balanced);
+            if let Some(number) = node_port.filter(|_| !inside.is_empty()) {
+                let key = |scope| FrontendKey {
+                    addr: if v6 { [0; 4] } else { v4_mapped(0) },
+                    port_be: number.to_be(),
+                    proto,
+                    scope,
+                };
+                nodes_own.insert(key(SCOPE_NODE_PORT));
+                outside.insert(key(SCOPE_OUTSIDE_NODE_PORT));
+            }
+            let mut by_policy: BTreeMap<bool, BTreeSet<FrontendKey>> = BTreeMap::new();
+            by_policy
+                .entry(service.internal_local)
+                .or_default()
+                .extend(inside);
+            by_policy.entry(false).or_default().extend(nodes_own);
+            by_policy
+                .entry(service.external_local)
+                .or_default()
+                .extend(outside);
             for (local, frontends) in by_policy {
-                let frontends: Vec<_> = frontends
-                    .difference(&surroundings.reserved)
-                    .copied()
-                    .collect();
+                let wanted = frontends.difference(&surroundings.reserved);
+                let frontends: Vec<_> = wanted.copied().collect();
                 if frontends.is_empty() {
                     continue;
                 }
@@ -149,12 +183,30 @@ pub fn index(
                     v6,
                     local,
                 };
+                let chosen = choose_backends(service, backends, &name, surroundings);
+                let everywhere = SetName {
+                    local: false,
+                    ..name.clone()
+                };
+                let elsewhere = local
+                    && chosen.is_empty()
+                    && !choose_backends(service, backends, &everywhere, surroundings).is_empty();
+                let restricted = frontends
+                    .iter()
+                    .filter(|key| !service.source_ranges.is_empty() && balanced.contains(key));
+                let restricted: Vec<_> = restricted.copied().collect();
+                let own = source_ranges
+                    .iter()
+                    .filter(|range| !restricted.is_empty() && is_v4_mapped(&range.addr) != v6);
                 indexed.sets.push(BackendSet {
-                    backends: choose_backends(service, backends, &name, surroundings),
-                    name,
-                    frontends,
+                    backends: chosen,
                     affinity_s: affinity_s(service),
                     least_connections: service.least_connections,
+                    elsewhere,
+                    source_ranges: own.copied().collect(),
+                    restricted,
+                    name,
+                    frontends,
                 });
             }
         }
@@ -199,6 +251,9 @@ pub fn resolver_sets(cluster_dns: IpAddr, resolver: SocketAddr, node: &str) -> V
         }],
         affinity_s: 0,
         least_connections: false,
+        elsewhere: false,
+        restricted: Vec::new(),
+        source_ranges: Vec::new(),
     };
     vec![set(TCP), set(UDP)]
 }
@@ -298,25 +353,13 @@ fn port_number(port: &proto::ServicePort, faults: &mut Vec<String>) -> Option<(u
     }
 }
 
-fn node_port(
-    port: &proto::ServicePort,
-    proto: u8,
-    v6: bool,
-    faults: &mut Vec<String>,
-) -> Option<FrontendKey> {
+fn node_port(port: &proto::ServicePort, faults: &mut Vec<String>) -> Option<u16> {
     match u16::try_from(port.node_port) {
         Ok(0) => None,
-        Ok(number) => Some(FrontendKey {
-            addr: if v6 { [0; 4] } else { v4_mapped(0) },
-            port_be: number.to_be(),
-            proto,
-            scope: SCOPE_NODE_PORT,
-        }),
+        Ok(number) => Some(number),
         Err(_) => {
-            faults.push(format!(
-                "port {:?}: {} is no node port",
-                port.name, port.node_port
-            ));
+            let (name, number) = (&port.name, port.node_port);
+            faults.push(format!("port {name:?}: {number} is no node port"));
             None
         }
     }
@@ -371,6 +414,26 @@ impl Close {
             Self::Anywhere => true,
         }
     }
+}
+
+fn source_ranges(service: &proto::Service, faults: &mut Vec<String>) -> Vec<SourceRange> {
+    let mut ranges = BTreeSet::new();
+    for range in &service.source_ranges {
+        let bits = range.address.len() as u32 * 8;
+        match parse_address(&range.address) {
+            Some(addr) if range.prefix <= bits => {
+                let prefix = range.prefix + (128 - bits);
+                ranges.insert(SourceRange { addr, prefix });
+            }
+            // Nobody more may pass than was asked for.
+            _ => faults.push(format!(
+                "source range: {} bytes with prefix {} are no range",
+                range.address.len(),
+                range.prefix
+            )),
+        }
+    }
+    ranges.into_iter().collect()
 }
 
 /// The backends of one set: serving ones, else draining ones.

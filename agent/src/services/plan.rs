@@ -5,16 +5,22 @@
 //!  1 remove frontends that nobody wants          (first: it makes room)
 //!  per set of backends:
 //!  2   write new backends under fresh ids        nothing refers to them yet
-//!  3   write their ids into a fresh range        nothing refers to it yet
+//!  3   write their ids into a fresh range        nothing refers to it yet; so with source ranges
 //!  4   one update per frontend: {base, count}    the switch; old connections go on
 //!  5   retire backends that left every range     an affinity must not bring them back
+//!      remove source ranges that nobody asks for
 //!  later (1 s) ranges and ids are free again     see `arena`
 //! ```
 //! Invariants, checked step by step by the property test:
 //! * each frontend resolves at every moment entirely to its old or entirely to its new backends;
 //! * what a program read of a frontend stays true for 1 s after the frontend was switched;
+//! * each client may use a frontend from outside if the old or the new source ranges of its set say so;
 //! * a frontend belongs to one Service: the first that claims it, until that one lets go;
 //! * planning the same state again, also after adopting it from the maps, is no step at all.
+//!
+//! Frontends for the outside share the range of the others of their set, until there are so many
+//! backends that they need a table of their own (see [`super::maglev`]). Where no table fits, they
+//! share the range all the same: a client then may get another backend at another node.
 //!
 //! One exception, where the arena is full (or all that is free is in quarantine, as in the first
 //! second after a restart): removals must not fail, so the slots of backends that left are
@@ -25,20 +31,26 @@
 //! fails the picture is void and must be made again with [`Table::adopt`].
 
 mod adopt;
+mod place;
+mod source_ranges;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use ebpf_maps::services::{
-    BACKEND_COUNT, BACKEND_IN_USE, BackendValue, FRONTEND_COUNT_MAX, FRONTEND_LEAST_CONNECTIONS,
-    FrontendKey, FrontendValue, SLOT_COUNT,
+    BACKEND_COUNT, BackendValue, FRONTEND_COUNT_MAX, FRONTEND_DROP, FRONTEND_LEAST_CONNECTIONS,
+    FRONTEND_RESTRICTED, FrontendKey, FrontendValue, SCOPE_NODE_PORT, SCOPE_OUTSIDE_NODE_PORT,
+    SLOT_COUNT, SOURCE_RANGE_COUNT_MAX,
 };
 
 pub use self::adopt::Found;
-use super::arena::{Arena, ArenaFull};
-use super::index::{Backend, BackendSet, SetName, ip_of};
+use super::arena::Arena;
+use super::index::{Backend, BackendSet, SetName, SourceRange, ip_of};
+use super::maglev;
 use super::shown::Fill;
 use crate::view::ServiceName;
+use place::Request;
+use source_ranges::SourceRanges;
 
 /// An index into BACKENDS; 0 is none.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -78,6 +90,20 @@ pub enum Step {
         /// In no slot that a frontend refers to.
         id: BackendId,
     },
+    /// Adds an element of SOURCE_RANGES.
+    AddSourceRange {
+        /// Whose frontends.
+        service_id: u32,
+        /// Who may use them.
+        range: SourceRange,
+    },
+    /// Removes an element of SOURCE_RANGES.
+    RemoveSourceRange {
+        /// Whose frontends.
+        service_id: u32,
+        /// Who could use them.
+        range: SourceRange,
+    },
 }
 
 /// The difference between programmed and wanted.
@@ -100,6 +126,8 @@ pub struct Limits {
     pub slot_count: u32,
     /// Backends, id 0 included.
     pub backend_count: u32,
+    /// Entries of SOURCE_RANGES.
+    pub source_range_count: u32,
 }
 
 impl Default for Limits {
@@ -108,6 +136,7 @@ impl Default for Limits {
             frontend_count: FRONTEND_COUNT_MAX,
             slot_count: SLOT_COUNT,
             backend_count: BACKEND_COUNT,
+            source_range_count: SOURCE_RANGE_COUNT_MAX,
         }
     }
 }
@@ -116,6 +145,7 @@ impl Default for Limits {
 #[derive(Debug)]
 struct Range {
     ids: Vec<BackendId>,
+    is_table: bool,
     service_id: u32,
     frontend_count: u32,
 }
@@ -148,6 +178,8 @@ pub struct Table {
     service_ids: HashMap<(ServiceName, SetName), u32>,
     service_ids_in_use: HashSet<u32>,
     next_service_id: u32,
+    /// By service id; no empty ones.
+    source_ranges: BTreeMap<u32, SourceRanges>,
 }
 
 impl Table {
@@ -186,6 +218,7 @@ impl Table {
                 }
             }
         }
+        self.remove_source_ranges(wanted, &mut plan);
         plan
     }
 
@@ -216,7 +249,10 @@ impl Table {
             frontend_count,
             slot_count,
             backend_count,
+            source_range_count,
         } = self.limits;
+        let ranges = self.source_ranges.values().map(|own| own.ranges.len());
+        let ranges = u32::try_from(ranges.sum::<usize>()).unwrap_or(u32::MAX);
         let frontends = u32::try_from(self.frontends.len()).unwrap_or(u32::MAX);
         let slots = slot_count.saturating_sub(self.slots.free_count());
         let backends = backend_count.saturating_sub(self.ids.free_count());
@@ -224,6 +260,7 @@ impl Table {
             of("FRONTENDS", frontends, frontend_count),
             of("SLOTS", slots, slot_count),
             of("BACKENDS", backends, backend_count),
+            of("SOURCE_RANGES", ranges, source_range_count),
         ]
     }
 
@@ -296,55 +333,90 @@ impl Table {
         plan: &mut Plan,
     ) {
         let service_id = self.service_id(name, set, frontends);
-        let (base, count) = match self.place(set, frontends, service_id, moment, plan) {
-            Ok(range) => range,
-            Err(full) => {
-                plan.stuck.insert(name.clone(), full.reason);
-                plan.retry_at = earlier(plan.retry_at, full.retry_at);
-                match self.shrink_in_place(set, frontends, service_id, plan) {
-                    Some(range) => range,
-                    None => return,
-                }
-            }
-        };
-        for key in frontends {
-            let old = self.frontends.get(key).copied();
-            let value = FrontendValue {
-                generation: moment.generation,
-                check: key.check(),
+        let are_known = self.add_source_ranges(name, set, service_id, plan);
+        let (outside, inside): (Vec<FrontendKey>, Vec<FrontendKey>) =
+            frontends.iter().partition(|key| key.is_outside());
+        let mut groups = vec![(frontends, false)];
+        if maglev::needs_table(set.backends.len()) && !outside.is_empty() {
+            groups = vec![(&inside, false), (&outside, true)];
+        }
+        for (keys, as_table) in groups {
+            let request = Request {
+                set,
+                all: frontends,
+                keys,
                 service_id,
-                base,
-                count,
-                affinity_s: set.affinity_s,
-                flags: match set.least_connections {
+                as_table,
+            };
+            let Some(placed) = self.place_or_shrink(name, &request, moment, plan) else {
+                continue;
+            };
+            for key in keys {
+                let mut own = placed;
+                own.flags |= match set.least_connections {
                     true => FRONTEND_LEAST_CONNECTIONS,
                     false => 0,
-                },
-            };
-            if old.is_some_and(|old| {
-                FrontendValue {
-                    generation: value.generation,
-                    ..old
-                } == value
-            }) {
-                continue;
+                };
+                let is_restricted = set.restricted.contains(key);
+                own.flags |= if is_restricted {
+                    FRONTEND_RESTRICTED
+                } else {
+                    0
+                };
+                if is_restricted && !are_known {
+                    // Rather nobody than everybody.
+                    (own.base, own.count, own.flags) = (0, 0, FRONTEND_RESTRICTED | FRONTEND_DROP);
+                }
+                if own.count == 0 && set.elsewhere && key.is_outside() {
+                    own.flags |= FRONTEND_DROP;
+                }
+                let value = FrontendValue {
+                    generation: moment.generation,
+                    check: key.check(),
+                    service_id,
+                    base: own.base,
+                    count: own.count,
+                    affinity_s: set.affinity_s,
+                    flags: own.flags,
+                };
+                self.switch(name, key, value, plan);
             }
-            if old.is_none() && self.frontends.len() >= self.limits.frontend_count as usize {
-                let limit = self.limits.frontend_count;
-                plan.stuck
-                    .insert(name.clone(), format!("FRONTENDS is full ({limit} entries)"));
-                continue;
-            }
-            if let Some(range) = self.ranges.get_mut(&base).filter(|_| count > 0) {
-                range.frontend_count += 1;
-            }
-            self.frontends.insert(*key, value);
-            plan.steps.push(Step::SetFrontend { key: *key, value });
-            if let Some(old) = old {
-                self.unrefer(&old, plan);
-            }
+            self.drop_if_unused(placed.base, plan);
         }
-        self.drop_if_unused(base, plan);
+    }
+
+    /// One frontend goes over to its new value.
+    fn switch(
+        &mut self,
+        name: &ServiceName,
+        key: &FrontendKey,
+        value: FrontendValue,
+        plan: &mut Plan,
+    ) {
+        let old = self.frontends.get(key).copied();
+        let is_same = |old: FrontendValue| {
+            FrontendValue {
+                generation: value.generation,
+                ..old
+            } == value
+        };
+        if old.is_some_and(is_same) {
+            return;
+        }
+        if old.is_none() && self.frontends.len() >= self.limits.frontend_count as usize {
+            let limit = self.limits.frontend_count;
+            let reason = format!("FRONTENDS is full ({limit} entries)");
+            plan.stuck.insert(name.clone(), reason);
+            return;
+        }
+        if let Some(range) = self.ranges.get_mut(&value.base).filter(|_| value.count > 0) {
+            range.frontend_count += 1;
+        }
+        self.frontends.insert(*key, value);
+        plan.steps.push(Step::SetFrontend { key: *key, value });
+        if let Some(old) = old {
+            self.unrefer(&old, plan);
+        }
     }
 
     /// The id of a set: the one it has, else the one its frontends were found with, else a new one.
@@ -366,167 +438,6 @@ impl Table {
         self.service_ids.insert(full_name, id);
         self.service_ids_in_use.insert(id);
         id
-    }
-
-    /// A range that holds exactly the wanted backends: the present one, or a new one with the
-    /// steps that fill it. `(0, 0)` when no backend is wanted.
-    fn place(
-        &mut self,
-        set: &BackendSet,
-        frontends: &[FrontendKey],
-        service_id: u32,
-        moment: &Moment,
-        plan: &mut Plan,
-    ) -> Result<(u32, u32), Full> {
-        let Ok(count) = u32::try_from(set.backends.len()) else {
-            return Err(Full {
-                reason: "too many backends".into(),
-                retry_at: None,
-            });
-        };
-        if count == 0 {
-            return Ok((0, 0));
-        }
-        let present = self.present_ranges(frontends, service_id);
-        for base in &present {
-            if let Some(range) = self.ranges.get(base)
-                && range.ids.len() == set.backends.len()
-                && range
-                    .ids
-                    .iter()
-                    .zip(&set.backends)
-                    .all(|(id, wanted)| self.is(*id, wanted))
-            {
-                return Ok((*base, count));
-            }
-        }
-        let known: HashMap<Backend, BackendId> = present
-            .iter()
-            .filter_map(|base| self.ranges.get(base))
-            .flat_map(|range| &range.ids)
-            .filter_map(|id| Some((self.backends.get(id)?.backend, *id)))
-            .collect();
-        let base = self
-            .slots
-            .allocate(count, moment.now)
-            .map_err(|full| Full::of("SLOTS", self.limits.slot_count, full))?;
-        let mut ids = Vec::with_capacity(set.backends.len());
-        let mut fresh = Vec::new();
-        for backend in &set.backends {
-            if let Some(id) = known.get(backend) {
-                ids.push(*id);
-                continue;
-            }
-            match self.ids.allocate(1, moment.now) {
-                Ok(id) => {
-                    ids.push(BackendId(id));
-                    fresh.push((BackendId(id), *backend));
-                }
-                Err(full) => {
-                    self.slots.free_unpublished(base, count);
-                    for (id, _) in fresh {
-                        self.ids.free_unpublished(id.0, 1);
-                    }
-                    return Err(Full::of("BACKENDS", self.limits.backend_count, full));
-                }
-            }
-        }
-        for (id, backend) in fresh {
-            self.backends.insert(
-                id,
-                Known {
-                    backend,
-                    slot_count: 0,
-                },
-            );
-            let value = value_of(&backend, service_id, moment.generation);
-            plan.steps.push(Step::WriteBackend { id, value });
-        }
-        for id in &ids {
-            if let Some(known) = self.backends.get_mut(id) {
-                known.slot_count += 1;
-            }
-        }
-        plan.steps.push(Step::WriteSlots {
-            base,
-            ids: ids.clone(),
-        });
-        self.ranges.insert(
-            base,
-            Range {
-                ids,
-                service_id,
-                frontend_count: 0,
-            },
-        );
-        Ok((base, count))
-    }
-
-    /// Where no new range fits: the present range, with the ids of backends that left overwritten
-    /// by those that stay. None if nothing is programmed yet; `(0, 0)` if none stays.
-    fn shrink_in_place(
-        &mut self,
-        set: &BackendSet,
-        frontends: &[FrontendKey],
-        service_id: u32,
-        plan: &mut Plan,
-    ) -> Option<(u32, u32)> {
-        let base = *self.present_ranges(frontends, service_id).first()?;
-        let range = self.ranges.get(&base)?;
-        let wanted: HashSet<&Backend> = set.backends.iter().collect();
-        let stays = |id: &BackendId| {
-            self.backends
-                .get(id)
-                .is_some_and(|known| wanted.contains(&known.backend))
-        };
-        let kept: Vec<BackendId> = range.ids.iter().copied().filter(|id| stays(id)).collect();
-        let count = range.ids.len() as u32;
-        if kept.is_empty() {
-            return Some((0, 0));
-        }
-        if kept.len() == range.ids.len() {
-            return Some((base, count));
-        }
-        let mut substitutes = kept.iter().copied().cycle();
-        let old = range.ids.clone();
-        let ids: Vec<BackendId> = old
-            .iter()
-            .map(|id| {
-                if stays(id) {
-                    Some(*id)
-                } else {
-                    substitutes.next()
-                }
-            })
-            .collect::<Option<_>>()?;
-        plan.steps.push(Step::WriteSlots {
-            base,
-            ids: ids.clone(),
-        });
-        for (left, taken) in old.iter().zip(&ids).filter(|(left, taken)| left != taken) {
-            if let Some(known) = self.backends.get_mut(taken) {
-                known.slot_count += 1;
-            }
-            self.leave_slot(*left, plan);
-        }
-        self.ranges.get_mut(&base)?.ids = ids;
-        Some((base, count))
-    }
-
-    /// The ranges of this set that its frontends refer to now.
-    fn present_ranges(&self, frontends: &[FrontendKey], service_id: u32) -> BTreeSet<u32> {
-        frontends
-            .iter()
-            .filter_map(|key| self.frontends.get(key))
-            .filter(|value| value.count > 0 && value.service_id == service_id)
-            .map(|value| value.base)
-            .collect()
-    }
-
-    fn is(&self, id: BackendId, wanted: &Backend) -> bool {
-        self.backends
-            .get(&id)
-            .is_some_and(|known| known.backend == *wanted)
     }
 
     /// One frontend has left this value's range.
@@ -575,27 +486,6 @@ struct Moment {
     now: Duration,
 }
 
-struct Full {
-    reason: String,
-    retry_at: Option<Duration>,
-}
-
-impl Full {
-    fn of(map: &str, limit: u32, full: ArenaFull) -> Self {
-        Self {
-            reason: format!("{map} is full ({limit} entries)"),
-            retry_at: full.retry_at,
-        }
-    }
-}
-
-fn earlier(a: Option<Duration>, b: Option<Duration>) -> Option<Duration> {
-    match (a, b) {
-        (Some(a), Some(b)) => Some(a.min(b)),
-        (a, b) => a.or(b),
-    }
-}
-
 fn backend_of(value: &BackendValue) -> Backend {
     Backend {
         addr: value.addr,
@@ -606,25 +496,16 @@ fn backend_of(value: &BackendValue) -> Backend {
     }
 }
 
-fn value_of(backend: &Backend, service_id: u32, generation: u64) -> BackendValue {
-    BackendValue {
-        addr: backend.addr,
-        port_be: backend.port_be,
-        proto: backend.proto,
-        state: BACKEND_IN_USE,
-        node_id: backend.node_id,
-        pod_id: backend.pod_id,
-        generation,
-        service_id,
-        _pad: 0,
-    }
-}
-
 fn describe(key: &FrontendKey) -> String {
     let (address, port) = (ip_of(&key.addr), u16::from_be(key.port_be));
+    let outside = if key.is_outside() {
+        " from outside"
+    } else {
+        ""
+    };
     match key.scope {
-        ebpf_maps::services::SCOPE_NODE_PORT => format!("node port {port}"),
-        _ => std::net::SocketAddr::new(address, port).to_string(),
+        SCOPE_NODE_PORT | SCOPE_OUTSIDE_NODE_PORT => format!("node port {port}{outside}"),
+        _ => format!("{}{outside}", std::net::SocketAddr::new(address, port)),
     }
 }
 

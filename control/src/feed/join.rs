@@ -19,6 +19,7 @@ use gantry_api::k8s_openapi::api::core::v1 as core;
 use gantry_api::k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use gantry_api::proto;
 use gantry_api::validation;
+use ipnet::IpNet;
 
 use crate::controllers::pods;
 
@@ -142,7 +143,12 @@ pub(super) fn service(service: &core::Service) -> proto::Service {
     let balancer_ips = ingress
         .into_iter()
         .flatten()
+        // A proxy's address is the proxy's to answer.
+        .filter(|ingress| ingress.ip_mode.as_deref() != Some("Proxy"))
         .filter_map(|ingress| ingress.ip.as_deref());
+    let is_balancer = spec.type_.as_deref() == Some("LoadBalancer");
+    let ranges = spec.load_balancer_source_ranges.unwrap_or_default();
+    let ranges = ranges.iter().filter(|_| is_balancer);
     let affinity = spec
         .session_affinity_config
         .and_then(|config| config.client_ip);
@@ -172,7 +178,21 @@ pub(super) fn service(service: &core::Service) -> proto::Service {
         load_balancer_ips: balancer_ips.filter_map(address_bytes).collect(),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         least_connections: validation::least_connections(service),
+        source_ranges: ranges.filter_map(|range| source_range(range)).collect(),
+        health_check_node_port: port_number(spec.health_check_node_port).unwrap_or(0),
     }
+}
+
+fn source_range(text: &str) -> Option<proto::SourceRange> {
+    let range = text.trim().parse::<IpNet>().ok()?;
+    let address = match range.network() {
+        IpAddr::V4(v4) => Bytes::copy_from_slice(&v4.octets()),
+        IpAddr::V6(v6) => Bytes::copy_from_slice(&v6.octets()),
+    };
+    Some(proto::SourceRange {
+        address,
+        prefix: u32::from(range.prefix_len()),
+    })
 }
 
 fn service_port(port: &core::ServicePort) -> Option<proto::ServicePort> {

@@ -21,11 +21,20 @@ pub const FLOWS_FULL: u32 = 8;
 /// A slot or backend of a Service was out of range: a fault of the agent, never of a packet.
 pub const BROKEN_SLOT: u32 = 9;
 
+/// The client is not in `loadBalancerSourceRanges`.
+pub const SOURCE_RANGE: u32 = 10;
+/// Only other nodes have backends, and `externalTrafficPolicy: Local` keeps traffic from them.
+pub const NO_BACKEND_HERE: u32 = 11;
+/// The way to a backend elsewhere has no address of the node to be answered at.
+pub const NO_SOURCE: u32 = 12;
+/// It has been sent on too often.
+pub const TTL: u32 = 13;
+
 /// Entries of `DROPS`.
 pub const DROP_COUNT: u32 = 32;
 
 /// The name of each reason in use, by index, for metrics and reports.
-pub const DROP_NAMES: [&str; 10] = [
+pub const DROP_NAMES: [&str; 14] = [
     "no_pod",
     "source_address",
     "source_mac",
@@ -36,6 +45,10 @@ pub const DROP_NAMES: [&str; 10] = [
     "no_backend",
     "flows_full",
     "broken_slot",
+    "source_range",
+    "no_backend_here",
+    "no_source",
+    "ttl",
 ];
 
 const _: () = assert!(DROP_NAMES.len() <= DROP_COUNT as usize);

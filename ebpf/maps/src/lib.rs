@@ -6,6 +6,7 @@
 //!                             AFFINITY           ◄────────────────  read by recvmsg(), getpeername()
 //!  agent (dataplane::pods) ──► ENDPOINTS, INTERFACES                packets of pods
 //!  agent (policy::plan) ──► POLICY_PODS, POLICY_PEERS, POLICY_RULES  which of them are allowed
+//!  agent (dataplane::uplinks) ──► UPLINKS, ANNOUNCED               packets from outside
 //!                             FLOWS              ◄────────────────  written and read by packets
 //! ```
 //! Every address is 16 bytes in network order, an IPv4 address in its v4-mapped form
@@ -23,6 +24,7 @@ pub mod endpoint;
 pub mod flow;
 pub mod policy;
 pub mod services;
+pub mod uplink;
 
 /// Version of the layouts in this crate; part of the directory in which maps are pinned.
 pub const LAYOUT_VERSION: u32 = 4;

@@ -4,6 +4,7 @@
 //!  FRONTENDS[addr, port, proto, scope] = {base, count, service_id, …}      one update switches it
 //!       SLOTS[base .. base + count]    = backend ids                       written before, by mmap
 //!       BACKENDS[id]                   = {addr, port, …}                   written first, by mmap
+//!       SOURCE_RANGES[service_id, prefix]                          who may come from outside
 //! ```
 //! A range of slots and a backend id are immutable while anything refers to them; only
 //! [`BackendValue::state`] goes from in use to retired. Both are reused 1 s after the last frontend
@@ -29,6 +30,10 @@ pub const REVERSE_COUNT_MAX: u32 = 65_536;
 pub const AFFINITY_COUNT_MAX: u32 = 65_536;
 /// Entries of `NODE_ADDRESSES`.
 pub const NODE_ADDRESS_COUNT_MAX: u32 = 16_384;
+/// Entries of `SOURCE_RANGES`.
+pub const SOURCE_RANGE_COUNT_MAX: u32 = 65_536;
+/// Bits of a [`SourceRangeKey`] before the address.
+pub const SOURCE_RANGE_BITS: u32 = 32;
 
 /// `FrontendKey::scope`: an address of its own, for clients on this node: cluster IP, external IP,
 /// load balancer IP.
@@ -36,6 +41,21 @@ pub const SCOPE_ADDRESS: u8 = 0;
 /// `FrontendKey::scope`: a node port, for clients on this node; the address is the unspecified one
 /// of its family and stands for every address in `NODE_ADDRESSES`.
 pub const SCOPE_NODE_PORT: u8 = 1;
+/// `FrontendKey::scope`: as [`SCOPE_ADDRESS`], for clients outside of the nodes: external IP, load
+/// balancer IP.
+pub const SCOPE_OUTSIDE_ADDRESS: u8 = 2;
+/// `FrontendKey::scope`: as [`SCOPE_NODE_PORT`], for clients outside of the nodes.
+pub const SCOPE_OUTSIDE_NODE_PORT: u8 = 3;
+
+/// `FrontendValue::flags`: the slots are a Maglev table; else one slot per backend.
+pub const FRONTEND_TABLE: u32 = 1;
+/// `FrontendValue::flags`: without slots it drops, since other nodes have backends; else it refuses.
+pub const FRONTEND_DROP: u32 = 2;
+/// `FrontendValue::flags`: only clients in `SOURCE_RANGES` may use it.
+pub const FRONTEND_RESTRICTED: u32 = 4;
+
+/// Slots without a table among which the heaviest one is looked for; see [`weight`].
+pub const RENDEZVOUS_COUNT_MAX: u32 = 8;
 
 /// `BackendValue::state`: never written.
 pub const BACKEND_UNUSED: u8 = 0;
@@ -51,9 +71,10 @@ pub const FRONTEND_LEAST_CONNECTIONS: u32 = 0x100;
 pub const AFFINITY_NETNS: u32 = 0;
 /// `AffinityKey::kind`: the client is one unconnected UDP socket.
 pub const AFFINITY_SOCKET: u32 = 1;
-
 /// `AffinityKey::kind`: the client is a pod, by its id, whose packets no socket hook has seen.
 pub const AFFINITY_POD: u32 = 2;
+/// `AffinityKey::kind`: the client is an address: an IPv4 one as it is, of an IPv6 one a hash.
+pub const AFFINITY_ADDRESS: u32 = 3;
 
 /// How long an unconnected UDP socket keeps its backend without a datagram; the kernel's own
 /// `nf_conntrack_udp_timeout_stream`, which kube-proxy's clients are used to.
@@ -77,21 +98,62 @@ pub const fn is_v4_mapped(addr: &Addr) -> bool {
     addr[0] == 0 && addr[1] == 0 && addr[2] == V4_MAPPED
 }
 
+/// Spreads every bit of a word over all of them (the finalizer of MurmurHash3).
+#[inline(always)]
+pub const fn mix(word: u32) -> u32 {
+    let word = (word ^ (word >> 16)).wrapping_mul(0x85eb_ca6b);
+    let word = (word ^ (word >> 13)).wrapping_mul(0xc2b2_ae35);
+    word ^ (word >> 16)
+}
+
+/// A hash of a connection; the same on every node. Addresses and ports in network order.
+#[inline(always)]
+pub const fn flow_hash(
+    client: &Addr,
+    client_port_be: u16,
+    server: &Addr,
+    server_port_be: u16,
+    proto: u8,
+) -> u32 {
+    let ports = ((client_port_be as u32) << 16) | server_port_be as u32;
+    let mut hash = mix(ports ^ (proto as u32).wrapping_mul(0x9e37_79b1));
+    let mut i = 0;
+    while i < 4 {
+        hash =
+            mix(hash.rotate_left(5) ^ client[i]).wrapping_add(server[i].wrapping_mul(0x27d4_eb2f));
+        i += 1;
+    }
+    mix(hash)
+}
+
+/// How much a connection likes a backend: of a list the heaviest serves it, so a backend that comes
+/// or goes moves no connection between others (rendezvous hashing).
+#[inline(always)]
+pub const fn weight(flow_hash: u32, backend_hash: u32) -> u32 {
+    mix(flow_hash ^ backend_hash.rotate_left(16))
+}
+
 /// Key of `FRONTENDS`: what a client connects to.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
 pub struct FrontendKey {
-    /// The address; unspecified for [`SCOPE_NODE_PORT`].
+    /// The address; unspecified for node ports.
     pub addr: Addr,
     /// The port, network order.
     pub port_be: u16,
     /// IANA protocol number: 6 TCP, 17 UDP.
     pub proto: u8,
-    /// [`SCOPE_ADDRESS`] or [`SCOPE_NODE_PORT`].
+    /// One of the `SCOPE_` constants.
     pub scope: u8,
 }
 
 impl FrontendKey {
+    /// Whether it is for clients outside of the nodes.
+    #[inline(always)]
+    pub const fn is_outside(&self) -> bool {
+        matches!(self.scope, SCOPE_OUTSIDE_ADDRESS | SCOPE_OUTSIDE_NODE_PORT)
+    }
+
     /// A word that tells this key from its neighbours: two keys that differ in one field never
     /// have the same, others rarely (about 1 in 4 billion).
     #[inline(always)]
@@ -129,7 +191,7 @@ pub struct FrontendValue {
     pub count: u32,
     /// Session affinity by client for so many seconds; 0: none.
     pub affinity_s: u32,
-    /// [`FRONTEND_LEAST_CONNECTIONS`] or 0.
+    /// The `FRONTEND_` constants.
     pub flags: u32,
 }
 
@@ -153,8 +215,19 @@ pub struct BackendValue {
     pub generation: u64,
     /// The `FrontendValue::service_id` whose slots hold this id.
     pub service_id: u32,
-    /// Always 0.
-    pub _pad: u32,
+    /// A hash of address, port and protocol: the same on every node. For [`weight`].
+    pub hash: u32,
+}
+
+/// Key of `SOURCE_RANGES` after the length of its prefix: [`SOURCE_RANGE_BITS`] and those of the
+/// address. The value says nothing.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
+pub struct SourceRangeKey {
+    /// The `FrontendValue::service_id`.
+    pub service_id: u32,
+    /// The client's address, of the service's family.
+    pub addr: Addr,
 }
 
 /// Value of `TRAFFIC`, whose key is a backend's id: what this node's programs did with it.
@@ -215,11 +288,11 @@ pub struct ReverseValue {
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct AffinityKey {
-    /// A network namespace's or socket's cookie, or a pod's id, as `kind` says.
+    /// A network namespace's or socket's cookie, a pod's id or an address, as `kind` says.
     pub client: u64,
     /// The `FrontendValue::service_id`.
     pub service_id: u32,
-    /// [`AFFINITY_NETNS`], [`AFFINITY_SOCKET`] or [`AFFINITY_POD`].
+    /// One of the `AFFINITY_` constants.
     pub kind: u32,
 }
 
@@ -257,12 +330,14 @@ const _: () = {
     assert!(offset_of!(BackendValue, pod_id) == 24);
     assert!(offset_of!(BackendValue, generation) == 32);
     assert!(offset_of!(BackendValue, service_id) == 40);
-    assert!(offset_of!(BackendValue, _pad) == 44);
+    assert!(offset_of!(BackendValue, hash) == 44);
     // An element of a memory-mapped array starts at a multiple of 8 bytes.
     assert!(size_of::<BackendValue>().is_multiple_of(8));
 
     assert!(size_of::<TrafficValue>() == 16);
     assert!(offset_of!(TrafficValue, chosen) == 8);
+    assert!(size_of::<SourceRangeKey>() == 20);
+    assert!(offset_of!(SourceRangeKey, addr) == 4);
 
     assert!(size_of::<ReverseKey>() == 32);
     assert!(offset_of!(ReverseKey, addr) == 8);
@@ -293,6 +368,7 @@ plain_old_data!(
     FrontendValue,
     BackendValue,
     TrafficValue,
+    SourceRangeKey,
     ReverseKey,
     ReverseValue,
     PeerValue,

@@ -20,11 +20,13 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod announce;
 mod conntrack;
 mod device;
 mod drop;
 mod maps;
 mod nat;
+mod outside;
 mod packet;
 mod pod;
 mod policy;
@@ -127,6 +129,18 @@ pub fn from_pod(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn to_pod(ctx: TcContext) -> i32 {
     pod::received(&ctx)
+}
+
+/// At the ingress of an uplink: what comes from outside.
+#[classifier]
+pub fn from_netdev(ctx: TcContext) -> i32 {
+    outside::received(&ctx)
+}
+
+/// At the egress of an uplink: what leaves for outside.
+#[classifier]
+pub fn to_netdev(ctx: TcContext) -> i32 {
+    outside::sent(&ctx)
 }
 
 /// Never reached: the verifier refuses a program that could come here.

@@ -19,7 +19,9 @@ use ebpf_maps::services::{
     FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, NODE_ADDRESS_COUNT_MAX, PEER_COUNT_MAX,
     PeerValue, REVERSE_COUNT_MAX, ReverseKey, ReverseValue, SLOT_COUNT, SLOTS_PER_ELEMENT,
     TrafficValue,
+    SOURCE_RANGE_COUNT_MAX, SourceRangeKey,
 };
+use ebpf_maps::uplink::{ANNOUNCED_COUNT_MAX, UPLINK_COUNT_MAX, UplinkValue};
 
 use crate::work::Work;
 
@@ -37,7 +39,12 @@ pub static SLOTS: Array<[u32; SLOTS_PER_ELEMENT as usize]> =
 #[map]
 pub static BACKENDS: Array<BackendValue> = Array::with_max_entries(BACKEND_COUNT, BPF_F_MMAPABLE);
 
-/// The addresses of all nodes: where node ports answer.
+/// Who may use the restricted frontends from outside. Written by the agent only.
+#[map]
+pub static SOURCE_RANGES: LpmTrie<SourceRangeKey, u32> =
+    LpmTrie::with_max_entries(SOURCE_RANGE_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// The addresses of all nodes: where node ports answer. `NODE_OWN` or `NODE_OTHER`.
 #[map]
 pub static NODE_ADDRESSES: HashMap<Addr, u32> =
     HashMap::with_max_entries(NODE_ADDRESS_COUNT_MAX, BPF_F_NO_PREALLOC);
@@ -77,6 +84,16 @@ pub static ENDPOINTS: HashMap<Addr, EndpointValue> =
 #[map]
 pub static INTERFACES: HashMap<u32, InterfaceValue> =
     HashMap::with_max_entries(INTERFACE_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// The node's interfaces towards the outside, by index. Written by the agent only.
+#[map]
+pub static UPLINKS: HashMap<u32, UplinkValue> =
+    HashMap::with_max_entries(UPLINK_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// Addresses on no interface of which this node says that it has them. Written by the agent only.
+#[map]
+pub static ANNOUNCED: HashMap<Addr, u32> =
+    HashMap::with_max_entries(ANNOUNCED_COUNT_MAX, BPF_F_NO_PREALLOC);
 
 /// `ebpf_maps::flow`. Written by the programs only.
 #[map]

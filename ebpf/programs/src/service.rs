@@ -48,13 +48,15 @@ static HAS_SET_RETVAL: u32 = 1;
 
 /// What a frontend's value says, read consistently.
 pub struct Frontend {
-    base: u32,
+    /// The first slot.
+    pub base: u32,
     /// How many backends.
     pub count: u32,
     pub service_id: u32,
     /// See `FrontendValue::affinity_s`.
     pub affinity_s: u32,
-    flags: u32,
+    /// See `FrontendValue::flags`.
+    pub flags: u32,
 }
 
 impl Frontend {
@@ -205,6 +207,18 @@ pub fn choose_for(
     client: u64,
     timeout_s: u32,
 ) -> Option<(u32, &'static BackendValue)> {
+    remembered(frontend, kind, client, timeout_s, || choose_any(frontend))
+}
+
+/// The same with a choice of the caller's own.
+#[inline(always)]
+pub fn remembered(
+    frontend: &Frontend,
+    kind: u32,
+    client: u64,
+    timeout_s: u32,
+    choose: impl FnOnce() -> Option<(u32, &'static BackendValue)>,
+) -> Option<(u32, &'static BackendValue)> {
     // SAFETY: takes nothing, returns a number.
     let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
     let key = AffinityKey {
@@ -225,7 +239,7 @@ pub fn choose_for(
             return Some((id, backend));
         }
     }
-    let (backend_id, backend) = choose_any(frontend)?;
+    let (backend_id, backend) = choose()?;
     // A full map only costs the affinity, and being LRU it is never full.
     let _ = AFFINITY.insert(
         &key,
@@ -246,7 +260,7 @@ pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
     let random = unsafe { bpf_get_prandom_u32() };
     // checked_rem: the verifier must see that no division by zero can panic.
     let first = random.checked_rem(frontend.count)?;
-    let one = backend_at(frontend, first)?;
+    let one = backend_at(frontend.base.wrapping_add(first), frontend.service_id)?;
     if !frontend.is_counted() || frontend.count < 2 {
         return Some(one);
     }
@@ -256,7 +270,7 @@ pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
         .wrapping_add(step)
         .wrapping_add(1)
         .checked_rem(frontend.count)?;
-    let other = backend_at(frontend, second)?;
+    let other = backend_at(frontend.base.wrapping_add(second), frontend.service_id)?;
     Some(if connections(other.0) < connections(one.0) {
         other
     } else {
@@ -264,9 +278,9 @@ pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
     })
 }
 
+/// The backend in a slot, and its id; none if it belongs to another Service by now.
 #[inline(always)]
-fn backend_at(frontend: &Frontend, number: u32) -> Option<(u32, &'static BackendValue)> {
-    let slot = frontend.base.wrapping_add(number);
+pub fn backend_at(slot: u32, service_id: u32) -> Option<(u32, &'static BackendValue)> {
     let pair = SLOTS.get(slot / SLOTS_PER_ELEMENT)?;
     let [even, odd] = *pair;
     let id = if slot % SLOTS_PER_ELEMENT == 0 {
@@ -275,7 +289,7 @@ fn backend_at(frontend: &Frontend, number: u32) -> Option<(u32, &'static Backend
         odd
     };
     let backend = BACKENDS.get(id)?;
-    (backend.service_id == frontend.service_id).then_some((id, backend))
+    (backend.service_id == service_id).then_some((id, backend))
 }
 
 #[inline(always)]

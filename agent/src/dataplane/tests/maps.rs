@@ -6,7 +6,7 @@ use aya::maps::{Array, HashMap, Map, MapData, MapType};
 use ebpf_maps::flow::{FlowKey, FlowValue};
 use ebpf_maps::services::{
     Addr, BACKEND_IN_USE, BACKEND_RETIRED, BackendValue, FrontendKey, FrontendValue, SCOPE_ADDRESS,
-    SCOPE_NODE_PORT,
+    SCOPE_NODE_PORT, mix,
 };
 
 use crate::services::index::addr_of;
@@ -62,6 +62,7 @@ pub(super) trait Maps {
                 proto,
                 state: BACKEND_IN_USE,
                 service_id: base,
+                hash: mix(*id),
                 ..BackendValue::default()
             };
             self.array::<BackendValue>("BACKENDS")

@@ -15,6 +15,7 @@ use super::bed::{ip, try_ip};
 use super::maps::Maps;
 use crate::dataplane::pods::{Attachment, PodPrograms};
 use crate::dataplane::policies::Policies;
+use crate::dataplane::uplinks::UplinkPrograms;
 use crate::dataplane::{PodInterface, bpffs, hooks, load, remove_all};
 use crate::ids::PodUid;
 use crate::paths::Paths;
@@ -26,7 +27,7 @@ pub(super) const SHORT: Duration = Duration::from_millis(700);
 pub(super) struct Namespace(File);
 
 impl Namespace {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let made = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             ip("link set lo up");
@@ -48,7 +49,8 @@ impl Namespace {
         })
     }
 
-    fn path(&self) -> String {
+    /// As `ip` takes it after `netns`.
+    pub(super) fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 }
@@ -59,6 +61,7 @@ pub(super) struct Wires {
     pub pods: [Namespace; 2],
     pub programs: PodPrograms,
     pub policies: Policies,
+    pub uplinks: UplinkPrograms,
     pub paths: Paths,
     _place: Place,
 }
@@ -109,11 +112,13 @@ impl Wires {
         let programs = PodPrograms::take(&mut ebpf, &paths).unwrap();
         let mut policies = Policies::take(&mut ebpf, Some(GATEWAY.parse().unwrap())).unwrap();
         [0, 1].iter().for_each(|pod| policies.open(&uid(*pod)));
+        let uplinks = UplinkPrograms::take(&mut ebpf, &paths).unwrap();
         Some(Self {
             node,
             pods,
             programs,
             policies,
+            uplinks,
             paths,
             _place: place,
         })

@@ -154,13 +154,13 @@ fn internal_policy_local_limits_the_cluster_ip_only() {
     local.ports[0].node_port = 30_080;
     let indexed = index(&local, Some(&all), &here());
     assert_eq!(indexed.sets.len(), 2);
-    assert_eq!(texts(&indexed.sets[0]), ["10.244.0.1:8080"]);
-    assert_eq!(indexed.sets[1].frontends.len(), 2);
+    assert_eq!(texts(&indexed.sets[1]), ["10.244.0.1:8080"]);
+    assert_eq!(indexed.sets[0].frontends.len(), 4);
     assert_eq!(
-        texts(&indexed.sets[1]),
+        texts(&indexed.sets[0]),
         ["10.244.0.1:8080", "10.244.1.1:8080"]
     );
-    let node_port = indexed.sets[1]
+    let node_port = indexed.sets[0]
         .frontends
         .iter()
         .find(|key| key.scope == SCOPE_NODE_PORT);
@@ -174,7 +174,90 @@ fn one_set_serves_every_address_of_the_same_policy() {
     web.ports[0].node_port = 30_080;
     let indexed = index(&web, None, &here());
     assert_eq!(indexed.sets.len(), 1);
-    assert_eq!(indexed.sets[0].frontends.len(), 3);
+    let scopes: Vec<u8> = indexed.sets[0]
+        .frontends
+        .iter()
+        .map(|key| key.scope)
+        .collect();
+    let (own, outside) = (
+        [SCOPE_NODE_PORT, SCOPE_ADDRESS, SCOPE_ADDRESS],
+        [SCOPE_OUTSIDE_NODE_PORT, SCOPE_OUTSIDE_ADDRESS],
+    );
+    for scope in own.into_iter().chain(outside) {
+        assert!(scopes.contains(&scope), "{scope} in {scopes:?}");
+    }
+    assert_eq!(scopes.len(), 5);
+}
+
+/// The set that has a frontend of this scope.
+fn set_of(indexed: &Indexed, scope: u8) -> &BackendSet {
+    let has = |set: &&BackendSet| set.frontends.iter().any(|key| key.scope == scope);
+    indexed.sets.iter().find(has).unwrap()
+}
+
+#[test]
+fn external_policy_local_limits_the_outside_to_this_node() {
+    let here_and_there = backends(&[
+        endpoint("10.244.0.1", 8080, State::Serving, "here"),
+        endpoint("10.244.1.1", 8080, State::Serving, "there"),
+    ]);
+    let mut web = service(&["10.96.0.1"]);
+    web.external_local = true;
+    web.ports[0].node_port = 30_080;
+    let indexed = index(&web, Some(&here_and_there), &here());
+    let outside = set_of(&indexed, SCOPE_OUTSIDE_NODE_PORT);
+    assert_eq!(texts(outside), ["10.244.0.1:8080"]);
+    assert!(!outside.elsewhere);
+    assert_eq!(set_of(&indexed, SCOPE_NODE_PORT).backends.len(), 2);
+    let there = backends(&[endpoint("10.244.1.1", 8080, State::Serving, "there")]);
+    let indexed = index(&web, Some(&there), &here());
+    let outside = set_of(&indexed, SCOPE_OUTSIDE_NODE_PORT);
+    assert!(outside.backends.is_empty() && outside.elsewhere);
+    let indexed = index(&web, None, &here());
+    assert!(
+        !set_of(&indexed, SCOPE_OUTSIDE_NODE_PORT).elsewhere,
+        "refused"
+    );
+}
+
+#[test]
+fn source_ranges_limit_the_load_balancer_addresses_only() {
+    let mut web = service(&["10.96.0.1"]);
+    web.load_balancer_ips = vec![ip("192.0.2.7"), ip("2001:db8::7")];
+    web.external_ips = vec![ip("192.0.2.8")];
+    web.ports[0].node_port = 30_080;
+    web.source_ranges = [("198.51.100.0", 24), ("2001:db8:1::", 48), ("0.0.0.0", 33)]
+        .map(|(address, prefix)| proto::SourceRange {
+            address: ip(address),
+            prefix,
+        })
+        .to_vec();
+    let indexed = index(&web, None, &here());
+    assert_eq!(indexed.faults.len(), 1, "{:?}", indexed.faults);
+    let [v4, v6] = &indexed.sets[..] else {
+        panic!("one set per family");
+    };
+    let texts = |set: &BackendSet| {
+        let address = |key: &FrontendKey| ip_of(&key.addr).to_string();
+        set.restricted.iter().map(address).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        (texts(v4), texts(v6)),
+        (vec!["192.0.2.7".into()], vec!["2001:db8::7".into()])
+    );
+    assert!(v4.restricted.iter().all(FrontendKey::is_outside));
+    let prefixes = |set: &BackendSet| {
+        set.source_ranges
+            .iter()
+            .map(|r| r.prefix)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!((prefixes(v4), prefixes(v6)), (vec![24 + 96], vec![48]));
+    // Ranges that make no sense let nobody in, rather than everybody.
+    web.source_ranges.drain(..2);
+    let indexed = index(&web, None, &here());
+    assert_eq!(indexed.sets[0].restricted.len(), 1);
+    assert!(indexed.sets[0].source_ranges.is_empty());
 }
 
 #[test]

@@ -7,10 +7,13 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
-use ebpf_maps::services::{BACKEND_IN_USE, BackendValue, FrontendKey, FrontendValue};
+use ebpf_maps::services::{
+    BACKEND_IN_USE, BackendValue, FRONTEND_TABLE, FrontendKey, FrontendValue,
+};
 
-use super::{BackendId, Known, Limits, Range, Table, backend_of};
+use super::{BackendId, Known, Limits, Range, SourceRanges, Table, backend_of};
 use crate::services::arena::Arena;
+use crate::services::index::SourceRange;
 
 /// What the maps hold, as found when the agent starts.
 #[derive(Clone, Debug, Default)]
@@ -20,6 +23,8 @@ pub struct Found {
     /// For each frontend in the same order: the ids in its slots and the backends behind them;
     /// none if an index was out of range.
     pub backends: Vec<Option<Vec<(BackendId, BackendValue)>>>,
+    /// All of SOURCE_RANGES, any order: service id and range.
+    pub source_ranges: Vec<(u32, SourceRange)>,
 }
 
 impl Table {
@@ -39,6 +44,7 @@ impl Table {
             if let Some(range) = ranges.get_mut(&value.base)
                 && value.count as usize == range.ids.len()
                 && value.service_id == range.service_id
+                && is_table(&value) == range.is_table
             {
                 range.frontend_count += 1;
                 frontends.insert(key, value);
@@ -84,10 +90,21 @@ impl Table {
             let ids = slots.into_iter().map(|(id, _)| id).collect();
             let range = Range {
                 ids,
+                is_table: is_table(&value),
                 service_id: value.service_id,
                 frontend_count: 1,
             };
             ranges.insert(value.base, range);
+        }
+        let mut source_ranges: BTreeMap<u32, SourceRanges> = BTreeMap::new();
+        for (service_id, range) in found.source_ranges {
+            // An id that only a range has is not to be given to anyone before the range is gone.
+            next_service_id = next_service_id.max(service_id.saturating_add(1));
+            source_ranges
+                .entry(service_id)
+                .or_default()
+                .ranges
+                .insert(range);
         }
         Self {
             limits,
@@ -104,8 +121,13 @@ impl Table {
             service_ids: HashMap::new(),
             service_ids_in_use: HashSet::new(),
             next_service_id,
+            source_ranges,
         }
     }
+}
+
+fn is_table(value: &FrontendValue) -> bool {
+    value.flags & FRONTEND_TABLE != 0
 }
 
 /// Whether a value's range meets one that is taken.

@@ -1,4 +1,6 @@
-use ebpf_maps::services::{BACKEND_RETIRED, SCOPE_ADDRESS, v4_mapped};
+use ebpf_maps::services::{
+    BACKEND_RETIRED, FRONTEND_TABLE, SCOPE_ADDRESS, SCOPE_OUTSIDE_ADDRESS, v4_mapped,
+};
 use proptest::prelude::*;
 
 use super::*;
@@ -44,6 +46,43 @@ fn set(frontends: &[u8], backends: &[u8]) -> BackendSet {
         backends: backends.iter().map(|host| backend(*host)).collect(),
         affinity_s: 0,
         least_connections: false,
+        elsewhere: false,
+        restricted: Vec::new(),
+        source_ranges: Vec::new(),
+    }
+}
+
+fn outside(host: u8) -> FrontendKey {
+    FrontendKey {
+        scope: SCOPE_OUTSIDE_ADDRESS,
+        ..frontend(host)
+    }
+}
+
+/// The same with a frontend for the outside beside each.
+fn both_sides(set: BackendSet) -> BackendSet {
+    let mut frontends = set.frontends.clone();
+    frontends.extend(set.frontends.iter().map(|key| FrontendKey {
+        scope: SCOPE_OUTSIDE_ADDRESS,
+        ..*key
+    }));
+    BackendSet { frontends, ..set }
+}
+
+fn range(host: u8) -> SourceRange {
+    SourceRange {
+        addr: v4_mapped(u32::from_ne_bytes([192, 0, 2, host])),
+        prefix: 128,
+    }
+}
+
+/// The same with its frontends for the outside limited to these clients.
+fn limited_to(set: BackendSet, clients: &[u8]) -> BackendSet {
+    let restricted = set.frontends.iter().filter(|key| key.is_outside());
+    BackendSet {
+        restricted: restricted.copied().collect(),
+        source_ranges: clients.iter().map(|host| range(*host)).collect(),
+        ..set
     }
 }
 
@@ -57,6 +96,7 @@ struct Maps {
     frontends: HashMap<FrontendKey, FrontendValue>,
     slots: BTreeMap<u32, BackendId>,
     backends: BTreeMap<BackendId, BackendValue>,
+    source_ranges: BTreeSet<(u32, SourceRange)>,
 }
 
 impl Maps {
@@ -80,6 +120,18 @@ impl Maps {
             Step::RetireBackend { id } => {
                 self.backends.get_mut(id).unwrap().state = BACKEND_RETIRED;
             }
+            Step::AddSourceRange { service_id, range } => {
+                assert!(
+                    self.source_ranges.insert((*service_id, *range)),
+                    "added twice"
+                );
+            }
+            Step::RemoveSourceRange { service_id, range } => {
+                assert!(
+                    self.source_ranges.remove(&(*service_id, *range)),
+                    "removed twice"
+                );
+            }
         }
     }
 
@@ -93,24 +145,38 @@ impl Maps {
 
     /// What a program gets that holds this value: every slot, resolved as the program would.
     fn resolve(&self, value: &FrontendValue) -> BTreeSet<Backend> {
-        (value.base..value.base + value.count)
-            .map(|slot| {
-                let found = &self.backends[&self.slots[&slot]];
-                assert_eq!(
-                    found.service_id, value.service_id,
-                    "another Service's backend"
-                );
-                backend_of(found)
-            })
-            .collect()
+        let slots = self.slots.range(value.base..value.base + value.count);
+        let ids: BTreeSet<BackendId> = slots.map(|(_, id)| *id).collect();
+        let resolved = ids.iter().map(|id| {
+            let found = &self.backends[id];
+            let (owner, own) = (found.service_id, value.service_id);
+            assert_eq!(owner, own, "another Service's backend");
+            backend_of(found)
+        });
+        resolved.collect()
     }
 
     fn backends_of(&self, key: &FrontendKey) -> Option<BTreeSet<Backend>> {
         self.frontends.get(key).map(|value| self.resolve(value))
     }
 
+    /// Whether a client may use a frontend; none: there is no such frontend.
+    fn admits(&self, key: &FrontendKey, host: u8) -> Option<bool> {
+        let value = self.frontends.get(key)?;
+        let is_open = value.flags & FRONTEND_RESTRICTED == 0;
+        Some(
+            is_open
+                || self
+                    .source_ranges
+                    .contains(&(value.service_id, range(host))),
+        )
+    }
+
     fn found(&self) -> Found {
-        let mut found = Found::default();
+        let mut found = Found {
+            source_ranges: self.source_ranges.iter().copied().collect(),
+            ..Found::default()
+        };
         for (key, value) in &self.frontends {
             found.frontends.push((*key, *value));
             let slots = (value.base..value.base + value.count).map(|slot| {
@@ -128,6 +194,7 @@ fn limits(frontends: u32, slots: u32, backends: u32) -> Limits {
         frontend_count: frontends,
         slot_count: slots,
         backend_count: backends,
+        source_range_count: 4096,
     }
 }
 
@@ -164,6 +231,8 @@ fn kind(step: &Step) -> &'static str {
         Step::SetFrontend { .. } => "set",
         Step::RemoveFrontend { .. } => "remove",
         Step::RetireBackend { .. } => "retire",
+        Step::AddSourceRange { .. } => "allow",
+        Step::RemoveSourceRange { .. } => "disallow",
     }
 }
 
@@ -276,6 +345,7 @@ fn a_torn_entry_is_written_anew() {
     let found = Found {
         frontends: vec![(key, value)],
         backends: vec![None],
+        source_ranges: Vec::new(),
     };
     let mut table = Table::adopt(found, Limits::default(), Duration::ZERO);
     let plan = table.plan(&wanted(1, vec![set(&[1], &[])]), 1, T);
@@ -286,8 +356,124 @@ fn a_torn_entry_is_written_anew() {
     );
 }
 
-/// Frontends, backends, affinity.
-type Drawn = (Vec<u8>, Vec<u8>, u32);
+#[test]
+fn a_few_backends_share_one_range_and_many_have_a_table() {
+    let mut table = fresh(Limits::default());
+    let mut maps = Maps::default();
+    let few: Vec<u8> = (1..9).collect();
+    let plan = table.plan(&wanted(1, vec![both_sides(set(&[1], &few))]), 1, T);
+    plan.steps.iter().for_each(|step| maps.perform(step));
+    assert_eq!(
+        maps.frontends[&frontend(1)].base,
+        maps.frontends[&outside(1)].base
+    );
+    assert_eq!(maps.frontends[&outside(1)].flags, 0);
+    let many: Vec<u8> = (1..13).collect();
+    let plan = table.plan(&wanted(1, vec![both_sides(set(&[1], &many))]), 2, T);
+    plan.steps.iter().for_each(|step| maps.perform(step));
+    let (inside, value) = (maps.frontends[&frontend(1)], maps.frontends[&outside(1)]);
+    assert_eq!((inside.count, inside.flags), (12, 0));
+    assert_eq!((value.count, value.flags), (4093, FRONTEND_TABLE));
+    let new = plan
+        .steps
+        .iter()
+        .filter(|step| matches!(step, Step::WriteBackend { .. }));
+    assert_eq!(new.count(), 4, "lists and tables share their backends");
+    assert_eq!(
+        maps.backends_of(&frontend(1)),
+        maps.backends_of(&outside(1))
+    );
+    table.performed(T);
+    let mut table = Table::adopt(maps.found(), Limits::default(), T);
+    let again = table.plan(&wanted(1, vec![both_sides(set(&[1], &many))]), 3, T);
+    assert_eq!(again.steps, []);
+    let plan = table.plan(&wanted(1, vec![both_sides(set(&[1], &few))]), 4, T);
+    plan.steps.iter().for_each(|step| maps.perform(step));
+    assert_eq!(
+        maps.frontends[&frontend(1)].base,
+        maps.frontends[&outside(1)].base
+    );
+}
+
+#[test]
+fn where_no_table_fits_the_list_serves_the_outside_too() {
+    let mut table = fresh(limits(10, 100, 100));
+    let many: Vec<u8> = (1..13).collect();
+    let wanted = wanted(1, vec![both_sides(set(&[1], &many))]);
+    let plan = table.plan(&wanted, 1, T);
+    assert_eq!(plan.stuck[&service(1)], "SLOTS is full (100 entries)");
+    let mut maps = Maps::default();
+    plan.steps.iter().for_each(|step| maps.perform(step));
+    assert_eq!(
+        maps.frontends[&frontend(1)].base,
+        maps.frontends[&outside(1)].base
+    );
+    assert_eq!(table.plan(&wanted, 2, T).steps, []);
+}
+
+#[test]
+fn source_ranges_are_there_before_the_frontend_and_go_after_it() {
+    let mut table = fresh(Limits::default());
+    let limited =
+        |clients: &[u8]| wanted(1, vec![limited_to(both_sides(set(&[1], &[1])), clients)]);
+    let kinds = |plan: &Plan| plan.steps.iter().map(kind).collect::<Vec<_>>();
+    let plan = table.plan(&limited(&[1, 2]), 1, T);
+    assert_eq!(
+        kinds(&plan),
+        ["allow", "allow", "backend", "slots", "set", "set"]
+    );
+    assert_eq!(
+        kinds(&table.plan(&limited(&[2, 3]), 2, T)),
+        ["allow", "disallow"]
+    );
+    let open = wanted(1, vec![both_sides(set(&[1], &[1]))]);
+    assert_eq!(
+        kinds(&table.plan(&open, 3, T)),
+        ["set", "disallow", "disallow"]
+    );
+    table.plan(&limited(&[1]), 4, T);
+    let plan = table.plan(&wanted(1, vec![]), 5, T);
+    assert_eq!(kinds(&plan), ["remove", "remove", "retire", "disallow"]);
+}
+
+#[test]
+fn source_ranges_that_do_not_fit_let_nobody_in() {
+    let few = Limits {
+        source_range_count: 1,
+        ..Limits::default()
+    };
+    let mut table = fresh(few);
+    let limited = limited_to(both_sides(set(&[1], &[1])), &[1, 2]);
+    let plan = table.plan(&wanted(1, vec![limited]), 1, T);
+    assert_eq!(plan.stuck[&service(1)], "SOURCE_RANGES is full (1 entries)");
+    let mut maps = Maps::default();
+    plan.steps.iter().for_each(|step| maps.perform(step));
+    assert_eq!(maps.frontends[&outside(1)].count, 0);
+    assert_eq!(maps.admits(&outside(1), 1), Some(false));
+    assert_eq!(
+        maps.backends_of(&frontend(1)).unwrap().len(),
+        1,
+        "the nodes' own clients"
+    );
+}
+
+#[test]
+fn without_a_backend_here_the_outside_is_dropped_or_refused() {
+    let mut table = fresh(Limits::default());
+    let elsewhere = BackendSet {
+        elsewhere: true,
+        ..both_sides(set(&[1], &[]))
+    };
+    let both = [(elsewhere, FRONTEND_DROP), (both_sides(set(&[1], &[])), 0)];
+    for (generation, (set, flags)) in (1..).zip(both) {
+        table.plan(&wanted(1, vec![set]), generation, T);
+        assert_eq!(table.frontends[&outside(1)].flags, flags);
+        assert_eq!(table.frontends[&frontend(1)].flags, 0);
+    }
+}
+
+/// Frontends, backends, affinity, clients that may come from outside.
+type Drawn = (Vec<u8>, Vec<u8>, u32, Vec<u8>);
 
 /// One change of a random history: which Service, its sets, and how long after the one before.
 #[derive(Clone, Debug)]
@@ -300,17 +486,20 @@ enum Change {
 }
 
 fn changes() -> impl Strategy<Value = Vec<Change>> {
-    let hosts = |max: u8| prop::collection::btree_set(1..max, 0..6);
+    let few = prop::collection::btree_set(1u8..9, 0..6);
+    let many = prop::collection::btree_set(1u8..16, 9..11);
     let sets = (
         prop::collection::btree_set(1u8..12, 1..4),
-        hosts(9),
+        prop_oneof![4 => few, 1 => many],
         0u32..2,
+        prop::collection::btree_set(1u8..4, 0..3),
     );
-    let sets = sets.prop_map(|(frontends, backends, affinity_s)| {
+    let sets = sets.prop_map(|(frontends, backends, affinity_s, clients)| {
         (
             frontends.into_iter().collect(),
             backends.into_iter().collect(),
             affinity_s,
+            clients.into_iter().collect(),
         )
     });
     let services = prop::collection::vec((0usize..5, prop::option::weighted(0.8, sets)), 1..4);
@@ -328,8 +517,8 @@ struct Model {
     services: Wanted,
 }
 
-/// What programs may still hold: (read at, value, what it resolved to then).
-type Readers = Vec<(Duration, FrontendValue, BTreeSet<Backend>)>;
+/// What programs may still hold: the value, when it was read last and what it resolved to then.
+type Readers = HashMap<FrontendValue, (Duration, BTreeSet<Backend>)>;
 
 /// Plans and performs step by step, looking at every frontend after each.
 fn perform(
@@ -347,7 +536,22 @@ fn perform(
     for step in &plan.steps {
         maps.perform(step);
         *now += Duration::from_micros(10);
-        for key in (1..12).map(frontend) {
+        for key in (1..12).map(outside) {
+            for host in 1..4 {
+                let seen = maps.admits(&key, host);
+                let (old, new) = (before.admits(&key, host), after.admits(&key, host));
+                // One that comes or goes may meet the ranges that its set had or gets.
+                let by_set = maps.frontends.get(&key).map(|value| {
+                    let id = (value.service_id, range(host));
+                    before.source_ranges.contains(&id) || after.source_ranges.contains(&id)
+                });
+                prop_assert!(
+                    [old, new, by_set].contains(&seen),
+                    "client {host} after {step:?}"
+                );
+            }
+        }
+        for key in (1..12).flat_map(|host| [frontend(host), outside(host)]) {
             let seen = maps.backends_of(&key);
             let (old, new) = (before.backends_of(&key), after.backends_of(&key));
             // The exception of the module's header: fewer of the old ones, but never none.
@@ -361,11 +565,11 @@ fn perform(
                 describe(&key)
             );
             if let (Some(value), Some(seen)) = (maps.frontends.get(&key), seen) {
-                readers.push((*now, *value, seen));
+                readers.insert(*value, (*now, seen));
             }
         }
-        readers.retain(|(read_at, ..)| *now < *read_at + Duration::from_millis(900));
-        for (_, value, seen) in readers.iter() {
+        readers.retain(|_, (read_at, _)| *now < *read_at + Duration::from_millis(900));
+        for (value, (_, seen)) in readers.iter() {
             // Fewer only where a removal found the arena full for a moment.
             prop_assert!(
                 maps.resolve(value).is_subset(seen),
@@ -382,7 +586,7 @@ fn check_history(history: &[Change], limits: Limits) -> Result<(), TestCaseError
     let mut maps = Maps::default();
     let mut model = Model::default();
     let mut now = T;
-    let mut readers = Vec::new();
+    let mut readers = Readers::new();
     for (generation, change) in (1u64..).zip(history) {
         let changed: Wanted = match change {
             Change::RestartAgent => {
@@ -394,10 +598,17 @@ fn check_history(history: &[Change], limits: Limits) -> Result<(), TestCaseError
                 let sets = services.iter().map(|(name, wanted)| {
                     let sets = wanted
                         .iter()
-                        .map(|(frontends, backends, affinity_s)| BackendSet {
-                            affinity_s: *affinity_s,
-                            least_connections: *affinity_s % 2 == 1,
-                            ..set(frontends, backends)
+                        .map(|(frontends, backends, affinity_s, clients)| {
+                            let set = both_sides(BackendSet {
+                                affinity_s: *affinity_s,
+                                least_connections: *affinity_s % 2 == 1,
+                                ..set(frontends, backends)
+                            });
+                            if clients.is_empty() {
+                                set
+                            } else {
+                                limited_to(set, clients)
+                            }
                         });
                     (service(*name), sets.collect())
                 });
@@ -444,6 +655,11 @@ fn check_outcome(
             for key in &set.frontends {
                 if table.claims.get(key) == Some(name) {
                     prop_assert_eq!(maps.backends_of(key), Some(wanted.clone()));
+                    for host in 1..4 {
+                        let admits = !set.restricted.contains(key)
+                            || set.source_ranges.contains(&range(host));
+                        prop_assert_eq!(maps.admits(key, host), Some(admits));
+                    }
                 } else {
                     prop_assert!(plan.stuck.contains_key(name));
                 }
@@ -451,6 +667,12 @@ fn check_outcome(
         }
     }
     prop_assert_eq!(table.frontends.len(), maps.frontends.len());
+    for (id, range) in &maps.source_ranges {
+        prop_assert!(
+            table.service_ids_in_use.contains(id),
+            "{range:?} is nobody's"
+        );
+    }
     for key in maps.frontends.keys() {
         prop_assert!(
             table.claims.contains_key(key),
@@ -466,6 +688,6 @@ proptest! {
 
     #[test]
     fn no_intermediate_state_is_half_programmed(history in changes()) {
-        check_history(&history, limits(64, 4096, 4096))?;
+        check_history(&history, limits(64, 16_384, 4096))?;
     }
 }

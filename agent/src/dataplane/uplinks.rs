@@ -1,0 +1,241 @@
+//! The packet programs of uplinks: rows in the maps, then programs on the interface.
+//!
+//! ```text
+//!  set       UPLINKS ─► to_netdev (egress), from_netdev (ingress), as `pods` attaches its own
+//!            an uplink no longer: pins and filters ─► UPLINKS
+//!  announce  ANNOUNCED: the addresses on no interface that this node answers for
+//! ```
+//! The egress comes first: no packet is translated whose answer would not be. Links are found by
+//! their pins, filters by the rows, so an agent that starts needs no other record.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use aya::Ebpf;
+use aya::maps::{HashMap, Map, MapData, MapError};
+use aya::programs::ProgramFd;
+use ebpf_maps::services::Addr;
+use ebpf_maps::uplink::UplinkValue;
+use gantry_cni::uplinks::Uplink;
+
+use super::clsact::{self, Direction};
+use super::load::{self, absent_is_fine, failed, program_fd, take_map, unexpected};
+use super::pods::{Attachment, Hook, attach_tcx};
+use super::{DataplaneError, hooks, sys};
+use crate::paths::Paths;
+use crate::services::index::addr_of;
+
+/// What an uplink has.
+pub(super) const UPLINK_HOOKS: [Hook; 2] = [
+    Hook {
+        program: "to_netdev",
+        direction: Direction::Egress,
+    },
+    Hook {
+        program: "from_netdev",
+        direction: Direction::Ingress,
+    },
+];
+
+const PIN_PREFIX: &str = "uplink-";
+
+/// The programs and maps of uplinks.
+pub(super) struct UplinkPrograms {
+    links: PathBuf,
+    programs: Vec<(&'static Hook, ProgramFd)>,
+    attachment: Attachment,
+    uplinks: HashMap<MapData, u32, UplinkValue>,
+    announced: HashMap<MapData, Addr, u32>,
+}
+
+impl UplinkPrograms {
+    /// Takes maps and loaded programs out of the object.
+    pub(super) fn take(ebpf: &mut Ebpf, paths: &Paths) -> Result<Self, DataplaneError> {
+        let mut programs = Vec::new();
+        for hook in &UPLINK_HOOKS {
+            let program = program_fd(ebpf, hook.program)?.try_clone();
+            let program = program.map_err(|error| DataplaneError::kernel(hook.program, &error))?;
+            programs.push((hook, program));
+        }
+        let attachment = match programs.first() {
+            Some((_, program)) => Attachment::probe(program.as_fd()),
+            None => Attachment::Clsact,
+        };
+        let uplinks = take_map(ebpf, "UPLINKS")?.try_into();
+        let announced = take_map(ebpf, "ANNOUNCED")?.try_into();
+        Ok(Self {
+            links: hooks::directory(paths),
+            programs,
+            attachment,
+            uplinks: uplinks.map_err(|error: MapError| unexpected("UPLINKS", error))?,
+            announced: announced.map_err(|error: MapError| unexpected("ANNOUNCED", error))?,
+        })
+    }
+
+    /// By which means; tests compare both.
+    #[cfg(test)]
+    pub(super) fn attachment(&mut self) -> &mut Attachment {
+        &mut self.attachment
+    }
+
+    /// See [`super::Dataplane::set_uplinks`].
+    pub(super) fn set(&mut self, wanted: &[Uplink]) -> Result<(), DataplaneError> {
+        let mut gone = self.rows()?;
+        gone.extend(pinned(&self.links));
+        let mut first = Ok(());
+        for uplink in wanted {
+            gone.remove(&uplink.index);
+            first = first.and(self.attach(uplink));
+        }
+        for ifindex in gone {
+            first = first.and(self.detach(ifindex));
+        }
+        first
+    }
+
+    /// Makes the announced addresses exactly these.
+    pub(super) fn announce(&mut self, wanted: &BTreeSet<Addr>) -> Result<(), DataplaneError> {
+        let there: Result<BTreeSet<Addr>, MapError> = self.announced.keys().collect();
+        let there = there.map_err(|error| failed("read ANNOUNCED", &error))?;
+        for addr in there.difference(wanted) {
+            absent_is_fine(self.announced.remove(addr))
+                .map_err(|error| failed("remove from ANNOUNCED", &error))?;
+        }
+        for addr in wanted.difference(&there) {
+            (self.announced.insert(addr, 1, 0))
+                .map_err(|error| failed("write ANNOUNCED", &error))?;
+        }
+        Ok(())
+    }
+
+    fn rows(&self) -> Result<BTreeSet<u32>, DataplaneError> {
+        let rows: Result<_, MapError> = self.uplinks.keys().collect();
+        rows.map_err(|error| failed("read UPLINKS", &error))
+    }
+
+    fn attach(&mut self, uplink: &Uplink) -> Result<(), DataplaneError> {
+        let of_family = |v6: bool| {
+            let first = uplink
+                .addresses
+                .iter()
+                .find(|address| address.is_ipv6() == v6);
+            first.map_or([0; 4], |address: &IpAddr| addr_of(*address))
+        };
+        let value = UplinkValue {
+            v4: of_family(false),
+            v6: of_family(true),
+            mac: uplink.mac,
+            _pad: [0; 2],
+        };
+        (self.uplinks.insert(uplink.index, value, 0))
+            .map_err(|error| failed("write UPLINKS", &error))?;
+        for (hook, program) in &self.programs {
+            let attached = match self.attachment {
+                Attachment::Tcx => {
+                    let pin = self.links.join(pin_name(uplink.index, hook));
+                    attach_tcx(&pin, hook.direction, program.as_fd(), uplink.index)
+                }
+                Attachment::Clsact => {
+                    let (direction, name) = (hook.direction, hook.program);
+                    clsact::attach(uplink.index, direction, name, program.as_fd())
+                }
+            };
+            attached.map_err(|error| {
+                let what = format!(
+                    "attach program {} to interface {}",
+                    hook.program, uplink.name
+                );
+                DataplaneError::kernel(what, &error)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
+        // Ingress first, the other way round.
+        for hook in UPLINK_HOOKS.iter().rev() {
+            let pin = self.links.join(pin_name(ifindex, hook));
+            unpin(&pin).map_err(|error| {
+                DataplaneError::kernel(format!("detach {}", pin.display()), &error)
+            })?;
+            if self.attachment == Attachment::Clsact {
+                clsact::detach(ifindex, hook.direction).map_err(|error| {
+                    let what = format!("detach {} from interface {ifindex}", hook.program);
+                    DataplaneError::kernel(what, &error)
+                })?;
+            }
+        }
+        absent_is_fine(self.uplinks.remove(&ifindex))
+            .map_err(|error| failed("remove from UPLINKS", &error))
+    }
+}
+
+/// Takes the filters of all uplinks away that the pinned rows tell of: they outlive every pin.
+pub(super) fn remove_filters(paths: &Paths) -> io::Result<()> {
+    let directories = load::other_map_directories(paths);
+    for directory in directories.into_iter().chain([load::map_directory(paths)]) {
+        let Ok(data) = MapData::from_pin(directory.join("UPLINKS")) else {
+            continue; // no agent of that layout, or one before uplinks
+        };
+        let Ok(uplinks) = HashMap::<_, u32, UplinkValue>::try_from(Map::HashMap(data)) else {
+            continue;
+        };
+        for ifindex in uplinks.keys().filter_map(Result::ok) {
+            for hook in UPLINK_HOOKS.iter().rev() {
+                clsact::detach(ifindex, hook.direction)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Ends a pinned link now: the kernel does it some time later when only the pin goes.
+fn unpin(pin: &Path) -> io::Result<()> {
+    match sys::open_pinned(pin).and_then(|link| sys::link_detach(link.as_fd())) {
+        // No link, or its interface is gone and the attachment with it.
+        Err(error)
+            if error.kind() != io::ErrorKind::NotFound
+                && error.raw_os_error() != Some(libc::ENOLINK) =>
+        {
+            return Err(error);
+        }
+        _ => {}
+    }
+    match fs::remove_file(pin) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// `uplink-2-from_netdev`: bpffs allows no dot in a name.
+fn pin_name(ifindex: u32, hook: &Hook) -> String {
+    format!("{PIN_PREFIX}{ifindex}-{}", hook.program)
+}
+
+fn pinned(links: &Path) -> BTreeSet<u32> {
+    let pins = fs::read_dir(links).into_iter().flatten().flatten();
+    pins.filter_map(|pin| uplink_of_pin(pin.file_name().to_str()?))
+        .collect()
+}
+
+fn uplink_of_pin(name: &str) -> Option<u32> {
+    let (ifindex, _) = name.strip_prefix(PIN_PREFIX)?.split_once('-')?;
+    ifindex.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_tells_its_uplink() {
+        for hook in &UPLINK_HOOKS {
+            assert_eq!(uplink_of_pin(&pin_name(7, hook)), Some(7));
+        }
+        assert_eq!(uplink_of_pin("pod-0000000000000007-to_pod"), None);
+    }
+}

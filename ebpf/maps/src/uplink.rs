@@ -1,0 +1,53 @@
+//! The node's interfaces towards the outside.
+//!
+//! ```text
+//!  agent (dataplane::uplinks) ──► UPLINKS[ifindex]   = the node's addresses there, its hardware address
+//!                            └──► ANNOUNCED[address] = 1: this node answers who has it
+//! ```
+//! Written by the agent only: the row before the programs are attached to the interface.
+
+use core::mem::{offset_of, size_of};
+
+use crate::endpoint::Mac;
+use crate::plain_old_data;
+use crate::services::Addr;
+
+/// Entries of `UPLINKS`.
+pub const UPLINK_COUNT_MAX: u32 = 256;
+/// Entries of `ANNOUNCED`.
+pub const ANNOUNCED_COUNT_MAX: u32 = 16_384;
+
+/// `NODE_ADDRESSES`: the address of another node.
+pub const NODE_OTHER: u32 = 1;
+/// `NODE_ADDRESSES`: an address of this node.
+pub const NODE_OWN: u32 = 2;
+
+/// The first port that connections from outside leave from when their backend is on another node.
+/// Above the kernel's own ephemeral ports (32768 to 60999) and the node ports, so no socket of the
+/// node has it without having asked for it.
+pub const SOURCE_PORT_MIN: u32 = 61_000;
+/// How many follow it: a node has so many connections from outside to one backend elsewhere.
+pub const SOURCE_PORT_COUNT: u32 = 65_536 - SOURCE_PORT_MIN;
+
+/// Value of `UPLINKS`, whose key is the interface's index.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct UplinkValue {
+    /// The node's IPv4 address there, v4-mapped; `[0; 4]`: none.
+    pub v4: Addr,
+    /// The node's IPv6 address there; `[0; 4]`: none.
+    pub v6: Addr,
+    /// Its hardware address.
+    pub mac: Mac,
+    /// Always 0.
+    pub _pad: [u8; 2],
+}
+
+const _: () = {
+    assert!(size_of::<UplinkValue>() == 40);
+    assert!(offset_of!(UplinkValue, v6) == 16);
+    assert!(offset_of!(UplinkValue, mac) == 32);
+    assert!(offset_of!(UplinkValue, _pad) == 38);
+};
+
+plain_old_data!(UplinkValue);

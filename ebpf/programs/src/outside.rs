@@ -1,0 +1,448 @@
+//! Services for clients outside of the nodes: node ports, load balancer and external addresses.
+//!
+//! ```text
+//!  received  a known flow          ─► becomes what it became before
+//!            a frontend            ─► source ranges, affinity, the flow's own backend, the flow begins
+//!            without backends      ─► refused at once; dropped if other nodes have some
+//!            ARP for an announced address ─► answered
+//!  then      backend on this node  ─► the node's network; its answer is translated as it leaves
+//!            backend elsewhere     ─► leaves from the node's own address, for the answer to come back
+//!  sent      an answer of this node's backends ─► comes from the frontend again
+//! ```
+//! The client's address stays what it is for backends of this node, so policy and logs see it. What
+//! would be sent on with a source of the node's own is put on its way here (`bpf_redirect_neigh`):
+//! the stack refuses such packets from outside, as forged.
+//!
+//! The choice depends on the flow alone: every node makes the same, and a node that has forgotten a
+//! flow, or gets it in the middle, goes on with it (see the agent's `services::maglev`).
+//!
+//! Limits: fragments have no ports, and a frontend's are not translated.
+
+use aya_ebpf::bindings::{TC_ACT_UNSPEC, bpf_fib_lookup as FibLookup};
+use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh};
+use aya_ebpf::maps::lpm_trie::Key;
+use aya_ebpf::programs::TcContext;
+use ebpf_maps::flow::{Ends, FlowValue, IS_REPLY, ZONE_OUTSIDE};
+use ebpf_maps::services::{
+    AFFINITY_ADDRESS, Addr, FRONTEND_DROP, FRONTEND_RESTRICTED, FRONTEND_TABLE,
+    FrontendKey, FrontendValue, RENDEZVOUS_COUNT_MAX, SCOPE_OUTSIDE_ADDRESS,
+    SCOPE_OUTSIDE_NODE_PORT, SOURCE_RANGE_BITS, SourceRangeKey, flow_hash, mix, v4_mapped, weight,
+};
+use ebpf_maps::uplink::{NODE_OWN, SOURCE_PORT_COUNT, SOURCE_PORT_MIN};
+use ebpf_maps::{counter, drop};
+
+use crate::drop::{drop, packed, unpacked};
+use crate::maps::{BACKENDS, FRONTENDS, NODE_ADDRESSES, SOURCE_RANGES, UPLINKS, count, work};
+use crate::packet::{
+    ACK, Frame, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP, parse, read,
+};
+use crate::service::{Frontend, READ_ATTEMPTS, backend_at, read_frontend, remembered, usable};
+use crate::work::Work;
+use crate::{announce, conntrack, nat, reject};
+
+const AF_INET: u8 = 2;
+const AF_INET6: u8 = 10;
+/// Answers of `bpf_fib_lookup`: BPF_FIB_LKUP_RET_{SUCCESS,NO_NEIGH,FRAG_NEEDED}.
+const FIB_SUCCESS: i64 = 0;
+const FIB_NO_NEIGHBOUR: i64 = 7;
+const FIB_TOO_LARGE: i64 = 8;
+/// Source ports that are tried for a flow to another node.
+const PORT_ATTEMPTS: u32 = 4;
+/// How far apart they are; coprime to their number.
+const PORT_STRIDE: u32 = 911;
+
+/// Answers of [`choose`] that are no id of a backend.
+const NO_FRONTEND: u32 = u32::MAX;
+const NO_BACKEND: u32 = u32::MAX - 1;
+const NO_BACKEND_HERE: u32 = u32::MAX - 2;
+const NOT_ADMITTED: u32 = u32::MAX - 3;
+
+/// What became of a packet. One word, for the reason that `drop::packed` has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Outcome(u32);
+
+impl Outcome {
+    /// It is about no Service.
+    const UNTOUCHED: Self = Self(u32::MAX);
+    /// It is to go on with what it has become.
+    const TRANSLATED: Self = Self(u32::MAX - 1);
+    /// Its frontend has no backend.
+    const REFUSED: Self = Self(u32::MAX - 2);
+}
+
+/// What comes in by an uplink.
+#[inline(always)]
+pub fn received(ctx: &TcContext) -> i32 {
+    let Some(work) = work() else {
+        return drop(drop::MALFORMED);
+    };
+    match parse(ctx, &mut work.packet) {
+        Frame::Ip => {}
+        Frame::Arp => return announce::answer(ctx),
+        Frame::Other | Frame::Malformed => return TC_ACT_UNSPEC,
+    }
+    match translate(ctx, work) {
+        Outcome::UNTOUCHED => TC_ACT_UNSPEC,
+        Outcome::TRANSLATED => send_on(ctx, work),
+        Outcome::REFUSED => refuse(ctx, work),
+        Outcome(reason) => drop(reason),
+    }
+}
+
+/// What goes out by an uplink.
+#[inline(always)]
+pub fn sent(ctx: &TcContext) -> i32 {
+    if !conntrack::is_used(ZONE_OUTSIDE) {
+        return TC_ACT_UNSPEC;
+    }
+    let Some(work) = work() else {
+        return drop(drop::MALFORMED);
+    };
+    if parse(ctx, &mut work.packet) != Frame::Ip {
+        return TC_ACT_UNSPEC;
+    }
+    match unpacked(restore(ctx, work)) {
+        Ok(()) => TC_ACT_UNSPEC,
+        Err(reason) => drop(reason),
+    }
+}
+
+/// An answer of a backend of this node comes from the frontend again.
+#[inline(never)]
+fn restore(ctx: &TcContext, work: &mut Work) -> u32 {
+    packed(restore_here(ctx, work))
+}
+
+#[inline(always)]
+fn restore_here(ctx: &TcContext, work: &mut Work) -> Result<(), u32> {
+    if work.packet.flags & NO_L4 != 0 {
+        return Ok(());
+    }
+    if nat::is_error(&work.packet) {
+        return nat::rewrite_error(ctx, work, ZONE_OUTSIDE);
+    }
+    if matches!(work.packet.proto, TCP | UDP)
+        && conntrack::find(work, ZONE_OUTSIDE)
+        && work.flow.flags & IS_REPLY != 0
+    {
+        count(counter::REVERSED);
+        work.becomes = work.flow.ends;
+        return nat::rewrite(ctx, work);
+    }
+    Ok(())
+}
+
+#[inline(never)]
+fn translate(ctx: &TcContext, work: &mut Work) -> Outcome {
+    match translate_here(ctx, work) {
+        Ok(outcome) => outcome,
+        Err(reason) => Outcome(reason),
+    }
+}
+
+#[inline(always)]
+fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
+    if work.packet.flags & (NO_L4 | IS_FRAGMENT) != 0 {
+        return Ok(Outcome::UNTOUCHED);
+    }
+    let is_used = conntrack::is_used(ZONE_OUTSIDE);
+    if is_used && nat::is_error(&work.packet) {
+        let before = work.packet.destination;
+        nat::rewrite_error(ctx, work, ZONE_OUTSIDE)?;
+        let is_other = same(&before, &work.packet.destination);
+        return Ok(if is_other {
+            Outcome::UNTOUCHED
+        } else {
+            Outcome::TRANSLATED
+        });
+    }
+    if !matches!(work.packet.proto, TCP | UDP) {
+        return Ok(Outcome::UNTOUCHED);
+    }
+    if is_used && conntrack::find(work, ZONE_OUTSIDE) && stands(&work.flow, &work.packet) {
+        work.becomes = work.flow.ends;
+    } else {
+        match choose(&work.packet) {
+            NO_FRONTEND => return Ok(Outcome::UNTOUCHED),
+            NO_BACKEND => return Ok(Outcome::REFUSED),
+            NO_BACKEND_HERE => return Err(drop::NO_BACKEND_HERE),
+            NOT_ADMITTED => return Err(drop::SOURCE_RANGE),
+            id => begin(ctx, work, id)?,
+        }
+    }
+    nat::rewrite(ctx, work)?;
+    Ok(Outcome::TRANSLATED)
+}
+
+/// Whether a known flow goes on: see `translate::stands`.
+#[inline(always)]
+fn stands(flow: &FlowValue, packet: &Packet) -> bool {
+    let begins = packet.proto == UDP || packet.kind & (SYN | ACK) == SYN;
+    flow.flags & IS_REPLY != 0 || !begins || usable(flow.backend_id, flow.service_id).is_some()
+}
+
+/// The backend of a packet to a frontend, by its id; else one of the numbers above what ids are.
+///
+/// One number comes back, so that the verifier goes on once, however the choice was made.
+#[inline(never)]
+fn choose(packet: &Packet) -> u32 {
+    let Some((key, mut value)) = frontend_of(packet) else {
+        return NO_FRONTEND;
+    };
+    let mut attempt = 0;
+    while attempt < READ_ATTEMPTS {
+        attempt += 1;
+        if let Some(frontend) = read_frontend(&key, value) {
+            if !admits(&frontend, &packet.source) {
+                return NOT_ADMITTED;
+            }
+            if frontend.count == 0 && frontend.flags & FRONTEND_DROP != 0 {
+                return NO_BACKEND_HERE;
+            }
+            if frontend.count == 0 {
+                return NO_BACKEND;
+            }
+            let id = choose_from(&frontend, packet);
+            if id != 0 {
+                return id;
+            }
+        }
+        // Changed under the reader.
+        match FRONTENDS.get_ptr(&key) {
+            Some(newer) => value = newer,
+            None => return NO_FRONTEND,
+        }
+    }
+    0
+}
+
+/// The frontend for the outside that a packet is addressed to.
+#[inline(always)]
+fn frontend_of(packet: &Packet) -> Option<(FrontendKey, *const FrontendValue)> {
+    let key = FrontendKey {
+        addr: packet.destination,
+        port_be: packet.destination_port_be,
+        proto: packet.proto,
+        scope: SCOPE_OUTSIDE_ADDRESS,
+    };
+    if let Some(value) = FRONTENDS.get_ptr(&key) {
+        return Some((key, value));
+    }
+    let owner = NODE_ADDRESSES.get_ptr(&packet.destination)?;
+    // SAFETY: the pointer is an element of the map, checked by the lookup.
+    if unsafe { *owner } != NODE_OWN {
+        return None;
+    }
+    let key = FrontendKey {
+        addr: if packet.is_v6 { [0; 4] } else { v4_mapped(0) },
+        scope: SCOPE_OUTSIDE_NODE_PORT,
+        ..key
+    };
+    let value = FRONTENDS.get_ptr(&key)?;
+    Some((key, value))
+}
+
+#[inline(always)]
+fn admits(frontend: &Frontend, client: &Addr) -> bool {
+    if frontend.flags & FRONTEND_RESTRICTED == 0 {
+        return true;
+    }
+    let data = SourceRangeKey {
+        service_id: frontend.service_id,
+        addr: *client,
+    };
+    SOURCE_RANGES
+        .get(&Key::new(SOURCE_RANGE_BITS + 128, data))
+        .is_some()
+}
+
+/// The backend that the client had, with affinity, else the flow's own; 0: a slot is broken.
+#[inline(always)]
+fn choose_from(frontend: &Frontend, packet: &Packet) -> u32 {
+    if frontend.affinity_s == 0 {
+        return of_flow(frontend, hash_of(packet));
+    }
+    let [a, b, c, d] = packet.source;
+    // An IPv4 address is its own number.
+    let high = if packet.is_v6 { mix(a ^ mix(b ^ mix(c))) } else { 0 };
+    let client = (u64::from(high) << 32) | u64::from(d);
+    // Without a memory of the client all of its flows still agree, and so do the nodes.
+    let flow = mix(high ^ d);
+    let kind = AFFINITY_ADDRESS;
+    let chosen = remembered(frontend, kind, client, frontend.affinity_s, || {
+        let id = of_flow(frontend, flow);
+        Some((id, usable(id, frontend.service_id)?))
+    });
+    chosen.map_or(0, |(id, _)| id)
+}
+
+#[inline(always)]
+fn hash_of(packet: &Packet) -> u32 {
+    flow_hash(
+        &packet.source,
+        packet.source_port_be,
+        &packet.destination,
+        packet.destination_port_be,
+        packet.proto,
+    )
+}
+
+/// The backend of a flow: by the table, else the heaviest of the list; 0: a slot is broken.
+#[inline(always)]
+fn of_flow(frontend: &Frontend, flow: u32) -> u32 {
+    let Frontend {
+        base,
+        count,
+        service_id,
+        ..
+    } = *frontend;
+    if frontend.flags & FRONTEND_TABLE != 0 || count > RENDEZVOUS_COUNT_MAX {
+        let index = flow.checked_rem(count).unwrap_or(0);
+        return weighed(base.wrapping_add(index), service_id, flow) as u32;
+    }
+    let mut heaviest = 0;
+    let mut index = 0;
+    while index < RENDEZVOUS_COUNT_MAX {
+        if index >= count {
+            break;
+        }
+        let own = weighed(base.wrapping_add(index), service_id, flow);
+        if own > heaviest {
+            heaviest = own;
+        }
+        index += 1;
+    }
+    heaviest as u32
+}
+
+/// The weight of the backend in a slot in the upper half, its id in the lower; 0: it belongs to
+/// another Service by now.
+#[inline(never)]
+fn weighed(slot: u32, service_id: u32, flow: u32) -> u64 {
+    match backend_at(slot, service_id) {
+        Some((id, backend)) => (u64::from(weight(flow, backend.hash)) << 32) | u64::from(id),
+        None => 0,
+    }
+}
+
+/// Makes the flow known, and `work.becomes` what its packets become.
+#[inline(always)]
+fn begin(ctx: &TcContext, work: &mut Work, backend_id: u32) -> Result<(), u32> {
+    let Some(backend) = BACKENDS.get(backend_id).filter(|_| backend_id != 0) else {
+        return Err(drop::BROKEN_SLOT);
+    };
+    work.becomes = work.packet.ends();
+    work.becomes.destination = backend.addr;
+    work.becomes.destination_port_be = backend.port_be;
+    let (zone, service_id) = (ZONE_OUTSIDE, backend.service_id);
+    count(counter::TRANSLATED);
+    let Some(uplink) = UPLINKS.get_ptr(&route(ctx, work.packet.is_v6, &work.becomes)) else {
+        let has_begun = conntrack::begin(work, zone, backend_id, service_id);
+        return has_begun.then_some(()).ok_or(drop::FLOWS_FULL);
+    };
+    // SAFETY: the pointer is an element of the map, checked by the lookup.
+    let own = unsafe {
+        if work.packet.is_v6 {
+            (*uplink).v6
+        } else {
+            (*uplink).v4
+        }
+    };
+    if same(&own, &[0; 4]) {
+        return Err(drop::NO_SOURCE);
+    }
+    work.becomes.source = own;
+    let first = hash_of(&work.packet);
+    let mut attempt = 0;
+    while attempt < PORT_ATTEMPTS {
+        let offset = first.wrapping_add(attempt * PORT_STRIDE) % SOURCE_PORT_COUNT;
+        work.becomes.source_port_be = ((SOURCE_PORT_MIN + offset) as u16).to_be();
+        if conntrack::begin(work, zone, backend_id, service_id) {
+            return Ok(());
+        }
+        attempt += 1;
+    }
+    Err(drop::FLOWS_FULL)
+}
+
+/// Nobody serves it: said at once.
+#[inline(always)]
+fn refuse(ctx: &TcContext, work: &Work) -> i32 {
+    let dropped = drop(drop::NO_BACKEND);
+    if !reject::answer(ctx, &work.packet) {
+        return dropped;
+    }
+    // SAFETY: any index is a valid argument.
+    unsafe { bpf_redirect(ifindex(ctx), 0) as i32 }
+}
+
+/// A translated packet goes on: out again at once, or by the node's network.
+#[inline(always)]
+fn send_on(ctx: &TcContext, work: &mut Work) -> i32 {
+    work.becomes = work.packet.ends();
+    let out = route(ctx, work.packet.is_v6, &work.becomes);
+    if UPLINKS.get_ptr(&out).is_none() {
+        return TC_ACT_UNSPEC;
+    }
+    match age(ctx, work.packet.is_v6) {
+        // SAFETY: any index is a valid argument; without a next hop the helper looks for it.
+        Ok(()) => unsafe { bpf_redirect_neigh(out, core::ptr::null_mut(), 0, 0) as i32 },
+        Err(reason) => drop(reason),
+    }
+}
+
+/// One hop further.
+#[inline(always)]
+fn age(ctx: &TcContext, is_v6: bool) -> Result<(), u32> {
+    let at = if is_v6 { IP_OFFSET + 7 } else { IP_OFFSET + 8 };
+    let Some([hops, proto]) = read::<[u8; 2]>(ctx, at) else {
+        return Err(drop::MALFORMED);
+    };
+    if hops <= 1 {
+        return Err(drop::TTL);
+    }
+    if !is_v6 {
+        let word = |hops: u8| u64::from(u16::from_ne_bytes([hops, proto]));
+        ctx.l3_csum_replace(IP_OFFSET + 10, word(hops), word(hops - 1), 2)
+            .map_err(|_| drop::MALFORMED)?;
+    }
+    ctx.store(at, &(hops - 1), 0).map_err(|_| drop::MALFORMED)
+}
+
+/// The interface that the node's routes name for such packets; 0: an own address, or no route.
+#[inline(never)]
+fn route(ctx: &TcContext, is_v6: bool, ends: &Ends) -> u32 {
+    // SAFETY: made of integers, for which zero is a value.
+    let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
+    lookup.ifindex = ifindex(ctx);
+    if is_v6 {
+        lookup.family = AF_INET6;
+        lookup.__bindgen_anon_3.ipv6_src = ends.source;
+        lookup.__bindgen_anon_4.ipv6_dst = ends.destination;
+    } else {
+        lookup.family = AF_INET;
+        lookup.__bindgen_anon_3.ipv4_src = ends.source[3];
+        lookup.__bindgen_anon_4.ipv4_dst = ends.destination[3];
+    }
+    let size = core::mem::size_of::<FibLookup>() as i32;
+    // SAFETY: the helper takes this hook's context and fills the structure that it is given.
+    let found = unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), &raw mut lookup, size, 0) };
+    match found {
+        FIB_SUCCESS | FIB_NO_NEIGHBOUR | FIB_TOO_LARGE => lookup.ifindex,
+        _ => 0,
+    }
+}
+
+#[inline(always)]
+fn ifindex(ctx: &TcContext) -> u32 {
+    // SAFETY: the kernel passes a valid context.
+    unsafe { (*ctx.skb.skb).ifindex }
+}
+
+/// Equality without a call to memcmp.
+#[inline(always)]
+fn same(a: &Addr, b: &Addr) -> bool {
+    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
+}
+
+const _: () = assert!(!SOURCE_PORT_COUNT.is_multiple_of(PORT_STRIDE));
