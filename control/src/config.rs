@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Parser;
 use ipnet::Ipv4Net;
 
+use crate::controllers::PoolRange;
 use crate::controllers::api_service::API_SERVICE_KEY;
 
 /// What makes a configuration unusable: exit code 64.
@@ -61,6 +62,11 @@ pub struct Arguments {
     /// Services get their cluster IPs from here
     #[arg(long, value_name = "CIDR", default_value = "10.96.0.0/16")]
     pub service_cidr: Ipv4Net,
+
+    /// Services of type LoadBalancer get their addresses from here: addresses that routers or
+    /// neighbours bring to the nodes, and that nothing else uses (may be repeated) [default: none]
+    #[arg(long, value_name = "CIDR|FIRST-LAST,...", value_delimiter = ',')]
+    pub load_balancer_pool: Vec<PoolRange>,
 
     /// A node that has said nothing for this many seconds is not ready
     #[arg(long, value_name = "SECONDS", default_value_t = 40, value_parser = clap::value_parser!(u64).range(10..=3600))]
@@ -155,6 +161,14 @@ impl Arguments {
         if prefix - cluster.prefix_len() > 16 {
             let reason = "would cut the cluster CIDR into more than 65,536 parts".to_owned();
             return error("--node-cidr-prefix", &prefix, reason);
+        }
+        for range in &self.load_balancer_pool {
+            let others = [("--cluster-cidr", cluster), ("--service-cidr", services)];
+            let meets = |net: Ipv4Net| range.overlaps(&net.into());
+            if let Some((flag, net)) = others.into_iter().find(|(_, net)| meets(*net)) {
+                let reason = format!("overlaps with {flag} {net}");
+                return error("--load-balancer-pool", range, reason);
+            }
         }
         let is_name = |text: &str| check_node_name(text).is_ok();
         if !is_name(&self.cluster_domain) {
@@ -262,6 +276,14 @@ mod tests {
             (&["--node-cidr-prefix", "8"], "between 16"),
             (&["--cluster-domain", "Cluster.Local"], "DNS name"),
             (&["--san", "a b"], "DNS name"),
+            (
+                &["--load-balancer-pool", "192.0.2.0/24,10.96.3.0-10.96.3.9"],
+                "overlaps",
+            ),
+            (
+                &["--load-balancer-pool", "192.0.2.9-192.0.2.1"],
+                "smaller address first",
+            ),
             (&["--advertise-address", "127.0.0.1"], "no address"),
         ] {
             let error = parse(arguments).unwrap_err();

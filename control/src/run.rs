@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::certificates::{Certificates, Places, RENEWAL_INTERVAL, RenewalError};
 use crate::config::Arguments;
+use crate::controllers::AddressPool;
 use crate::controllers::api_service::ApiPlace;
 use crate::controllers::{self, api_service};
 use crate::feed::{self, Feed};
@@ -100,6 +101,7 @@ impl Control {
             node_prefix_len: arguments.node_cidr_prefix,
             node_grace_period: Duration::from_secs(arguments.node_grace_period_s),
             ca_certificate: control.certificates.ca().to_owned(),
+            load_balancer_pool: AddressPool::new(arguments.load_balancer_pool.clone()),
         };
         let place = ApiPlace {
             cluster_ip: arguments.api_service_ip(),

@@ -221,7 +221,11 @@ pub fn service(service: &mut Service) {
     if kind != "ExternalName" {
         text(&mut spec.internal_traffic_policy, "Cluster");
     }
-    if matches!(kind, "NodePort" | "LoadBalancer") {
+    let external = spec
+        .external_ips
+        .as_ref()
+        .is_some_and(|ips| !ips.is_empty());
+    if matches!(kind, "NodePort" | "LoadBalancer") || (kind == "ClusterIP" && external) {
         text(&mut spec.external_traffic_policy, "Cluster");
     }
     if kind == "LoadBalancer" {

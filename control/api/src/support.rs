@@ -300,25 +300,13 @@ pub static PROBE: &[Rule] = &[
 
 /// Fields of a Service's spec.
 pub static SERVICE_SPEC: &[Rule] = &[
-    warn(
-        "allocateLoadBalancerNodePorts",
-        &["true"],
-        "there is no load balancer yet",
-    ),
+    yes("allocateLoadBalancerNodePorts"),
     yes("clusterIP"),
     yes("clusterIPs"),
-    warn("externalIPs", &[], "served to clients on the nodes only"),
+    yes("externalIPs"),
     yes("externalName"),
-    warn(
-        "externalTrafficPolicy",
-        &["\"Cluster\""],
-        "traffic goes to every node's endpoints",
-    ),
-    no(
-        "healthCheckNodePort",
-        &[],
-        "health check ports are not served yet",
-    ),
+    yes("externalTrafficPolicy"),
+    yes("healthCheckNodePort"),
     yes("internalTrafficPolicy"),
     yes("ipFamilies"),
     warn(
@@ -326,24 +314,32 @@ pub static SERVICE_SPEC: &[Rule] = &[
         &["\"SingleStack\""],
         "services have one address",
     ),
-    no("loadBalancerClass", &[], "there is no load balancer yet"),
-    no("loadBalancerIP", &[], "there is no load balancer yet"),
-    warn(
-        "loadBalancerSourceRanges",
-        &[],
-        "there is no load balancer yet",
+    yes("loadBalancerClass"),
+    yes("loadBalancerIP"),
+    Rule {
+        note: "for clients outside of the nodes; those on them are never kept out",
+        ..yes("loadBalancerSourceRanges")
+    },
+    listed("ports"),
+    yes("ports[].appProtocol"),
+    yes("ports[].name"),
+    yes("ports[].nodePort"),
+    yes("ports[].port"),
+    no(
+        "ports[].protocol",
+        &["\"TCP\"", "\"UDP\""],
+        "SCTP is not balanced; give the pods hostNetwork or use a headless Service without ports",
     ),
-    yes("ports"),
+    yes("ports[].targetPort"),
     yes("publishNotReadyAddresses"),
     yes("selector"),
     yes("sessionAffinity"),
     yes("sessionAffinityConfig"),
     yes("trafficDistribution"),
-    warn(
-        "type",
-        &["\"ClusterIP\"", "\"ExternalName\""],
-        "node ports are served to clients on the nodes only, and there is no load balancer yet",
-    ),
+    Rule {
+        note: "a LoadBalancer without a class gets its address from `gantry-control --load-balancer-pool`",
+        ..yes("type")
+    },
 ];
 
 /// Fields of a Deployment's spec, beside its template.
@@ -911,10 +907,10 @@ mod tests {
         }));
         assert!(findings.errors.is_empty(), "{:?}", findings.errors);
         assert!(findings.warnings.is_empty(), "{:?}", findings.warnings);
-        let service = json!({"spec": {"externalIPs": ["192.0.2.1"]}});
+        let service = json!({"spec": {"trafficDistribution": "PreferClose"}});
         let findings = check(resolve("service").unwrap(), &service);
         assert!(
-            findings.warnings[0].starts_with("spec.externalIPs: "),
+            findings.warnings[0].starts_with("spec.trafficDistribution: "),
             "{findings:?}"
         );
     }

@@ -23,6 +23,7 @@ mod ephemeral_volume;
 mod garbage;
 pub(crate) mod informer;
 mod job;
+mod load_balancer;
 mod namespace;
 mod node_health;
 mod owned;
@@ -69,6 +70,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::server::registry::{Registry, Resource};
+pub use load_balancer::{AddressPool, PoolRange};
 pub(crate) use node_health::is_ready as node_is_ready;
 pub(crate) use volume_binder::{PROVISIONER, satisfies as volume_satisfies};
 pub use volume_reclaim::VolumeRemover;
@@ -90,6 +92,8 @@ pub struct Settings {
     pub node_grace_period: Duration,
     /// The CA's certificate (PEM), for pods to check the API with; empty: not published.
     pub ca_certificate: String,
+    /// Addresses for Services of type LoadBalancer; empty: they stay pending.
+    pub load_balancer_pool: AddressPool,
 }
 
 impl Default for Settings {
@@ -99,6 +103,7 @@ impl Default for Settings {
             node_prefix_len: 24,
             node_grace_period: Duration::from_secs(40),
             ca_certificate: String::new(),
+            load_balancer_pool: AddressPool::default(),
         }
     }
 }
@@ -236,6 +241,7 @@ pub async fn run(
     service_account::start(&context, &mut tasks, &shutdown);
     garbage::start(&context, &mut tasks, &shutdown);
     node_health::start(&context, &mut tasks, &shutdown);
+    load_balancer::start(&context, &mut tasks, &shutdown);
     pod_cidr::start(&context, &mut tasks, &shutdown);
     pod_garbage::start(&context, &mut tasks, &shutdown);
     let feeding = Arc::clone(&context);

@@ -6,6 +6,7 @@ mod daemon_sets;
 mod deployments;
 mod garbage;
 mod jobs;
+mod load_balancers;
 mod replica_sets;
 mod scheduling;
 mod stateful_sets;
@@ -37,6 +38,10 @@ impl Drop for Cluster {
 
 impl Cluster {
     async fn start() -> Self {
+        Self::start_with(Settings::default()).await
+    }
+
+    async fn start_with(controllers: Settings) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::open(&directory.path().join("store.redb")).unwrap();
         let settings = RegistrySettings {
@@ -48,7 +53,7 @@ impl Cluster {
         let stop = CancellationToken::new();
         let disks = Arc::new(claims::FakeDisks::default());
         let (own, remover) = (registry.clone(), Arc::clone(&disks));
-        tokio::spawn(run(own, Settings::default(), remover, stop.clone()));
+        tokio::spawn(run(own, controllers, remover, stop.clone()));
         tokio::spawn(crate::scheduler::run(registry.clone(), stop.clone()));
         let agent = fake_agent(registry.clone());
         let ended = stop.clone();

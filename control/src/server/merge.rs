@@ -74,7 +74,7 @@ impl Registry {
             }
             let warnings = std::sync::Mutex::new(Vec::new());
             let change = |live: &Value| {
-                let seen = without_dropped_ports(kind, live, &object);
+                let seen = without_dropped_fields(kind, live, &object);
                 let prepared = admission::apply(kind, Some(&seen), &json, options.strict)?;
                 if let Ok(mut warnings) = warnings.lock() {
                     *warnings = prepared.warnings;
@@ -99,16 +99,16 @@ impl Registry {
     }
 }
 
-/// The live object without the node ports that its new type cannot have: nobody asked for them, so
-/// they must not fail the merged object.
-fn without_dropped_ports(kind: &Kind, live: &Value, new: &Value) -> Value {
+/// The live object without what its new type cannot have (node ports, …): nobody asked for it, so it
+/// must not fail the merged object.
+fn without_dropped_fields(kind: &Kind, live: &Value, new: &Value) -> Value {
     let mut seen = live.clone();
     // A version in the manifest is a precondition; the live one is none.
     if new["metadata"].get("resourceVersion").is_none() {
         metadata_mut(&mut seen).remove("resourceVersion");
     }
-    if kind.kind == "Service" && !service::has_node_ports(new) {
-        service::remove_node_ports(&mut seen);
+    if kind.kind == "Service" {
+        service::drop_for_type(&mut seen, new);
     }
     seen
 }

@@ -182,6 +182,78 @@ fn services_are_judged() {
     assert!(service(json!({"clusterIP": "1.2.3", "ports": [{"port": 1}]})).is_err());
     let bad = service(json!({"ports": [{"port": 80, "nodePort": 30000}]})).unwrap_err();
     assert_eq!(causes(&bad), ["spec.ports[0].nodePort"]);
+    let sctp = service(json!({"ports": [{"port": 80, "protocol": "SCTP"}]})).unwrap_err();
+    assert_eq!(causes(&sctp), ["spec.ports[0].protocol"]);
+    assert!(sctp.message.contains("SCTP is not balanced"), "{sctp}");
+}
+
+#[test]
+fn services_for_the_outside_are_judged() {
+    let service = |kind: &str, extra: Value| {
+        let mut spec = json!({"type": kind, "ports": [{"port": 80}]});
+        let fields = spec.as_object_mut().unwrap();
+        fields.extend(extra.as_object().unwrap().clone());
+        create("svc", &json!({"metadata": {"name": "web"}, "spec": spec}))
+    };
+    let balancer = service("LoadBalancer", json!({})).unwrap().object;
+    assert_eq!(balancer["spec"]["allocateLoadBalancerNodePorts"], true);
+    assert_eq!(balancer["spec"]["externalTrafficPolicy"], "Cluster");
+    let external = service("ClusterIP", json!({"externalIPs": ["192.0.2.1"]})).unwrap();
+    assert_eq!(external.object["spec"]["externalTrafficPolicy"], "Cluster");
+    let all = json!({"externalTrafficPolicy": "Local", "healthCheckNodePort": 30100,
+        "loadBalancerClass": "example.com/x", "loadBalancerSourceRanges": [" 192.0.2.0/24 "],
+        "loadBalancerIP": "192.0.2.1", "allocateLoadBalancerNodePorts": false});
+    assert!(service("LoadBalancer", all.clone()).is_ok());
+    let refused = service("ClusterIP", all).unwrap_err();
+    for field in [
+        "spec.externalTrafficPolicy",
+        "spec.healthCheckNodePort",
+        "spec.loadBalancerClass",
+        "spec.loadBalancerSourceRanges",
+        "spec.allocateLoadBalancerNodePorts",
+    ] {
+        assert!(causes(&refused).contains(&field), "{field}: {refused}");
+    }
+    for (kind, extra, field) in [
+        (
+            "LoadBalancer",
+            json!({"loadBalancerSourceRanges": ["x"]}),
+            "spec.loadBalancerSourceRanges[0]",
+        ),
+        (
+            "LoadBalancer",
+            json!({"loadBalancerIP": "x"}),
+            "spec.loadBalancerIP",
+        ),
+        (
+            "LoadBalancer",
+            json!({"loadBalancerClass": "-"}),
+            "spec.loadBalancerClass",
+        ),
+        (
+            "LoadBalancer",
+            json!({"healthCheckNodePort": 30100}),
+            "spec.healthCheckNodePort",
+        ),
+        (
+            "NodePort",
+            json!({"externalIPs": ["127.0.0.1"]}),
+            "spec.externalIPs[0]",
+        ),
+        (
+            "NodePort",
+            json!({"externalIPs": ["fe80::1"]}),
+            "spec.externalIPs[0]",
+        ),
+        (
+            "NodePort",
+            json!({"externalIPs": ["224.0.0.9"]}),
+            "spec.externalIPs[0]",
+        ),
+    ] {
+        let status = service(kind, extra).unwrap_err();
+        assert_eq!(causes(&status), [field], "{status}");
+    }
 }
 
 #[test]

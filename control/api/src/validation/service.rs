@@ -14,6 +14,9 @@ const ENDPOINTS_MAX: usize = 1000;
 const SLICE_PORTS_MAX: usize = 20_000;
 const ENDPOINT_ADDRESSES_MAX: usize = 100;
 const CLUSTER_IPS_MAX: usize = 2;
+/// Far more than any Service has; every node keeps each one.
+const EXTERNAL_IPS_MAX: usize = 256;
+const SOURCE_RANGES_MAX: usize = 256;
 /// `sessionAffinityConfig.clientIP.timeoutSeconds`: one day.
 const AFFINITY_TIMEOUT_MAX_S: i32 = 86_400;
 
@@ -101,6 +104,7 @@ pub fn service(service: &Service) -> Vec<FieldError> {
             errors.push(FieldError::not_supported(&path, value.as_str(), &known));
         }
     }
+    outside(spec, kind, &path, &mut errors);
     errors
 }
 
@@ -109,6 +113,81 @@ pub fn least_connections(service: &Service) -> bool {
     let annotations = service.metadata.annotations.as_ref();
     let chosen = annotations.and_then(|a| a.get(LOAD_BALANCING_ANNOTATION));
     chosen.is_some_and(|value| value == LEAST_CONNECTIONS)
+}
+
+/// What only Services have that are reached from outside the cluster.
+fn outside(spec: &ServiceSpec, kind: &str, path: &Path, errors: &mut Vec<FieldError>) {
+    let balancer = kind == "LoadBalancer";
+    let external_ips = spec
+        .external_ips
+        .as_ref()
+        .is_some_and(|ips| !ips.is_empty());
+    let reached = balancer || kind == "NodePort" || (kind == "ClusterIP" && external_ips);
+    let policy = spec.external_traffic_policy.as_deref();
+    if let Some(policy) = policy.filter(|policy| !reached && !policy.is_empty()) {
+        let detail = "may only be set for externally-accessible services";
+        let path = path.child("externalTrafficPolicy");
+        errors.push(FieldError::invalid(&path, policy, detail));
+    }
+    if let Some(port) = spec.health_check_node_port.filter(|port| *port != 0) {
+        let path = path.child("healthCheckNodePort");
+        if !balancer || policy != Some("Local") {
+            let detail = "may only be set when `type` is 'LoadBalancer' and `externalTrafficPolicy` \
+                          is 'Local'";
+            errors.push(FieldError::invalid(&path, port, detail));
+        }
+        for rule in names::port_number(port) {
+            errors.push(FieldError::invalid(&path, port, &rule));
+        }
+    }
+    let ranges = spec
+        .load_balancer_source_ranges
+        .as_deref()
+        .unwrap_or_default();
+    for (field, is_set) in [
+        (
+            "allocateLoadBalancerNodePorts",
+            spec.allocate_load_balancer_node_ports.is_some(),
+        ),
+        ("loadBalancerClass", spec.load_balancer_class.is_some()),
+        ("loadBalancerSourceRanges", !ranges.is_empty()),
+    ] {
+        if is_set && !balancer {
+            let detail = "may only be used when `type` is 'LoadBalancer'";
+            errors.push(FieldError::forbidden(&path.child(field), detail));
+        }
+    }
+    if let Some(class) = spec.load_balancer_class.as_deref().filter(|_| balancer) {
+        let path = path.child("loadBalancerClass");
+        each(&path, class, names::qualified_name(class), errors);
+    }
+    let ranges_path = path.child("loadBalancerSourceRanges");
+    if ranges.len() > SOURCE_RANGES_MAX {
+        errors.push(FieldError::too_many(
+            &ranges_path,
+            ranges.len(),
+            SOURCE_RANGES_MAX,
+        ));
+        return;
+    }
+    for (i, range) in ranges.iter().enumerate() {
+        // Kubernetes allows spaces around them, since they were once an annotation.
+        if range.trim().parse::<ipnet::IpNet>().is_err() {
+            let detail = "must be a valid CIDR value, (e.g. 10.9.8.0/24 or 2001:db8::/64)";
+            errors.push(FieldError::invalid(
+                &ranges_path.index(i),
+                range.as_str(),
+                detail,
+            ));
+        }
+    }
+    if let Some(address) = spec
+        .load_balancer_ip
+        .as_deref()
+        .filter(|text| !text.is_empty())
+    {
+        self::address(&path.child("loadBalancerIP"), address, errors);
+    }
 }
 
 fn external_name(spec: &ServiceSpec, path: &Path, errors: &mut Vec<FieldError>) {
@@ -211,8 +290,18 @@ fn addresses(spec: &ServiceSpec, path: &Path, errors: &mut Vec<FieldError>) {
             detail,
         ));
     }
-    for (i, ip) in spec.external_ips.iter().flatten().enumerate() {
-        address(&path.child("externalIPs").index(i), ip, errors);
+    let external = spec.external_ips.as_deref().unwrap_or_default();
+    let external_path = path.child("externalIPs");
+    if external.len() > EXTERNAL_IPS_MAX {
+        errors.push(FieldError::too_many(
+            &external_path,
+            external.len(),
+            EXTERNAL_IPS_MAX,
+        ));
+    }
+    for (i, ip) in external.iter().take(EXTERNAL_IPS_MAX).enumerate() {
+        address(&external_path.index(i), ip, errors);
+        not_special(&external_path.index(i), ip, errors);
     }
     for (i, family) in spec.ip_families.iter().flatten().enumerate() {
         let path = path.child("ipFamilies").index(i);
@@ -234,11 +323,53 @@ fn address(path: &Path, text: &str, errors: &mut Vec<FieldError>) {
     }
 }
 
-/// A Service keeps its address as long as it has one.
+/// Traffic to an address that means something else everywhere is not to be taken over.
+fn not_special(path: &Path, text: &str, errors: &mut Vec<FieldError>) {
+    let Ok(ip) = text.parse::<IpAddr>() else {
+        return;
+    };
+    let (link_local, multicast) = match ip {
+        IpAddr::V4(v4) => (v4.is_link_local(), v4.octets().starts_with(&[224, 0, 0])),
+        IpAddr::V6(v6) => (
+            v6.is_unicast_link_local(),
+            v6.segments()[0] & 0xff0f == 0xff02,
+        ),
+    };
+    for (is_such, detail) in [
+        (
+            ip.is_unspecified(),
+            format!("may not be unspecified ({ip})"),
+        ),
+        (
+            ip.is_loopback(),
+            "may not be in the loopback range (127.0.0.0/8, ::1/128)".to_owned(),
+        ),
+        (
+            link_local,
+            "may not be in the link-local range (169.254.0.0/16, fe80::/10)".to_owned(),
+        ),
+        (
+            multicast,
+            "may not be in the link-local multicast range (224.0.0.0/24, ff02::/10)".to_owned(),
+        ),
+    ] {
+        if is_such {
+            errors.push(FieldError::invalid(path, text, &detail));
+        }
+    }
+}
+
+/// A Service keeps its address, and its load balancer class, as long as it has one.
 pub fn service_update(new: &Service, old: &Service) -> Vec<FieldError> {
     let (Some(new), Some(old)) = (&new.spec, &old.spec) else {
         return Vec::new();
     };
+    let balancer = |s: &ServiceSpec| s.type_.as_deref() == Some("LoadBalancer");
+    if balancer(new) && balancer(old) && new.load_balancer_class != old.load_balancer_class {
+        let path = Path::new("spec").child("loadBalancerClass");
+        let class = new.load_balancer_class.as_deref().unwrap_or_default();
+        return vec![FieldError::invalid(&path, class, "may not change once set")];
+    }
     let external = |s: &ServiceSpec| s.type_.as_deref() == Some("ExternalName");
     let old_ip = old.cluster_ip.as_deref().unwrap_or_default();
     let new_ip = new.cluster_ip.as_deref().unwrap_or_default();
