@@ -907,10 +907,10 @@ mod tests {
         }));
         assert!(findings.errors.is_empty(), "{:?}", findings.errors);
         assert!(findings.warnings.is_empty(), "{:?}", findings.warnings);
-        let service = json!({"spec": {"trafficDistribution": "PreferClose"}});
+        let service = json!({"spec": {"ipFamilyPolicy": "PreferDualStack"}});
         let findings = check(resolve("service").unwrap(), &service);
         assert!(
-            findings.warnings[0].starts_with("spec.trafficDistribution: "),
+            findings.warnings[0].starts_with("spec.ipFamilyPolicy: "),
             "{findings:?}"
         );
     }
