@@ -14,6 +14,7 @@ mod bad_pods;
 mod csi_volumes;
 mod degraded;
 mod device_plugins;
+mod host_port;
 mod images;
 mod isolation;
 mod kills;
@@ -94,6 +95,7 @@ pub const ALL: &[Scenario] = &[
     scenario("no-ebpf", degraded::no_ebpf),
     for_every_kernel("missing-controller", degraded::missing_controller),
     for_every_kernel("reboot", reboot::reboot),
+    scenario("host-port", host_port::host_port),
     for_every_kernel("network-policy", network_policy::network_policy),
 ];
 

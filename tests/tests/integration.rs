@@ -66,6 +66,7 @@ scenarios! {
     no_ebpf: a_kernel_that_refuses_ebpf_is_answered_with_what_to_do,
     missing_controller: a_limit_that_cannot_be_held_is_refused_and_other_pods_run,
     reboot: pods_and_services_are_back_without_the_control_plane,
+    host_port: a_port_of_the_node_is_a_pods_until_the_pod_has_gone,
     network_policy: traffic_is_what_the_policies_allow_and_stays_so_over_restarts,
 }
 

@@ -27,6 +27,7 @@ use ebpf_maps::device::{BLOCK, CHARACTER, DeviceRuleKey, READ, WRITE};
 use ebpf_maps::drop::DROP_NAMES;
 use ebpf_maps::services::Addr;
 use ebpf_maps::uplink::{NODE_OTHER, NODE_OWN};
+use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto;
 use gantry_cni::uplinks::Uplink;
 use imbl::OrdMap;
@@ -47,6 +48,7 @@ use crate::services::announce::Announcements;
 use crate::services::arena::QUARANTINE;
 use crate::services::changed::{Shared, changed};
 use crate::services::gone::lost;
+use crate::services::host_port::{host_ports, is_host_ports};
 use crate::services::index::{
     BackendSet, Surroundings, index, parse_address, resolver_service, resolver_sets,
 };
@@ -95,6 +97,8 @@ struct State {
     whole: bool,
     surroundings: Surroundings,
     announcements: Announcements,
+    /// The host ports of this node's pods, as last planned.
+    host_ports: Wanted,
     node_addresses: BTreeMap<Addr, u32>,
     /// Whole or partial failures, by Service; planned again at each apply.
     stuck: BTreeMap<ServiceName, String>,
@@ -112,6 +116,7 @@ struct Last {
     shared: Shared,
     nodes: Arc<OrdMap<String, Arc<proto::NodeRoute>>>,
     settings: Arc<Settings>,
+    pods: Arc<BTreeMap<PodUid, Arc<Pod>>>,
 }
 
 struct Upgrade {
@@ -186,6 +191,7 @@ impl BpfDataplane {
                 ..Surroundings::default()
             },
             announcements: Announcements::default(),
+            host_ports: Wanted::new(),
             node_addresses,
             stuck: BTreeMap::new(),
             faults: BTreeMap::new(),
@@ -476,6 +482,7 @@ impl Dataplane for BpfDataplane {
             shared: Shared::of(view),
             nodes: view.nodes.clone(),
             settings: view.settings.clone(),
+            pods: view.pods.clone(),
         });
         take_over(&self.paths, &mut state.upgrade)?;
         *self
@@ -548,6 +555,7 @@ impl State {
         }
         names.extend(self.stuck.keys().chain(self.faults.keys()).cloned());
         names.remove(&resolver_service());
+        names.retain(|name| !is_host_ports(name));
         for name in names {
             let Some(service) = view.services.get(&name) else {
                 self.faults.remove(&name);
@@ -562,7 +570,31 @@ impl State {
             };
             wanted.insert(name, indexed.sets);
         }
+        self.host_port_changes(view, &mut wanted);
         wanted
+    }
+
+    /// Of the pods' host ports those that differ, and those that were stuck.
+    fn host_port_changes(&mut self, view: &View, wanted: &mut Wanted) {
+        let is_same = |last: &Last| {
+            Arc::ptr_eq(&last.pods, &view.pods) && Arc::ptr_eq(&last.nodes, &view.nodes)
+        };
+        let is_stuck = self.stuck.keys().any(is_host_ports);
+        if !self.whole && !is_stuck && self.last.as_ref().is_some_and(is_same) {
+            return;
+        }
+        let new = host_ports(view, &self.surroundings.node);
+        let gone = self
+            .host_ports
+            .keys()
+            .filter(|name| !new.contains_key(*name));
+        wanted.extend(gone.map(|name| (name.clone(), Vec::new())));
+        let (whole, stuck, old) = (self.whole, &self.stuck, &self.host_ports);
+        let changed = new.iter().filter(|(name, sets)| {
+            whole || stuck.contains_key(name) || old.get(*name) != Some(*sets)
+        });
+        wanted.extend(changed.map(|(name, sets)| (name.clone(), sets.clone())));
+        self.host_ports = new;
     }
 
     /// The load balancer addresses that this node answers for.

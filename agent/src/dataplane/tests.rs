@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use self::bed::{Bed, backend, block_on, device_node, service, udp_destination, view};
+use self::bed::{Bed, backend, block_on, device_node, service, set_node, udp_destination, view};
 use super::hooks::SERVICE_HOOKS;
 use super::*;
 use crate::services::index::addr_of;
@@ -209,7 +209,7 @@ fn node_ports_answer_at_every_nodes_address() {
     let mut web = service("10.96.0.1", 6, 80, &[backend("127.0.0.2", 8080)]);
     web.0.ports[0].node_port = 30_080;
     let mut view = view(1, vec![("web", web)]);
-    bed::set_node(&mut view, "192.0.2.1");
+    set_node(&mut view, "192.0.2.1");
     block_on(dataplane.apply(&view)).unwrap();
     bed.inside(|| {
         let _server = TcpListener::bind("127.0.0.2:8080").unwrap();
@@ -404,6 +404,43 @@ fn what_went_while_no_agent_ran_is_found_by_the_next_one() {
         let after = bed.start();
         block_on(after.apply(&view(2, vec![("dns", served("127.0.0.3"))]))).unwrap();
         fails_soon(|| client.recv(&mut [0]));
+    });
+}
+
+#[test]
+fn a_host_port_is_the_pods_until_it_has_ended_and_after_a_restart() {
+    let Some(bed) = Bed::new() else { return };
+    let with = |rev, phase: &str| {
+        let pod = serde_json::json!({
+            "metadata": {"name": "p", "uid": "u1"},
+            "spec": {"containers": [
+                {"name": "c", "ports": [{"containerPort": 8080, "hostPort": 8088}]},
+            ]},
+            "status": {"phase": phase, "podIPs": [{"ip": "127.0.0.2"}]},
+        });
+        let mut view = view(rev, Vec::new());
+        set_node(&mut view, "127.0.0.9");
+        let pod = Arc::new(serde_json::from_value(pod).unwrap());
+        Arc::make_mut(&mut view.pods).insert(PodUid::new("u1").unwrap(), pod);
+        view
+    };
+    let dataplane = bed.start();
+    block_on(dataplane.apply(&with(1, "Running"))).unwrap();
+    bed.inside(|| {
+        let server = TcpListener::bind("127.0.0.2:8080").unwrap();
+        let reached = || {
+            let client = TcpStream::connect("127.0.0.9:8088")?;
+            server.accept()?;
+            client.peer_addr()
+        };
+        assert_eq!(reached().unwrap(), addr("127.0.0.9:8088"));
+        drop(dataplane);
+        assert!(reached().is_ok(), "without an agent");
+        let dataplane = bed.start();
+        block_on(dataplane.apply(&with(2, "Running"))).unwrap();
+        assert!(reached().is_ok(), "with a new one");
+        block_on(dataplane.apply(&with(3, "Failed"))).unwrap();
+        assert!(refused(&reached().unwrap_err()));
     });
 }
 

@@ -13,6 +13,7 @@ pub mod arena;
 pub mod changed;
 pub mod counts;
 pub mod gone;
+pub mod host_port;
 pub mod index;
 pub mod maglev;
 pub mod plan;

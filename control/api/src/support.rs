@@ -228,16 +228,12 @@ pub static CONTAINER: &[Rule] = &[
     listed("ports"),
     yes("ports[].containerPort"),
     Rule {
-        note: "with `hostNetwork: true`; without it refused",
+        note: "TCP and UDP, at the addresses of the node but not at loopback ones",
         ..yes("ports[].hostPort") // see `check`
     },
     yes("ports[].name"),
     yes("ports[].protocol"),
-    no(
-        "ports[].hostIP",
-        &[],
-        "host ports are not served yet; use hostNetwork",
-    ),
+    yes("ports[].hostIP"),
     listed("readinessProbe"),
     listed("resources"),
     yes("resources.limits"),
@@ -693,9 +689,10 @@ fn check_pod_spec(spec: &Value, path: &Path, findings: &mut Findings) {
 fn check_ports(container: &Value, path: &Path, host_network: bool, findings: &mut Findings) {
     let ports = container.get("ports").and_then(Value::as_array);
     for (i, port) in ports.into_iter().flatten().enumerate() {
-        if !host_network && port.get("hostPort").is_some_and(|p| !is_off(p)) {
+        let of_sctp = port.get("protocol").is_some_and(|name| name == "SCTP");
+        if of_sctp && !host_network && port.get("hostPort").is_some_and(|p| !is_off(p)) {
             let path = path.child("ports").index(i).child("hostPort");
-            let note = "not supported by Gantry yet: use hostNetwork or a Service";
+            let note = "host ports are of TCP or UDP: use hostNetwork for SCTP";
             findings.errors.push(FieldError::forbidden(&path, note));
         }
     }
@@ -872,7 +869,7 @@ mod tests {
         let findings = pod(&json!({
             "hostUsers": false,
             "containers": [{"name": "a", "lifecycle": {"preStop": {"tcpSocket": {"port": 1}}},
-                "ports": [{"containerPort": 80, "hostPort": 80}],
+                "ports": [{"containerPort": 80, "hostPort": 80, "protocol": "SCTP"}],
                 "resources": {"limits": {"nvidia.com/gpu": "1", "disk": "1"}},
                 "volumeDevices": [{"name": "b", "devicePath": "/dev/b"}]}],
             "volumes": [{"name": "v", "gcePersistentDisk": {"pdName": "x"}},

@@ -149,7 +149,8 @@ pub fn pod_spec(spec: &PodSpec, path: &Path) -> Vec<FieldError> {
 #[derive(Default)]
 struct Seen<'a> {
     containers: BTreeSet<&'a str>,
-    host_ports: BTreeSet<(i32, &'a str)>,
+    /// Number, protocol, address.
+    host_ports: BTreeSet<(i32, &'a str, &'a str)>,
 }
 
 fn container<'a>(
@@ -257,6 +258,12 @@ fn ports<'a>(
         let Some(host_port) = port.host_port.filter(|p| *p != 0) else {
             continue;
         };
+        if let Some(ip) = port.host_ip.as_deref().filter(|ip| !ip.is_empty())
+            && ip.parse::<std::net::IpAddr>().is_err()
+        {
+            let detail = "must be a valid IP address, (e.g. 10.9.8.7 or 2001:db8::ffff)";
+            errors.push(FieldError::invalid(&path.child("hostIP"), ip, detail));
+        }
         let path = path.child("hostPort");
         for rule in names::port_number(host_port) {
             errors.push(FieldError::invalid(&path, host_port, &rule));
@@ -265,7 +272,8 @@ fn ports<'a>(
             let detail = "must match `containerPort` when `hostNetwork` is true";
             errors.push(FieldError::invalid(&path, host_port, detail));
         }
-        if !seen.host_ports.insert((host_port, protocol)) {
+        let host_ip = port.host_ip.as_deref().unwrap_or_default();
+        if !seen.host_ports.insert((host_port, protocol, host_ip)) {
             errors.push(FieldError::duplicate(
                 &path,
                 format!("{protocol}//{host_port}"),
