@@ -54,7 +54,7 @@ pub(super) fn host_port(cluster: &mut Cluster) -> Result<()> {
     let answers = |_: &Cluster| Ok(hostname(at).is_ok_and(|name| name == "front"));
     let limit = Duration::from_secs(30);
     cluster.wait("the host port to answer from the host", limit, answers)?;
-    let script = format!("wget -q -O - -T 5 http://{at}/hostname");
+    let script = format!("timeout 5 wget -q -O - http://{at}/hostname");
     cluster.wait("the host port to answer from a pod", limit, |c| {
         let said = c.gantry(&["exec", "other", "--", "sh", "-c", &script])?;
         Ok(said.stdout.trim() == "front")

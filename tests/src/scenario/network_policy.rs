@@ -75,10 +75,11 @@ fn fetch(cluster: &Cluster, namespace: &str, url: &str) -> Result<bool> {
         "exec",
         "web",
         "--",
+        // busybox's wget dies of its own `-T`.
+        "timeout",
+        "1",
         "wget",
         "-q",
-        "-T",
-        "1",
         "-O",
         "/dev/null",
     ];
