@@ -36,7 +36,7 @@ use crate::maps::{BACKENDS, FRONTENDS, NODE_ADDRESSES, SOURCE_RANGES, UPLINKS, c
 use crate::packet::{
     ACK, Frame, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP, parse, read,
 };
-use crate::service::{Frontend, READ_ATTEMPTS, backend_at, read_frontend, remembered, usable};
+use crate::service::{Client, Frontend, READ_ATTEMPTS, backend_at, read_frontend, usable};
 use crate::work::Work;
 use crate::{announce, conntrack, nat, reject};
 
@@ -269,11 +269,16 @@ fn choose_from(frontend: &Frontend, packet: &Packet) -> u32 {
     // Without a memory of the client all of its flows still agree, and so do the nodes.
     let flow = mix(high ^ d);
     let kind = AFFINITY_ADDRESS;
-    let chosen = remembered(frontend, kind, client, frontend.affinity_s, || {
-        let id = of_flow(frontend, flow);
-        Some((id, usable(id, frontend.service_id)?))
-    });
-    chosen.map_or(0, |(id, _)| id)
+    let client = Client::of(frontend, kind, client);
+    if let Some((id, _)) = client.backend(frontend.affinity_s) {
+        return id;
+    }
+    let id = of_flow(frontend, flow);
+    if usable(id, frontend.service_id).is_none() {
+        return 0;
+    }
+    client.keep(id);
+    id
 }
 
 #[inline(always)]

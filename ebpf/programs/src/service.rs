@@ -207,50 +207,62 @@ pub fn choose_for(
     client: u64,
     timeout_s: u32,
 ) -> Option<(u32, &'static BackendValue)> {
-    remembered(frontend, kind, client, timeout_s, || choose_any(frontend))
+    let client = Client::of(frontend, kind, client);
+    if let Some(known) = client.backend(timeout_s) {
+        return Some(known);
+    }
+    let chosen = choose_any(frontend)?;
+    client.keep(chosen.0);
+    Some(chosen)
 }
 
-/// The same with a choice of the caller's own.
-#[inline(always)]
-pub fn remembered(
-    frontend: &Frontend,
-    kind: u32,
-    client: u64,
-    timeout_s: u32,
-    choose: impl FnOnce() -> Option<(u32, &'static BackendValue)>,
-) -> Option<(u32, &'static BackendValue)> {
-    // SAFETY: takes nothing, returns a number.
-    let now_ns = unsafe { bpf_ktime_get_coarse_ns() };
-    let key = AffinityKey {
-        client,
-        service_id: frontend.service_id,
-        kind,
-    };
-    if let Some(last) = AFFINITY.get_ptr_mut(&key) {
+/// Who asks, for backends that stay with their clients.
+pub struct Client {
+    key: AffinityKey,
+    now_ns: u64,
+}
+
+impl Client {
+    #[inline(always)]
+    pub fn of(frontend: &Frontend, kind: u32, client: u64) -> Self {
+        Self {
+            key: AffinityKey {
+                client,
+                service_id: frontend.service_id,
+                kind,
+            },
+            // SAFETY: takes nothing, returns a number.
+            now_ns: unsafe { bpf_ktime_get_coarse_ns() },
+        }
+    }
+
+    /// The backend that it had within so many seconds.
+    #[inline(always)]
+    pub fn backend(&self, timeout_s: u32) -> Option<(u32, &'static BackendValue)> {
+        let last = AFFINITY.get_ptr_mut(&self.key)?;
         // SAFETY: the lookup checked the pointer. The element may be reused for another client at
         // any time; what is read is checked below, and a lost refresh only shortens a timeout.
         let (used_ns, id) = unsafe { ((*last).used_ns, (*last).backend_id) };
-        if now_ns.wrapping_sub(used_ns) < u64::from(timeout_s) * NS_PER_S
-            && let Some(backend) = usable(id, frontend.service_id)
-        {
-            // SAFETY: as above.
-            unsafe { (*last).used_ns = now_ns };
-            count(counter::AFFINITY_HITS);
-            return Some((id, backend));
+        if self.now_ns.wrapping_sub(used_ns) >= u64::from(timeout_s) * NS_PER_S {
+            return None;
         }
+        let backend = usable(id, self.key.service_id)?;
+        // SAFETY: as above.
+        unsafe { (*last).used_ns = self.now_ns };
+        count(counter::AFFINITY_HITS);
+        Some((id, backend))
     }
-    let (backend_id, backend) = choose()?;
-    // A full map only costs the affinity, and being LRU it is never full.
-    let _ = AFFINITY.insert(
-        &key,
-        &AffinityValue {
-            used_ns: now_ns,
+
+    #[inline(always)]
+    pub fn keep(&self, backend_id: u32) {
+        let value = AffinityValue {
+            used_ns: self.now_ns,
             backend_id,
             _pad: 0,
-        },
-        0,
-    );
-    Some((backend_id, backend))
+        };
+        // A full map only costs the affinity, and being LRU it is never full.
+        let _ = AFFINITY.insert(&self.key, &value, 0);
+    }
 }
 
 /// A random backend of the frontend, or the one with fewer connections of two.
