@@ -59,7 +59,7 @@ pub(super) fn rolling_update(cluster: &mut Cluster) -> Result<()> {
     let address = SocketAddr::new(address.context("no cluster IP")?.parse()?, 80);
 
     let script = "n=0; lost=0; while [ ! -e /tmp/over ]; do n=$((n+1)); \
-                  wget -q -T 5 -O /dev/null http://web/ || lost=$((lost+1)); done; echo $n $lost";
+                  wget -q -O /dev/null http://web/ || lost=$((lost+1)); done; echo $n $lost";
     let mut inside = cluster.command(&["-n", "web", "exec", "client", "--", "sh", "-c", script]);
     let inside = inside
         .stdout(Stdio::piped())
