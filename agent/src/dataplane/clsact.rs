@@ -1,4 +1,5 @@
-//! Programs on an interface by filters of a `clsact` qdisc: what kernels before 6.6 have.
+//! Programs on an interface by filters of a `clsact` qdisc: every kernel has them, if its modules are
+//! there, and attaching waits for nobody.
 //!
 //! Each direction has one filter, priority 1 and handle 1: making it again replaces the program, and
 //! every packet sees the old or the new one. The qdisc and its filters end with the interface.
@@ -64,7 +65,8 @@ pub(super) fn attach(
 /// they are not.
 fn explained(error: io::Error) -> io::Error {
     match error.kind() {
-        io::ErrorKind::NotFound => io::Error::other(
+        io::ErrorKind::NotFound => io::Error::new(
+            io::ErrorKind::Unsupported,
             "this kernel has no clsact qdisc or no bpf filters: load the modules sch_ingress and \
              cls_bpf (`modprobe -a sch_ingress cls_bpf`), or boot Linux 6.6 or newer",
         ),

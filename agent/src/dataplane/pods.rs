@@ -2,9 +2,10 @@
 //!
 //! ```text
 //!  attach   INTERFACES, ENDPOINTS ─► from_pod (ingress), to_pod (egress)
-//!             tcx:    no pin, or its interface is gone ─► link ─► pin
+//!             clsact: filter of priority 1, handle 1, made or replaced
+//!             tcx, where the kernel has no such filters:
+//!                     no pin, or its interface is gone ─► link ─► pin
 //!                     pinned                           ─► the program behind the link is replaced
-//!             clsact: filter of priority 1, handle 1, made or replaced (kernels before 6.6)
 //!  detach   ENDPOINTS, INTERFACES ─► pins             (a filter goes with its interface)
 //! ```
 //! Rows come first: an interface that has a program and no row passes nothing. Everything is found
@@ -109,16 +110,14 @@ impl PodPrograms {
             let program = program.map_err(|error| DataplaneError::kernel(hook.program, &error))?;
             programs.push((hook, program));
         }
-        let attachment = match programs.first() {
-            Some((_, program)) => Attachment::probe(program.as_fd()),
-            None => Attachment::Clsact,
-        };
         let endpoints = take_map(ebpf, "ENDPOINTS")?.try_into();
         let interfaces = take_map(ebpf, "INTERFACES")?.try_into();
         let mut taken = Self {
             links: hooks::directory(paths),
             programs,
-            attachment,
+            // A tcx link makes its maker wait for a grace period of the kernel, with the lock of all
+            // interfaces held: 9 ms a program here, at attaching and at the interface's end.
+            attachment: Attachment::Clsact,
             endpoints: endpoints.map_err(|error: MapError| unexpected("ENDPOINTS", error))?,
             interfaces: interfaces.map_err(|error: MapError| unexpected("INTERFACES", error))?,
             owners: Owners::default(),
@@ -138,6 +137,14 @@ impl PodPrograms {
     #[cfg(test)]
     pub(super) fn attachment(&mut self) -> &mut Attachment {
         &mut self.attachment
+    }
+
+    /// From now on by the means that uplinks have on this kernel.
+    #[cfg(test)]
+    pub(super) fn probe_attachment(&mut self) {
+        if let Some((_, program)) = self.programs.first() {
+            self.attachment = Attachment::probe(program.as_fd());
+        }
     }
 
     /// See [`super::Dataplane::attach_pod`].
@@ -168,14 +175,21 @@ impl PodPrograms {
             self.owners.addresses.insert(addr, pod_id);
         }
         for (hook, program) in &self.programs {
+            let by_link = || {
+                let pin = self.links.join(pin_name(pod_id, hook));
+                attach_tcx(&pin, hook.direction, program.as_fd(), pod.ifindex)
+            };
             let attached = match self.attachment {
-                Attachment::Tcx => {
-                    let pin = self.links.join(pin_name(pod_id, hook));
-                    attach_tcx(&pin, hook.direction, program.as_fd(), pod.ifindex)
-                }
+                Attachment::Tcx => by_link(),
                 Attachment::Clsact => {
                     let (direction, name) = (hook.direction, hook.program);
-                    clsact::attach(pod.ifindex, direction, name, program.as_fd())
+                    match clsact::attach(pod.ifindex, direction, name, program.as_fd()) {
+                        // No such modules: links, where the kernel has them, else say what lacks.
+                        Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                            by_link().map_err(|_| error)
+                        }
+                        other => other,
+                    }
                 }
             };
             attached.map_err(|error| {
