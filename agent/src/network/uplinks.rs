@@ -5,6 +5,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
+
 use gantry_cni::CniError;
 use gantry_cni::netlink::Netlink;
 use gantry_cni::uplinks::{AddressChanges, Uplink, uplinks};
@@ -15,7 +17,7 @@ use crate::dataplane::Dataplane;
 /// A look without a change told: what a lost message or a renamed link would hide.
 const LOOK_INTERVAL: Duration = Duration::from_secs(60);
 /// An interface that is configured has several changes at once.
-const SETTLE: Duration = Duration::from_millis(100);
+const SETTLE: Duration = Duration::from_secs(1);
 /// Between attempts after a failure.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -58,6 +60,8 @@ pub async fn follow_uplinks(
                     changes = None;
                 }
                 tokio::time::sleep(SETTLE).await;
+                // One look for all that has come meanwhile: it reads every link of the node.
+                while changes.as_mut().and_then(|c| c.next().now_or_never().flatten()).is_some() {}
             }
         }
     }
