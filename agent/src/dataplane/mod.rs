@@ -7,7 +7,7 @@
 //!           └ cleanup: remove_all
 //!  View ─► policies (what pods may exchange: policy::{compile, plan}) ─► their maps
 //!  uplinks ──────► uplinks (the same on the node's interfaces towards the outside)
-//!  pod networks ─► pods (rows, programs on the host ends of veths: tcx links or clsact filters)
+//!  pod networks ─► pods (rows, programs on the host ends of veths: clsact filters or tcx links)
 //! ```
 //! Invariants: only this module knows aya, and only `sys` makes raw system calls; maps and links
 //! are pinned, so Services go on while the agent is dead; a restart replaces programs behind the

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
-
 use gantry_cni::CniError;
 use gantry_cni::netlink::Netlink;
 use gantry_cni::uplinks::{AddressChanges, Uplink, uplinks};
