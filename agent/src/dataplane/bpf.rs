@@ -412,6 +412,10 @@ impl Dataplane for BpfDataplane {
         self.policies().apply(view, self.now())
     }
 
+    fn prepare_interface(&self, ifindex: u32) -> Result<(), DataplaneError> {
+        self.pods().prepare(ifindex)
+    }
+
     fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError> {
         self.policies().attach(&pod.pod);
         self.pods().attach(pod)

@@ -1,6 +1,6 @@
 //! A data plane that only remembers, for the tests of those who call it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -18,12 +18,21 @@ use crate::view::View;
 #[derive(Default)]
 pub struct FakeDataplane {
     pods: Mutex<BTreeMap<PodUid, PodInterface>>,
+    prepared: Mutex<BTreeSet<u32>>,
 }
 
 impl FakeDataplane {
     /// How a pod is attached.
     pub fn pod(&self, pod: &PodUid) -> Option<PodInterface> {
         self.pods().get(pod).cloned()
+    }
+
+    /// Whether an interface got its programs before its pod.
+    pub fn is_prepared(&self, ifindex: u32) -> bool {
+        let prepared = self.prepared.lock();
+        prepared
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&ifindex)
     }
 
     fn pods(&self) -> std::sync::MutexGuard<'_, BTreeMap<PodUid, PodInterface>> {
@@ -54,6 +63,14 @@ impl Dataplane for FakeDataplane {
 
     fn sockets_ended(&self) -> u64 {
         0
+    }
+
+    fn prepare_interface(&self, ifindex: u32) -> Result<(), DataplaneError> {
+        self.prepared
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(ifindex);
+        Ok(())
     }
 
     fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError> {

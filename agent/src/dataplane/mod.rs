@@ -121,6 +121,8 @@ pub struct PodInterface {
     /// Packets from other pods of the node may be put into the pod at once: nothing else on the host
     /// end must see them.
     pub direct: bool,
+    /// The programs are on it already: [`Dataplane::prepare_interface`] in this process.
+    pub prepared: bool,
 }
 
 /// A device that a container was given, where the device guard is attached.
@@ -161,6 +163,10 @@ pub trait Dataplane: Send + Sync + 'static {
 
     /// Sockets that were ended since the agent's start because their backend had gone.
     fn sockets_ended(&self) -> u64;
+
+    /// Puts the programs of pods on the host end of a veth whose pod is not known yet: nothing passes
+    /// there before [`Dataplane::attach_pod`]. Idempotent. Blocks for the time of a few system calls.
+    fn prepare_interface(&self, ifindex: u32) -> Result<(), DataplaneError>;
 
     /// Puts a pod into the packet path, before it can send. Idempotent; after the agent's start it is
     /// called for every pod that is there, and replaces the programs without a gap. Blocks for the

@@ -6,6 +6,7 @@
 //!             tcx, where the kernel has no such filters:
 //!                     no pin, or its interface is gone ─► link ─► pin
 //!                     pinned                           ─► the program behind the link is replaced
+//!  prepare  clsact filters alone, for an interface that waits for its pod
 //!  detach   ENDPOINTS, INTERFACES ─► pins             (a filter goes with its interface)
 //! ```
 //! Rows come first: an interface that has a program and no row passes nothing. Everything is found
@@ -174,6 +175,9 @@ impl PodPrograms {
                 .map_err(|error| full("ENDPOINTS", ENDPOINT_COUNT_MAX, &error))?;
             self.owners.addresses.insert(addr, pod_id);
         }
+        if pod.prepared {
+            return Ok(());
+        }
         for (hook, program) in &self.programs {
             let by_link = || {
                 let pin = self.links.join(pin_name(pod_id, hook));
@@ -181,25 +185,27 @@ impl PodPrograms {
             };
             let attached = match self.attachment {
                 Attachment::Tcx => by_link(),
-                Attachment::Clsact => {
-                    let (direction, name) = (hook.direction, hook.program);
-                    match clsact::attach(pod.ifindex, direction, name, program.as_fd()) {
-                        // No such modules: links, where the kernel has them, else say what lacks.
-                        Err(error) if error.kind() == io::ErrorKind::Unsupported => {
-                            by_link().map_err(|_| error)
-                        }
-                        other => other,
+                Attachment::Clsact => match by_filter(hook, program.as_fd(), pod.ifindex) {
+                    // No such modules: links, where the kernel has them, else say what lacks.
+                    Err(error) if error.kind() == io::ErrorKind::Unsupported => {
+                        by_link().map_err(|_| error)
                     }
-                }
+                    other => other,
+                },
             };
             attached.map_err(|error| {
-                let (name, ifindex) = (hook.program, pod.ifindex);
-                let what = format!(
-                    "attach program {name} to interface {ifindex} of pod {}",
-                    pod.pod
-                );
-                DataplaneError::kernel(what, &error)
+                let whose = format!("{} of pod {}", pod.ifindex, pod.pod);
+                DataplaneError::kernel(attaching(hook, whose), &error)
             })?;
+        }
+        Ok(())
+    }
+
+    /// See [`super::Dataplane::prepare_interface`]. By filters only: a link is pinned by its pod.
+    pub(super) fn prepare(&self, ifindex: u32) -> Result<(), DataplaneError> {
+        for (hook, program) in &self.programs {
+            by_filter(hook, program.as_fd(), ifindex)
+                .map_err(|error| DataplaneError::kernel(attaching(hook, ifindex), &error))?;
         }
         Ok(())
     }
@@ -272,6 +278,14 @@ impl PodPrograms {
         }
         Ok(())
     }
+}
+
+fn by_filter(hook: &Hook, program: BorrowedFd<'_>, ifindex: u32) -> io::Result<()> {
+    clsact::attach(ifindex, hook.direction, hook.program, program)
+}
+
+fn attaching(hook: &Hook, to: impl std::fmt::Display) -> String {
+    format!("attach program {} to interface {to}", hook.program)
 }
 
 /// `pod-<id>-from_pod`: bpffs allows no dot in a name.

@@ -33,6 +33,7 @@ pub(super) async fn find(
     };
     Ok(
         judge(&link, outer.as_ref(), result).map(|(host_mac, pod_mac, ifindex)| PodInterface {
+            prepared: false,
             pod: pod.clone(),
             ifindex,
             host_mac,

@@ -19,6 +19,7 @@ mod pool;
 mod record;
 mod resolv;
 mod uplinks;
+mod wires;
 
 pub use census::{Census, census, remove_all};
 pub use pod_networks::{NetworkConfig, PodNetworks, third_party_plugins};

@@ -1,7 +1,8 @@
 //! [`PodNetworks`]: the one implementation of [`Network`].
 //!
 //! ```text
-//! ensure  pins ─► record (intent) ─► bridge::add in process, or the chain's ADD ─► record (result)
+//! ensure  a set of the pool that has wires: record ─► pins ─► the pod's rows in the packet path
+//!         else pins ─► record (intent) ─► bridge::add in process, or the chain's ADD ─► record (result)
 //!         ─► packet programs
 //! remove  chain: DEL ─► pins ─► packet programs ─► record
 //!         bridge: pins (the kernel takes the veth with the netns) ─► packet programs ─► wait ─► lease
@@ -26,13 +27,15 @@ use gantry_cni::config::{BridgeNetwork, mac_of};
 use gantry_cni::ipam::Owner;
 use gantry_cni::netlink::{LOOPBACK_INDEX, Netlink};
 use gantry_cni::netns::Netns;
+use gantry_cni::result as bridge_result;
 use ipnet::IpNet;
 use tokio::sync::watch;
 
-use super::chain::{self, IFNAME, NetworkList, Runner, Subject, pod_addresses};
+use super::chain::{self, NetworkList, Runner, Subject, pod_addresses};
 use super::namespaces::{self, Kinds};
-use super::pool::Pool;
+use super::pool::{Pool, Ready};
 use super::record::{Record, Wiring};
+use super::wires::{self, Wirer, Wires};
 use super::{Network, NetworkError, PodNetwork, PodNetworkSpec, forwarding, interface};
 use crate::dataplane::{Dataplane, DataplaneError, PodInterface};
 use crate::ids::PodUid;
@@ -42,6 +45,8 @@ use crate::view::View;
 
 /// How long the kernel may take to remove a link with its namespace before we delete it ourselves.
 const LINK_GONE_WAIT: Duration = Duration::from_millis(500);
+/// A few pods at once.
+const READY_COUNT: usize = 4;
 
 /// What the machine's administrator decides.
 #[derive(Clone, Debug)]
@@ -52,6 +57,8 @@ pub struct NetworkConfig {
     pub plugin_dirs: Vec<PathBuf>,
     /// The node's own addresses, for pods with host network.
     pub node_addresses: Vec<IpAddr>,
+    /// Sandboxes kept ready for pods to come.
+    pub ready_count: usize,
 }
 
 /// Types of the plugins of the third party's list that counts on this machine, in order of ADD.
@@ -71,6 +78,7 @@ impl NetworkConfig {
             conf_dir: "/etc/cni/net.d".into(),
             plugin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             node_addresses,
+            ready_count: READY_COUNT,
         }
     }
 }
@@ -84,6 +92,7 @@ pub struct PodNetworks {
     view: watch::Receiver<Arc<View>>,
     dataplane: Arc<dyn Dataplane>,
     pool: Arc<Pool>,
+    wirer: Arc<Wirer>,
 }
 
 /// What an attachment has come to.
@@ -91,6 +100,33 @@ struct Attached {
     addresses: Vec<IpAddr>,
     /// None: it cannot be told, which has been said.
     interface: Option<PodInterface>,
+}
+
+impl Attached {
+    fn on_bridge(pod: &PodUid, attached: &bridge_result::Attached) -> Self {
+        let addresses = addresses_of(attached);
+        let interface = PodInterface {
+            pod: pod.clone(),
+            ifindex: attached.host_ifindex,
+            host_mac: attached.host_mac,
+            pod_mac: attached.mac,
+            addresses: addresses.clone(),
+            direct: true,
+            prepared: false,
+        };
+        Self {
+            addresses,
+            interface: Some(interface),
+        }
+    }
+}
+
+/// What there is on the node.
+struct Found {
+    /// Every pod of which anything is left.
+    pods: BTreeSet<PodUid>,
+    /// Containers of living pods, and of the pool.
+    kept: HashSet<Owner>,
 }
 
 impl PodNetworks {
@@ -106,13 +142,20 @@ impl PodNetworks {
         let runner = Runner {
             path: config.plugin_dirs.clone(),
         };
+        let wirer = Wirer {
+            paths: paths.clone(),
+            conf_dir: config.conf_dir.clone(),
+            view: view.clone(),
+            dataplane: dataplane.clone(),
+        };
         Self {
+            pool: Arc::new(Pool::new(config.ready_count)),
+            wirer: Arc::new(wirer),
             paths,
             config,
             runner,
             view,
             dataplane,
-            pool: Arc::default(),
         }
     }
 
@@ -148,7 +191,32 @@ impl PodNetworks {
     }
 
     fn network(&self, prefixes: &[IpNet]) -> Result<BridgeNetwork, NetworkError> {
-        BridgeNetwork::new(prefixes, lease_dir(&self.paths)).map_err(from_cni)
+        self.wirer.network(prefixes)
+    }
+
+    /// Namespaces and attachment: those of the pool for a new pod, where they fit.
+    async fn sandbox(
+        &self,
+        spec: &PodNetworkSpec,
+        dir: PathBuf,
+        netns: &Path,
+        kinds: Kinds,
+        is_recorded: bool,
+    ) -> Result<Attached, NetworkError> {
+        let is_new = !is_recorded && !dir.exists() && self.addresses_in_view(&spec.pod).is_empty();
+        let mut ready = None;
+        if is_new && kinds == Kinds::Own {
+            ready = self.pool.take(self.wirer.prefixes().as_ref());
+        }
+        if let Some(mut set) = ready.take() {
+            match set.wires.take() {
+                Some(wires) => return self.take_over(spec, dir, set, wires).await,
+                None => ready = Some(set),
+            }
+        }
+        let hostname = spec.hostname.clone();
+        let new = namespaces::ensure(dir, kinds, hostname, || ready).await?;
+        self.attach(spec, netns, new).await
     }
 
     /// Attaches a pod whose namespaces are pinned.
@@ -163,14 +231,9 @@ impl PodNetworks {
         let existed = found.is_some();
         let mut record = match found {
             Some(record) => record,
-            None => Record {
-                namespace: spec.namespace.clone(),
-                name: spec.name.clone(),
-                wiring: self.wiring()?,
-                result: None,
-                addresses: Vec::new(),
-            },
+            None => Record::intent(spec, self.wiring()?),
         };
+        let owner = record.owner(pod);
         match record.wiring.clone() {
             Wiring::Bridge { prefixes } => {
                 let network = self.network(&prefixes)?;
@@ -185,7 +248,7 @@ impl PodNetworks {
                 // An agent's start asks for every pod of the node.
                 let was_attached = !record.addresses.is_empty() && !netns_is_new;
                 if was_attached {
-                    let standing = bridge::standing(&host, &network, &owner(pod)).await;
+                    let standing = bridge::standing(&host, &network, &owner).await;
                     if let Some(port) = standing.map_err(from_cni)?
                         && let (Some(host_mac), Some(first)) = (port.mac, record.addresses.first())
                     {
@@ -196,6 +259,7 @@ impl PodNetworks {
                             pod_mac: mac_of(*first),
                             addresses: record.addresses.clone(),
                             direct: true,
+                            prepared: false,
                         };
                         return Ok(Attached {
                             addresses: record.addresses,
@@ -205,33 +269,23 @@ impl PodNetworks {
                 }
                 if record.addresses.is_empty() {
                     let had = self.addresses_in_view(pod);
-                    let preferred = bridge::prefer(&network, &owner(pod), had).await;
+                    let preferred = bridge::prefer(&network, &owner, had).await;
                     preferred.map_err(from_cni)?;
                 }
-                let attached = bridge::add(&host, &network, &owner(pod), &netns).await;
+                let mut attached = bridge::add(&host, &network, &owner, &netns).await;
+                // The last addresses may be those of sandboxes in waiting.
+                if let Err(CniError::Exhausted { .. }) = attached
+                    && self.pool.discard(&self.wirer, |_| true).await > 0
+                {
+                    attached = bridge::add(&host, &network, &owner, &netns).await;
+                }
                 let attached = attached.map_err(from_cni)?;
-                let addresses: Vec<IpAddr> = attached
-                    .addresses
-                    .iter()
-                    .map(|ip| ip.address.addr())
-                    .collect();
-                if record.addresses != addresses {
-                    record.addresses.clone_from(&addresses);
+                if record.addresses != addresses_of(&attached) {
+                    record.addresses = addresses_of(&attached);
                     record.result = Some(attached.to_json("1.1.0"));
                     record.store(run, pod)?;
                 }
-                let interface = PodInterface {
-                    pod: pod.clone(),
-                    ifindex: attached.host_ifindex,
-                    host_mac: attached.host_mac,
-                    pod_mac: attached.mac,
-                    addresses: addresses.clone(),
-                    direct: true,
-                };
-                return Ok(Attached {
-                    addresses,
-                    interface: Some(interface),
-                });
+                return Ok(Attached::on_bridge(pod, &attached));
             }
             Wiring::Chain(_) if record.result.is_some() && !netns_is_new => {}
             Wiring::Chain(list) => {
@@ -293,18 +347,53 @@ impl PodNetworks {
         }
     }
 
+    /// Gives a new pod the sandbox that the pool has made. Recorded before it is pinned: a crash in
+    /// between leaves a lease that is found by the record.
+    async fn take_over(
+        &self,
+        spec: &PodNetworkSpec,
+        dir: PathBuf,
+        ready: Ready,
+        wires: Wires,
+    ) -> Result<Attached, NetworkError> {
+        let (mut record, pod) = (Record::intent(spec, self.wiring()?), &spec.pod);
+        let Wires {
+            container,
+            mut attached,
+            ..
+        } = wires;
+        attached.netns = dir.join("net").display().to_string();
+        record.container = Some(container.clone());
+        record.addresses = addresses_of(&attached);
+        record.result = Some(attached.to_json("1.1.0"));
+        record.store(&self.paths.run, pod)?;
+        self.pool.recorded(&container);
+        let hostname = spec.hostname.clone();
+        namespaces::ensure(dir, Kinds::Own, hostname, || Some(ready)).await?;
+        let mut attached = Attached::on_bridge(pod, &attached);
+        if let Some(interface) = &mut attached.interface {
+            interface.prepared = true;
+        }
+        Ok(attached)
+    }
+
     /// The bridge's part of a removal; the pins are gone already.
-    async fn detach_bridge(&self, pod: &PodUid, prefixes: &[IpNet]) -> Result<(), NetworkError> {
+    async fn detach_bridge(
+        &self,
+        pod: &PodUid,
+        owner: &Owner,
+        prefixes: &[IpNet],
+    ) -> Result<(), NetworkError> {
         let network = self.network(prefixes)?;
         let host = Netlink::open().map_err(from_cni)?;
-        let (owner, name) = (owner(pod), bridge::host_ifname(&network.name, &owner(pod)));
+        let name = bridge::host_ifname(&network.name, owner);
         let mut pause = Duration::from_millis(1);
         let mut waited = Duration::ZERO;
         while host.link_by_name(&name).await.map_err(from_cni)?.is_some() {
             if waited >= LINK_GONE_WAIT {
                 // Something still holds the namespace. The pod is over, so its link goes too.
                 tracing::debug!(%pod, link = %name, "namespace still held; link deleted");
-                return bridge::remove(&host, &network, &owner)
+                return bridge::remove(&host, &network, owner)
                     .await
                     .map_err(from_cni);
             }
@@ -312,18 +401,30 @@ impl PodNetworks {
             waited += pause;
             pause = (pause * 2).min(Duration::from_millis(50));
         }
-        bridge::release(&network, &owner).await.map_err(from_cni)
+        bridge::release(&network, owner).await.map_err(from_cni)
     }
 
-    /// Every pod of which anything is left.
-    async fn found(&self) -> Result<BTreeSet<PodUid>, NetworkError> {
-        let mut pods: BTreeSet<PodUid> = Record::pods(&self.paths.run)?.into_iter().collect();
-        pods.extend(pinned(&self.paths)?.into_iter().map(|(pod, _)| pod));
+    /// Every pod of which anything is left, and the containers that are not to be touched.
+    async fn found(&self, live: &HashSet<PodUid>) -> Result<Found, NetworkError> {
+        // In this order: an attachment that leaves the pool between two looks is in a record then.
         let leases = bridge::ipam(&self.network(&[])?).and_then(|ipam| ipam.leases());
-        for owner in leases.map_err(from_cni)?.into_values() {
-            pods.extend(PodUid::new(&owner.container_id).ok());
+        let leases = leases.map_err(from_cni)?;
+        let owners: HashSet<Owner> = leases.into_values().collect();
+        let held = |owner: &&Owner| self.pool.is_held(&owner.container_id);
+        let mut kept: HashSet<Owner> = owners.iter().filter(held).cloned().collect();
+        let (run, mut recorded) = (&self.paths.run, HashSet::new());
+        let mut pods: BTreeSet<PodUid> = Record::pods(run)?.into_iter().collect();
+        for pod in &pods {
+            let owner = Record::load(run, pod)?.map_or_else(|| owner(pod), |it| it.owner(pod));
+            if live.contains(pod) {
+                kept.insert(owner.clone());
+            }
+            recorded.insert(owner);
         }
-        Ok(pods)
+        pods.extend(pinned(&self.paths)?.into_iter().map(|(pod, _)| pod));
+        let of_nobody = (owners.iter()).filter(|it| !kept.contains(it) && !recorded.contains(it));
+        pods.extend(of_nobody.filter_map(|owner| PodUid::new(&owner.container_id).ok()));
+        Ok(Found { pods, kept })
     }
 }
 
@@ -345,7 +446,8 @@ impl Network for PodNetworks {
         }
         let (netns, utsns) = (dir.join("net"), dir.join("uts"));
         // Nothing is pinned for a pod that cannot be attached yet.
-        if Record::load(&self.paths.run, &spec.pod)?.is_none() {
+        let is_recorded = Record::load(&self.paths.run, &spec.pod)?.is_some();
+        if !is_recorded {
             self.wiring()?;
         }
         let userns = spec.user_range.map(|range| UserNamespace {
@@ -359,10 +461,8 @@ impl Network for PodNetworks {
             },
             None => Kinds::Own,
         };
-        let (hostname, pool) = (spec.hostname.clone(), &self.pool);
-        let new = namespaces::ensure(dir, kinds, hostname, || pool.take()).await?;
-        pool.fill();
-        let attached = self.attach(spec, &netns, new).await?;
+        let attached = self.sandbox(spec, dir, &netns, kinds, is_recorded).await?;
+        self.pool.fill(&self.wirer);
         if let Some(interface) = attached.interface {
             self.packets(move |dataplane| dataplane.attach_pod(&interface))
                 .await?;
@@ -393,20 +493,25 @@ impl Network for PodNetworks {
         let owned = pod.clone();
         self.packets(move |dataplane| dataplane.detach_pod(&owned))
             .await?;
-        match record.map(|record| record.wiring) {
-            Some(Wiring::Chain(_)) => {}
-            Some(Wiring::Bridge { prefixes }) => self.detach_bridge(pod, &prefixes).await?,
+        match &record {
+            Some(record) => match &record.wiring {
+                Wiring::Chain(_) => {}
+                Wiring::Bridge { prefixes } => {
+                    let owner = record.owner(pod);
+                    self.detach_bridge(pod, &owner, prefixes).await?;
+                }
+            },
             // Host network, nothing at all, or a lost record: then the names still find it.
-            None => self.detach_bridge(pod, &[]).await?,
+            None => self.detach_bridge(pod, &owner(pod), &[]).await?,
         }
         Record::remove(&self.paths.run, pod)
     }
 
     async fn retain(&self, live: &HashSet<PodUid>) -> Result<(), NetworkError> {
-        self.pool.fill();
+        self.pool.fill(&self.wirer);
         let mut first = Ok(());
-        let found = self.found().await?;
-        let dead = found.iter().filter(|pod| !live.contains(*pod));
+        let Found { pods, mut kept } = self.found(live).await?;
+        let dead = pods.iter().filter(|pod| !live.contains(*pod));
         // At the same time: the kernel takes namespaces down in batches.
         let removals = dead.map(|pod| async move {
             tracing::info!(%pod, "network of a pod that is no more: removed");
@@ -419,9 +524,9 @@ impl Network for PodNetworks {
         let detached = self.packets(move |dataplane| dataplane.retain_pods(&pods));
         first = first.and(detached.await);
         // Ports whose lease and record are both gone.
-        let valid: HashSet<Owner> = live.iter().map(owner).collect();
+        kept.extend(live.iter().map(owner));
         let host = Netlink::open().map_err(from_cni)?;
-        let collected = bridge::collect(&host, &self.network(&[])?, &valid).await;
+        let collected = bridge::collect(&host, &self.network(&[])?, &kept).await;
         first = first.and(collected.map_err(from_cni));
         if let Some(list) = self.third_party() {
             first = first.and(self.runner.collect(&list, live).await);
@@ -510,11 +615,14 @@ fn subject<'a>(record: &'a Record, pod: &'a PodUid, netns: Option<&'a Path>) -> 
     }
 }
 
+/// The container of a pod that made its own attachment.
 fn owner(pod: &PodUid) -> Owner {
-    Owner {
-        container_id: pod.as_str().into(),
-        ifname: IFNAME.into(),
-    }
+    wires::owner(pod.as_str())
+}
+
+fn addresses_of(attached: &bridge_result::Attached) -> Vec<IpAddr> {
+    let addresses = attached.addresses.iter();
+    addresses.map(|ip| ip.address.addr()).collect()
 }
 
 /// An error of the built-in wiring, in the pod worker's terms.

@@ -1,31 +1,39 @@
-//! Namespaces made in advance, so that a pod's start does not wait for a new network namespace.
+//! Sandboxes made in advance, so that a pod's start waits neither for new namespaces nor for wires.
 //!
 //! ```text
-//! fill (a thread, when nobody waits): unshare ─► descriptors ─► ready ─┐
-//! take (a pod's start): a set, or none: then the pod makes its own  ◄──┘─► pinned in its directory
+//! fill (when nobody waits): unshare on a thread ─► descriptors ─► wires ─► ready ─┐
+//! take (a pod's start): a set that fits, or none: then the pod makes its own   ◄──┘
 //! ```
 //! A set is held by descriptors of this process and by nothing else: when the agent ends, however
-//! it ends, the kernel takes them away, and there is nothing to clean up or to count.
+//! it ends, the kernel takes namespaces and link away. A lease stays, and the next agent's `retain`
+//! gives it back.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use gantry_cni::netns::Netns;
+use ipnet::IpNet;
 use nix::sched::{CloneFlags, setns, unshare};
 
+use super::NetworkError;
 use super::namespaces::Kinds;
+use super::pod_networks::from_cni;
+use super::wires::{Wirer, Wires, new_container};
 
-/// Sets kept ready: a few pods at once. Each holds about 0.2 MiB of the kernel's memory.
-const READY_COUNT: usize = 4;
 /// Before each new one: pods that start now come first.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// net, ipc and uts that no process is in.
 pub(super) struct Ready {
     files: Vec<(&'static str, File)>,
+    /// The attachment of net; none: the pod's ADD is still to be done.
+    pub wires: Option<Wires>,
 }
 
 impl Ready {
@@ -37,6 +45,7 @@ impl Ready {
         let files = Kinds::Own.names().iter().map(open);
         Ok(Self {
             files: files.collect::<io::Result<_>>()?,
+            wires: None,
         })
     }
 
@@ -46,107 +55,145 @@ impl Ready {
         let enter = |(_, file): &(&str, File)| setns(file, CloneFlags::empty());
         Ok(self.files.iter().try_for_each(enter)?)
     }
+
+    fn netns(&self) -> Result<Netns, NetworkError> {
+        let net = self.files.iter().find(|(name, _)| *name == "net");
+        let number = net.map_or(-1, |(_, file)| file.as_raw_fd());
+        let path = PathBuf::from(format!("/proc/self/fd/{number}"));
+        Netns::open(&path).map_err(from_cni)
+    }
+
+    fn prefixes(&self) -> Option<&Vec<IpNet>> {
+        self.wires.as_ref().map(|wires| &wires.prefixes)
+    }
 }
 
 /// The sets that are ready.
-#[derive(Default)]
 pub(super) struct Pool {
+    /// Sets kept ready.
+    count: usize,
     ready: Mutex<VecDeque<Ready>>,
+    /// Containers of attachments that are in no record yet.
+    held: Mutex<HashSet<String>>,
     filling: AtomicBool,
 }
 
 impl Pool {
-    /// None when pods start faster than namespaces are made.
-    pub(super) fn take(&self) -> Option<Ready> {
-        self.lock().pop_front()
+    /// Keeps `count` sets ready, a few pods at once. Each holds about 0.2 MiB of the kernel's memory.
+    pub(super) fn new(count: usize) -> Self {
+        Self {
+            count,
+            ready: Mutex::default(),
+            held: Mutex::default(),
+            filling: AtomicBool::new(false),
+        }
     }
 
-    /// Makes what lacks, in the background.
-    pub(super) fn fill(self: &Arc<Self>) {
-        if self.lock().len() >= READY_COUNT || self.filling.swap(true, Ordering::AcqRel) {
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        lock(&self.ready).len()
+    }
+
+    /// The oldest set whose attachment is of these prefixes (none: that has no attachment). None
+    /// when pods start faster than sets are made.
+    pub(super) fn take(&self, prefixes: Option<&Vec<IpNet>>) -> Option<Ready> {
+        let mut ready = lock(&self.ready);
+        let fits = ready.iter().position(|set| set.prefixes() == prefixes)?;
+        ready.remove(fits)
+    }
+
+    /// Whether an attachment is here, in the making, or taken and not yet in its pod's record.
+    pub(super) fn is_held(&self, container: &str) -> bool {
+        lock(&self.held).contains(container)
+    }
+
+    /// The attachment is in its pod's record now.
+    pub(super) fn recorded(&self, container: &str) {
+        lock(&self.held).remove(container);
+    }
+
+    /// Makes what lacks, in the background, and removes what pods would not be given any more.
+    pub(super) fn fill(self: &Arc<Self>, wirer: &Arc<Wirer>) {
+        let prefixes = wirer.prefixes();
+        let (len, stale) = {
+            let ready = lock(&self.ready);
+            let stale = ready.iter().any(|set| set.prefixes() != prefixes.as_ref());
+            (ready.len(), stale)
+        };
+        let enough = len >= self.count && !stale;
+        if enough || self.filling.swap(true, Ordering::AcqRel) {
             return;
         }
-        let pool = Arc::clone(self);
-        // A thread of its own, thrown away: it changes its namespaces.
-        let thread = std::thread::Builder::new()
-            .name("namespaces-pool".into())
-            .stack_size(128 * 1024)
-            .spawn(move || {
-                if let Err(error) = pool.fill_now() {
-                    // Pods make their own then, and say so if they cannot either.
-                    tracing::debug!(%error, "namespaces in advance");
-                }
-                pool.filling.store(false, Ordering::Release);
-            });
-        if thread.is_err() {
-            self.filling.store(false, Ordering::Release);
-        }
+        let (pool, wirer) = (Arc::clone(self), Arc::clone(wirer));
+        tokio::spawn(async move {
+            if let Err(error) = pool.fill_now(&wirer).await {
+                // Pods make their own then, and say so if they cannot either.
+                tracing::debug!(%error, "sandboxes in advance");
+            }
+            pool.filling.store(false, Ordering::Release);
+        });
     }
 
-    fn fill_now(&self) -> io::Result<()> {
-        while self.lock().len() < READY_COUNT {
-            std::thread::sleep(PAUSE);
-            let ready = Ready::make()?;
-            self.lock().push_back(ready);
+    async fn fill_now(&self, wirer: &Wirer) -> Result<(), NetworkError> {
+        self.discard(wirer, |set| set.prefixes() != wirer.prefixes().as_ref())
+            .await;
+        while lock(&self.ready).len() < self.count {
+            tokio::time::sleep(PAUSE).await;
+            let mut set = make().await?;
+            if let Some(prefixes) = wirer.prefixes() {
+                let container = new_container();
+                let netns = set.netns()?;
+                lock(&self.held).insert(container.clone());
+                match wirer.wire(&netns, container.clone(), prefixes).await {
+                    Ok(wires) => set.wires = Some(wires),
+                    Err(error) => {
+                        self.recorded(&container);
+                        return Err(error);
+                    }
+                }
+            }
+            lock(&self.ready).push_back(set);
         }
         Ok(())
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Ready>> {
-        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Gives sets back that no pod is to have. Returns how many.
+    pub(super) async fn discard(&self, wirer: &Wirer, which: impl Fn(&Ready) -> bool) -> usize {
+        let gone = {
+            let mut ready = lock(&self.ready);
+            let all = std::mem::take(&mut *ready).into_iter();
+            let (gone, kept): (VecDeque<_>, VecDeque<_>) = all.partition(|set| which(set));
+            *ready = kept;
+            gone
+        };
+        let count = gone.len();
+        for wires in gone.into_iter().filter_map(|set| set.wires) {
+            let container = wires.container.clone();
+            wirer.unwire(wires).await;
+            self.recorded(&container);
+        }
+        count
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::network::namespaces;
-    use std::fs;
-    use std::os::unix::fs::MetadataExt;
-    use std::time::Instant;
-
-    #[tokio::test]
-    async fn a_pod_gets_a_ready_set_with_its_own_name_and_the_pool_fills_again() {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("skipped: needs root");
-            return;
-        }
-        let pool = Arc::new(Pool::default());
-        let full = |pool: &Arc<Pool>| {
-            pool.fill();
-            let end = Instant::now() + Duration::from_secs(60);
-            while pool.lock().len() < READY_COUNT && Instant::now() < end {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            assert_eq!(pool.lock().len(), READY_COUNT);
-        };
-        assert!(pool.take().is_none());
-        full(&pool);
-        let base = tempfile::tempdir().unwrap();
-        let inode = |file: &File| file.metadata().unwrap().ino();
-        let wanted = inode(&pool.lock()[0].files[0].1);
-        let mut seen = Vec::new();
-        for name in ["one", "two"] {
-            let dir = base.path().join(name);
-            let take = || pool.take();
-            let made = namespaces::ensure(dir.clone(), Kinds::Own, name.into(), take).await;
-            assert!(made.unwrap());
-            seen.push(fs::metadata(dir.join("net")).unwrap().ino());
-            // Pinned already: nothing is taken.
-            let again = namespaces::ensure(dir.clone(), Kinds::Own, name.into(), || panic!());
-            assert!(!again.await.unwrap());
-            let uts = File::open(dir.join("uts")).unwrap();
-            let told = std::thread::spawn(move || {
-                nix::sched::setns(&uts, nix::sched::CloneFlags::CLONE_NEWUTS).unwrap();
-                nix::unistd::gethostname().unwrap()
-            });
-            assert_eq!(told.join().unwrap(), name);
-        }
-        assert!(seen[0] == wanted && seen[0] != seen[1]);
-        assert_eq!(pool.lock().len(), READY_COUNT - 2);
-        full(&pool);
-        for name in ["one", "two"] {
-            namespaces::remove(&base.path().join(name)).unwrap();
-        }
+/// On a thread of its own, thrown away: it changes its namespaces.
+async fn make() -> Result<Ready, NetworkError> {
+    let failed = |source| NetworkError::Io {
+        context: "make namespaces in advance".into(),
+        source,
+    };
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("namespaces-pool".into())
+        .stack_size(128 * 1024)
+        .spawn(move || drop(sender.send(Ready::make())))
+        .map_err(failed)?;
+    match receiver.await {
+        Ok(made) => made.map_err(failed),
+        Err(_) => Err(failed(io::Error::other("ended without an answer"))),
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

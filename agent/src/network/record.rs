@@ -8,12 +8,13 @@ use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use gantry_cni::ipam::Owner;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::NetworkError;
 use super::chain::NetworkList;
+use super::{NetworkError, PodNetworkSpec, wires};
 use crate::ids::PodUid;
 
 /// How a pod is attached.
@@ -39,6 +40,9 @@ pub(super) struct Record {
     pub name: String,
     /// How.
     pub wiring: Wiring,
+    /// CNI_CONTAINERID of the attachment, where it is not the pod's UID: it was made in advance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<String>,
     /// The result of ADD; none: ADD has not finished.
     pub result: Option<Value>,
     /// The pod's addresses from that result.
@@ -62,6 +66,23 @@ fn io_error(verb: &str, path: &Path, source: std::io::Error) -> NetworkError {
 }
 
 impl Record {
+    /// Of an attachment that is still to be made.
+    pub(super) fn intent(spec: &PodNetworkSpec, wiring: Wiring) -> Self {
+        Self {
+            namespace: spec.namespace.clone(),
+            name: spec.name.clone(),
+            wiring,
+            container: None,
+            result: None,
+            addresses: Vec::new(),
+        }
+    }
+
+    /// Whose lease and link the bridge has.
+    pub(super) fn owner(&self, pod: &PodUid) -> Owner {
+        wires::owner(self.container.as_deref().unwrap_or(pod.as_str()))
+    }
+
     /// Reads a pod's record; none when there is none. An unreadable one counts as none: what it
     /// described is found by name (our bridge) or by the plugins' own GC.
     pub(super) fn load(run: &Path, pod: &PodUid) -> Result<Option<Self>, NetworkError> {

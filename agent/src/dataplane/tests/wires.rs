@@ -228,6 +228,7 @@ pub(super) fn interface(pod: usize) -> PodInterface {
         pod_mac: [0x0a, 0x58, 10, 244, 0, last],
         addresses: [V4[pod], V6[pod]].map(|text| text.parse().unwrap()).into(),
         direct: true,
+        prepared: false,
     }
 }
 

@@ -9,6 +9,7 @@ use gantry_cni::netns::within;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
+use super::super::chain::IFNAME;
 use super::super::{census, remove_all};
 use super::*;
 use crate::dataplane::fake::FakeDataplane;
@@ -18,6 +19,7 @@ struct Node {
     dir: tempfile::TempDir,
     settings: Settings,
     dataplane: Arc<FakeDataplane>,
+    ready_count: usize,
 }
 
 /// Runs `test` on a fresh node; skips without root.
@@ -54,6 +56,7 @@ where
                 dir,
                 settings,
                 dataplane,
+                ready_count: 0,
             })
             .await;
         });
@@ -74,13 +77,17 @@ impl Node {
             settings: Arc::new(self.settings.clone()),
             ..View::default()
         };
+        // The sender may go: the last value stays readable.
+        self.networks_of(watch::channel(Arc::new(view)).1)
+    }
+
+    fn networks_of(&self, view: watch::Receiver<Arc<View>>) -> PodNetworks {
         let config = NetworkConfig {
             conf_dir: self.dir.path().join("net.d"),
             plugin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             node_addresses: vec![IpAddr::from([192, 0, 2, 7])],
+            ready_count: self.ready_count,
         };
-        // The sender may go: the last value stays readable.
-        let view = watch::channel(Arc::new(view)).1;
         PodNetworks::new(self.paths(), config, view, self.dataplane.clone())
     }
 
@@ -264,6 +271,137 @@ fn what_a_crash_leaves_is_finished_or_removed() {
             census(&node.paths()).await.unwrap().lines(),
             ["link gantry0"]
         );
+    });
+}
+
+/// Until the pool has what it is to have.
+async fn filled(networks: &PodNetworks, count: usize) {
+    networks.pool.fill(&networks.wirer);
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while networks.pool.len() < count {
+        assert!(std::time::Instant::now() < deadline, "the pool stays empty");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+#[test]
+fn a_pod_takes_over_a_sandbox_that_was_made_in_advance() {
+    on_a_node(|mut node| async move {
+        node.ready_count = 2;
+        let networks = node.networks();
+        filled(&networks, 2).await;
+        let waiting = census(&node.paths()).await.unwrap();
+        assert_eq!((waiting.links.len(), waiting.leases.len()), (3, 2));
+
+        let a = networks.ensure(&spec("a")).await.unwrap();
+        let b = networks.ensure(&spec("b")).await.unwrap();
+        assert_eq!(hostname_in(a.utsns.as_ref().unwrap()), "host-a");
+        assert_eq!(seen_address(&a, &b).await, a.addresses[0], "no NAT");
+        let path = node.dataplane.pod(&spec("a").pod).unwrap();
+        assert!(path.prepared && node.dataplane.is_prepared(path.ifindex));
+        assert_in_the_packet_path(&a, &path).await;
+        let after = census(&node.paths()).await.unwrap();
+        let both = |census: &super::super::Census| (census.links.clone(), census.leases.clone());
+        assert_eq!(both(&after).0.len(), 3, "nothing was made for these pods");
+
+        // A new agent finds the pods, and gives back what the old one had in waiting.
+        filled(&networks, 2).await;
+        drop(networks);
+        node.ready_count = 0;
+        let networks = node.networks();
+        networks.retain(&ids(&["a", "b"])).await.unwrap();
+        assert_eq!(networks.ensure(&spec("a")).await.unwrap(), a);
+        assert!(!node.dataplane.pod(&spec("a").pod).unwrap().prepared);
+        let left = census(&node.paths()).await.unwrap();
+        assert_eq!((left.links.len(), left.leases.len()), (3, 2));
+        networks.remove(&spec("a").pod).await.unwrap();
+        networks.remove(&spec("b").pod).await.unwrap();
+        let left = census(&node.paths()).await.unwrap();
+        assert_eq!(left.lines(), ["link gantry0"]);
+    });
+}
+
+#[test]
+fn a_crash_while_a_sandbox_is_taken_over_is_finished() {
+    on_a_node(|mut node| async move {
+        node.ready_count = 1;
+        let networks = node.networks();
+        filled(&networks, 1).await;
+        let pod = spec("a").pod;
+        let whole = networks.ensure(&spec("a")).await.unwrap();
+        // Killed after the record, before the pins: the namespaces went with the agent.
+        namespaces::remove(&node.paths().namespaces(&pod)).unwrap();
+        assert_eq!(networks.ensure(&spec("a")).await.unwrap(), whole);
+        // Killed before the record: the pod makes its own, the lease is given back.
+        filled(&networks, 1).await;
+        let taken = networks.pool.take(networks.wirer.prefixes().as_ref());
+        let container = taken.unwrap().wires.unwrap().container;
+        networks.pool.recorded(&container);
+        node.ready_count = 0;
+        let networks = node.networks();
+        networks.retain(&ids(&["a"])).await.unwrap();
+        let left = census(&node.paths()).await.unwrap();
+        assert_eq!((left.links.len(), left.leases.len()), (2, 1));
+        networks.remove(&pod).await.unwrap();
+    });
+}
+
+#[test]
+fn the_last_addresses_go_to_pods_and_not_to_sandboxes_in_waiting() {
+    on_a_node(|mut node| async move {
+        // Five for pods: of the eight, two are the network's own and one is the bridge's.
+        node.settings.pod_cidr = Some("10.78.1.0/29".parse().unwrap());
+        node.ready_count = 2;
+        let networks = node.networks();
+        filled(&networks, 2).await;
+        let names = ["a", "b", "c", "d"];
+        for name in names {
+            // Begun before: such a pod takes nothing from the pool.
+            fs::create_dir_all(node.paths().namespaces(&spec(name).pod)).unwrap();
+            networks.ensure(&spec(name)).await.unwrap();
+        }
+        assert_eq!(networks.pool.len(), 0);
+        let leases = census(&node.paths()).await.unwrap().leases;
+        let of_pods = leases.iter().filter(|lease| lease.contains("uid-"));
+        assert_eq!(of_pods.count(), 4, "{leases:?}");
+        for name in names {
+            networks.remove(&spec(name).pod).await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn sandboxes_of_an_earlier_prefix_are_not_given_to_pods() {
+    on_a_node(|mut node| async move {
+        node.ready_count = 1;
+        let (sender, view) = watch::channel(Arc::new(View {
+            settings: Arc::new(node.settings.clone()),
+            ..View::default()
+        }));
+        let networks = node.networks_of(view);
+        filled(&networks, 1).await;
+        let settings = Settings {
+            pod_cidr: Some("10.78.9.0/24".parse().unwrap()),
+            ..Settings::default()
+        };
+        sender.send_replace(Arc::new(View {
+            settings: Arc::new(settings),
+            ..View::default()
+        }));
+        let a = networks.ensure(&spec("a")).await.unwrap();
+        assert_eq!(a.addresses, [IpAddr::from([10, 78, 9, 2])]);
+        // The old one is removed, and one of the new prefix made.
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            let leases = census(&node.paths()).await.unwrap().leases;
+            if leases.len() == 2 && leases.iter().all(|lease| lease.contains("10.78.9.")) {
+                break;
+            }
+            assert!(std::time::Instant::now() < deadline, "{leases:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        networks.remove(&spec("a").pod).await.unwrap();
+        networks.pool.discard(&networks.wirer, |_| true).await;
     });
 }
 

@@ -1,0 +1,119 @@
+//! Attachments made in advance: all of a pod's network but the pod.
+//!
+//! A ready set of namespaces is added to the bridge under a container id of its own, with a lease,
+//! addresses, routes and packet programs. The pod that takes it writes that id into its record, so
+//! nothing is renamed; until then nothing passes (`INTERFACES` has no row of it).
+//!
+//! Invariant: of the leases under such an id, those that are in no record and not [`held`] belong to
+//! an agent that has ended, and `retain` gives them back; their links went with that agent's
+//! descriptors.
+//!
+//! [`held`]: super::pool::Pool::is_held
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use gantry_cni::bridge;
+use gantry_cni::config::BridgeNetwork;
+use gantry_cni::ipam::Owner;
+use gantry_cni::netlink::Netlink;
+use gantry_cni::netns::Netns;
+use gantry_cni::result::Attached;
+use ipnet::IpNet;
+use tokio::sync::watch;
+
+use super::chain::{self, IFNAME};
+use super::pod_networks::{from_cni, lease_dir};
+use super::{NetworkError, forwarding};
+use crate::dataplane::Dataplane;
+use crate::paths::Paths;
+use crate::view::View;
+
+/// A finished attachment.
+#[derive(Debug)]
+pub(super) struct Wires {
+    /// CNI_CONTAINERID of its ADD.
+    pub container: String,
+    /// The node's pod prefixes at that time.
+    pub prefixes: Vec<IpNet>,
+    pub attached: Attached,
+}
+
+/// A name that no attachment of this boot has.
+pub(super) fn new_container() -> String {
+    format!("ready-{:016x}", rand::random::<u64>())
+}
+
+/// A container of the bridge.
+pub(super) fn owner(container: &str) -> Owner {
+    Owner {
+        container_id: container.into(),
+        ifname: IFNAME.into(),
+    }
+}
+
+/// What it takes to make attachments.
+pub(super) struct Wirer {
+    pub paths: Paths,
+    pub conf_dir: PathBuf,
+    pub view: watch::Receiver<Arc<View>>,
+    pub dataplane: Arc<dyn Dataplane>,
+}
+
+impl Wirer {
+    /// What our bridge would give a pod now; none: a third party wires pods, or the node has no
+    /// prefix yet.
+    pub(super) fn prefixes(&self) -> Option<Vec<IpNet>> {
+        match chain::load(&self.conf_dir) {
+            Ok(list) if list.as_ref().is_none_or(chain::NetworkList::is_ours) => {
+                let prefix = self.view.borrow().settings.pod_cidr;
+                prefix.map(|prefix| vec![prefix])
+            }
+            _ => None,
+        }
+    }
+
+    pub(super) fn network(&self, prefixes: &[IpNet]) -> Result<BridgeNetwork, NetworkError> {
+        BridgeNetwork::new(prefixes, lease_dir(&self.paths)).map_err(from_cni)
+    }
+
+    /// ADD for namespaces that wait for a pod.
+    pub(super) async fn wire(
+        &self,
+        netns: &Netns,
+        container: String,
+        prefixes: Vec<IpNet>,
+    ) -> Result<Wires, NetworkError> {
+        let network = self.network(&prefixes)?;
+        forwarding::ensure(&self.paths.run, &network)?;
+        let host = Netlink::open().map_err(from_cni)?;
+        let attached = bridge::add(&host, &network, &owner(&container), netns).await;
+        let wires = Wires {
+            container,
+            prefixes,
+            attached: attached.map_err(from_cni)?,
+        };
+        let (dataplane, index) = (self.dataplane.clone(), wires.attached.host_ifindex);
+        let prepared = tokio::task::spawn_blocking(move || dataplane.prepare_interface(index));
+        let error = match prepared.await {
+            Ok(Ok(())) => return Ok(wires),
+            Ok(Err(error)) => error.to_string(),
+            Err(error) => error.to_string(),
+        };
+        self.unwire(wires).await;
+        Err(NetworkError::Packets(error))
+    }
+
+    /// DEL. What it cannot do, the next agent's `retain` does.
+    pub(super) async fn unwire(&self, wires: Wires) {
+        let removed = async {
+            let network = self.network(&wires.prefixes)?;
+            let host = Netlink::open().map_err(from_cni)?;
+            let removed = bridge::remove(&host, &network, &owner(&wires.container)).await;
+            removed.map_err(from_cni)
+        };
+        if let Err(error) = removed.await {
+            tracing::warn!(container = wires.container, %error, "remove an attachment in waiting");
+        }
+    }
+}
