@@ -151,9 +151,10 @@ impl Netlink {
     /// Every link of the namespace.
     pub async fn links(&self) -> Result<Vec<Link>, CniError> {
         let _dump = self.dump.lock().await;
-        let messages: Vec<LinkMessage> = (self.handle.link().get().execute().try_collect().await)
-            .map_err(|error| refused("list links".into(), error))?;
-        Ok(messages.iter().map(Link::from_message).collect())
+        // One by one: a message is many times as large as what is wanted of it.
+        let messages = self.handle.link().get().execute();
+        let links = messages.map_ok(|message| Link::from_message(&message));
+        (links.try_collect().await).map_err(|error| refused("list links".into(), error))
     }
 
     /// Creates a bridge, up.
@@ -269,14 +270,12 @@ impl Netlink {
     pub async fn all_addresses(&self) -> Result<Vec<(u32, IpAddr)>, CniError> {
         let _dump = self.dump.lock().await;
         let request = self.handle.address().get();
-        let messages: Vec<AddressMessage> = (request.execute().try_collect().await)
-            .map_err(|error| refused("list addresses".into(), error))?;
-        let global = messages
-            .iter()
-            .filter(|m| m.header.scope == AddressScope::Universe);
-        Ok(global
-            .filter_map(|message| Some((message.header.index, address_of(message)?.addr())))
-            .collect())
+        let global = request.execute().try_filter_map(async |message| {
+            let is_global = message.header.scope == AddressScope::Universe;
+            let address = address_of(&message).filter(|_| is_global);
+            Ok(address.map(|address| (message.header.index, address.addr())))
+        });
+        (global.try_collect().await).map_err(|error| refused("list addresses".into(), error))
     }
 
     /// Makes a route exist as given; replaces one to the same destination.

@@ -1,6 +1,7 @@
 //! Keeps the node's uplinks in the packet path: those that carry one of its addresses, as they come,
 //! go and change.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -59,7 +60,7 @@ pub async fn follow_uplinks(
                     changes = None;
                 }
                 tokio::time::sleep(SETTLE).await;
-                // One look for all that has come meanwhile: it reads every link of the node.
+                // One look for all that has come meanwhile: it reads every address of the node.
                 while changes.as_mut().and_then(|c| c.next().now_or_never().flatten()).is_some() {}
             }
         }
@@ -74,8 +75,16 @@ async fn look(
 ) -> Result<(), String> {
     let words = |error: CniError| error.to_string();
     let host = Netlink::open().map_err(words)?;
-    let links = host.links().await.map_err(words)?;
     let addresses = host.all_addresses().await.map_err(words)?;
+    let of_node = addresses
+        .iter()
+        .filter(|(_, address)| node_addresses.contains(address));
+    let indexes: BTreeSet<u32> = of_node.map(|(index, _)| *index).collect();
+    let mut links = Vec::new();
+    // These alone: each pod of the node has a link too.
+    for index in indexes {
+        links.extend(host.link_by_index(index).await.map_err(words)?);
+    }
     let mut found = uplinks(&links, &addresses, node_addresses);
     found.sort();
     if done.as_ref() == Some(&found) {
