@@ -13,8 +13,8 @@ use gantry_agent::devices::DevicePlugins;
 use gantry_agent::feed::node_info;
 use gantry_agent::feed::{self, Reporter};
 use gantry_agent::images::{ImageStore, Registries, drop_in, keep_disk_free};
-use gantry_agent::network::{NetworkConfig, PodNetworks, follow_uplinks};
-use gantry_agent::node::{NodeResources, flags::ResourceFlags};
+use gantry_agent::network::{NetworkConfig, PodNetworks, follow_uplinks, reserve_ports};
+use gantry_agent::node::{NodeResources, flags::NetworkFlags, flags::ResourceFlags};
 use gantry_agent::paths::Paths;
 use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
 use gantry_agent::runtime::logs::files::Limits;
@@ -96,6 +96,8 @@ struct Run {
     /// that end with *
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     allowed_unsafe_sysctls: Vec<String>,
+    #[command(flatten)]
+    network: NetworkFlags,
     #[command(flatten)]
     resources: ResourceFlags,
 }
@@ -231,6 +233,8 @@ async fn agent(run: Run) -> Result<()> {
         .map_err(|words| anyhow::anyhow!("--allowed-unsafe-sysctls: {words}"))?;
     let periods = run.resources.shutdown();
     periods.check().map_err(anyhow::Error::msg)?;
+    let masquerade = run.network.masquerade(run.standalone_pod_cidr);
+    let masquerade = masquerade.map_err(anyhow::Error::msg)?;
     open_files::raise();
     let paths = paths()?;
     let shutdown = CancellationToken::new();
@@ -253,7 +257,11 @@ async fn agent(run: Run) -> Result<()> {
     let options = Options {
         node: node_name.clone(),
         resolver: Some(resolver.listen),
+        masquerade,
     };
+    if let Err(error) = reserve_ports(&paths.run) {
+        warn!("pods and node may take the same port to the outside: {error}");
+    }
     let dataplane: Arc<dyn Dataplane> =
         Arc::new(dataplane(&paths, &cgroups, options).context("eBPF data plane")?);
 

@@ -42,6 +42,7 @@ use super::tables::Tables;
 use super::uplinks::UplinkPrograms;
 use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService, bpffs, sys};
 use crate::ids::PodUid;
+use crate::network::masquerade::{self, Masquerade};
 use crate::paths::Paths;
 use crate::policy::StuckPod;
 use crate::services::announce::Announcements;
@@ -68,6 +69,8 @@ pub struct Options {
     pub node: String,
     /// Where the node's own resolver listens; it then answers the cluster's DNS address.
     pub resolver: Option<SocketAddr>,
+    /// Pods' packets to the outside leave from the node's own address; none: they do not.
+    pub masquerade: Option<Masquerade>,
 }
 
 /// The programs and maps of this node. Dropping it leaves all of them in the kernel.
@@ -332,6 +335,13 @@ impl BpfDataplane {
         self.started.elapsed()
     }
 
+    /// Whose packets leave from the node's own address.
+    fn masquerade(&self, view: &View) -> Result<(), DataplaneError> {
+        let wanted = self.options.masquerade.as_ref();
+        let rows = wanted.map(|wanted| masquerade::rows(wanted, view));
+        self.uplinks().masquerade(rows.as_ref())
+    }
+
     /// Plans and performs, and waits out a quarantine if only that is in the way.
     async fn program(
         &self,
@@ -460,11 +470,15 @@ impl Dataplane for BpfDataplane {
     }
 
     async fn apply(&self, view: &View) -> Result<Vec<StuckService>, DataplaneError> {
-        if view.rev == 0 {
-            return Ok(Vec::new());
-        }
         let mut guard = self.state.lock().await;
         let state = &mut *guard;
+        if view.rev == 0 {
+            // Static pods on a node that has no control plane yet. After a restart the kernel knows better.
+            if !self.uplinks().is_masquerading()? {
+                self.masquerade(view)?;
+            }
+            return Ok(Vec::new());
+        }
         if state.void {
             state.adopt_again(self.now())?;
         }
@@ -480,6 +494,12 @@ impl Dataplane for BpfDataplane {
         let announced = state.announced(view, &wanted);
         self.program(state, wanted, view.rev).await?;
         self.uplinks().announce(&announced)?;
+        let is_same = |last: &Last| {
+            Arc::ptr_eq(&last.settings, &view.settings) && Arc::ptr_eq(&last.nodes, &view.nodes)
+        };
+        if !state.last.as_ref().is_some_and(is_same) {
+            self.masquerade(view)?;
+        }
         state.apply_nodes(view)?;
         state.whole = false;
         state.last = Some(Last {

@@ -20,13 +20,15 @@ pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 23] = [
+pub(super) const PINNED_MAPS: [&str; 25] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
     "SOURCE_RANGES",
     "UPLINKS",
     "ANNOUNCED",
+    "MASQUERADE",
+    "SWITCHES",
     "NODE_ADDRESSES",
     "PEERS",
     "TRAFFIC",

@@ -10,7 +10,10 @@
 mod bed;
 mod frames;
 mod maps;
+mod masquerade;
+mod masquerade_wires;
 mod outside;
+mod outside_packets;
 mod packets;
 mod passage;
 mod policy;

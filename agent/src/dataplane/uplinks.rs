@@ -4,11 +4,12 @@
 //!  set       UPLINKS ─► to_netdev (egress), from_netdev (ingress), as `pods` attaches its own
 //!            an uplink no longer: pins and filters ─► UPLINKS
 //!  announce  ANNOUNCED: the addresses on no interface that this node answers for
+//!  masquerade  MASQUERADE, then its switch: whose packets leave from the node's own address
 //! ```
 //! The egress comes first: no packet is translated whose answer would not be. Links are found by
 //! their pins, filters by the rows, so an agent that starts needs no other record.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -16,10 +17,11 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
-use aya::maps::{HashMap, Map, MapData, MapError};
+use aya::maps::lpm_trie::{Key, LpmTrie};
+use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use aya::programs::ProgramFd;
 use ebpf_maps::services::Addr;
-use ebpf_maps::uplink::UplinkValue;
+use ebpf_maps::uplink::{SWITCH_MASQUERADE, UplinkValue};
 use gantry_cni::uplinks::Uplink;
 
 use super::clsact::{self, Direction};
@@ -27,6 +29,7 @@ use super::load::{self, absent_is_fine, failed, program_fd, take_map, unexpected
 use super::pods::{Attachment, Hook, attach_tcx};
 use super::{DataplaneError, hooks, sys};
 use crate::paths::Paths;
+use crate::policy::prefix::Prefix;
 use crate::services::index::addr_of;
 
 /// What an uplink has.
@@ -50,6 +53,8 @@ pub(super) struct UplinkPrograms {
     attachment: Attachment,
     uplinks: HashMap<MapData, u32, UplinkValue>,
     announced: HashMap<MapData, Addr, u32>,
+    masquerade: LpmTrie<MapData, Addr, u32>,
+    switches: Array<MapData, u32>,
 }
 
 impl UplinkPrograms {
@@ -67,12 +72,16 @@ impl UplinkPrograms {
         };
         let uplinks = take_map(ebpf, "UPLINKS")?.try_into();
         let announced = take_map(ebpf, "ANNOUNCED")?.try_into();
+        let masquerade = take_map(ebpf, "MASQUERADE")?.try_into();
+        let switches = take_map(ebpf, "SWITCHES")?.try_into();
         Ok(Self {
             links: hooks::directory(paths),
             programs,
             attachment,
             uplinks: uplinks.map_err(|error: MapError| unexpected("UPLINKS", error))?,
             announced: announced.map_err(|error: MapError| unexpected("ANNOUNCED", error))?,
+            masquerade: masquerade.map_err(|error: MapError| unexpected("MASQUERADE", error))?,
+            switches: switches.map_err(|error: MapError| unexpected("SWITCHES", error))?,
         })
     }
 
@@ -110,6 +119,51 @@ impl UplinkPrograms {
                 .map_err(|error| failed("write ANNOUNCED", &error))?;
         }
         Ok(())
+    }
+
+    /// Whether pods' packets to the outside leave from the node's address, by what is in the kernel.
+    pub(super) fn is_masquerading(&self) -> Result<bool, DataplaneError> {
+        let on = self.switches.get(&SWITCH_MASQUERADE, 0);
+        on.map(|on| on != 0)
+            .map_err(|error| failed("read SWITCHES", &error))
+    }
+
+    /// Makes MASQUERADE exactly these rows; none: it is not done at all.
+    pub(super) fn masquerade(
+        &mut self,
+        wanted: Option<&BTreeMap<Prefix, u32>>,
+    ) -> Result<(), DataplaneError> {
+        if wanted.is_none() {
+            self.switch_masquerade(false)?;
+        }
+        let nothing = BTreeMap::new();
+        let rows = wanted.unwrap_or(&nothing);
+        let there: Result<BTreeMap<Prefix, u32>, MapError> = (self.masquerade.iter())
+            .map(|row| {
+                row.map(|(key, value)| (Prefix::from_key(&key.data(), key.prefix_len()), value))
+            })
+            .collect();
+        let there = there.map_err(|error| failed("read MASQUERADE", &error))?;
+        let key = |prefix: &Prefix| Key::new(prefix.bits(), prefix.addr());
+        for (prefix, value) in rows {
+            if there.get(prefix) != Some(value) {
+                (self.masquerade.insert(&key(prefix), value, 0))
+                    .map_err(|error| failed("write MASQUERADE", &error))?;
+            }
+        }
+        for prefix in there.keys().filter(|prefix| !rows.contains_key(prefix)) {
+            absent_is_fine(self.masquerade.remove(&key(prefix)))
+                .map_err(|error| failed("remove from MASQUERADE", &error))?;
+        }
+        match wanted {
+            Some(_) => self.switch_masquerade(true),
+            None => Ok(()),
+        }
+    }
+
+    fn switch_masquerade(&mut self, on: bool) -> Result<(), DataplaneError> {
+        (self.switches.set(SWITCH_MASQUERADE, u32::from(on), 0))
+            .map_err(|error| failed("write SWITCHES", &error))
     }
 
     fn rows(&self) -> Result<BTreeSet<u32>, DataplaneError> {

@@ -1,4 +1,5 @@
-//! Pod networks: namespaces pinned without a process, attached by CNI, routed without NAT.
+//! Pod networks: namespaces pinned without a process, attached by CNI, routed without NAT within the
+//! cluster, and to the outside from the node's address.
 //!
 //! ```text
 //! pod worker ─► PodNetworks ─┬► namespaces   (user,) net, ipc, uts pinned by bind mounts, from the pool
@@ -13,6 +14,7 @@ mod census;
 mod chain;
 mod forwarding;
 mod interface;
+pub mod masquerade;
 mod namespaces;
 mod pod_networks;
 mod pool;
@@ -22,6 +24,7 @@ mod uplinks;
 mod wires;
 
 pub use census::{Census, census, remove_all};
+pub use forwarding::reserve_ports;
 pub use pod_networks::{NetworkConfig, PodNetworks, third_party_plugins};
 pub use resolv::{ResolvConf, node_resolv_conf, resolv_conf};
 pub use uplinks::follow_uplinks;

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 use super::reservation::{Capacity, Reservation, default_agent, default_system};
 use crate::cgroups::limits::{POD_PIDS_MAX, Policy};
 use crate::feed::node_info::PODS_MAX_DEFAULT;
+use crate::network::masquerade::{Masquerade, NEVER_COUNT_MAX};
 use crate::pressure;
 use crate::pressure::thresholds::{self, Signal, Thresholds};
 use crate::shutdown::plan::Periods;
@@ -45,6 +48,40 @@ pub struct ResourceFlags {
     /// The last part of it, for critical pods alone
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration)]
     pub shutdown_grace_period_critical_pods: Duration,
+}
+
+/// Flags about the pods' network.
+#[derive(clap::Args, Clone, Debug)]
+pub struct NetworkFlags {
+    /// Pods reach addresses outside of the cluster from this node's own address
+    #[arg(
+        long, value_name = "BOOL", default_value_t = true, default_missing_value = "true",
+        num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set
+    )]
+    pub masquerade: bool,
+    /// Networks that know the way to pods and are sent the pods' own addresses, besides the cluster's
+    /// pods, nodes and Services
+    #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
+    pub non_masquerade_cidrs: Vec<IpNet>,
+}
+
+impl NetworkFlags {
+    /// What the data plane is told.
+    ///
+    /// # Errors
+    /// In words: what a flag says that it must not.
+    pub fn masquerade(&self, standalone: IpNet) -> Result<Option<Masquerade>, String> {
+        let count = self.non_masquerade_cidrs.len();
+        if count > NEVER_COUNT_MAX {
+            return Err(format!(
+                "--non-masquerade-cidrs: {count} prefixes, and {NEVER_COUNT_MAX} at most; name larger ones"
+            ));
+        }
+        Ok(self.masquerade.then(|| Masquerade {
+            never: self.non_masquerade_cidrs.clone(),
+            standalone: Some(standalone),
+        }))
+    }
 }
 
 /// `90s`, `5m`, `1h`.
@@ -174,6 +211,30 @@ mod tests {
         );
         let large = flags.eviction_room(&MACHINE, 1000 << 30);
         assert_eq!(large.disk_bytes, 8 << 30);
+    }
+
+    #[derive(Parser)]
+    struct NetworkLine {
+        #[command(flatten)]
+        flags: NetworkFlags,
+    }
+
+    #[test]
+    fn pods_are_masqueraded_unless_told_otherwise() {
+        let parse = |words: &str| {
+            let words = std::iter::once("agent").chain(words.split_whitespace());
+            let line = NetworkLine::try_parse_from(words).map_err(|error| error.to_string())?;
+            line.flags.masquerade("10.243.255.0/24".parse().unwrap())
+        };
+        assert!(parse("").unwrap().is_some());
+        assert!(parse("--masquerade").unwrap().is_some());
+        assert!(parse("--masquerade=false").unwrap().is_none());
+        let some = parse("--non-masquerade-cidrs 192.168.0.0/16,fd00::/8").unwrap();
+        assert_eq!(some.unwrap().never.len(), 2);
+        assert!(parse("--non-masquerade-cidrs 192.168.0.1").is_err());
+        let many = vec!["192.0.2.0/24"; NEVER_COUNT_MAX + 1].join(",");
+        let words = parse(&format!("--non-masquerade-cidrs {many}")).unwrap_err();
+        assert!(words.contains("1024 at most"), "{words}");
     }
 
     #[test]

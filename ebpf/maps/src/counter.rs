@@ -15,11 +15,14 @@ pub const REVERSED: u32 = 5;
 /// Device accesses that the device guard refused.
 pub const DEVICE_DENIED: u32 = 6;
 
+/// Flows of pods to the outside that leave from the node's own address.
+pub const MASQUERADED: u32 = 7;
+
 /// Entries of `COUNTERS`.
 pub const COUNTER_COUNT: u32 = 8;
 
 /// The name of each counter in use, by index, for metrics and reports.
-pub const COUNTER_NAMES: [&str; 7] = [
+pub const COUNTER_NAMES: [&str; 8] = [
     "translated",
     "affinity_hits",
     "no_backend",
@@ -27,4 +30,5 @@ pub const COUNTER_NAMES: [&str; 7] = [
     "reverse_lost",
     "reversed",
     "device_denied",
+    "masqueraded",
 ];

@@ -30,11 +30,16 @@ pub const NO_SOURCE: u32 = 12;
 /// It has been sent on too often.
 pub const TTL: u32 = 13;
 
+/// To go on with the node's own address as its source, and every port tried for it is taken.
+pub const NO_PORT: u32 = 14;
+/// To the outside, from a pod: a fragment that came before the first of its packet.
+pub const FRAGMENT: u32 = 15;
+
 /// Entries of `DROPS`.
 pub const DROP_COUNT: u32 = 32;
 
 /// The name of each reason in use, by index, for metrics and reports.
-pub const DROP_NAMES: [&str; 14] = [
+pub const DROP_NAMES: [&str; 16] = [
     "no_pod",
     "source_address",
     "source_mac",
@@ -49,6 +54,8 @@ pub const DROP_NAMES: [&str; 14] = [
     "no_backend_here",
     "no_source",
     "ttl",
+    "no_port",
+    "fragment",
 ];
 
 const _: () = assert!(DROP_NAMES.len() <= DROP_COUNT as usize);

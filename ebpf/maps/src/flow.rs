@@ -23,10 +23,13 @@ pub const FLOW_COUNT_MAX: u32 = 65_536;
 
 /// `FlowKey::zone`: pods' packets to a frontend that no socket hook translated.
 pub const ZONE_SERVICE: u8 = 0;
-/// `FlowKey::zone`: packets from outside to a frontend of this node.
+/// `FlowKey::zone`: packets between the outside and this node: to its frontends, and those of its pods
+/// that leave from its address. One zone, because both share the ports of that address. A flow without
+/// a backend whose values repeat the keys is one from outside to the very address of a pod.
 pub const ZONE_OUTSIDE: u8 = 1;
-/// `FlowKey::zone`: pods' packets to outside, from the node's address.
-pub const ZONE_MASQUERADE: u8 = 2;
+/// `FlowKey::zone`: the fragments of one packet after its first, in the place of ports its id. One entry,
+/// without a twin; of what it becomes only the addresses count.
+pub const ZONE_FRAGMENTS: u8 = 2;
 /// Entries of `ZONES`.
 pub const ZONE_COUNT: u32 = 8;
 

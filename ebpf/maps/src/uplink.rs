@@ -2,7 +2,9 @@
 //!
 //! ```text
 //!  agent (dataplane::uplinks) ──► UPLINKS[ifindex]   = the node's addresses there, its hardware address
-//!                            └──► ANNOUNCED[address] = 1: this node answers who has it
+//!                            ├──► ANNOUNCED[address] = 1: this node answers who has it
+//!                            ├──► MASQUERADE[prefix] = POD, NEVER: what leaves from the node's own address
+//!                            └──► SWITCHES[what]     = 1: whether it is done at all
 //! ```
 //! Written by the agent only: the row before the programs are attached to the interface.
 
@@ -22,8 +24,20 @@ pub const NODE_OTHER: u32 = 1;
 /// `NODE_ADDRESSES`: an address of this node.
 pub const NODE_OWN: u32 = 2;
 
-/// The first port that connections from outside leave from when their backend is on another node.
-/// Above the kernel's own ephemeral ports (32768 to 60999) and the node ports, so no socket of the
+/// Entries of `MASQUERADE`, whose key is a prefix of addresses and its value [`POD`], [`NEVER`] or both.
+pub const MASQUERADE_COUNT_MAX: u32 = 16_384;
+/// `MASQUERADE`: addresses of this node's pods.
+pub const POD: u32 = 1;
+/// `MASQUERADE`: who is there is sent the pods' own addresses.
+pub const NEVER: u32 = 2;
+
+/// Entries of `SWITCHES`.
+pub const SWITCH_COUNT: u32 = 8;
+/// `SWITCHES`: pods' packets to the outside leave from the node's own address.
+pub const SWITCH_MASQUERADE: u32 = 0;
+
+/// The first port that connections leave from with the node's own address: those from outside whose
+/// backend is on another node, those of pods to the outside. Above the kernel's own ephemeral ports (32768 to 60999) and the node ports, so no socket of the
 /// node has it without having asked for it.
 pub const SOURCE_PORT_MIN: u32 = 61_000;
 /// How many follow it: a node has so many connections from outside to one backend elsewhere.

@@ -151,7 +151,7 @@ fn key_of(packet: &Packet, zone: u8) -> FlowKey {
 
 /// Copies ends, or the same seen from the other side, word by word.
 #[inline(always)]
-fn set_ends(to: &mut Ends, from: &Ends, reversed: bool) {
+pub fn set_ends(to: &mut Ends, from: &Ends, reversed: bool) {
     let (source, destination) = match reversed {
         false => (&from.source, &from.destination),
         true => (&from.destination, &from.source),
@@ -225,8 +225,9 @@ fn lifetime(proto: u8, flags: u8) -> u32 {
     }
 }
 
+/// The time, in ticks.
 #[inline(always)]
-fn ticks() -> u32 {
+pub fn ticks() -> u32 {
     // SAFETY: takes nothing, returns a number.
     (unsafe { bpf_ktime_get_coarse_ns() } >> TICK_SHIFT) as u32
 }

@@ -25,6 +25,7 @@ mod conntrack;
 mod device;
 mod drop;
 mod maps;
+mod masquerade;
 mod nat;
 mod outside;
 mod packet;

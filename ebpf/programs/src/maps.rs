@@ -21,7 +21,9 @@ use ebpf_maps::services::{
     TrafficValue,
     SOURCE_RANGE_COUNT_MAX, SourceRangeKey,
 };
-use ebpf_maps::uplink::{ANNOUNCED_COUNT_MAX, UPLINK_COUNT_MAX, UplinkValue};
+use ebpf_maps::uplink::{
+    ANNOUNCED_COUNT_MAX, MASQUERADE_COUNT_MAX, SWITCH_COUNT, UPLINK_COUNT_MAX, UplinkValue,
+};
 
 use crate::work::Work;
 
@@ -94,6 +96,24 @@ pub static UPLINKS: HashMap<u32, UplinkValue> =
 #[map]
 pub static ANNOUNCED: HashMap<Addr, u32> =
     HashMap::with_max_entries(ANNOUNCED_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// Which addresses are pods of this node, and who is sent those as they are. Written by the agent only.
+#[map]
+pub static MASQUERADE: LpmTrie<Addr, u32> =
+    LpmTrie::with_max_entries(MASQUERADE_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// What is done at all: 0 or 1 each. Written by the agent only.
+#[map]
+pub static SWITCHES: Array<u32> = Array::with_max_entries(SWITCH_COUNT, 0);
+
+/// Whether one of them is on.
+#[inline(always)]
+pub fn is_on(switch: u32) -> bool {
+    match SWITCHES.get(switch) {
+        Some(on) => *on != 0,
+        None => false,
+    }
+}
 
 /// `ebpf_maps::flow`. Written by the programs only.
 #[map]

@@ -77,6 +77,16 @@ fn rewrite_here(ctx: &TcContext, work: &mut Work) -> Result<(), u32> {
             work.packet.source_port_be = work.becomes.source_port_be;
             work.packet.destination_port_be = work.becomes.destination_port_be;
         }
+        if matches!(proto, ICMP | ICMP_V6) {
+            // An echo's identifier; all else has none, and becomes none.
+            let (from, to) = (work.packet.source_port_be, work.becomes.source_port_be);
+            if from != to {
+                mend(ctx, at + 2, u64::from(from), u64::from(to), 2)?;
+                store(ctx, at + 4, &to)?;
+                work.packet.source_port_be = to;
+                work.packet.destination_port_be = to;
+            }
+        }
     }
     if work.packet.is_v6 {
         store(
@@ -157,6 +167,13 @@ fn rewrite_error_here(ctx: &TcContext, work: &mut Work, zone: u8) -> Result<(), 
         if from != to {
             mend(ctx, sum, u64::from(from), u64::from(to), 4)?;
             store(ctx, ip + length, &to)?;
+        }
+    }
+    if matches!(proto, ICMP | ICMP_V6) {
+        let (from, to) = (work.quoted.source_port_be, work.flow.ends.source_port_be);
+        if from != to {
+            mend(ctx, sum, u64::from(from), u64::from(to), 2)?;
+            store(ctx, ip + length + 4, &to)?;
         }
     }
     // To the sender of the quoted packet; from its receiver, unless a router on the way speaks.

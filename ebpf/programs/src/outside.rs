@@ -1,4 +1,5 @@
-//! Services for clients outside of the nodes: node ports, load balancer and external addresses.
+//! Services for clients outside of the nodes: node ports, load balancer and external addresses. And the
+//! way of pods to the outside, whose flows are known in the same place: see `masquerade`.
 //!
 //! ```text
 //!  received  a known flow          ─► becomes what it became before
@@ -8,6 +9,7 @@
 //!  then      backend on this node  ─► the node's network; its answer is translated as it leaves
 //!            backend elsewhere     ─► leaves from the node's own address, for the answer to come back
 //!  sent      an answer of this node's backends ─► comes from the frontend again
+//!            of a pod, to the outside          ─► leaves from the node's own address
 //! ```
 //! The client's address stays what it is for backends of this node, so policy and logs see it. What
 //! would be sent on with a source of the node's own is put on its way here (`bpf_redirect_neigh`):
@@ -16,7 +18,8 @@
 //! The choice depends on the flow alone: every node makes the same, and a node that has forgotten a
 //! flow, or gets it in the middle, goes on with it (see the agent's `services::maglev`).
 //!
-//! Limits: fragments have no ports, and a frontend's are not translated.
+//! Fragments have no ports but in the first, which the others follow: one that comes before it goes on
+//! as it is, to nobody, or is dropped where it would show a pod's address.
 
 use aya_ebpf::bindings::{TC_ACT_UNSPEC, bpf_fib_lookup as FibLookup};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh};
@@ -28,7 +31,7 @@ use ebpf_maps::services::{
     FrontendKey, FrontendValue, RENDEZVOUS_COUNT_MAX, SCOPE_OUTSIDE_ADDRESS,
     SCOPE_OUTSIDE_NODE_PORT, SOURCE_RANGE_BITS, SourceRangeKey, flow_hash, mix, v4_mapped, weight,
 };
-use ebpf_maps::uplink::{NODE_OWN, SOURCE_PORT_COUNT, SOURCE_PORT_MIN};
+use ebpf_maps::uplink::NODE_OWN;
 use ebpf_maps::{counter, drop};
 
 use crate::drop::{drop, packed, unpacked};
@@ -38,7 +41,7 @@ use crate::packet::{
 };
 use crate::service::{Client, Frontend, READ_ATTEMPTS, backend_at, read_frontend, usable};
 use crate::work::Work;
-use crate::{announce, conntrack, nat, reject};
+use crate::{announce, conntrack, masquerade, nat, reject};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -46,10 +49,6 @@ const AF_INET6: u8 = 10;
 const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
 const FIB_TOO_LARGE: i64 = 8;
-/// Source ports that are tried for a flow to another node.
-const PORT_ATTEMPTS: u32 = 4;
-/// How far apart they are; coprime to their number.
-const PORT_STRIDE: u32 = 911;
 
 /// Answers of [`choose`] that are no id of a backend.
 const NO_FRONTEND: u32 = u32::MAX;
@@ -92,7 +91,7 @@ pub fn received(ctx: &TcContext) -> i32 {
 /// What goes out by an uplink.
 #[inline(always)]
 pub fn sent(ctx: &TcContext) -> i32 {
-    if !conntrack::is_used(ZONE_OUTSIDE) {
+    if !conntrack::is_used(ZONE_OUTSIDE) && !masquerade::is_used() {
         return TC_ACT_UNSPEC;
     }
     let Some(work) = work() else {
@@ -107,7 +106,7 @@ pub fn sent(ctx: &TcContext) -> i32 {
     }
 }
 
-/// An answer of a backend of this node comes from the frontend again.
+/// An answer of a backend of this node comes from the frontend again; what a pod sends, from the node.
 #[inline(never)]
 fn restore(ctx: &TcContext, work: &mut Work) -> u32 {
     packed(restore_here(ctx, work))
@@ -116,20 +115,30 @@ fn restore(ctx: &TcContext, work: &mut Work) -> u32 {
 #[inline(always)]
 fn restore_here(ctx: &TcContext, work: &mut Work) -> Result<(), u32> {
     if work.packet.flags & NO_L4 != 0 {
-        return Ok(());
-    }
-    if nat::is_error(&work.packet) {
+        if work.packet.flags & IS_FRAGMENT == 0 {
+            return Ok(());
+        }
+        if masquerade::find_fragments(ctx, work) {
+            return nat::rewrite(ctx, work);
+        }
+    } else if nat::is_error(&work.packet) {
         return nat::rewrite_error(ctx, work, ZONE_OUTSIDE);
-    }
-    if matches!(work.packet.proto, TCP | UDP)
-        && conntrack::find(work, ZONE_OUTSIDE)
-        && work.flow.flags & IS_REPLY != 0
-    {
-        count(counter::REVERSED);
+    } else if conntrack::find(work, ZONE_OUTSIDE) {
+        // A client's own packets to a frontend do not leave as they came.
+        if work.flow.flags & IS_REPLY == 0 && work.flow.backend_id != 0 {
+            return Ok(());
+        }
+        if work.flow.backend_id != 0 {
+            count(counter::REVERSED);
+        }
         work.becomes = work.flow.ends;
+        masquerade::remember_fragments(ctx, work);
         return nat::rewrite(ctx, work);
     }
-    Ok(())
+    match masquerade::is_used() {
+        true => masquerade::leave(ctx, work),
+        false => Ok(()),
+    }
 }
 
 #[inline(never)]
@@ -142,10 +151,15 @@ fn translate(ctx: &TcContext, work: &mut Work) -> Outcome {
 
 #[inline(always)]
 fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
-    if work.packet.flags & (NO_L4 | IS_FRAGMENT) != 0 {
-        return Ok(Outcome::UNTOUCHED);
-    }
     let is_used = conntrack::is_used(ZONE_OUTSIDE);
+    if work.packet.flags & NO_L4 != 0 {
+        let is_fragment = work.packet.flags & IS_FRAGMENT != 0;
+        if !is_used || !is_fragment || !masquerade::find_fragments(ctx, work) {
+            return Ok(Outcome::UNTOUCHED);
+        }
+        nat::rewrite(ctx, work)?;
+        return Ok(Outcome::TRANSLATED);
+    }
     if is_used && nat::is_error(&work.packet) {
         let before = work.packet.destination;
         nat::rewrite_error(ctx, work, ZONE_OUTSIDE)?;
@@ -156,20 +170,31 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
             Outcome::TRANSLATED
         });
     }
-    if !matches!(work.packet.proto, TCP | UDP) {
+    let is_known = is_used && conntrack::find(work, ZONE_OUTSIDE);
+    if is_known && work.flow.flags & IS_REPLY == 0 && work.flow.backend_id == 0 {
         return Ok(Outcome::UNTOUCHED);
     }
-    if is_used && conntrack::find(work, ZONE_OUTSIDE) && stands(&work.flow, &work.packet) {
+    if is_known && stands(&work.flow, &work.packet) {
         work.becomes = work.flow.ends;
     } else {
-        match choose(&work.packet) {
-            NO_FRONTEND => return Ok(Outcome::UNTOUCHED),
+        let chosen = match work.packet.proto {
+            TCP | UDP => choose(&work.packet),
+            _ => NO_FRONTEND,
+        };
+        match chosen {
+            NO_FRONTEND => {
+                if masquerade::is_used() {
+                    masquerade::arrive(work);
+                }
+                return Ok(Outcome::UNTOUCHED);
+            }
             NO_BACKEND => return Ok(Outcome::REFUSED),
             NO_BACKEND_HERE => return Err(drop::NO_BACKEND_HERE),
             NOT_ADMITTED => return Err(drop::SOURCE_RANGE),
             id => begin(ctx, work, id)?,
         }
     }
+    masquerade::remember_fragments(ctx, work);
     nat::rewrite(ctx, work)?;
     Ok(Outcome::TRANSLATED)
 }
@@ -282,7 +307,7 @@ fn choose_from(frontend: &Frontend, packet: &Packet) -> u32 {
 }
 
 #[inline(always)]
-fn hash_of(packet: &Packet) -> u32 {
+pub fn hash_of(packet: &Packet) -> u32 {
     flow_hash(
         &packet.source,
         packet.source_port_be,
@@ -357,17 +382,8 @@ fn begin(ctx: &TcContext, work: &mut Work, backend_id: u32) -> Result<(), u32> {
         return Err(drop::NO_SOURCE);
     }
     work.becomes.source = own;
-    let first = hash_of(&work.packet);
-    let mut attempt = 0;
-    while attempt < PORT_ATTEMPTS {
-        let offset = first.wrapping_add(attempt * PORT_STRIDE) % SOURCE_PORT_COUNT;
-        work.becomes.source_port_be = ((SOURCE_PORT_MIN + offset) as u16).to_be();
-        if conntrack::begin(work, zone, backend_id, service_id) {
-            return Ok(());
-        }
-        attempt += 1;
-    }
-    Err(drop::FLOWS_FULL)
+    let has_begun = masquerade::begin_from_port(work, backend_id, service_id);
+    has_begun.then_some(()).ok_or(drop::NO_PORT)
 }
 
 /// Nobody serves it: said at once.
@@ -439,15 +455,13 @@ fn route(ctx: &TcContext, is_v6: bool, ends: &Ends) -> u32 {
 }
 
 #[inline(always)]
-fn ifindex(ctx: &TcContext) -> u32 {
+pub fn ifindex(ctx: &TcContext) -> u32 {
     // SAFETY: the kernel passes a valid context.
     unsafe { (*ctx.skb.skb).ifindex }
 }
 
 /// Equality without a call to memcmp.
 #[inline(always)]
-fn same(a: &Addr, b: &Addr) -> bool {
+pub fn same(a: &Addr, b: &Addr) -> bool {
     a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }
-
-const _: () = assert!(!SOURCE_PORT_COUNT.is_multiple_of(PORT_STRIDE));

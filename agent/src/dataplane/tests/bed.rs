@@ -79,6 +79,7 @@ impl Bed {
         let options = Options {
             node: "here".into(),
             resolver,
+            masquerade: None,
         };
         BpfDataplane::start(&self.paths, &self.cgroup_v2, options).unwrap()
     }

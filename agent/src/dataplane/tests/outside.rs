@@ -21,9 +21,9 @@ use super::wires::{Namespace, SHORT, V4, V6, Wires, at, tcp_to, udp_to};
 use crate::dataplane::pods::Attachment;
 use crate::services::index::addr_of;
 
-const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
-const OTHER: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
-const CLIENT: [&str; 2] = ["192.0.2.100", "2001:db8::100"];
+pub(super) const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
+pub(super) const OTHER: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
+pub(super) const CLIENT: [&str; 2] = ["192.0.2.100", "2001:db8::100"];
 /// A pod of the other node.
 const REMOTE: [&str; 2] = ["10.244.1.2", "fd00:244:1::2"];
 /// Addresses that are routed to the node and on no interface of it.
@@ -31,21 +31,23 @@ const ROUTED: [&str; 2] = ["198.51.100.7", "2001:db8:7::7"];
 const NODE_PORT: u16 = 30_080;
 const MAC: [u8; 6] = [2, 0, 0, 0, 1, 1];
 
-struct Outside {
-    wires: Wires,
-    client: Namespace,
-    other: Namespace,
+pub(super) struct Outside {
+    pub wires: Wires,
+    pub client: Namespace,
+    pub other: Namespace,
     _lan: Namespace,
 }
 
 /// Joins a namespace to the link, as its `eth0`.
-fn join(lan: &Namespace, namespace: &Namespace, number: u8, addresses: [&str; 2]) {
+pub(super) fn join(lan: &Namespace, namespace: &Namespace, number: u8, addresses: [&str; 2]) {
     namespace.run(|| {
         let (peer, mac) = (lan.path(), MAC.map(|byte| format!("{byte:02x}")));
         let mac = format!("{}:{number:02x}", mac[..5].join(":"));
         ip(&format!(
             "link add eth0 address {mac} type veth peer name port{number} netns {peer}"
         ));
+        // As in `wires`: a router solicits from its link-local address.
+        std::fs::write("/proc/sys/net/ipv6/conf/eth0/accept_dad", "0").unwrap();
         ip("link set eth0 up");
         ip(&format!("addr add {}/24 dev eth0", addresses[0]));
         ip(&format!("addr add {}/64 dev eth0 nodad", addresses[1]));
@@ -58,7 +60,11 @@ fn join(lan: &Namespace, namespace: &Namespace, number: u8, addresses: [&str; 2]
 
 impl Outside {
     fn new(attachment: Attachment) -> Option<Self> {
-        let wires = Wires::attached()?;
+        Self::around(Wires::attached()?, attachment)
+    }
+
+    /// With these pods.
+    pub(super) fn around(wires: Wires, attachment: Attachment) -> Option<Self> {
         let [lan, client, other] = [(); 3].map(|()| Namespace::new());
         lan.run(|| {
             ip("link add lan0 type bridge");
