@@ -15,7 +15,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gantry_cni::netns::Netns;
 use ipnet::IpNet;
@@ -26,8 +26,11 @@ use super::namespaces::Kinds;
 use super::pod_networks::from_cni;
 use super::wires::{Wirer, Wires, new_container};
 
-/// Before each new one: pods that start now come first.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Since the last pod's start: those that start now come first, for making links takes the kernel's
+/// lock of all interfaces and a pod's whole start is not much longer.
+const QUIET: Duration = Duration::from_millis(150);
+/// Between two sets.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// net, ipc and uts that no process is in.
 pub(super) struct Ready {
@@ -73,6 +76,8 @@ pub(super) struct Pool {
     /// Sets kept ready.
     count: usize,
     ready: Mutex<VecDeque<Ready>>,
+    /// When a pod last asked.
+    asked: Mutex<Option<Instant>>,
     /// Containers of attachments that are in no record yet.
     held: Mutex<HashSet<String>>,
     filling: AtomicBool,
@@ -84,6 +89,7 @@ impl Pool {
         Self {
             count,
             ready: Mutex::default(),
+            asked: Mutex::default(),
             held: Mutex::default(),
             filling: AtomicBool::new(false),
         }
@@ -97,6 +103,7 @@ impl Pool {
     /// The oldest set whose attachment is of these prefixes (none: that has no attachment). None
     /// when pods start faster than sets are made.
     pub(super) fn take(&self, prefixes: Option<&Vec<IpNet>>) -> Option<Ready> {
+        *lock(&self.asked) = Some(Instant::now());
         let mut ready = lock(&self.ready);
         let fits = ready.iter().position(|set| set.prefixes() == prefixes)?;
         ready.remove(fits)
@@ -139,6 +146,9 @@ impl Pool {
             .await;
         while lock(&self.ready).len() < self.count {
             tokio::time::sleep(PAUSE).await;
+            while let Some(rest) = self.until_quiet() {
+                tokio::time::sleep(rest).await;
+            }
             let mut set = make().await?;
             if let Some(prefixes) = wirer.prefixes() {
                 let container = new_container();
@@ -155,6 +165,12 @@ impl Pool {
             lock(&self.ready).push_back(set);
         }
         Ok(())
+    }
+
+    fn until_quiet(&self) -> Option<Duration> {
+        let asked = (*lock(&self.asked))?;
+        let rest = QUIET.checked_sub(asked.elapsed())?;
+        (!rest.is_zero()).then_some(rest)
     }
 
     /// Gives sets back that no pod is to have. Returns how many.
