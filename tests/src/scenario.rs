@@ -26,6 +26,7 @@ mod network_policy;
 mod probes;
 mod reboot;
 mod resources;
+mod restarts;
 mod rolling_update;
 mod security;
 mod shutdown;
@@ -97,6 +98,7 @@ pub const ALL: &[Scenario] = &[
     for_every_kernel("reboot", reboot::reboot),
     scenario("host-port", host_port::host_port),
     for_every_kernel("network-policy", network_policy::network_policy),
+    scenario("restarts-under-load", restarts::restarts_under_load),
 ];
 
 impl Scenario {

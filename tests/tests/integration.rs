@@ -69,6 +69,7 @@ scenarios! {
     reboot: pods_and_services_are_back_without_the_control_plane,
     host_port: a_port_of_the_node_is_a_pods_until_the_pod_has_gone,
     network_policy: traffic_is_what_the_policies_allow_and_stays_so_over_restarts,
+    restarts_under_load: no_connection_is_refused_or_reset_while_the_agent_is_killed_again_and_again,
 }
 
 mod sweep {

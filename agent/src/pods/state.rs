@@ -184,6 +184,9 @@ pub struct PodState {
     pub age: Duration,
     /// What this node knew of probed containers before an agent restart.
     pub recalled: BTreeMap<String, Probed>,
+    /// Containers of an earlier agent were found: their sandbox stands, and this agent has not looked
+    /// at it yet.
+    pub adopted: bool,
     /// The API object is being deleted, or gone.
     pub deleted: bool,
     /// Seconds granted from SIGTERM to SIGKILL; shrinks only.
@@ -337,6 +340,7 @@ impl PodState {
             initialized: false,
             age: Duration::ZERO,
             recalled: BTreeMap::new(),
+            adopted: false,
             deleted: false,
             grace_s,
             tear_down: TearDown::Due(Duration::ZERO, 0),
@@ -418,8 +422,12 @@ impl PodState {
                 self.shrink_grace(0, now);
             }
             Input::Observed(found) => self.adopt(found, now, &mut actions),
-            Input::SandboxReady(network) => self.sandbox = Sandbox::Ready(network),
+            Input::SandboxReady(network) => {
+                self.sandbox = Sandbox::Ready(network);
+                self.adopted = false;
+            }
             Input::SandboxFailed(reason, message) => {
+                self.adopted = false;
                 self.sandbox_failed(reason, message, now, &mut actions);
             }
             Input::Retry => {

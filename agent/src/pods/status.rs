@@ -70,8 +70,8 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
     let pod_not_ready = not_ready
         .clone()
         .or(gates.map(|words| ("ReadinessGatesNotReady", words)));
-    let sandbox_ready =
-        matches!(state.sandbox, Sandbox::Ready(_)) && state.phase < Phase::TearingDown;
+    let stands = state.adopted || matches!(state.sandbox, Sandbox::Ready(_));
+    let sandbox_ready = stands && state.phase < Phase::TearingDown;
     // PodScheduled, readiness gates and other conditions are others': the control plane keeps them.
     let mut conditions = vec![
         condition(
@@ -105,8 +105,15 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
     ];
     conditions.extend(resize_condition(previous, around));
     conditions.extend(disruption_condition(state, previous, around));
-    let addresses: Vec<IpAddr> = match &state.sandbox {
-        Sandbox::Ready(network) if !ended => network.addresses.clone(),
+    let pod_ips: Vec<PodIP> = match &state.sandbox {
+        _ if ended => Vec::new(),
+        Sandbox::Ready(network) => {
+            let addresses = network.addresses.iter();
+            addresses.map(|a| PodIP { ip: a.to_string() }).collect()
+        }
+        // A pod that runs keeps its addresses while its sandbox is looked at: without them every
+        // Service would lose it for that moment.
+        _ if state.adopted => previous.pod_ips.clone().unwrap_or_default(),
         _ => Vec::new(),
     };
     let failure = match (&state.failed, &state.sandbox) {
@@ -126,10 +133,6 @@ pub fn render(state: &PodState, previous: &PodStatus, around: &Surroundings) -> 
             .map(|c| container_status(state, c, budget))
             .collect()
     };
-    let pod_ips: Vec<PodIP> = addresses
-        .iter()
-        .map(|a| PodIP { ip: a.to_string() })
-        .collect();
     let host_ips: Vec<HostIP> = around
         .host_addresses
         .iter()

@@ -8,6 +8,7 @@ use super::*;
 use crate::ids::PodUid;
 use crate::network::PodNetwork;
 use crate::pods::state::{Action, Input};
+use crate::runtime::ObservedContainer;
 
 fn web() -> Arc<Pod> {
     Arc::new(
@@ -74,6 +75,32 @@ fn a_running_pod_is_ready_and_has_its_addresses() {
     let container = &status.container_statuses.as_ref().unwrap()[0];
     assert_eq!(container.container_id.as_deref(), Some("gantry://u1/a/0"));
     assert_eq!(container.restart_count, 0);
+}
+
+#[test]
+fn a_new_agent_reports_an_adopted_pod_as_it_was_before_it_has_looked_at_its_sandbox() {
+    let before = render(&running(), &PodStatus::default(), &around(2000));
+    let mut pod = (*web()).clone();
+    pod.status = Some(before.clone());
+    let mut state = PodState::new(PodUid::new("u1").unwrap(), Arc::new(pod));
+    let found = ObservedContainer {
+        run: run(),
+        started_at: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1000)),
+        exit: None,
+        pid: None,
+    };
+    state.next(Input::Observed(vec![found]), Duration::ZERO);
+    state.next(Input::Timer, Duration::ZERO);
+    assert!(!matches!(state.sandbox, Sandbox::Ready(_)));
+    let after = render(&state, &before, &around(3000));
+    assert_eq!(after.pod_ips, before.pod_ips);
+    assert_eq!(after.conditions, before.conditions);
+    // What cannot be made whole again is said.
+    state.next(
+        Input::SandboxFailed("NetworkNotReady".into(), "gone".into()),
+        Duration::ZERO,
+    );
+    assert_eq!(render(&state, &after, &around(3000)).pod_ips, None);
 }
 
 #[test]

@@ -16,6 +16,7 @@ impl PodState {
         now: Duration,
         actions: &mut Vec<Action>,
     ) {
+        self.adopted = !found.is_empty();
         let status = self.pod.status.clone().unwrap_or_default();
         let statuses: BTreeMap<String, ContainerStatus> = status
             .init_container_statuses
