@@ -217,6 +217,13 @@ impl TunnelTarget for FakePods {
         Ok((0..250).map(service).collect())
     }
 
+    fn drops(&self) -> Result<Vec<proto::DroppedPackets>, TunnelError> {
+        Ok(vec![proto::DroppedPackets {
+            reason: "policy".into(),
+            packets: 3,
+        }])
+    }
+
     async fn forward(&self, port: u16, _pod: PodUid) -> Result<tokio::net::TcpStream, TunnelError> {
         let socket = tokio::net::TcpStream::connect(("127.0.0.1", port)).await;
         socket.map_err(|error| TunnelError(error.to_string()))
@@ -809,7 +816,7 @@ async fn programmed_services_come_from_every_node_in_parts() {
     let ask = |node: &str| proto::ServicesRequest {
         node: node.into(),
         namespace: "shop".into(),
-        name: String::new(),
+        ..Default::default()
     };
     let mut parts = client.services(ask("")).await.unwrap().into_inner();
     let mut counts = BTreeMap::new();
@@ -826,6 +833,14 @@ async fn programmed_services_come_from_every_node_in_parts() {
         counts,
         BTreeMap::from([("n1".into(), 250), ("n2".into(), 250)])
     );
+    let drops = proto::ServicesRequest {
+        node: "n2".into(),
+        drops: true,
+        ..Default::default()
+    };
+    let mut parts = client.services(drops).await.unwrap().into_inner();
+    let part = parts.message().await.unwrap().unwrap();
+    assert_eq!((part.drops[0].packets, part.services.len()), (3, 0));
     let unknown = client.services(ask("n3")).await.unwrap_err();
     assert_eq!(unknown.code(), tonic::Code::NotFound);
     // One that is away says so, the other answers.

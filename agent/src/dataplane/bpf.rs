@@ -40,7 +40,9 @@ use super::policies::Policies;
 use super::repair::Repair;
 use super::tables::Tables;
 use super::uplinks::UplinkPrograms;
-use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService, bpffs, sys};
+use super::{
+    Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService, bpffs, sys,
+};
 use crate::ids::PodUid;
 use crate::network::masquerade::{self, Masquerade};
 use crate::paths::Paths;
@@ -416,6 +418,13 @@ impl Dataplane for BpfDataplane {
 
     fn sockets_ended(&self) -> u64 {
         self.repair.ended()
+    }
+
+    fn counts(&self) -> Result<Counts, DataplaneError> {
+        Ok(Counts {
+            drops: self.drops()?,
+            events: self.counters()?,
+        })
     }
 
     fn apply_policies(&self, view: &View) -> Result<Vec<StuckPod>, DataplaneError> {

@@ -8,7 +8,7 @@ use async_trait::async_trait;
 use gantry_api::proto;
 use gantry_cni::uplinks::Uplink;
 
-use super::{Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService};
+use super::{Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService};
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
 use crate::services::shown::Fill;
@@ -71,6 +71,10 @@ impl Dataplane for FakeDataplane {
             .unwrap_or_else(PoisonError::into_inner)
             .insert(ifindex);
         Ok(())
+    }
+
+    fn counts(&self) -> Result<Counts, DataplaneError> {
+        Ok(Counts::default())
     }
 
     fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError> {

@@ -125,6 +125,15 @@ pub struct PodInterface {
     pub prepared: bool,
 }
 
+/// Sums of what the programs counted: each with its name, also those that are 0.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Counts {
+    /// Packets that were dropped, by reason: `ebpf_maps::drop::DROP_NAMES`.
+    pub drops: Vec<(&'static str, u64)>,
+    /// Everything else: `ebpf_maps::counter::COUNTER_NAMES`.
+    pub events: Vec<(&'static str, u64)>,
+}
+
 /// A device that a container was given, where the device guard is attached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DeviceRule {
@@ -167,6 +176,9 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Puts the programs of pods on the host end of a veth whose pod is not known yet: nothing passes
     /// there before [`Dataplane::attach_pod`]. Idempotent. Blocks for the time of a few system calls.
     fn prepare_interface(&self, ifindex: u32) -> Result<(), DataplaneError>;
+
+    /// What the programs counted since the maps were made, on all CPUs.
+    fn counts(&self) -> Result<Counts, DataplaneError>;
 
     /// Puts a pod into the packet path, before it can send. Idempotent; after the agent's start it is
     /// called for every pod that is there, and replaces the programs without a gap. Blocks for the

@@ -159,6 +159,11 @@ pub trait TunnelTarget: Send + Sync + 'static {
         Err(TunnelError("this agent programs no Services".into()))
     }
 
+    /// What this node has dropped, by reason.
+    fn drops(&self) -> Result<Vec<proto::DroppedPackets>, TunnelError> {
+        Err(TunnelError("this agent counts no packets".into()))
+    }
+
     /// A connection to a port of the pod, on its own loopback.
     async fn forward(&self, port: u16, pod: PodUid) -> Result<tokio::net::TcpStream, TunnelError>;
 

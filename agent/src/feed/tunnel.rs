@@ -77,6 +77,7 @@ enum Work {
     Images(Arc<dyn TunnelTarget>, Box<proto::ImagesRequest>, Up),
     /// Known already.
     Services(Vec<proto::ProgrammedService>, Up),
+    Drops(Vec<proto::DroppedPackets>, Up),
 }
 
 async fn send(up: &Up, message: tunnel_up::Message) -> bool {
@@ -108,6 +109,12 @@ async fn produce(
             let usage = target.usage().await;
             usage
                 .map(|usage| Work::Usage(Box::new(usage), up.clone()))
+                .map_err(|error| error.to_string())
+        }
+        (_, Some(open_tunnel::Target::Services(request))) if request.drops => {
+            let drops = target.drops();
+            drops
+                .map(|drops| Work::Drops(drops, up.clone()))
                 .map_err(|error| error.to_string())
         }
         (_, Some(open_tunnel::Target::Services(request))) => {
@@ -165,6 +172,15 @@ impl Work {
             }
             Self::Services(services, up) => {
                 send_services(services, &up).await;
+                end(up, down).await;
+            }
+            Self::Drops(drops, up) => {
+                let part = proto::NodeServices {
+                    drops,
+                    last: true,
+                    ..Default::default()
+                };
+                send(&up, tunnel_up::Message::Services(part)).await;
                 end(up, down).await;
             }
             Self::RemoveVolume(target, name, up) => {

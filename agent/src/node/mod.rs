@@ -24,7 +24,7 @@ use tracing::warn;
 use self::flags::ResourceFlags;
 use crate::cgroups::Cgroups;
 use crate::cgroups::requests::Amounts;
-use crate::dataplane::Dataplane;
+use crate::dataplane::{Counts, Dataplane};
 use crate::devices::Offered;
 use crate::feed::NodeInfoSource;
 use crate::feed::node_info::{self, NodeIdentity};
@@ -200,6 +200,10 @@ fn figures(
             sockets_ended: dataplane.sockets_ended(),
             fill: dataplane.fill(),
             services: Vec::new(),
+            counts: dataplane.counts().unwrap_or_else(|error| {
+                warn!(%error, "no counts of packets");
+                Counts::default()
+            }),
         };
         let dataplane = dataplane.clone();
         Box::pin(async move {

@@ -124,6 +124,18 @@ impl TunnelTarget for PodTunnels {
         services.map_err(|error| TunnelError(error.to_string()))
     }
 
+    fn drops(&self) -> Result<Vec<proto::DroppedPackets>, TunnelError> {
+        let counts = self.dataplane.counts();
+        let counts = counts.map_err(|error| TunnelError(error.to_string()))?;
+        let drops = counts.drops.into_iter();
+        Ok(drops
+            .map(|(reason, packets)| proto::DroppedPackets {
+                reason: reason.to_owned(),
+                packets,
+            })
+            .collect())
+    }
+
     async fn logs(
         &self,
         request: proto::LogsRequest,

@@ -10,6 +10,7 @@ use gantry_api::proto::{ProgrammedBackend, ProgrammedService};
 
 use super::sample::{PodSample, Sample};
 use crate::cgroups::stats::{Pressure, Stats};
+use crate::dataplane::Counts;
 use crate::services::index::{ip_of, parse_address};
 use crate::services::shown::Fill;
 
@@ -33,6 +34,8 @@ pub struct AgentFigures {
     pub fill: Vec<Fill>,
     /// Services as they are programmed, with what each backend was used for.
     pub services: Vec<ProgrammedService>,
+    /// What the eBPF programs counted.
+    pub counts: Counts,
 }
 
 /// One family: its header and lines.
@@ -216,6 +219,7 @@ pub fn render(sample: &Sample, agent: &AgentFigures) -> String {
     network(&mut text, sample);
     node(&mut text, sample, agent);
     services(&mut text, agent);
+    counts(&mut text, &agent.counts);
     text
 }
 
@@ -361,6 +365,37 @@ fn services(text: &mut String, agent: &AgentFigures) {
         agent,
         |b| b.connections,
     );
+    refusing(text, agent);
+}
+
+/// Every name is there from the start, at 0: a rate over a series that has just begun misses its
+/// first events.
+fn counts(text: &mut String, counts: &Counts) {
+    let help = "Packets that were dropped, by reason; since the data plane's maps were made.";
+    let mut drops = family(text, "gantry_drop_packets_total", "counter", help);
+    for (reason, packets) in &counts.drops {
+        drops.line(&[("reason", reason)], *packets as f64);
+    }
+    let help = "What the eBPF programs did, by kind; since the data plane's maps were made.";
+    let mut events = family(text, "gantry_dataplane_events_total", "counter", help);
+    for (event, times) in &counts.events {
+        events.line(&[("event", event)], *times as f64);
+    }
+}
+
+/// Services that this node refuses: nobody is ready.
+fn refusing(text: &mut String, agent: &AgentFigures) {
+    let help = "1 for each Service that is programmed and has a frontend without backends.";
+    let mut family = family(text, "gantry_service_without_backends", "gauge", help);
+    for service in &agent.services {
+        if service.frontends.iter().any(|f| f.backend_count == 0) {
+            let labels = [
+                ("namespace", service.namespace.as_str()),
+                ("service", &service.name),
+            ];
+            family.line(&labels, 1.0);
+        }
+    }
 }
 
 fn backends(
@@ -393,9 +428,46 @@ fn backends(
 
 #[cfg(test)]
 mod tests {
+    use gantry_api::proto::ProgrammedFrontend;
+
     use super::super::sample::ContainerSample;
     use super::*;
     use crate::ids::PodUid;
+
+    #[test]
+    fn what_the_programs_counted_and_refuse_is_shown() {
+        let frontend = |backend_count| ProgrammedFrontend {
+            backend_count,
+            ..Default::default()
+        };
+        let service = |name: &str, frontends| ProgrammedService {
+            namespace: "shop".into(),
+            name: name.into(),
+            frontends,
+            ..Default::default()
+        };
+        let agent = AgentFigures {
+            counts: Counts {
+                drops: vec![("policy", 12), ("ttl", 0)],
+                events: vec![("translated", 7)],
+            },
+            services: vec![
+                service("web", vec![frontend(2)]),
+                service("db", vec![frontend(1), frontend(0)]),
+            ],
+            ..AgentFigures::default()
+        };
+        let text = render(&Sample::default(), &agent);
+        for line in [
+            "gantry_drop_packets_total{reason=\"policy\"} 12",
+            "gantry_drop_packets_total{reason=\"ttl\"} 0",
+            "gantry_dataplane_events_total{event=\"translated\"} 7",
+            "gantry_service_without_backends{namespace=\"shop\",service=\"db\"} 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+        }
+        assert!(!text.contains("service=\"web\""), "{text}");
+    }
 
     #[test]
     fn names_and_labels_are_those_of_dashboards() {

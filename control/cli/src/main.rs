@@ -221,6 +221,7 @@ mod tests {
             "scale deploy/web --replicas=3 --current-replicas=2",
             "top pods -A --containers --sort-by=cpu -o wide",
             "top node node-1",
+            "svc drops --node n --all",
             "images",
             "images --node n -o wide --no-headers",
             "images ls --node n",

@@ -1,7 +1,7 @@
 //! `gantry svc`: Services as the nodes have them programmed, read from their eBPF maps.
 //!
-//! `list` has a line for each Service and node, `show` everything of one. What the API says of a
-//! Service is `gantry get service`; this is what connections meet.
+//! `list` has a line for each Service and node, `show` everything of one, `drops` what packets were
+//! dropped for. What the API says of a Service is `gantry get service`; this is what connections meet.
 
 use std::net::IpAddr;
 
@@ -20,6 +20,26 @@ pub(crate) enum Svc {
     List(List),
     /// Frontends and backends of one Service, with what they were used for
     Show(Show),
+    /// How many packets were dropped, by reason
+    Drops(Drops),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Drops {
+    /// This node only; all of them otherwise
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "",
+        hide_default_value = true
+    )]
+    node: String,
+    /// Also the reasons that nothing was dropped for
+    #[arg(long)]
+    all: bool,
+    /// No line with the columns' names
+    #[arg(long)]
+    no_headers: bool,
 }
 
 #[derive(Args, Debug)]
@@ -60,13 +80,23 @@ impl Svc {
         let (node, name, all) = match self {
             Self::List(list) => (&list.node, "", list.all_namespaces),
             Self::Show(show) => (&show.node, show.name.as_str(), false),
+            Self::Drops(drops) => (&drops.node, "", true),
         };
         let namespace = match all {
             true => String::new(),
             false => session.namespace.clone(),
         };
-        let nodes = ask(&session, node, &namespace, name).await?;
+        let request = ServicesRequest {
+            node: node.clone(),
+            namespace: namespace.clone(),
+            name: name.to_owned(),
+            drops: matches!(self, Self::Drops(_)),
+        };
+        let nodes = ask(&session, request).await?;
         match self {
+            Self::Drops(drops) => {
+                output::print(&output::table_text(&drop_rows(&nodes, drops), &[]))
+            }
             Self::List(list) => output::print(&output::table_text(&list_rows(&nodes, list), &[])),
             Self::Show(_) => {
                 let found = nodes.iter().any(|node| !node.services.is_empty());
@@ -81,17 +111,7 @@ impl Svc {
 }
 
 /// Asks the agents; one answer for each node, which may come in parts.
-async fn ask(
-    session: &Session,
-    node: &str,
-    namespace: &str,
-    name: &str,
-) -> Result<Vec<NodeServices>, Failure> {
-    let request = ServicesRequest {
-        node: node.to_owned(),
-        namespace: namespace.to_owned(),
-        name: name.to_owned(),
-    };
+async fn ask(session: &Session, request: ServicesRequest) -> Result<Vec<NodeServices>, Failure> {
     let reply = session
         .stats
         .clone()
@@ -152,6 +172,23 @@ fn list_rows(nodes: &[NodeServices], list: &List) -> Vec<Vec<String>> {
                 &generation(service).to_string(),
                 &state(service),
             ]);
+        }
+    }
+    rows
+}
+
+/// The most frequent reasons of each node first.
+fn drop_rows(nodes: &[NodeServices], drops: &Drops) -> Vec<Vec<String>> {
+    let mut rows = Vec::new();
+    if !drops.no_headers {
+        rows.push(cells(["NODE", "REASON", "PACKETS"]));
+    }
+    for node in nodes {
+        let shown = node.drops.iter().filter(|d| drops.all || d.packets > 0);
+        let mut shown: Vec<_> = shown.collect();
+        shown.sort_by(|a, b| (b.packets, &a.reason).cmp(&(a.packets, &b.reason)));
+        for one in shown {
+            rows.push(cells([&node.node, &one.reason, &one.packets.to_string()]));
         }
     }
     rows
@@ -249,7 +286,7 @@ fn place(address: &[u8], port: u32, protocol: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use gantry_api::proto::{ProgrammedBackend, ProgrammedFrontend};
+    use gantry_api::proto::{DroppedPackets, ProgrammedBackend, ProgrammedFrontend};
 
     use super::*;
 
@@ -298,6 +335,28 @@ mod tests {
             text.contains("[::]:8080/UDP") && text.contains("web-1"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn what_most_was_dropped_for_comes_first() {
+        let drop = |reason: &str, packets| DroppedPackets {
+            reason: reason.into(),
+            packets,
+        };
+        let node = NodeServices {
+            node: "n1".into(),
+            drops: vec![drop("ttl", 0), drop("malformed", 2), drop("policy", 31)],
+            ..Default::default()
+        };
+        let mut drops = Drops {
+            node: String::new(),
+            all: false,
+            no_headers: true,
+        };
+        let rows = drop_rows(std::slice::from_ref(&node), &drops);
+        assert_eq!(rows, [["n1", "policy", "31"], ["n1", "malformed", "2"]]);
+        drops.all = true;
+        assert_eq!(drop_rows(&[node], &drops).len(), 3);
     }
 
     #[test]
