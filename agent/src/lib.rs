@@ -21,6 +21,7 @@ pub mod devices;
 mod directory_watch;
 pub mod dns;
 pub mod feed;
+pub mod flows;
 pub mod health_check;
 pub mod heap;
 pub mod ids;

@@ -300,7 +300,7 @@ async fn agent(run: Run) -> Result<()> {
         link.view,
         shutdown.clone(),
     );
-    target.follow(link.view.clone());
+    target.follow(&node_name, link.view.clone());
 
     let network = PodNetworks::new(
         paths.clone(),

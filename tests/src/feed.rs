@@ -183,6 +183,24 @@ async fn allocate_prefixes(registry: Registry) {
 struct FakePods {
     /// One entry per exec that was dropped.
     killed: Arc<Mutex<u32>>,
+    /// Watches of flows that are open.
+    watches: Arc<Mutex<u32>>,
+}
+
+/// Counts while it lives.
+struct OpenWatch(Arc<Mutex<u32>>);
+
+impl OpenWatch {
+    fn new(watches: &Arc<Mutex<u32>>) -> Self {
+        *watches.lock().unwrap() += 1;
+        Self(watches.clone())
+    }
+}
+
+impl Drop for OpenWatch {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap() -= 1;
+    }
 }
 
 #[tonic::async_trait]
@@ -222,6 +240,34 @@ impl TunnelTarget for FakePods {
             reason: "policy".into(),
             packets: 3,
         }])
+    }
+
+    /// Two flows, and with `follow` nothing more, for ever.
+    fn flows(
+        &self,
+        request: &proto::FlowsRequest,
+    ) -> Result<BoxStream<'static, proto::NodeFlows>, TunnelError> {
+        let part = |verdict: &str, last| proto::NodeFlows {
+            flows: vec![proto::Flow {
+                verdict: verdict.into(),
+                ..Default::default()
+            }],
+            last,
+            ..Default::default()
+        };
+        let parts = [part("forwarded", false), part("dropped", !request.follow)];
+        let open = OpenWatch::new(&self.watches);
+        let rest = match request.follow {
+            true => futures_util::stream::pending().left_stream(),
+            false => futures_util::stream::empty().right_stream(),
+        };
+        let all = futures_util::stream::iter(parts).chain(rest);
+        Ok(all
+            .map(move |part| {
+                let _held = &open;
+                part
+            })
+            .boxed())
     }
 
     async fn forward(&self, port: u16, _pod: PodUid) -> Result<tokio::net::TcpStream, TunnelError> {
@@ -272,6 +318,7 @@ struct Agent {
     handle: feed::Handle,
     token: CancellationToken,
     killed: Arc<Mutex<u32>>,
+    watches: Arc<Mutex<u32>>,
 }
 
 impl Agent {
@@ -289,12 +336,13 @@ impl Agent {
         let info =
             Arc::new(move || node_info::read(&identity, Path::new("/"), &Default::default()));
         let (token, pods) = (CancellationToken::new(), FakePods::default());
-        let killed = pods.killed.clone();
+        let (killed, watches) = (pods.killed.clone(), pods.watches.clone());
         let handle = feed::run(config, info, Arc::new(pods), token.clone()).unwrap();
         Self {
             handle,
             token,
             killed,
+            watches,
         }
     }
 
@@ -798,6 +846,64 @@ async fn a_drain_is_answered_names_who_is_missing_and_survives_a_failover() {
     assert!(!owner.handle.reporter.is_cut_off());
     owner.stop().await;
     other.stop().await;
+    control.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn flows_come_from_every_node_until_nobody_listens() {
+    let store = tempfile::tempdir().unwrap();
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let first = Agent::start(&control.url(), "n1", one.path());
+    let second = Agent::start(&control.url(), "n2", two.path());
+    first.live().await;
+    second.live().await;
+    let mut client = StatsClient::connect(control.url()).await.unwrap();
+    let mut parts = client
+        .flows(proto::FlowsRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    let mut verdicts = BTreeMap::new();
+    while let Some(part) = parts.message().await.unwrap() {
+        assert_eq!(part.error, "");
+        let own: &mut Vec<String> = verdicts.entry(part.node).or_default();
+        own.extend(part.flows.into_iter().map(|flow| flow.verdict));
+    }
+    let both = vec!["forwarded".to_owned(), "dropped".to_owned()];
+    assert_eq!(
+        verdicts,
+        BTreeMap::from([("n1".into(), both.clone()), ("n2".into(), both)])
+    );
+    // A quiet node is left when its reader leaves, and not with the next flow.
+    let follow = proto::FlowsRequest {
+        node: "n1".into(),
+        follow: true,
+        ..Default::default()
+    };
+    let mut parts = client.flows(follow.clone()).await.unwrap().into_inner();
+    for _ in 0..2 {
+        assert!(!parts.message().await.unwrap().unwrap().last);
+    }
+    assert_eq!(*first.watches.lock().unwrap(), 1);
+    drop(parts);
+    eventually("the watch ends", || {
+        (*first.watches.lock().unwrap() == 0).then_some(())
+    })
+    .await;
+    // A node that goes is told of.
+    let mut parts = client.flows(follow).await.unwrap().into_inner();
+    parts.message().await.unwrap().unwrap();
+    first.stop().await;
+    let last = loop {
+        let part = parts.message().await.unwrap().unwrap();
+        if part.last {
+            break part;
+        }
+    };
+    assert_eq!(last.node, "n1");
+    assert!(!last.error.is_empty());
+    second.stop().await;
     control.stop().await;
 }
 

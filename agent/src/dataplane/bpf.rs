@@ -33,6 +33,7 @@ use gantry_cni::uplinks::Uplink;
 use imbl::OrdMap;
 use tokio::sync::Mutex;
 
+use super::flows::{FlowWatch, Flows};
 use super::hooks::{self, DEVICE_HOOK, SERVICE_HOOKS};
 use super::load::{self, Loaded, program_fd, take_map, unexpected};
 use super::pods::PodPrograms;
@@ -41,7 +42,8 @@ use super::repair::Repair;
 use super::tables::Tables;
 use super::uplinks::UplinkPrograms;
 use super::{
-    Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService, bpffs, sys,
+    Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, PodPlaces, StuckService, bpffs,
+    sys,
 };
 use crate::ids::PodUid;
 use crate::network::masquerade::{self, Masquerade};
@@ -88,6 +90,7 @@ pub struct BpfDataplane {
     repair: Repair,
     fill: std::sync::Mutex<Vec<Fill>>,
     uplinks: std::sync::Mutex<UplinkPrograms>,
+    flows: Flows,
     device_guard: Result<ProgramFd, String>,
     device_exempt: std::sync::Mutex<HashMap<MapData, u64, u32>>,
     device_rules: std::sync::Mutex<HashMap<MapData, DeviceRuleKey, u32>>,
@@ -173,6 +176,7 @@ impl BpfDataplane {
         let traffic = traffic.map_err(|error| DataplaneError::kernel("map TRAFFIC", &error))?;
         let repair = Repair::start(paths, peers, traffic)?;
         let uplinks = UplinkPrograms::take(&mut ebpf, paths)?;
+        let flows = Flows::take(&mut ebpf)?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
         let exempt = exempt.map_err(|error: MapError| unexpected("DEVICE_EXEMPT", error))?;
         let rules = take_map(&mut ebpf, "DEVICE_RULES")?.try_into();
@@ -216,6 +220,7 @@ impl BpfDataplane {
             repair,
             fill: std::sync::Mutex::default(),
             uplinks: std::sync::Mutex::new(uplinks),
+            flows,
             device_guard,
             device_exempt: std::sync::Mutex::new(exempt),
             device_rules: std::sync::Mutex::new(rules),
@@ -425,6 +430,14 @@ impl Dataplane for BpfDataplane {
             drops: self.drops()?,
             events: self.counters()?,
         })
+    }
+
+    fn watch_flows(&self) -> Result<FlowWatch, DataplaneError> {
+        self.flows.watch()
+    }
+
+    fn pod_places(&self) -> PodPlaces {
+        self.pods().places()
     }
 
     fn apply_policies(&self, view: &View) -> Result<Vec<StuckPod>, DataplaneError> {

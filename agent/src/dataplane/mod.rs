@@ -7,6 +7,7 @@
 //!           └ cleanup: remove_all
 //!  View ─► policies (what pods may exchange: policy::{compile, plan}) ─► their maps
 //!  uplinks ──────► uplinks (the same on the node's interfaces towards the outside)
+//!  flows ◄─ what the programs tell, while somebody watches
 //!  pod networks ─► pods (rows, programs on the host ends of veths: clsact filters or tcx links)
 //! ```
 //! Invariants: only this module knows aya, and only `sys` makes raw system calls; maps and links
@@ -15,6 +16,7 @@
 
 mod bpffs;
 mod clsact;
+mod flows;
 mod full;
 mod hooks;
 mod load;
@@ -33,7 +35,7 @@ pub mod fake;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::IpAddr;
 
 use async_trait::async_trait;
@@ -42,11 +44,22 @@ use gantry_cni::uplinks::Uplink;
 
 pub use self::bpf::{BpfDataplane, Options};
 pub use self::cleanup::remove_all;
+pub use self::flows::{FlowNews, FlowWatch};
 pub use self::full::FullMaps;
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
 use crate::services::shown::Fill;
 use crate::view::View;
+
+/// The clock of the events' times: nanoseconds.
+pub fn monotonic_ns() -> u64 {
+    sys::monotonic_ns()
+}
+
+/// The cookie of the calling thread's network namespace.
+pub fn netns_cookie() -> std::io::Result<u64> {
+    sys::netns_cookie()
+}
 
 /// A Service that could not be programmed; the others are.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -125,6 +138,15 @@ pub struct PodInterface {
     pub prepared: bool,
 }
 
+/// The pods in the packet path, by the hashes of their UIDs (`services::index::label64`).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct PodPlaces {
+    /// Whose each address is.
+    pub addresses: BTreeMap<IpAddr, u64>,
+    /// Whose host end each interface is.
+    pub interfaces: BTreeMap<u32, u64>,
+}
+
 /// Sums of what the programs counted: each with its name, also those that are 0.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Counts {
@@ -179,6 +201,19 @@ pub trait Dataplane: Send + Sync + 'static {
 
     /// What the programs counted since the maps were made, on all CPUs.
     fn counts(&self) -> Result<Counts, DataplaneError>;
+
+    /// Watches flows, from now until the watch is dropped. To be called within a runtime.
+    fn watch_flows(&self) -> Result<FlowWatch, DataplaneError> {
+        Err(DataplaneError::Kernel {
+            what: "flows".into(),
+            reason: "this data plane tells of none".into(),
+        })
+    }
+
+    /// Which pods are where: what an event's interface and addresses mean.
+    fn pod_places(&self) -> PodPlaces {
+        PodPlaces::default()
+    }
 
     /// Puts a pod into the packet path, before it can send. Idempotent; after the agent's start it is
     /// called for every pod that is there, and replaces the programs without a gap. Blocks for the

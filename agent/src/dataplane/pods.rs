@@ -32,10 +32,10 @@ use ebpf_maps::services::Addr;
 
 use super::clsact::{self, Direction};
 use super::load::{absent_is_fine, failed, program_fd, take_map, unexpected};
-use super::{DataplaneError, PodInterface, hooks, sys};
+use super::{DataplaneError, PodInterface, PodPlaces, hooks, sys};
 use crate::ids::PodUid;
 use crate::paths::Paths;
-use crate::services::index::{addr_of, label64};
+use crate::services::index::{addr_of, ip_of, label64};
 
 /// A program of an interface.
 pub(super) struct Hook {
@@ -132,6 +132,15 @@ impl PodPrograms {
             taken.owners.interfaces.insert(ifindex, value.pod_id);
         }
         Ok(taken)
+    }
+
+    /// See [`super::Dataplane::pod_places`].
+    pub(super) fn places(&self) -> PodPlaces {
+        let addresses = self.owners.addresses.iter();
+        PodPlaces {
+            addresses: addresses.map(|(addr, id)| (ip_of(addr), *id)).collect(),
+            interfaces: self.owners.interfaces.clone(),
+        }
     }
 
     /// By which means; tests compare both.

@@ -226,6 +226,55 @@ pub(super) fn watch_readable<T>(logger: EbpfLogger<T>) -> io::Result<AsyncFd<Ebp
     unsafe { AsyncFd::register_with_interest(logger, Interest::READABLE) }.map_err(io::Error::from)
 }
 
+/// Lets a task wait for what the programs tell next. A descriptor of its own: the map keeps its own.
+pub(super) fn watch_events(ring: &impl AsFd) -> io::Result<AsyncFd<OwnedFd>> {
+    let ring = ring.as_fd().try_clone_to_owned()?;
+    // SAFETY: an `OwnedFd` returns its one descriptor until it is dropped.
+    unsafe { AsyncFd::register_with_interest(ring, Interest::READABLE) }.map_err(io::Error::from)
+}
+
+/// A copy of a value that lies in bytes of a map; none: they are too few.
+pub(super) fn read_pod<T: Pod>(bytes: &[u8]) -> Option<T> {
+    let start = bytes.get(..size_of::<T>())?.as_ptr();
+    // SAFETY: as many bytes as a `T` has, at any address; `Pod` allows every bit pattern.
+    Some(unsafe { start.cast::<T>().read_unaligned() })
+}
+
+/// The clock of the programs, `bpf_ktime_get_ns`: nanoseconds.
+pub(super) fn monotonic_ns() -> u64 {
+    let mut now = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: room for the answer; this clock is on every system.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    let (seconds, ns) = (now.tv_sec.cast_unsigned(), now.tv_nsec.cast_unsigned());
+    seconds.saturating_mul(1_000_000_000).saturating_add(ns)
+}
+
+/// The cookie of the calling thread's network namespace: what `bpf_get_netns_cookie` says there.
+pub(super) fn netns_cookie() -> io::Result<u64> {
+    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
+    let (mut cookie, mut length) = (0_u64, size_of::<u64>() as libc::socklen_t);
+    // SAFETY: an open socket, and room for the answer, whose size is said.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    match result {
+        0 => Ok(cookie),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// `include/uapi/asm-generic/socket.h`; Linux 5.14.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
 /// Bytes of an array that are mapped at once: a multiple of any page size and of any element's.
 const WINDOW_BYTES: usize = 3 * 64 * 1024;
 

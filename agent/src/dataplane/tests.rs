@@ -8,6 +8,7 @@
 //! thread can have a network namespace of its own.
 
 mod bed;
+mod events;
 mod frames;
 mod maps;
 mod masquerade;

@@ -159,6 +159,14 @@ pub trait TunnelTarget: Send + Sync + 'static {
         Err(TunnelError("this agent programs no Services".into()))
     }
 
+    /// Flows of this node; dropping the stream ends the watch.
+    fn flows(
+        &self,
+        _request: &proto::FlowsRequest,
+    ) -> Result<BoxStream<'static, proto::NodeFlows>, TunnelError> {
+        Err(TunnelError("this agent tells of no flows".into()))
+    }
+
     /// What this node has dropped, by reason.
     fn drops(&self) -> Result<Vec<proto::DroppedPackets>, TunnelError> {
         Err(TunnelError("this agent counts no packets".into()))

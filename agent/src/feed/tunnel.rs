@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt as _;
+use futures_util::stream::BoxStream;
 use gantry_api::proto;
 use gantry_api::proto::feed_client::FeedClient;
 use gantry_api::proto::{
@@ -64,10 +65,7 @@ pub(super) async fn serve(
 
 /// An accepted target and the way up.
 enum Work {
-    Logs(
-        futures_util::stream::BoxStream<'static, Result<Bytes, super::TunnelError>>,
-        Up,
-    ),
+    Logs(BoxStream<'static, Result<Bytes, super::TunnelError>>, Up),
     Exec(ExecSession, Up),
     Forward(TcpStream, Up),
     /// One answer, known already.
@@ -78,6 +76,7 @@ enum Work {
     /// Known already.
     Services(Vec<proto::ProgrammedService>, Up),
     Drops(Vec<proto::DroppedPackets>, Up),
+    Flows(BoxStream<'static, proto::NodeFlows>, Up),
 }
 
 async fn send(up: &Up, message: tunnel_up::Message) -> bool {
@@ -121,6 +120,12 @@ async fn produce(
             let services = target.services(&request).await;
             services
                 .map(|services| Work::Services(services, up.clone()))
+                .map_err(|error| error.to_string())
+        }
+        (_, Some(open_tunnel::Target::Flows(request))) => {
+            let flows = target.flows(&request);
+            flows
+                .map(|flows| Work::Flows(flows, up.clone()))
                 .map_err(|error| error.to_string())
         }
         (_, Some(open_tunnel::Target::RemoveVolume(volume))) => {
@@ -183,6 +188,7 @@ impl Work {
                 send(&up, tunnel_up::Message::Services(part)).await;
                 end(up, down).await;
             }
+            Self::Flows(flows, up) => run_flows(flows, up, down).await,
             Self::RemoveVolume(target, name, up) => {
                 let removed = target.remove_volume(&name).await;
                 let error = removed.err().map(|e| e.to_string()).unwrap_or_default();
@@ -218,7 +224,7 @@ async fn end(up: Up, mut down: Streaming<proto::TunnelDown>) {
 }
 
 async fn run_logs(
-    logs: futures_util::stream::BoxStream<'static, Result<Bytes, super::TunnelError>>,
+    logs: BoxStream<'static, Result<Bytes, super::TunnelError>>,
     up: Up,
     mut down: Streaming<proto::TunnelDown>,
 ) {
@@ -229,11 +235,28 @@ async fn run_logs(
     end(up, down).await;
 }
 
-/// An empty chunk is the end of the log; without it the other side knows that something is missing.
-async fn copy_logs(
-    mut logs: futures_util::stream::BoxStream<'static, Result<Bytes, super::TunnelError>>,
-    up: &Up,
+async fn run_flows(
+    mut flows: BoxStream<'static, proto::NodeFlows>,
+    up: Up,
+    mut down: Streaming<proto::TunnelDown>,
 ) {
+    let output = async {
+        while let Some(part) = flows.next().await {
+            if !send(&up, tunnel_up::Message::Flows(part)).await {
+                return;
+            }
+        }
+    };
+    tokio::select! {
+        () = output => {}
+        () = closed(&mut down) => return,
+    }
+    drop(flows); // nobody watches any more, while the other side takes its time
+    end(up, down).await;
+}
+
+/// An empty chunk is the end of the log; without it the other side knows that something is missing.
+async fn copy_logs(mut logs: BoxStream<'static, Result<Bytes, super::TunnelError>>, up: &Up) {
     while let Some(chunk) = logs.next().await {
         let mut data = match chunk {
             Ok(data) => data,

@@ -5,7 +5,7 @@ mod images;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, watch};
 use self::images::NodeImages;
 use crate::dataplane::Dataplane;
 use crate::feed::{TunnelError, TunnelTarget};
+use crate::flows;
 use crate::ids::{ContainerRun, PodUid};
 use crate::images::ImageStore;
 use crate::paths::Paths;
@@ -41,6 +42,7 @@ pub struct PodTunnels {
     usage: Collector,
     mirrors: Mirrors,
     dataplane: Arc<dyn Dataplane>,
+    flow_sources: OnceLock<flows::Sources>,
 }
 
 impl PodTunnels {
@@ -60,12 +62,25 @@ impl PodTunnels {
             usage,
             mirrors,
             dataplane,
+            flow_sources: OnceLock::new(),
         }
     }
 
-    /// Whose images are in use; the first call counts.
-    pub fn follow(&self, view: watch::Receiver<Arc<View>>) {
-        self.images.follow(view);
+    /// Whose images are in use, and who is who on the network of this node; the first call counts.
+    pub fn follow(&self, node: &str, view: watch::Receiver<Arc<View>>) {
+        self.images.follow(view.clone());
+        let _ = self.flow_sources.set(flows::Sources {
+            node: node.to_owned(),
+            pods: self.paths.run.join("pods"),
+            view,
+            dataplane: self.dataplane.clone(),
+        });
+    }
+
+    /// What is known of the network.
+    fn sources(&self) -> Result<&flows::Sources, TunnelError> {
+        let sources = self.flow_sources.get();
+        sources.ok_or_else(|| TunnelError("the agent is starting: retry".into()))
     }
 
     /// The newest running run of a container.
@@ -122,6 +137,14 @@ impl TunnelTarget for PodTunnels {
     ) -> Result<Vec<proto::ProgrammedService>, TunnelError> {
         let services = self.dataplane.services(request).await;
         services.map_err(|error| TunnelError(error.to_string()))
+    }
+
+    fn flows(
+        &self,
+        request: &proto::FlowsRequest,
+    ) -> Result<BoxStream<'static, proto::NodeFlows>, TunnelError> {
+        let flows = flows::watch(self.sources()?.clone(), request);
+        flows.map_err(|error| TunnelError(error.to_string()))
     }
 
     fn drops(&self) -> Result<Vec<proto::DroppedPackets>, TunnelError> {

@@ -20,6 +20,7 @@ mod events;
 mod exec;
 mod failure;
 mod files;
+mod flows;
 mod get;
 mod images;
 mod kubeconfig;
@@ -107,6 +108,8 @@ enum Verb {
     /// Services as nodes have them programmed
     #[command(subcommand)]
     Svc(svc::Svc),
+    /// What happens to connections on the nodes: who, to whom, verdict
+    Flows(flows::Flows),
     /// Follow or restart a rollout
     #[command(subcommand)]
     Rollout(rollout::Rollout),
@@ -172,6 +175,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Scale(verb) => verb.run(&global).await.map(done),
         Verb::Images(verb) => verb.run(&global).await,
         Verb::Svc(verb) => verb.run(&global).await.map(done),
+        Verb::Flows(verb) => verb.run(&global).await.map(done),
         Verb::Top(verb) => verb.run(&global).await.map(done),
         Verb::Rollout(verb) => verb.run(&global).await.map(done),
         Verb::Events(verb) => verb.run(&global).await.map(done),
@@ -222,6 +226,8 @@ mod tests {
             "top pods -A --containers --sort-by=cpu -o wide",
             "top node node-1",
             "svc drops --node n --all",
+            "flows -f -A",
+            "flows -n shop --pod web --verdict dropped,refused --last 20 -o json --node n",
             "images",
             "images --node n -o wide --no-headers",
             "images ls --node n",

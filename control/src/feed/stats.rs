@@ -1,5 +1,5 @@
-//! What nodes and pods use, for `gantry top`, and which Services nodes have programmed, for `gantry svc`:
-//! every agent is asked on its own stream, side by side.
+//! What nodes and pods use, for `gantry top`, which Services nodes have programmed, for `gantry svc`, and
+//! what happens to flows, for `gantry flows`: every agent is asked on its own stream, side by side.
 
 use std::time::Duration;
 
@@ -36,6 +36,15 @@ impl NodeStats {
     fn nodes(&self, wanted: &str) -> Result<Vec<Node>, Status> {
         let (_, mut nodes) = self.feed.inner.registry.list::<Node>(None)?;
         nodes.retain(|n| wanted.is_empty() || n.metadata.name.as_deref() == Some(wanted));
+        Ok(nodes)
+    }
+
+    /// The same, and an error when the node that is wanted does not exist.
+    fn nodes_named(&self, wanted: &str) -> Result<Vec<Node>, tonic::Status> {
+        let nodes = self.nodes(wanted)?;
+        if nodes.is_empty() && !wanted.is_empty() {
+            return Err(tonic::Status::not_found(format!("no node {wanted}")));
+        }
         Ok(nodes)
     }
 
@@ -98,6 +107,46 @@ async fn pass_on_services(
     }
 }
 
+/// Passes on the flows of one node until it has told them, or nobody listens any more.
+async fn pass_on_flows(
+    feed: Feed,
+    node: String,
+    request: proto::FlowsRequest,
+    parts: mpsc::Sender<Result<proto::NodeFlows, tonic::Status>>,
+) {
+    let passed = async {
+        let target = Target::Flows(request);
+        let mut tunnel = feed.inner.open_tunnel(&node, "", target).await?;
+        loop {
+            let Ok(Some(proto::TunnelUp {
+                message: Some(tunnel_up::Message::Flows(mut part)),
+            })) = tunnel.up.message().await
+            else {
+                return Err(Status::unavailable("the connection to the node was lost"));
+            };
+            node.clone_into(&mut part.node);
+            let is_last = part.last;
+            if parts.send(Ok(part)).await.is_err() || is_last {
+                return Ok::<_, Status>(());
+            }
+        }
+    };
+    // Cancel-safe: dropping the tunnel closes it. A quiet node would not show that the client has left.
+    let passed = tokio::select! {
+        passed = passed => passed,
+        () = parts.closed() => return,
+    };
+    if let Err(status) = passed {
+        let part = proto::NodeFlows {
+            node,
+            error: status.message,
+            last: true,
+            ..Default::default()
+        };
+        let _ = parts.send(Ok(part)).await;
+    }
+}
+
 /// What pods may ask for of the node.
 fn fill_in(usage: &mut proto::NodeUsage, node: &Node) {
     let allocatable = node.status.as_ref().and_then(|s| s.allocatable.as_ref());
@@ -109,6 +158,23 @@ fn fill_in(usage: &mut proto::NodeUsage, node: &Node) {
 
 #[tonic::async_trait]
 impl stats_server::Stats for NodeStats {
+    type FlowsStream = ReceiverStream<Result<proto::NodeFlows, tonic::Status>>;
+
+    async fn flows(
+        &self,
+        request: Request<proto::FlowsRequest>,
+    ) -> Result<Response<Self::FlowsStream>, tonic::Status> {
+        let request = request.into_inner();
+        let nodes = self.nodes_named(&request.node)?;
+        let (parts, stream) = mpsc::channel(PARTS);
+        for node in nodes {
+            let name = node.metadata.name.unwrap_or_default();
+            let (feed, request, parts) = (self.feed.clone(), request.clone(), parts.clone());
+            tokio::spawn(pass_on_flows(feed, name, request, parts));
+        }
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
     type ServicesStream = ReceiverStream<Result<proto::NodeServices, tonic::Status>>;
 
     async fn services(
@@ -116,13 +182,7 @@ impl stats_server::Stats for NodeStats {
         request: Request<proto::ServicesRequest>,
     ) -> Result<Response<Self::ServicesStream>, tonic::Status> {
         let request = request.into_inner();
-        let nodes = self.nodes(&request.node)?;
-        if nodes.is_empty() && !request.node.is_empty() {
-            return Err(tonic::Status::not_found(format!(
-                "no node {}",
-                request.node
-            )));
-        }
+        let nodes = self.nodes_named(&request.node)?;
         let (parts, stream) = mpsc::channel(PARTS);
         for node in nodes {
             let name = node.metadata.name.unwrap_or_default();

@@ -8,6 +8,7 @@
 //!  agent (policy::plan) ──► POLICY_PODS, POLICY_PEERS, POLICY_RULES  which of them are allowed
 //!  agent (dataplane::uplinks) ──► UPLINKS, ANNOUNCED               packets from outside
 //!                             FLOWS              ◄────────────────  written and read by packets
+//!  agent (dataplane::flows) ──► WATCH ─► EVENTS ──► agent            what happens, while somebody watches
 //! ```
 //! Every address is 16 bytes in network order, an IPv4 address in its v4-mapped form
 //! (`::ffff:a.b.c.d`), so that one set of maps serves both families.
@@ -21,6 +22,7 @@ pub mod counter;
 pub mod device;
 pub mod drop;
 pub mod endpoint;
+pub mod event;
 pub mod flow;
 pub mod policy;
 pub mod services;

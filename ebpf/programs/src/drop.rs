@@ -2,17 +2,26 @@
 
 use aya_ebpf::bindings::TC_ACT_SHOT;
 
+use crate::event;
 use crate::maps::DROPS;
 
 /// Counts a drop for this reason (`ebpf_maps::drop`) and returns the verdict.
 #[inline(always)]
 pub fn drop(reason: u32) -> i32 {
+    count(reason);
+    TC_ACT_SHOT
+}
+
+// Called and not inlined: there are many places that drop.
+#[inline(never)]
+fn count(reason: u32) -> u32 {
     if let Some(value) = DROPS.get_ptr_mut(reason) {
         // SAFETY: the pointer is this CPU's own element, checked by the lookup; a packet of another
         // hook that interrupts may cost one count, never more.
         unsafe { *value += 1 }
     }
-    TC_ACT_SHOT
+    event::note_drop(reason);
+    reason
 }
 
 /// What stands for "not dropped" where a reason would stand.

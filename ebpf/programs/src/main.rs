@@ -24,6 +24,7 @@ mod announce;
 mod conntrack;
 mod device;
 mod drop;
+mod event;
 mod maps;
 mod masquerade;
 mod nat;
@@ -41,6 +42,7 @@ mod work;
 
 use aya_ebpf::macros::{cgroup_device, cgroup_sock, cgroup_sock_addr, classifier};
 use aya_ebpf::programs::{DeviceContext, SockAddrContext, SockContext, TcContext};
+use ebpf_maps::event::{POINT_FROM_OUTSIDE, POINT_FROM_POD, POINT_TO_OUTSIDE, POINT_TO_POD};
 
 use crate::service::Call;
 
@@ -122,26 +124,26 @@ pub fn device_guard(ctx: DeviceContext) -> i32 {
 /// At the ingress of the host end of a pod's veth: what the pod sends.
 #[classifier]
 pub fn from_pod(ctx: TcContext) -> i32 {
-    pod::sent(&ctx)
+    event::told(&ctx, POINT_FROM_POD, pod::sent)
 }
 
 /// At the egress of the host end of a pod's veth: what the pod is sent, but for what `from_pod`
 /// hands from one pod to another.
 #[classifier]
 pub fn to_pod(ctx: TcContext) -> i32 {
-    pod::received(&ctx)
+    event::told(&ctx, POINT_TO_POD, pod::received)
 }
 
 /// At the ingress of an uplink: what comes from outside.
 #[classifier]
 pub fn from_netdev(ctx: TcContext) -> i32 {
-    outside::received(&ctx)
+    event::told(&ctx, POINT_FROM_OUTSIDE, outside::received)
 }
 
 /// At the egress of an uplink: what leaves for outside.
 #[classifier]
 pub fn to_netdev(ctx: TcContext) -> i32 {
-    outside::sent(&ctx)
+    event::told(&ctx, POINT_TO_OUTSIDE, outside::sent)
 }
 
 /// Never reached: the verifier refuses a program that could come here.

@@ -5,11 +5,12 @@ use core::arch::asm;
 
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
-use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray};
+use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
 use ebpf_maps::counter::COUNTER_COUNT;
 use ebpf_maps::device::{DEVICE_EXEMPT_COUNT_MAX, DEVICE_RULE_COUNT_MAX, DeviceRuleKey};
 use ebpf_maps::drop::DROP_COUNT;
 use ebpf_maps::endpoint::{ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue};
+use ebpf_maps::event::{BUDGET_COUNT, Budget, EVENTS_BYTES, SEEN_COUNT_MAX};
 use ebpf_maps::flow::{FLOW_COUNT_MAX, FlowKey, FlowValue, ZONE_COUNT};
 use ebpf_maps::policy::{
     self, PEER_PREFIX_COUNT_MAX, POLICY_POD_COUNT_MAX, PodPolicies, RULE_COUNT_MAX, RuleKey,
@@ -130,6 +131,28 @@ pub fn work() -> Option<&'static mut Work> {
     // and one ends before the next begins: no two have it at once.
     WORK.get_ptr_mut(0).map(|work| unsafe { &mut *work })
 }
+
+/// The same where a caller may hold it.
+#[inline(always)]
+pub fn work_in_use() -> Option<*mut Work> {
+    WORK.get_ptr_mut(0)
+}
+
+/// Until when somebody watches, nanoseconds of the monotonic clock; 0: nobody. Written by the agent only.
+#[map]
+pub static WATCH: Array<u64> = Array::with_max_entries(1, 0);
+
+/// `ebpf_maps::event::FlowEvent`s. Written by the programs only.
+#[map]
+pub static EVENTS: RingBuf = RingBuf::with_byte_size(EVENTS_BYTES, 0);
+
+/// Flows that were told: when, and in the lower 8 bits the points at which. Written by the programs only.
+#[map]
+pub static SEEN: LruHashMap<u64, u64> = LruHashMap::with_max_entries(SEEN_COUNT_MAX, 0);
+
+/// How much this CPU has told. Written by the programs only.
+#[map]
+pub static BUDGETS: PerCpuArray<Budget> = PerCpuArray::with_max_entries(BUDGET_COUNT, 0);
 
 /// Which zones of FLOWS were ever used: 0 or 1 each. Written by the programs only.
 #[map]

@@ -41,7 +41,7 @@ use crate::packet::{
 };
 use crate::service::{Client, Frontend, READ_ATTEMPTS, backend_at, read_frontend, usable};
 use crate::work::Work;
-use crate::{announce, conntrack, masquerade, nat, reject};
+use crate::{announce, conntrack, event, masquerade, nat, reject};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -195,6 +195,7 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
         }
     }
     masquerade::remember_fragments(ctx, work);
+    event::note_translated(work);
     nat::rewrite(ctx, work)?;
     Ok(Outcome::TRANSLATED)
 }

@@ -64,6 +64,8 @@ pub const IS_FRAGMENT: u8 = 1;
 pub const NO_L4: u8 = 2;
 /// `Packet::flags`: IPv4 options or IPv6 extension headers.
 pub const HAS_OPTIONS: u8 = 4;
+/// `Packet::flags`: the frame is no IP packet, and nothing else here is about it.
+pub const NO_IP: u8 = 8;
 
 /// An IP packet.
 #[repr(C)]
@@ -76,7 +78,7 @@ pub struct Packet {
     pub destination_port_be: u16,
     /// IANA protocol number of the layer above IP.
     pub proto: u8,
-    /// [`IS_FRAGMENT`], [`NO_L4`], [`HAS_OPTIONS`].
+    /// [`IS_FRAGMENT`], [`NO_L4`], [`HAS_OPTIONS`], [`NO_IP`].
     pub flags: u8,
     /// TCP: its flags. ICMP: its type.
     pub kind: u8,
@@ -115,6 +117,15 @@ pub enum Frame {
 /// Reads a frame into `packet`.
 #[inline(never)]
 pub fn parse(ctx: &TcContext, packet: &mut Packet) -> Frame {
+    let frame = parse_here(ctx, packet);
+    if frame != Frame::Ip {
+        packet.flags = NO_IP;
+    }
+    frame
+}
+
+#[inline(always)]
+fn parse_here(ctx: &TcContext, packet: &mut Packet) -> Frame {
     // SAFETY: the kernel passes a valid context.
     if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
         return Frame::Other;

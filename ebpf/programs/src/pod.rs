@@ -62,6 +62,7 @@ pub fn sent(ctx: &TcContext) -> i32 {
         }
     }
     if !policy::allows_egress(ctx, &work.packet, pod_id) {
+        work.notes.at_ingress = false;
         return drop(drop::POLICY);
     }
     let Some(to) = to else {
@@ -103,6 +104,7 @@ pub fn received(ctx: &TcContext) -> i32 {
 #[inline(always)]
 fn deliver(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Result<(), u32> {
     if !policy::allows_ingress(ctx, &work.packet, pod_id) {
+        work.notes.at_ingress = true;
         return Err(drop::POLICY);
     }
     if conntrack::is_used(ZONE_SERVICE) {

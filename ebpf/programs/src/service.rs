@@ -26,7 +26,7 @@ use ebpf_maps::services::{
 
 use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, NODE_ADDRESSES, SLOTS, TRAFFIC, add, count};
 use crate::socket::Peer;
-use crate::{PASS, REFUSE, reverse};
+use crate::{PASS, REFUSE, event, reverse};
 
 /// Which system call asks.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -84,11 +84,13 @@ pub fn forward(
         if let Some(frontend) = read_frontend(&key, value) {
             if frontend.count == 0 {
                 count(counter::NO_BACKEND);
+                event::called(ctx, &peer, core::ptr::null(), call);
                 return refuse();
             }
             if let Some((id, backend)) = choose(ctx, &frontend, call) {
                 count(counter::TRANSLATED);
                 count_chosen(id);
+                event::called(ctx, &peer, backend, call);
                 let counted = if frontend.is_counted() { id } else { 0 };
                 reverse::remember(ctx, &peer, backend, counted, call);
                 set(ctx, &backend.addr, backend.port_be);

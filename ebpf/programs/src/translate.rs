@@ -27,7 +27,7 @@ use crate::packet::{ACK, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP};
 use crate::service::{READ_ATTEMPTS, choose_any, choose_for, frontend_of, read_frontend, usable};
 use crate::socket::Peer;
 use crate::work::Work;
-use crate::{conntrack, nat};
+use crate::{conntrack, event, nat};
 
 /// Source ports that are tried for a flow that would become like another.
 const PORT_ATTEMPTS: u32 = 4;
@@ -84,6 +84,7 @@ fn sent_here(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Result<Outcome, u
             Choice::Backend(id, backend) => begin(work, id, backend)?,
         }
     }
+    event::note_translated(work);
     nat::rewrite(ctx, work)?;
     Ok(Outcome::TRANSLATED)
 }

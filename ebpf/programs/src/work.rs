@@ -6,6 +6,7 @@
 
 use ebpf_maps::flow::{Ends, FlowKey, FlowValue};
 
+use crate::event::Notes;
 use crate::packet::Packet;
 
 /// See the module; each field is written by the function that says so.
@@ -23,4 +24,6 @@ pub struct Work {
     pub key: FlowKey,
     pub twin: FlowKey,
     pub answer: FlowValue,
+    /// `event`'s own.
+    pub notes: Notes,
 }

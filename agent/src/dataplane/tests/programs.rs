@@ -4,17 +4,18 @@
 //! under test. What a redirect does beyond its verdict is seen in `wires`.
 
 use aya::maps::lpm_trie::LpmTrie;
-use aya::maps::{Map, MapData, PerCpuArray};
+use aya::maps::{Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{Program, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use ebpf_maps::drop::DROP_NAMES;
 use ebpf_maps::endpoint::{DIRECT, EndpointValue, InterfaceValue};
+use ebpf_maps::event::{Budget, FlowEvent};
 use ebpf_maps::policy::{POLICY_OPEN, PodPolicies};
 use ebpf_maps::services::Addr;
 
 use super::frames::Mac;
 use super::maps::Maps;
-use crate::dataplane::load;
+use crate::dataplane::{load, sys};
 use crate::services::index::addr_of;
 
 /// The index of the interface under test.
@@ -161,6 +162,31 @@ impl Programs {
             ..TestRunOptions::default()
         };
         classifier.test_run(options).unwrap().duration.as_nanos()
+    }
+
+    /// Somebody watches until then, nanoseconds of the monotonic clock; 0: nobody does.
+    pub(super) fn watch(&mut self, until_ns: u64) {
+        self.array::<u64>("WATCH").set(0, until_ns, 0).unwrap();
+    }
+
+    /// What was told since the last call.
+    pub(super) fn events(&mut self) -> Vec<FlowEvent> {
+        let mut ring = RingBuf::try_from(self.ebpf.map_mut("EVENTS").unwrap()).unwrap();
+        let mut events = Vec::new();
+        while let Some(item) = ring.next() {
+            assert_eq!(item.len(), size_of::<FlowEvent>());
+            events.push(sys::read_pod(&item).unwrap());
+        }
+        events
+    }
+
+    /// Events of a kind that were told in the last tick and not told ever, on all CPUs.
+    pub(super) fn budget(&self, kind: u32) -> (u64, u64) {
+        let budgets = self.ebpf.map("BUDGETS").unwrap();
+        let budgets: PerCpuArray<&MapData, Budget> = budgets.try_into().unwrap();
+        let all = budgets.get(&kind, 0).unwrap();
+        let sum = |of: fn(&Budget) -> u64| all.iter().map(of).sum();
+        (sum(|budget| budget.told), sum(|budget| budget.missed))
     }
 
     /// Instructions that the verifier walked, by program.
