@@ -26,7 +26,7 @@ mod wires;
 pub use census::{Census, census, remove_all};
 pub use forwarding::reserve_ports;
 pub use pod_networks::{NetworkConfig, PodNetworks, third_party_plugins};
-pub use resolv::{ResolvConf, node_resolv_conf, resolv_conf};
+pub use resolv::{ResolvConf, node_resolv_conf, resolv_conf, resolv_conf_warnings};
 pub use uplinks::follow_uplinks;
 
 use std::collections::HashSet;

@@ -74,6 +74,27 @@ impl ResolvConf {
 /// * `settings` – the cluster's resolver and domain; without a resolver `ClusterFirst` is `Default`.
 /// * `node` – the node's own resolv.conf: see [`node_resolv_conf`].
 pub fn resolv_conf(spec: &PodSpec, namespace: &str, settings: &Settings, node: &str) -> String {
+    formed(spec, namespace, settings, node).to_text()
+}
+
+/// What did not fit into that text, in words for an event `DNSConfigForming`.
+pub fn resolv_conf_warnings(
+    spec: &PodSpec,
+    namespace: &str,
+    settings: &Settings,
+    node: &str,
+) -> Vec<String> {
+    limit(&mut merged(spec, namespace, settings, node))
+}
+
+fn formed(spec: &PodSpec, namespace: &str, settings: &Settings, node: &str) -> ResolvConf {
+    let mut conf = merged(spec, namespace, settings, node);
+    limit(&mut conf);
+    conf
+}
+
+/// Before the limits.
+fn merged(spec: &PodSpec, namespace: &str, settings: &Settings, node: &str) -> ResolvConf {
     let node = ResolvConf::parse(node);
     let host_network = spec.host_network.unwrap_or(false);
     let policy = spec.dns_policy.as_deref().unwrap_or("ClusterFirst");
@@ -101,8 +122,7 @@ pub fn resolv_conf(spec: &PodSpec, namespace: &str, settings: &Settings, node: &
             });
         }
     }
-    limit(&mut conf);
-    conf.to_text()
+    conf
 }
 
 fn cluster_first(
@@ -125,21 +145,41 @@ fn cluster_first(
     }
 }
 
-/// Drops repetitions and what exceeds the limits, from the end.
-fn limit(conf: &mut ResolvConf) {
+/// Drops repetitions and what exceeds the limits, from the end; the latter in the kubelet's words.
+fn limit(conf: &mut ResolvConf) -> Vec<String> {
+    let mut words = Vec::new();
     let mut seen = BTreeSet::new();
     conf.nameservers
         .retain(|server| seen.insert(server.clone()));
-    conf.nameservers.truncate(NAMESERVER_COUNT_MAX);
+    if conf.nameservers.len() > NAMESERVER_COUNT_MAX {
+        conf.nameservers.truncate(NAMESERVER_COUNT_MAX);
+        words.push(format!(
+            "Nameserver limits were exceeded, some nameservers have been omitted, the applied \
+             nameserver line is: {}",
+            conf.nameservers.join(" ")
+        ));
+    }
     let mut seen = BTreeSet::new();
+    conf.search.retain(|domain| seen.insert(domain.clone()));
     let mut size = 0;
-    conf.search.retain(|domain| {
-        if !seen.insert(domain.clone()) || seen.len() > SEARCH_COUNT_MAX {
-            return false;
-        }
-        size += domain.len() + 1;
-        size <= SEARCH_SIZE_MAX + 1
-    });
+    let fits = conf
+        .search
+        .iter()
+        .take(SEARCH_COUNT_MAX)
+        .take_while(|domain| {
+            size += domain.len() + 1;
+            size <= SEARCH_SIZE_MAX + 1
+        });
+    let count = fits.count();
+    if conf.search.len() > count {
+        conf.search.truncate(count);
+        words.push(format!(
+            "Search Line limits were exceeded, some search paths have been omitted, the applied \
+             search line is: {}",
+            conf.search.join(" ")
+        ));
+    }
+    words
 }
 
 /// The node's resolv.conf: the file whose nameservers also pods can reach. With systemd-resolved
@@ -230,6 +270,26 @@ mod tests {
             resolv_conf(&spec, "shop", &settings(), NODE),
             "nameserver 192.0.2.1\nnameserver 10.96.0.10\nsearch corp\noptions ndots:2 edns0\n"
         );
+    }
+
+    #[test]
+    fn what_does_not_fit_is_told() {
+        let spec = PodSpec {
+            dns_config: Some(PodDNSConfig {
+                nameservers: Some((1..4).map(|n| format!("192.0.2.{n}")).collect()),
+                searches: Some((0..30).map(|n| format!("d{n}.example")).collect()),
+                ..PodDNSConfig::default()
+            }),
+            ..PodSpec::default()
+        };
+        let warnings = resolv_conf_warnings(&spec, "shop", &settings(), NODE);
+        assert_eq!(warnings.len(), 2);
+        assert!(warnings[0].ends_with("line is: 10.96.0.10 192.0.2.1 192.0.2.2"));
+        assert!(
+            warnings[1].ends_with(" d26.example d27.example"),
+            "{warnings:?}"
+        );
+        assert!(resolv_conf_warnings(&PodSpec::default(), "shop", &settings(), NODE).is_empty());
     }
 
     proptest! {

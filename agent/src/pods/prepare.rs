@@ -134,6 +134,9 @@ pub async fn sandbox(
     write_etc(node, uid, pod, &network, &view)
         .await
         .map_err(|e| Failure::new("FailedCreatePodSandBox", format!("write /etc files: {e}")))?;
+    if is_new {
+        warn_of_dns(pod, &view, inputs).await;
+    }
     for (phase, took) in [
         ("network", network_took),
         ("volumes", volumes_took),
@@ -144,6 +147,17 @@ pub async fn sandbox(
         let _ = inputs.send(Box::new(Message::Took(phase, took))).await;
     }
     Ok((network, volumes))
+}
+
+/// What of its resolver's configuration did not fit: told once.
+async fn warn_of_dns(pod: &Pod, view: &View, inputs: &Inputs) {
+    let Some(spec) = &pod.spec else { return };
+    let node = network::node_resolv_conf();
+    let namespace = names(pod).0;
+    for words in network::resolv_conf_warnings(spec, namespace, &view.settings, &node) {
+        let warning = Message::Warning("DNSConfigForming", words);
+        let _ = inputs.send(Box::new(warning)).await;
+    }
 }
 
 /// A pod whose limits this machine cannot hold is refused or, the first time, told.
