@@ -16,7 +16,7 @@ use crate::paths::Paths;
 use crate::runtime::{ObservedSandbox, Runtime, shim::ShimRuntime};
 use crate::user_namespaces::{Ranges, idmap};
 use crate::volumes::csi::{self, CsiDrivers};
-use crate::{dataplane, devices, images, network, run_directory, volumes};
+use crate::{dataplane, devices, dns, images, network, run_directory, volumes};
 
 /// Sandboxes removed at the same time: each waits for processes to die and for the kernel.
 const REMOVAL_COUNT_MAX: usize = 16;
@@ -50,6 +50,12 @@ pub async fn run(paths: &Paths) -> Result<()> {
         }
         Err(error) => note("sandboxes".into(), Err(error.to_string())),
     }
+    // It is in their cgroup.
+    let ended = dns::end_holder(&dns::HoldConfig::standard(paths)).await;
+    note(
+        "resolver's sockets".into(),
+        ended.map_err(|e| e.to_string()),
+    );
     note(
         "shims".into(),
         runtime

@@ -253,7 +253,7 @@ async fn agent(run: Run) -> Result<()> {
     let images = ImageStore::open_with(&paths.lib, registries).context("image store")?;
     let images = Arc::new(images);
     let import = paths.lib.join("import");
-    let resolver = dns::ResolverConfig::standard();
+    let resolver = dns::ResolverConfig::standard(dns::HoldConfig::standard(&paths));
     let options = Options {
         node: node_name.clone(),
         resolver: Some(resolver.listen),
@@ -347,6 +347,7 @@ async fn agent(run: Run) -> Result<()> {
     tasks.spawn(drop_in::watch(store.clone(), import, shutdown.clone()));
     tasks.spawn(keep_disk_free(store, link.view.clone(), shutdown.clone()));
     let resolver = dns::Resolver::start(resolver, link.view.clone(), shutdown.clone()).await?;
+    let resources = resources.with_names(resolver.metrics());
     let going_down = resources.going_down();
     let (order, orders) = resources.watch(&images, &link.view, &dataplane, &tasks, &shutdown);
     let listener = shutdown::listen(&node.paths).context("the agent's socket")?;

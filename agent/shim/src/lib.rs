@@ -8,5 +8,6 @@
 //! ```
 
 pub mod cgroup;
+pub mod names;
 pub mod record;
 pub mod wire;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! usage: gantry-shim <sandbox directory> <path of gantry-rt> [<open files of the containers>]
+//!        gantry-shim hold <directory>
 //!        gantry-shim init
 //!
 //! agent ── spawn ──► gantry-shim ── fork ──► shim (own session, cgroup /gantry-shims, parent: init)
@@ -22,14 +23,18 @@
 //! from the `started` records and the spools (`spool.rs`); statuses then come from the kernel
 //! (`PIDFD_GET_INFO`, Linux 6.15) or are lost, which the exit record says.
 //!
+//! `gantry-shim hold` is one per node: it keeps the resolver's sockets (`hold.rs`).
+//!
 //! `gantry-shim init` is something else: process 1 of a pod whose containers share one pid
 //! namespace. It reaps whoever is orphaned there, and does nothing else until it is killed.
 
 mod attach;
+mod hold;
 mod log;
 mod pod;
 mod run;
 mod spool;
+mod stand_in;
 mod sys;
 
 use std::fs::{self, File, OpenOptions};
@@ -41,6 +46,7 @@ use std::process::ExitCode;
 
 use gantry_shim::{cgroup, wire};
 
+use crate::hold::Hold;
 use crate::pod::Pod;
 
 /// Outside every pod's cgroup and outside the agent's.
@@ -57,23 +63,38 @@ fn main() -> ExitCode {
     }
     let (Some(sandbox), Some(rt)) = (arguments.next(), arguments.next()) else {
         eprintln!(
-            "usage: gantry-shim <sandbox directory> <path of gantry-rt> [<open files>] | init"
+            "usage: gantry-shim <sandbox directory> <path of gantry-rt> [<open files>] | hold <directory> | init"
         );
         return ExitCode::from(64);
     };
+    if sandbox == "hold" {
+        return end_with(Path::new(&rt), launch(Path::new(&rt), Duty::Hold));
+    }
     let (sandbox, rt) = (PathBuf::from(sandbox), PathBuf::from(rt));
     let open_files = arguments
         .next()
         .and_then(|text| text.to_str()?.parse().ok());
     // Without it the containers have what the agent has.
     let limited = open_files.map_or(Ok(()), sys::limit_open_files);
-    match limited.and_then(|()| launch(&sandbox, rt)) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("gantry-shim: {}: {error}", sandbox.display());
-            ExitCode::FAILURE
-        }
-    }
+    end_with(
+        &sandbox,
+        limited.and_then(|()| launch(&sandbox, Duty::Pod(rt))),
+    )
+}
+
+/// What a detached process is for.
+enum Duty {
+    /// One pod's containers; where gantry-rt is.
+    Pod(PathBuf),
+    /// The resolver's sockets.
+    Hold,
+}
+
+fn end_with(directory: &Path, launched: std::io::Result<ExitCode>) -> ExitCode {
+    launched.unwrap_or_else(|error| {
+        eprintln!("gantry-shim: {}: {error}", directory.display());
+        ExitCode::FAILURE
+    })
 }
 
 /// As process 1 it has no default actions: SIGTERM changes nothing, SIGKILL comes from outside.
@@ -99,9 +120,9 @@ fn reap_forever() -> ExitCode {
     }
 }
 
-fn launch(sandbox: &Path, rt: PathBuf) -> std::io::Result<ExitCode> {
+fn launch(directory: &Path, duty: Duty) -> std::io::Result<ExitCode> {
     // Relative paths from here on: a socket's path is limited to 107 bytes.
-    std::env::set_current_dir(sandbox)?;
+    std::env::set_current_dir(directory)?;
     let (word, theirs) = sys::pipe()?;
     if !sys::fork_detached()? {
         drop(theirs);
@@ -109,11 +130,17 @@ fn launch(sandbox: &Path, rt: PathBuf) -> std::io::Result<ExitCode> {
     }
     drop(word);
     let mut parent = File::from(theirs);
-    match set_up(rt) {
-        Ok(Some(mut pod)) => {
+    match set_up(duty) {
+        Ok(Some(served)) => {
             let _ = parent.write_all(b"ok");
             drop(parent);
-            pod.serve(|| cgroup::enter(SHIM_CGROUP));
+            match served {
+                Served::Pod(mut pod) => pod.serve(|| cgroup::enter(SHIM_CGROUP)),
+                Served::Hold(mut hold) => {
+                    cgroup::enter(SHIM_CGROUP);
+                    hold.serve();
+                }
+            }
             let _ = fs::remove_file(wire::SOCKET_FILE);
             Ok(ExitCode::SUCCESS)
         }
@@ -152,8 +179,14 @@ fn wait_for_child(word: OwnedFd) -> ExitCode {
     }
 }
 
+/// A [`Duty`] that is ready.
+enum Served {
+    Pod(Box<Pod>),
+    Hold(Hold),
+}
+
 /// None when another shim holds the sandbox.
-fn set_up(rt: PathBuf) -> std::io::Result<Option<Pod>> {
+fn set_up(duty: Duty) -> std::io::Result<Option<Served>> {
     let lock = OpenOptions::new()
         .create(true)
         .truncate(false)
@@ -171,10 +204,17 @@ fn set_up(rt: PathBuf) -> std::io::Result<Option<Pod>> {
     let temporary = Path::new("shim.sock.tmp");
     let _ = fs::remove_file(temporary);
     let listener = sys::listen(temporary, libc::SOCK_SEQPACKET)?;
-    let pod = Pod::new(rt, signals, listener);
+    let served = match duty {
+        Duty::Pod(rt) => Served::Pod(Box::new(Pod::new(rt, signals, listener))),
+        Duty::Hold => {
+            // They stay blocked; it has no children.
+            drop(signals);
+            Served::Hold(Hold::new(listener))
+        }
+    };
     fs::rename(temporary, wire::SOCKET_FILE)?;
     // The agent's terminal or journal is none of ours.
     let null = File::options().read(true).write(true).open("/dev/null")?;
     sys::replace_stdio(null.as_fd());
-    Ok(Some(pod))
+    Ok(Some(served))
 }

@@ -380,6 +380,14 @@ pub(crate) fn monotonic_ms() -> u64 {
     time.tv_sec as u64 * 1000 + time.tv_nsec as u64 / 1_000_000
 }
 
+/// Not to be guessed.
+pub(crate) fn random_u16() -> u16 {
+    let mut random = [0; 2];
+    // SAFETY: the buffer is valid for writes of its length. So few bytes come whole.
+    unsafe { libc::getrandom(random.as_mut_ptr().cast(), random.len(), 0) };
+    u16::from_ne_bytes(random)
+}
+
 /// Reads and writes of `fd` no longer wait. Best effort: terminals and pipes always take it.
 pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) {
     // SAFETY: integers only.

@@ -1,36 +1,57 @@
-//! Questions that are not the cluster's: asked upstream, over UDP and TCP, with failover.
+//! Questions that are not the cluster's: asked upstream, through a cache.
 //!
-//! The last server that answered is asked first. Each question has a socket, a port and an id of
-//! its own, and only an answer from that server to that question counts (RFC 5452). The number of
-//! questions in flight is bounded; beyond it the client is told SERVFAIL at once.
+//! ```text
+//! ask ─► cache ─ fresh ─► answer
+//!          │ miss, stale
+//!          └─► flight (one per question) ─► the healthiest server ─ 0.4 s ─► the next as well … ─► cache
+//!                 stale: 1.8 s for it, none when every server is out; then the stale answer
+//! ```
+//! A flight goes on when its clients have gone: the next one profits. Health is in [`health`], the
+//! exchange itself in [`exchange`](super::exchange). A server whose questions come back to us (the
+//! node's resolver asks the cluster's) is found by a name that only we ask for; meanwhile the loop is
+//! harmless, because a question that is in flight already waits for itself and nothing multiplies.
+//! The number of flights is bounded; beyond it the client is told SERVFAIL at once.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::sync::Mutex;
-use std::sync::PoisonError;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
-use hickory_proto::op::Message;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpStream, UdpSocket};
-use tokio::sync::Semaphore;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use hickory_proto::op::{Message, OpCode, Query, ResponseCode};
+use hickory_proto::rr::{DNSClass, Name, RecordType};
+use tokio::sync::{Notify, watch};
 
-use super::cache::{Cache, CacheKey};
+use super::cache::{Age, Cache, Question};
+use super::exchange;
+use super::figures::Counters;
+use super::health::Health;
+use super::hold::lock;
 use crate::network::ResolvConf;
+use crate::view::View;
 
 /// Questions in flight at the same time.
-const IN_FLIGHT_MAX: usize = 512;
+const FLIGHT_COUNT_MAX: usize = 512;
 /// How long one server has for one try.
 const TRY_TIMEOUT: Duration = Duration::from_millis(1500);
+/// After this a second server is asked as well.
+const STAGGER: Duration = Duration::from_millis(400);
 /// How often every server is tried.
 const ROUND_COUNT: usize = 2;
+/// For all tries: clients give up after five seconds.
+const TOTAL_TIMEOUT: Duration = Duration::from_secs(4);
+/// With a stale answer at hand, a fresh one has this long (RFC 8767, 5).
+const STALE_PATIENCE: Duration = Duration::from_millis(1800);
 /// How often the node's resolv.conf is looked at.
 const RELOAD_INTERVAL: Duration = Duration::from_secs(5);
 /// glibc uses three; more would only delay the failure.
 const SERVER_COUNT_MAX: usize = 3;
 const DNS_PORT: u16 = 53;
+/// Below it are the names that only we ask for.
+const LOOP_DOMAIN: &str = "gantry-loop.invalid.";
 
 /// Where the servers come from.
 #[derive(Clone, Debug)]
@@ -41,23 +62,14 @@ pub enum Upstreams {
     File(PathBuf),
 }
 
-/// Which transport a question came by; it is forwarded by the same.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Transport {
-    /// Answers may be truncated.
-    Udp,
-    /// Answers are whole.
-    Tcp,
-}
-
 /// Why upstream did not answer.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub(super) enum ForwardError {
     /// resolv.conf names no server, or only ourselves.
-    #[error("no upstream nameserver: the node's resolv.conf names none")]
+    #[error("no upstream nameserver: the node's resolv.conf names none but this resolver")]
     NoServer,
-    /// [`IN_FLIGHT_MAX`]
-    #[error("{IN_FLIGHT_MAX} questions are in flight already")]
+    /// [`FLIGHT_COUNT_MAX`]
+    #[error("{FLIGHT_COUNT_MAX} questions are in flight already")]
     Busy,
     /// Every server failed in every round.
     #[error("upstream {server}: {source}")]
@@ -65,141 +77,382 @@ pub(super) enum ForwardError {
         /// The last one tried.
         server: SocketAddr,
         /// Its failure.
-        source: io::Error,
+        source: Arc<io::Error>,
     },
-    /// The question cannot be encoded.
-    #[error("question: {0}")]
-    Encode(String),
 }
 
-struct FileServers {
-    servers: Vec<SocketAddr>,
+type Outcome = Result<Arc<Message>, ForwardError>;
+type Flight = watch::Receiver<Option<Outcome>>;
+
+struct Servers {
+    health: Health,
     modified: Option<SystemTime>,
     looked: Option<Instant>,
 }
 
-/// Asks upstream, through a cache.
+/// Asks upstream.
 pub(super) struct Forwarder {
     upstreams: Upstreams,
-    /// Never asked: our own addresses.
-    own: Vec<IpAddr>,
-    file: Mutex<FileServers>,
-    preferred: AtomicUsize,
-    in_flight: Semaphore,
+    /// Never asked: asking ourselves would be a loop. The cluster's address is in the view.
+    own: IpAddr,
+    view: watch::Receiver<Arc<View>>,
+    servers: Mutex<Servers>,
+    flights: Mutex<HashMap<Question, Flight>>,
     cache: Mutex<Cache>,
+    loop_domain: Name,
+    nonce: u64,
+    counters: Arc<Counters>,
+    /// Told when the file names other servers.
+    changed: Notify,
 }
 
 impl Forwarder {
-    /// * `own` – addresses of this resolver: asking them would be a loop.
-    pub(super) fn new(upstreams: Upstreams, own: Vec<IpAddr>) -> Self {
-        Self {
+    /// * `own` – this resolver's address.
+    pub(super) fn new(
+        upstreams: Upstreams,
+        own: IpAddr,
+        view: watch::Receiver<Arc<View>>,
+        counters: Arc<Counters>,
+    ) -> Arc<Self> {
+        let mut loop_domain = Name::from_ascii(LOOP_DOMAIN).unwrap_or_else(|_| Name::root());
+        loop_domain.set_fqdn(true);
+        Arc::new(Self {
             upstreams,
             own,
-            file: Mutex::new(FileServers {
-                servers: Vec::new(),
+            view,
+            servers: Mutex::new(Servers {
+                health: Health::default(),
                 modified: None,
                 looked: None,
             }),
-            preferred: AtomicUsize::new(0),
-            in_flight: Semaphore::new(IN_FLIGHT_MAX),
+            flights: Mutex::default(),
             cache: Mutex::default(),
+            loop_domain,
+            nonce: rand::random(),
+            counters,
+            changed: Notify::new(),
+        })
+    }
+
+    /// What upstream has said lately.
+    pub(super) fn known(&self, query: &Query, request: &Message) -> Option<Message> {
+        let question = Question::of(query, request);
+        match lock(&self.cache).get(&question, Instant::now())? {
+            (message, Age::Fresh) => {
+                self.counters.cache_hit(message.answers.is_empty());
+                Some(message)
+            }
+            (_, Age::Stale) => None,
         }
     }
 
-    /// Asks; the answer has the request's id.
+    /// Asks. The answer's id and question are to be replaced by the client's.
+    ///
+    /// * `request` – whose EDNS and CD bit count.
     pub(super) async fn ask(
-        &self,
+        self: &Arc<Self>,
+        query: &Query,
         request: &Message,
-        transport: Transport,
     ) -> Result<Message, ForwardError> {
-        let key = CacheKey::of(request);
-        if let Some(key) = &key {
-            let cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(mut message) = cache.get(key, Instant::now()) {
-                message.metadata.id = request.metadata.id;
-                message.queries.clone_from(&request.queries);
+        let question = Question::of(query, request);
+        let cached = lock(&self.cache).get(&question, Instant::now());
+        let stale = match cached {
+            Some((message, Age::Fresh)) => {
+                self.counters.cache_hit(message.answers.is_empty());
                 return Ok(message);
             }
+            Some((message, Age::Stale)) => Some(message),
+            None => None,
+        };
+        self.counters.cache_misses.add();
+        let flight = self.join(query, question);
+        let Some(stale) = stale else {
+            return wait(flight?).await;
+        };
+        let patience = match lock(&self.servers).health.all_out() {
+            true => Duration::ZERO,
+            false => STALE_PATIENCE,
+        };
+        let fresh = async { wait(flight?).await };
+        match tokio::time::timeout(patience, fresh).await {
+            Ok(Ok(answer)) if answer.metadata.response_code != ResponseCode::ServFail => Ok(answer),
+            _ => {
+                self.counters.served_stale.add();
+                Ok(stale)
+            }
         }
-        let _permit = self
-            .in_flight
-            .try_acquire()
-            .map_err(|_| ForwardError::Busy)?;
-        let mut answer = self.ask_servers(request, transport).await?;
-        if let Some(key) = key {
-            let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-            cache.put(key, &answer, Instant::now());
+    }
+
+    /// The flight of that question; a new one unless there is one.
+    fn join(self: &Arc<Self>, query: &Query, question: Question) -> Result<Flight, ForwardError> {
+        let mut flights = lock(&self.flights);
+        if let Some(flight) = flights.get(&question) {
+            self.counters.merged.add();
+            return Ok(flight.clone());
         }
-        answer.metadata.id = request.metadata.id;
-        Ok(answer)
+        if flights.len() >= FLIGHT_COUNT_MAX {
+            self.counters.rejected.add();
+            return Err(ForwardError::Busy);
+        }
+        let (sender, flight) = watch::channel(None);
+        flights.insert(question.clone(), flight.clone());
+        drop(flights);
+        let landing = Landing {
+            forwarder: self.clone(),
+            question,
+        };
+        let query = query.clone();
+        tokio::spawn(async move {
+            let this = &landing.forwarder;
+            let outcome = this.ask_servers(&query, &landing.question).await;
+            if let Ok(answer) = &outcome {
+                lock(&this.cache).put(&landing.question, answer, Instant::now());
+            }
+            sender.send_replace(Some(outcome.map(Arc::new)));
+        });
+        Ok(flight)
     }
 
     async fn ask_servers(
-        &self,
-        request: &Message,
-        transport: Transport,
+        self: &Arc<Self>,
+        query: &Query,
+        question: &Question,
     ) -> Result<Message, ForwardError> {
-        let servers = self.servers();
-        if servers.is_empty() {
-            return Err(ForwardError::NoServer);
-        }
-        let mut question = request.clone();
-        question.metadata.recursion_desired = true;
-        let mut last = None;
-        for attempt in 0..servers.len() * ROUND_COUNT {
-            let index = (self.preferred.load(Ordering::Relaxed) + attempt) % servers.len();
-            let server = servers[index];
-            question.metadata.id = rand::random();
-            let bytes = question
-                .to_vec()
-                .map_err(|error| ForwardError::Encode(error.to_string()))?;
-            let exchange = async {
-                match transport {
-                    Transport::Udp => ask_udp(server, &bytes, &question).await,
-                    Transport::Tcp => ask_tcp(server, &bytes, &question).await,
+        let order = self.order();
+        let mut left: Vec<SocketAddr> = order.repeat(ROUND_COUNT);
+        left.reverse();
+        let mut tries = FuturesUnordered::new();
+        let mut waiting: Vec<SocketAddr> = Vec::new();
+        let (mut unwilling, mut last) = (None, ForwardError::NoServer);
+        let total = tokio::time::sleep(TOTAL_TIMEOUT);
+        tokio::pin!(total);
+        loop {
+            if let Some(server) = left.pop() {
+                waiting.push(server);
+                tries.push(self.try_once(server, query, question));
+            } else if tries.is_empty() {
+                break;
+            }
+            tokio::select! {
+                // Cancel-safe: the tries stay in their set.
+                Some((server, result)) = tries.next() => {
+                    let index = waiting.iter().position(|s| *s == server).unwrap_or(0);
+                    match result {
+                        Ok(answer) if is_willing(&answer) => {
+                            // Asked before this one and silent still: as good as a failure.
+                            for slow in waiting[..index].iter().filter(|s| **s != server) {
+                                self.note_failure(*slow);
+                            }
+                            return Ok(answer);
+                        }
+                        Ok(answer) => {
+                            left.retain(|other| *other != server);
+                            unwilling = Some(answer);
+                        }
+                        Err(source) => {
+                            let source = Arc::new(source);
+                            last = ForwardError::Failed { server, source };
+                        }
+                    }
+                    waiting.remove(index);
                 }
-            };
-            match tokio::time::timeout(TRY_TIMEOUT, exchange).await {
-                Ok(Ok(answer)) => {
-                    self.preferred.store(index, Ordering::Relaxed);
-                    return Ok(answer);
-                }
-                Ok(Err(source)) => last = Some(ForwardError::Failed { server, source }),
-                Err(_) => {
-                    let source = io::ErrorKind::TimedOut.into();
-                    last = Some(ForwardError::Failed { server, source });
-                }
+                () = tokio::time::sleep(STAGGER), if !left.is_empty() => {}
+                () = &mut total => break,
             }
         }
-        Err(last.unwrap_or(ForwardError::NoServer))
+        unwilling.ok_or(last)
     }
 
-    /// The servers to ask, now.
-    fn servers(&self) -> Vec<SocketAddr> {
+    async fn try_once(
+        self: &Arc<Self>,
+        server: SocketAddr,
+        query: &Query,
+        question: &Question,
+    ) -> (SocketAddr, io::Result<Message>) {
+        let begun = Instant::now();
+        let asked = exchange::ask(server, query, question);
+        let result = match tokio::time::timeout(TRY_TIMEOUT, asked).await {
+            Ok(result) => result,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        };
+        match &result {
+            Ok(_) => {
+                lock(&self.servers).health.answered(server, begun.elapsed());
+            }
+            Err(_) => self.note_failure(server),
+        }
+        (server, result)
+    }
+
+    fn note_failure(self: &Arc<Self>, server: SocketAddr) {
+        self.counters.upstream_failures.add();
+        let (goes, all_out) = {
+            let health = &mut lock(&self.servers).health;
+            (health.failed(server), health.all_out())
+        };
+        if goes {
+            tracing::info!(%server, all_out, "an upstream nameserver does not answer");
+            if all_out {
+                self.counters.all_out.add();
+            }
+            tokio::spawn(self.clone().probe(server));
+        }
+    }
+
+    /// Asks a server that is out until it answers or is no server of ours any more.
+    async fn probe(self: Arc<Self>, server: SocketAddr) {
+        loop {
+            let Some(pause) = lock(&self.servers).health.probe_pause(server) else {
+                return;
+            };
+            tokio::time::sleep(pause).await;
+            if self.ask_own_name(server).await {
+                tracing::info!(%server, "an upstream nameserver answers again");
+                return;
+            }
+        }
+    }
+
+    /// Asks for a name that only we know; true when anything is answered.
+    async fn ask_own_name(self: &Arc<Self>, server: SocketAddr) -> bool {
+        let Some(name) = self.loop_name(server) else {
+            return true;
+        };
+        let query = Query::query(name, RecordType::A);
+        let question = Question {
+            name: query.name().clone(),
+            kind: RecordType::A,
+            class: DNSClass::IN,
+            dnssec_ok: false,
+            checking_disabled: false,
+        };
+        let begun = Instant::now();
+        let asked = exchange::ask(server, &query, &question);
+        let answered = matches!(tokio::time::timeout(TRY_TIMEOUT, asked).await, Ok(Ok(_)));
+        match answered {
+            true => {
+                lock(&self.servers).health.answered(server, begun.elapsed());
+            }
+            false => self.note_failure(server),
+        }
+        answered
+    }
+
+    /// `<nonce>-<index of the server>.gantry-loop.invalid.`
+    fn loop_name(&self, server: SocketAddr) -> Option<Name> {
+        let servers = lock(&self.servers).health.addresses();
+        let index = servers.iter().position(|address| *address == server)?;
+        let label = format!("{:016x}-{index}", self.nonce);
+        self.loop_domain.prepend_label(label).ok()
+    }
+
+    /// True when the question is our own: then the server that it was sent to is not asked again.
+    pub(super) fn has_looped(&self, name: &Name) -> bool {
+        if !self.loop_domain.zone_of(name) {
+            return false;
+        }
+        let servers = lock(&self.servers).health.addresses();
+        for server in servers {
+            if self.loop_name(server).as_ref() == Some(name)
+                && lock(&self.servers).health.loops(server)
+            {
+                tracing::error!(
+                    %server,
+                    "this nameserver of the node's resolv.conf asks this resolver again: it is not asked any more"
+                );
+            }
+        }
+        true
+    }
+
+    /// The servers to ask, now, the best first.
+    pub(super) fn order(self: &Arc<Self>) -> Vec<SocketAddr> {
+        let (order, new) = {
+            let mut servers = lock(&self.servers);
+            let before = servers.health.addresses();
+            self.reload(&mut servers);
+            let mut new = servers.health.addresses();
+            new.retain(|server| !before.contains(server));
+            (servers.health.order(), new)
+        };
+        if !new.is_empty() {
+            self.changed.notify_one();
+        }
+        for server in new {
+            let this = self.clone();
+            // Whether it answers, and whether it loops.
+            tokio::spawn(async move { this.ask_own_name(server).await });
+        }
+        order
+    }
+
+    fn reload(&self, servers: &mut Servers) {
         let path = match &self.upstreams {
-            Upstreams::Fixed(servers) => return servers.clone(),
+            Upstreams::Fixed(fixed) => {
+                if servers.looked.is_none() {
+                    servers.looked = Some(Instant::now());
+                    servers.health.replace(fixed);
+                }
+                return;
+            }
             Upstreams::File(path) => path,
         };
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        if file
-            .looked
-            .is_some_and(|looked| looked.elapsed() < RELOAD_INTERVAL)
-        {
-            return file.servers.clone();
+        if (servers.looked).is_some_and(|looked| looked.elapsed() < RELOAD_INTERVAL) {
+            return;
         }
-        file.looked = Some(Instant::now());
-        let modified = std::fs::metadata(path)
-            .and_then(|metadata| metadata.modified())
-            .ok();
+        servers.looked = Some(Instant::now());
+        let modified = std::fs::metadata(path).and_then(|m| m.modified()).ok();
         // An unreadable file keeps the servers that are known: the network may be just changing.
-        if (modified.is_none() || modified != file.modified)
+        if (modified.is_none() || modified != servers.modified)
             && let Ok(text) = std::fs::read_to_string(path)
         {
-            file.servers = servers_in(&text, &self.own);
-            file.modified = modified;
+            let cluster = self.view.borrow().settings.dns_service_ip;
+            let own: Vec<IpAddr> = cluster.into_iter().chain([self.own]).collect();
+            servers.health.replace(&servers_in(&text, &own));
+            servers.modified = modified;
         }
-        file.servers.clone()
     }
+
+    /// Until there are other servers than before.
+    pub(super) async fn servers_changed(&self) {
+        self.changed.notified().await;
+    }
+
+    /// Cached answers, and cached denials.
+    pub(super) fn cached(&self) -> [usize; 2] {
+        lock(&self.cache).counts()
+    }
+}
+
+/// Ends a flight, however it ends.
+struct Landing {
+    forwarder: Arc<Forwarder>,
+    question: Question,
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        lock(&self.forwarder.flights).remove(&self.question);
+    }
+}
+
+async fn wait(mut flight: Flight) -> Result<Message, ForwardError> {
+    let landed = flight.wait_for(Option::is_some).await;
+    let outcome = landed.ok().and_then(|outcome| outcome.clone());
+    // No outcome: it was dropped because the agent ends.
+    let answer = outcome.unwrap_or(Err(ForwardError::NoServer))?;
+    Ok(Message::clone(&answer))
+}
+
+/// A server that cannot or will not answer is no reason for the next one not to.
+fn is_willing(answer: &Message) -> bool {
+    let unwilling = [
+        ResponseCode::ServFail,
+        ResponseCode::Refused,
+        ResponseCode::NotImp,
+        ResponseCode::FormErr,
+    ];
+    answer.metadata.op_code == OpCode::Query && !unwilling.contains(&answer.metadata.response_code)
 }
 
 /// The servers of a resolv.conf, without ourselves.
@@ -211,47 +464,6 @@ fn servers_in(text: &str, own: &[IpAddr]) -> Vec<SocketAddr> {
         .map(|address| SocketAddr::new(address, DNS_PORT))
         .take(SERVER_COUNT_MAX)
         .collect()
-}
-
-/// True when `answer` answers `question`.
-fn belongs(answer: &Message, question: &Message) -> bool {
-    answer.metadata.id == question.metadata.id
-        && answer.metadata.message_type == hickory_proto::op::MessageType::Response
-        && answer.queries.first() == question.queries.first()
-}
-
-async fn ask_udp(server: SocketAddr, bytes: &[u8], question: &Message) -> io::Result<Message> {
-    let any: IpAddr = match server {
-        SocketAddr::V4(_) => IpAddr::from([0; 4]),
-        SocketAddr::V6(_) => IpAddr::from([0; 16]),
-    };
-    let socket = UdpSocket::bind((any, 0)).await?;
-    socket.connect(server).await?;
-    socket.send(bytes).await?;
-    let mut buffer = vec![0; usize::from(u16::MAX)];
-    loop {
-        let size = socket.recv(&mut buffer).await?;
-        match Message::from_vec(&buffer[..size]) {
-            Ok(answer) if belongs(&answer, question) => return Ok(answer),
-            // A late or forged one: the right one may still come.
-            _ => {}
-        }
-    }
-}
-
-async fn ask_tcp(server: SocketAddr, bytes: &[u8], question: &Message) -> io::Result<Message> {
-    let size = u16::try_from(bytes.len()).map_err(io::Error::other)?;
-    let mut stream = TcpStream::connect(server).await?;
-    let mut framed = size.to_be_bytes().to_vec();
-    framed.extend_from_slice(bytes);
-    stream.write_all(&framed).await?;
-    let mut buffer = vec![0; usize::from(stream.read_u16().await?)];
-    stream.read_exact(&mut buffer).await?;
-    match Message::from_vec(&buffer) {
-        Ok(answer) if belongs(&answer, question) => Ok(answer),
-        Ok(_) => Err(io::Error::other("answered another question")),
-        Err(error) => Err(io::Error::other(format!("malformed answer: {error}"))),
-    }
 }
 
 #[cfg(test)]
@@ -273,18 +485,27 @@ mod tests {
         assert_eq!(servers, ["192.0.2.1:53", "[::1]:53"]);
     }
 
-    #[test]
-    fn a_changed_file_is_read_again_and_a_vanished_one_kept() {
+    #[tokio::test]
+    async fn a_changed_file_is_read_again_and_a_vanished_one_kept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("resolv.conf");
         std::fs::write(&path, "nameserver 192.0.2.1\n").unwrap();
-        let forwarder = Forwarder::new(Upstreams::File(path.clone()), Vec::new());
-        assert_eq!(forwarder.servers()[0].ip(), IpAddr::from([192, 0, 2, 1]));
+        let forwarder = Forwarder::new(
+            Upstreams::File(path.clone()),
+            IpAddr::from([127, 0, 0, 1]),
+            watch::channel(Arc::default()).1,
+            Arc::default(),
+        );
+        let look = || {
+            let mut servers = lock(&forwarder.servers);
+            servers.looked = None;
+            forwarder.reload(&mut servers);
+            servers.health.order()[0].ip().to_string()
+        };
+        assert_eq!(look(), "192.0.2.1");
         std::fs::remove_file(&path).unwrap();
-        forwarder.file.lock().unwrap().looked = None;
-        assert_eq!(forwarder.servers().len(), 1);
+        assert_eq!(look(), "192.0.2.1");
         std::fs::write(&path, "nameserver 192.0.2.2\n").unwrap();
-        forwarder.file.lock().unwrap().looked = None;
-        assert_eq!(forwarder.servers()[0].ip(), IpAddr::from([192, 0, 2, 2]));
+        assert_eq!(look(), "192.0.2.2");
     }
 }

@@ -14,12 +14,13 @@
 //!
 //! Source: "Kubernetes DNS-Based Service Discovery" 1.1.0, and RFC 2308 for negative answers.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, OnceLock};
 
 use gantry_api::proto;
 use gantry_api::proto::backend::State;
+use gantry_shim::names::{ALIAS, MORE};
 use hickory_proto::op::Query;
 use hickory_proto::rr::rdata::{A, AAAA, CNAME, PTR, SOA, SRV, TXT};
 use hickory_proto::rr::{Name, RData, Record, RecordType};
@@ -105,6 +106,31 @@ impl Zone {
         &self.view
     }
 
+    /// `cluster.local.`
+    pub fn domain(&self) -> String {
+        self.domain.to_ascii()
+    }
+
+    /// Whether a name is the cluster's domain or below it.
+    pub fn is_own(&self, name: &Name) -> bool {
+        self.domain.zone_of(name)
+    }
+
+    /// Whether a name is that of a Service that exists, or below it.
+    pub(super) fn is_of_service(&self, name: &Name) -> bool {
+        let name = name.to_lowercase();
+        let depth = name.num_labels().checked_sub(self.domain.num_labels());
+        let labels = name.iter().take(depth.unwrap_or(0).into());
+        let labels: Option<Vec<&str>> = labels.map(|l| std::str::from_utf8(l).ok()).collect();
+        let Some([.., name, namespace, "svc"]) = labels.as_deref() else {
+            return false;
+        };
+        self.view.services.contains_key(&ServiceName {
+            namespace: (*namespace).into(),
+            name: (*name).into(),
+        })
+    }
+
     /// Answers one question.
     pub fn answer(&self, query: &Query) -> Answer {
         let name = query.name().to_lowercase();
@@ -134,7 +160,7 @@ impl Zone {
     /// `labels`: what stands before the domain, lower case.
     fn forward_name(&self, query: &Query, labels: &[&str]) -> Answer {
         match labels {
-            [] if query.query_type() == RecordType::SOA => found(vec![self.soa()]),
+            [] if query.query_type() == RecordType::SOA => found(vec![self.soa(query.name())]),
             [] | ["svc"] | ["pod"] => found(Vec::new()),
             ["dns-version"] => match query.query_type() {
                 RecordType::TXT => {
@@ -144,6 +170,8 @@ impl Zone {
                 _ => found(Vec::new()),
             },
             [namespace, "svc"] if self.has_namespace(namespace) => found(Vec::new()),
+            // Names of addresses exist below any namespace, so it exists too (RFC 8020).
+            [_namespace, "pod"] => found(Vec::new()),
             [rest @ .., name, namespace, "svc"] => {
                 let service = ServiceName {
                     namespace: (*namespace).into(),
@@ -365,14 +393,52 @@ impl Zone {
         index
     }
 
+    /// Every name below `svc` that has addresses, as [`gantry_shim::names`] wants it: the name
+    /// without `svc` and the domain, and words.
+    pub(super) fn each_name(&self, mut take: impl FnMut(&str, &[String])) {
+        for (name, service) in self.view.services.iter() {
+            let own = format!("{}.{}", name.name, name.namespace);
+            let mut words: Vec<String> = addresses(&service.cluster_ips)
+                .map(|ip| ip.to_string())
+                .collect();
+            if service.r#type == "ExternalName" {
+                words = vec![ALIAS.to_owned()];
+            } else if !words.is_empty() {
+                words.push(MORE.to_owned());
+            }
+            if !words.is_empty() {
+                take(&own, &words);
+                continue;
+            }
+            let mut hosts: BTreeMap<String, Vec<String>> = BTreeMap::new();
+            for backend in self.serving(name, service) {
+                for address in addresses(&backend.addresses) {
+                    words.push(address.to_string());
+                    let host = format!("{}.{own}", host_label(backend, address));
+                    hosts.entry(host).or_default().push(address.to_string());
+                }
+            }
+            take(&own, &words);
+            for (host, words) in hosts {
+                take(&host, &words);
+            }
+        }
+    }
+
     /// A name below the domain; none when a label is no label (the API would have refused it).
     fn name_of(&self, labels: &[&str]) -> Option<Name> {
         let relative = Name::from_labels(labels.iter().map(|label| label.as_bytes())).ok()?;
         relative.append_domain(&self.domain).ok()
     }
 
-    /// The record that goes with every negative answer.
-    pub fn soa(&self) -> Record {
+    /// The record that goes with every negative answer. Its owner is above the asked name: caches
+    /// believe no other (RFC 2308).
+    pub fn soa(&self, asked: &Name) -> Record {
+        let owner = match self.is_own(asked) {
+            true => self.domain.clone(),
+            // `in-addr.arpa` or `ip6.arpa`
+            false => asked.trim_to(2),
+        };
         let below = |label: &str| {
             self.name_of(&[label])
                 .unwrap_or_else(|| self.domain.clone())
@@ -389,7 +455,7 @@ impl Zone {
             expire_s,
             BACKEND_TTL_S,
         );
-        record(&self.domain, BACKEND_TTL_S, RData::SOA(data))
+        record(&owner, BACKEND_TTL_S, RData::SOA(data))
     }
 }
 

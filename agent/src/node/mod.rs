@@ -26,6 +26,7 @@ use crate::cgroups::Cgroups;
 use crate::cgroups::requests::Amounts;
 use crate::dataplane::{Counts, Dataplane};
 use crate::devices::Offered;
+use crate::dns;
 use crate::feed::NodeInfoSource;
 use crate::feed::node_info::{self, NodeIdentity};
 use crate::images::ImageStore;
@@ -51,6 +52,7 @@ pub struct NodeResources {
     usage: Collector,
     pressures: watch::Sender<BTreeSet<Resource>>,
     going_down: watch::Sender<bool>,
+    names: Option<dns::Metrics>,
 }
 
 impl NodeResources {
@@ -85,6 +87,7 @@ impl NodeResources {
             usage: Collector::new(node_name.to_owned(), cgroups.clone(), paths.clone()),
             pressures,
             going_down: watch::Sender::new(false),
+            names: None,
         }
     }
 
@@ -135,6 +138,12 @@ impl NodeResources {
         self.usage.clone()
     }
 
+    /// Shows the resolver's figures as well.
+    pub fn with_names(mut self, figures: dns::Metrics) -> Self {
+        self.names = Some(figures);
+        self
+    }
+
     /// Starts watching for pressure and hit limits, and serving metrics; returns what they want of
     /// pods, and how others may say what they want.
     pub fn watch(
@@ -163,7 +172,8 @@ impl NodeResources {
             orders.clone(),
             self.pressures,
         );
-        let figures = figures(monitor.eviction_count(), pressures, view.clone(), dataplane);
+        let evictions = monitor.eviction_count();
+        let figures = figures(evictions, pressures, view.clone(), dataplane, self.names);
         match stats::socket::listen(&socket) {
             Ok(listener) => {
                 tasks.spawn(stats::socket::serve(
@@ -189,6 +199,7 @@ fn figures(
     pressures: watch::Receiver<BTreeSet<Resource>>,
     view: watch::Receiver<Arc<View>>,
     dataplane: &Arc<dyn Dataplane>,
+    names: Option<dns::Metrics>,
 ) -> stats::socket::Figures {
     let dataplane = dataplane.clone();
     Arc::new(move || {
@@ -204,6 +215,7 @@ fn figures(
                 warn!(%error, "no counts of packets");
                 Counts::default()
             }),
+            names: names.as_ref().map(|text| text()).unwrap_or_default(),
         };
         let dataplane = dataplane.clone();
         Box::pin(async move {

@@ -34,6 +34,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 
 use self::link::{Answer, Link, lock};
+pub(crate) use self::link::{receive, register};
 use self::records::{Intent, SandboxIntent};
 use self::sandbox::Sandbox;
 use super::{
@@ -609,7 +610,7 @@ async fn remove_cgroup(path: &str) -> Result<(), RuntimeError> {
 }
 
 /// The shim holds a lock for its whole life.
-async fn wait_for_shim_end(directory: &Path) {
+pub(crate) async fn wait_for_shim_end(directory: &Path) {
     let Ok(lock) = fs::File::options()
         .write(true)
         .open(directory.join("shim.lock"))

@@ -36,6 +36,8 @@ pub struct AgentFigures {
     pub services: Vec<ProgrammedService>,
     /// What the eBPF programs counted.
     pub counts: Counts,
+    /// The resolver's families, as text.
+    pub names: String,
 }
 
 /// One family: its header and lines.
@@ -220,6 +222,7 @@ pub fn render(sample: &Sample, agent: &AgentFigures) -> String {
     node(&mut text, sample, agent);
     services(&mut text, agent);
     counts(&mut text, &agent.counts);
+    text.push_str(&agent.names);
     text
 }
 

@@ -234,6 +234,17 @@ fn cluster_names_that_do_not_exist_never_go_upstream() {
 }
 
 #[test]
+fn a_denial_belongs_to_a_zone_above_the_name() {
+    let zone = Zone::new(view());
+    let owner = |name: &str| zone.soa(&Name::from_ascii(name).unwrap()).name.to_ascii();
+    assert_eq!(owner("no.Shop.svc.cluster.local."), "cluster.local.");
+    assert_eq!(owner("9.9.244.10.in-addr.arpa."), "in-addr.arpa.");
+    assert_eq!(owner("1.0.0.0.ip6.arpa."), "ip6.arpa.");
+    // Names of addresses are below any namespace: RFC 8020.
+    assert!(data("shop.pod.cluster.local.", RecordType::A).is_empty());
+}
+
+#[test]
 fn before_the_first_view_the_client_is_told_to_try_again() {
     let name = Name::from_ascii("web.shop.svc.cluster.local.").unwrap();
     let query = Query::query(name, RecordType::A);

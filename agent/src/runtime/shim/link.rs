@@ -211,7 +211,7 @@ impl Link {
 }
 
 /// A descriptor of our own in tokio's care.
-pub(super) fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub(crate) fn register(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an OwnedFd always names the same open file until it is dropped, which is after the
     // AsyncFd around it has deregistered.
     Ok(unsafe { AsyncFd::register(fd) }?)
@@ -229,7 +229,7 @@ fn receive_reply(socket: RawFd) -> io::Result<(Reply, Vec<OwnedFd>)> {
 }
 
 /// One datagram and the descriptors that came with it.
-pub(super) fn receive(socket: RawFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+pub(crate) fn receive(socket: RawFd, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
     let mut control = nix::cmsg_space!([RawFd; 3]);
     let mut parts = [IoSliceMut::new(buffer)];
     let flags = MsgFlags::MSG_CMSG_CLOEXEC;
