@@ -22,6 +22,7 @@ mod leaks;
 mod life_cycle;
 mod limits;
 mod main_job;
+mod names;
 mod network_policy;
 mod probes;
 mod reboot;
@@ -99,6 +100,7 @@ pub const ALL: &[Scenario] = &[
     scenario("host-port", host_port::host_port),
     for_every_kernel("network-policy", network_policy::network_policy),
     scenario("restarts-under-load", restarts::restarts_under_load),
+    for_every_kernel("names", names::names),
 ];
 
 impl Scenario {

@@ -70,6 +70,7 @@ scenarios! {
     host_port: a_port_of_the_node_is_a_pods_until_the_pod_has_gone,
     network_policy: traffic_is_what_the_policies_allow_and_stays_so_over_restarts,
     restarts_under_load: no_connection_is_refused_or_reset_while_the_agent_is_killed_again_and_again,
+    names: they_are_answered_in_one_hop_and_kills_lose_no_query,
 }
 
 mod sweep {

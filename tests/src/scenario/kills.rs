@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
+use super::names::Queries;
 use super::sleeper;
 use crate::cluster::Cluster;
 
@@ -63,6 +64,9 @@ spec:
     let leaver = cluster.get(&["pod", "leaver"])?;
     let leaver = leaver["status"]["podIP"].as_str().context("no address")?;
     let leaver = SocketAddr::new(leaver.parse()?, 9000);
+    let queries = Queries::begin("counter.default.svc.cluster.local");
+    // What is said about names in the agent's absence is written a moment after they come.
+    std::thread::sleep(Duration::from_secs(1));
     cluster.kill_agent()?;
     // It ends when somebody connects: now, while nobody looks after it.
     cluster.wait("the leaver to listen", Duration::from_secs(60), |_| {
@@ -74,6 +78,7 @@ spec:
         std::thread::sleep(Duration::from_millis(400));
     }
     cluster.start_agent()?;
+    queries.end().context("names while the agent was dead")?;
     cluster.wait_phase("default", "leaver", "Failed")?;
     let leaver = cluster.get(&["pod", "leaver"])?;
     let ended = &leaver["status"]["containerStatuses"][0]["state"]["terminated"];

@@ -205,7 +205,7 @@ fn shown(cluster: &Cluster) -> Result<()> {
     Ok(())
 }
 
-fn scrape() -> Result<String> {
+pub(super) fn scrape() -> Result<String> {
     let mut socket = UnixStream::connect("/run/gantry/metrics.sock")?;
     socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: node\r\n\r\n")?;
     let mut text = String::new();
