@@ -20,6 +20,7 @@ pub mod dataplane;
 pub mod devices;
 mod directory_watch;
 pub mod dns;
+pub mod explain;
 pub mod feed;
 pub mod flows;
 pub mod health_check;

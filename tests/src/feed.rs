@@ -270,6 +270,30 @@ impl TunnelTarget for FakePods {
             .boxed())
     }
 
+    async fn explain_client(
+        &self,
+        request: proto::ExplainClient,
+        _pod: PodUid,
+    ) -> Result<proto::ExplainHalf, TunnelError> {
+        Ok(proto::ExplainHalf {
+            ok: true,
+            next_node: "n2".into(),
+            next: Some(proto::ExplainServer::default()),
+            backend: request.service,
+            ..Default::default()
+        })
+    }
+
+    async fn explain_server(
+        &self,
+        _request: proto::ExplainServer,
+    ) -> Result<proto::ExplainHalf, TunnelError> {
+        Ok(proto::ExplainHalf {
+            conclusion: "dropped at ingress".into(),
+            ..Default::default()
+        })
+    }
+
     async fn forward(&self, port: u16, _pod: PodUid) -> Result<tokio::net::TcpStream, TunnelError> {
         let socket = tokio::net::TcpStream::connect(("127.0.0.1", port)).await;
         socket.map_err(|error| TunnelError(error.to_string()))
@@ -904,6 +928,47 @@ async fn flows_come_from_every_node_until_nobody_listens() {
     assert_eq!(last.node, "n1");
     assert!(!last.error.is_empty());
     second.stop().await;
+    control.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_explanation_is_asked_of_both_nodes() {
+    let store = tempfile::tempdir().unwrap();
+    let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(store.path(), "127.0.0.1:0").await;
+    let first = Agent::start(&control.url(), "n1", one.path());
+    let second = Agent::start(&control.url(), "n2", two.path());
+    first.live().await;
+    second.live().await;
+    control.create_pod("client", "n1").await;
+    let mut client = StatsClient::connect(control.url()).await.unwrap();
+    let request = |pod: &str| proto::ExplainRequest {
+        pod: pod.into(),
+        service: "web".into(),
+        port: "80".into(),
+        ..Default::default()
+    };
+    let reply = client
+        .explain(request("client"))
+        .await
+        .unwrap()
+        .into_inner();
+    let told = (reply.connects, reply.conclusion.as_str());
+    assert_eq!(told, (false, "dropped at ingress"));
+    let absent = client.explain(request("nobody")).await.unwrap_err();
+    assert_eq!(absent.code(), tonic::Code::NotFound);
+    second.stop().await;
+    eventually("it has left", || {
+        (!control.feed.is_connected("n2")).then_some(())
+    })
+    .await;
+    let reply = client
+        .explain(request("client"))
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(!reply.connects && reply.conclusion.starts_with("unknown: node n2"));
+    first.stop().await;
     control.stop().await;
 }
 

@@ -30,6 +30,7 @@ mod resources;
 mod restarts;
 mod rolling_update;
 mod security;
+mod see;
 mod shutdown;
 mod static_pods;
 mod streams;
@@ -101,6 +102,7 @@ pub const ALL: &[Scenario] = &[
     for_every_kernel("network-policy", network_policy::network_policy),
     scenario("restarts-under-load", restarts::restarts_under_load),
     for_every_kernel("names", names::names),
+    for_every_kernel("see", see::see),
 ];
 
 impl Scenario {

@@ -40,6 +40,7 @@ use super::pods::PodPrograms;
 use super::policies::Policies;
 use super::repair::Repair;
 use super::tables::Tables;
+use super::trial::{BpfTrial, Trial, TrialPod};
 use super::uplinks::UplinkPrograms;
 use super::{
     Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, PodPlaces, StuckService, bpffs,
@@ -438,6 +439,14 @@ impl Dataplane for BpfDataplane {
 
     fn pod_places(&self) -> PodPlaces {
         self.pods().places()
+    }
+
+    fn trial(&self) -> Result<Box<dyn Trial>, DataplaneError> {
+        Ok(Box::new(BpfTrial::load(&self.paths)?))
+    }
+
+    fn trial_pod(&self, pod: &PodUid) -> Option<TrialPod> {
+        self.pods().trial_pod(pod)
     }
 
     fn apply_policies(&self, view: &View) -> Result<Vec<StuckPod>, DataplaneError> {

@@ -183,7 +183,10 @@ pub(super) fn load_packets(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
     hooks.try_for_each(|hook| load_program(ebpf, hook.program).map(drop))
 }
 
-fn load_program<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a ProgramFd, DataplaneError> {
+pub(super) fn load_program<'a>(
+    ebpf: &'a mut Ebpf,
+    name: &str,
+) -> Result<&'a ProgramFd, DataplaneError> {
     let program = ebpf
         .program_mut(name)
         .ok_or_else(|| missing("program", name))?;

@@ -25,6 +25,7 @@ mod policies;
 mod repair;
 mod sys;
 mod tables;
+mod trial;
 mod uplinks;
 
 pub mod bpf;
@@ -46,6 +47,7 @@ pub use self::bpf::{BpfDataplane, Options};
 pub use self::cleanup::remove_all;
 pub use self::flows::{FlowNews, FlowWatch};
 pub use self::full::FullMaps;
+pub use self::trial::{SYN, SYN_ACK, Trial, TrialPacket, TrialPod, Tried};
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
 use crate::services::shown::Fill;
@@ -213,6 +215,19 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Which pods are where: what an event's interface and addresses mean.
     fn pod_places(&self) -> PodPlaces {
         PodPlaces::default()
+    }
+
+    /// Programs to try packets on, with the tables of this moment. Blocks for the verifier's time.
+    fn trial(&self) -> Result<Box<dyn Trial>, DataplaneError> {
+        Err(DataplaneError::Kernel {
+            what: "explain".into(),
+            reason: "this data plane has no programs to try".into(),
+        })
+    }
+
+    /// A pod's interface, if it is in the packet path.
+    fn trial_pod(&self, _pod: &PodUid) -> Option<TrialPod> {
+        None
     }
 
     /// Puts a pod into the packet path, before it can send. Idempotent; after the agent's start it is

@@ -32,7 +32,7 @@ use ebpf_maps::services::Addr;
 
 use super::clsact::{self, Direction};
 use super::load::{absent_is_fine, failed, program_fd, take_map, unexpected};
-use super::{DataplaneError, PodInterface, PodPlaces, hooks, sys};
+use super::{DataplaneError, PodInterface, PodPlaces, TrialPod, hooks, sys};
 use crate::ids::PodUid;
 use crate::paths::Paths;
 use crate::services::index::{addr_of, ip_of, label64};
@@ -141,6 +141,15 @@ impl PodPrograms {
             addresses: addresses.map(|(addr, id)| (ip_of(addr), *id)).collect(),
             interfaces: self.owners.interfaces.clone(),
         }
+    }
+
+    /// See [`super::Dataplane::trial_pod`].
+    pub(super) fn trial_pod(&self, pod: &PodUid) -> Option<TrialPod> {
+        let pod_id = label64(pod.as_str());
+        let mut rows = self.owners.interfaces.iter();
+        let (ifindex, _) = rows.find(|(_, owner)| **owner == pod_id)?;
+        let row = self.interfaces.get(ifindex, 0).ok()?;
+        Some(TrialPod::of(*ifindex, &row))
     }
 
     /// By which means; tests compare both.

@@ -9,6 +9,7 @@
 
 mod bed;
 mod events;
+mod explain;
 mod frames;
 mod maps;
 mod masquerade;

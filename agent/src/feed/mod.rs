@@ -167,6 +167,23 @@ pub trait TunnelTarget: Send + Sync + 'static {
         Err(TunnelError("this agent tells of no flows".into()))
     }
 
+    /// The part of the client's node in whether a pod would connect.
+    async fn explain_client(
+        &self,
+        _request: proto::ExplainClient,
+        _pod: PodUid,
+    ) -> Result<proto::ExplainHalf, TunnelError> {
+        Err(TunnelError("this agent explains nothing".into()))
+    }
+
+    /// The part of the server's node.
+    async fn explain_server(
+        &self,
+        _request: proto::ExplainServer,
+    ) -> Result<proto::ExplainHalf, TunnelError> {
+        Err(TunnelError("this agent explains nothing".into()))
+    }
+
     /// What this node has dropped, by reason.
     fn drops(&self) -> Result<Vec<proto::DroppedPackets>, TunnelError> {
         Err(TunnelError("this agent counts no packets".into()))

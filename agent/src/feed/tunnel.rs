@@ -76,6 +76,8 @@ enum Work {
     /// Known already.
     Services(Vec<proto::ProgrammedService>, Up),
     Drops(Vec<proto::DroppedPackets>, Up),
+    /// Known already.
+    Explain(Box<proto::ExplainHalf>, Up),
     Flows(BoxStream<'static, proto::NodeFlows>, Up),
 }
 
@@ -128,6 +130,11 @@ async fn produce(
                 .map(|flows| Work::Flows(flows, up.clone()))
                 .map_err(|error| error.to_string())
         }
+        (_, Some(open_tunnel::Target::ExplainServer(request))) => {
+            let half = target.explain_server(request).await;
+            half.map(|half| Work::Explain(Box::new(half), up.clone()))
+                .map_err(|error| error.to_string())
+        }
         (_, Some(open_tunnel::Target::RemoveVolume(volume))) => {
             Ok(Work::RemoveVolume(target, volume.name, up.clone()))
         }
@@ -138,6 +145,11 @@ async fn produce(
         (Ok(uid), Some(open_tunnel::Target::Logs(request))) => {
             let logs = target.logs(request, uid).await;
             logs.map(|logs| Work::Logs(logs, up.clone()))
+                .map_err(|error| error.to_string())
+        }
+        (Ok(uid), Some(open_tunnel::Target::ExplainClient(request))) => {
+            let half = target.explain_client(request, uid).await;
+            half.map(|half| Work::Explain(Box::new(half), up.clone()))
                 .map_err(|error| error.to_string())
         }
         (Ok(uid), Some(open_tunnel::Target::Exec(start))) => {
@@ -186,6 +198,10 @@ impl Work {
                     ..Default::default()
                 };
                 send(&up, tunnel_up::Message::Services(part)).await;
+                end(up, down).await;
+            }
+            Self::Explain(half, up) => {
+                send(&up, tunnel_up::Message::Explain(*half)).await;
                 end(up, down).await;
             }
             Self::Flows(flows, up) => run_flows(flows, up, down).await,

@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 
 use self::images::NodeImages;
 use crate::dataplane::Dataplane;
+use crate::explain;
 use crate::feed::{TunnelError, TunnelTarget};
 use crate::flows;
 use crate::ids::{ContainerRun, PodUid};
@@ -145,6 +146,24 @@ impl TunnelTarget for PodTunnels {
     ) -> Result<BoxStream<'static, proto::NodeFlows>, TunnelError> {
         let flows = flows::watch(self.sources()?.clone(), request);
         flows.map_err(|error| TunnelError(error.to_string()))
+    }
+
+    async fn explain_client(
+        &self,
+        request: proto::ExplainClient,
+        pod: PodUid,
+    ) -> Result<proto::ExplainHalf, TunnelError> {
+        let pod = self.mirrors.behind(pod);
+        let half = explain::client(self.sources()?, &pod, request).await;
+        half.map_err(|error| TunnelError(error.to_string()))
+    }
+
+    async fn explain_server(
+        &self,
+        request: proto::ExplainServer,
+    ) -> Result<proto::ExplainHalf, TunnelError> {
+        let half = explain::server(self.sources()?, request).await;
+        half.map_err(|error| TunnelError(error.to_string()))
     }
 
     fn drops(&self) -> Result<Vec<proto::DroppedPackets>, TunnelError> {

@@ -16,6 +16,7 @@ pub mod compile;
 pub mod follow;
 pub mod plan;
 pub mod prefix;
+pub mod why;
 
 #[cfg(test)]
 mod tests;

@@ -18,6 +18,7 @@ mod delete;
 mod describe;
 mod events;
 mod exec;
+mod explain;
 mod failure;
 mod files;
 mod flows;
@@ -110,6 +111,9 @@ enum Verb {
     Svc(svc::Svc),
     /// What happens to connections on the nodes: who, to whom, verdict
     Flows(flows::Flows),
+    /// Say what would happen, and why
+    #[command(subcommand)]
+    Explain(explain::Explain),
     /// Follow or restart a rollout
     #[command(subcommand)]
     Rollout(rollout::Rollout),
@@ -176,6 +180,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Images(verb) => verb.run(&global).await,
         Verb::Svc(verb) => verb.run(&global).await.map(done),
         Verb::Flows(verb) => verb.run(&global).await.map(done),
+        Verb::Explain(verb) => verb.run(&global).await,
         Verb::Top(verb) => verb.run(&global).await.map(done),
         Verb::Rollout(verb) => verb.run(&global).await.map(done),
         Verb::Events(verb) => verb.run(&global).await.map(done),
@@ -227,6 +232,7 @@ mod tests {
             "top node node-1",
             "svc drops --node n --all",
             "flows -f -A",
+            "explain connect shop/client web.shop:http --udp -o json",
             "flows -n shop --pod web --verdict dropped,refused --last 20 -o json --node n",
             "images",
             "images --node n -o wide --no-headers",

@@ -43,6 +43,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::server::{Registry, Tokens};
 
+mod explain;
 mod floor;
 mod follow;
 mod images;

@@ -28,9 +28,9 @@ pub struct PodStreams {
 }
 
 /// Where a request goes.
-struct Place {
-    node: String,
-    uid: String,
+pub(super) struct Place {
+    pub(super) node: String,
+    pub(super) uid: String,
     container: String,
 }
 
@@ -41,36 +41,7 @@ impl PodStreams {
 
     /// `container`: none when the pod as a whole is meant.
     fn place(&self, namespace: &str, name: &str, container: Option<&str>) -> Result<Place, Status> {
-        let namespace = if namespace.is_empty() {
-            "default"
-        } else {
-            namespace
-        };
-        let pod = self
-            .feed
-            .inner
-            .registry
-            .get::<Pod>(namespace, name)?
-            .ok_or_else(|| match kinds::by_plural("", "pods") {
-                Some(kind) => Status::not_found(kind, name),
-                None => Status::not_served("pods is not a kind of this server"),
-            })?;
-        let container = match container {
-            Some(container) => container_of(&pod, name, container)?,
-            None => String::new(),
-        };
-        let node = pod
-            .spec
-            .and_then(|spec| spec.node_name)
-            .filter(|node| !node.is_empty());
-        let node = node.ok_or_else(|| {
-            Status::bad_request(format!("pod {name} does not have a host assigned"))
-        })?;
-        Ok(Place {
-            node,
-            uid: pod.metadata.uid.unwrap_or_default(),
-            container,
-        })
+        place(&self.feed, namespace, name, container)
     }
 
     async fn open(&self, place: &Place, target: Target) -> Result<Tunnel, Status> {
@@ -79,6 +50,43 @@ impl PodStreams {
             .open_tunnel(&place.node, &place.uid, target)
             .await
     }
+}
+
+/// Where a pod, or one of its containers, is.
+pub(super) fn place(
+    feed: &Feed,
+    namespace: &str,
+    name: &str,
+    container: Option<&str>,
+) -> Result<Place, Status> {
+    let namespace = if namespace.is_empty() {
+        "default"
+    } else {
+        namespace
+    };
+    let pod = feed
+        .inner
+        .registry
+        .get::<Pod>(namespace, name)?
+        .ok_or_else(|| match kinds::by_plural("", "pods") {
+            Some(kind) => Status::not_found(kind, name),
+            None => Status::not_served("pods is not a kind of this server"),
+        })?;
+    let container = match container {
+        Some(container) => container_of(&pod, name, container)?,
+        None => String::new(),
+    };
+    let node = pod
+        .spec
+        .and_then(|spec| spec.node_name)
+        .filter(|node| !node.is_empty());
+    let node = node
+        .ok_or_else(|| Status::bad_request(format!("pod {name} does not have a host assigned")))?;
+    Ok(Place {
+        node,
+        uid: pod.metadata.uid.unwrap_or_default(),
+        container,
+    })
 }
 
 /// The container that is meant.

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response};
 
-use super::Feed;
+use super::{Feed, explain};
 
 /// An agent takes a second for its rates, and a reading.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -158,6 +158,15 @@ fn fill_in(usage: &mut proto::NodeUsage, node: &Node) {
 
 #[tonic::async_trait]
 impl stats_server::Stats for NodeStats {
+    async fn explain(
+        &self,
+        request: Request<proto::ExplainRequest>,
+    ) -> Result<Response<proto::ExplainReply>, tonic::Status> {
+        let request = request.into_inner();
+        let reply = explain::connect(&self.feed, &request).await;
+        Ok(Response::new(reply?))
+    }
+
     type FlowsStream = ReceiverStream<Result<proto::NodeFlows, tonic::Status>>;
 
     async fn flows(

@@ -18,9 +18,9 @@ use crate::policy::PolicyName;
 use crate::view::View;
 
 /// A view with both pods, these policies on pod 1 (`db`) or pod 0 (`web`), and set `web` with pod 0.
-struct Node {
-    wires: Wires,
-    view: View,
+pub(super) struct Node {
+    pub wires: Wires,
+    pub view: View,
 }
 
 fn pod(name: &str) -> Pod {
@@ -30,7 +30,7 @@ fn pod(name: &str) -> Pod {
     .unwrap()
 }
 
-fn rule(ports: &[(u32, u32, u32)]) -> proto::PolicyRule {
+pub(super) fn rule(ports: &[(u32, u32, u32)]) -> proto::PolicyRule {
     let port = |(protocol, first, last): &(u32, u32, u32)| proto::PolicyPort {
         protocol: *protocol,
         first: *first,
@@ -45,7 +45,7 @@ fn rule(ports: &[(u32, u32, u32)]) -> proto::PolicyRule {
 }
 
 impl Node {
-    fn new() -> Option<Self> {
+    pub(super) fn new() -> Option<Self> {
         let wires = Wires::attached()?;
         let mut view = View {
             rev: 1,
@@ -58,7 +58,7 @@ impl Node {
     }
 
     /// Makes this the policy of the pods with `app`, until the next of the same name.
-    fn set(&mut self, app: &str, policy: Option<proto::Policy>) {
+    pub(super) fn set(&mut self, app: &str, policy: Option<proto::Policy>) {
         let name = PolicyName {
             namespace: "d".into(),
             name: app.into(),
@@ -83,7 +83,7 @@ impl Node {
         self.apply();
     }
 
-    fn ingress(&mut self, rules: Vec<proto::PolicyRule>) {
+    pub(super) fn ingress(&mut self, rules: Vec<proto::PolicyRule>) {
         let policy = proto::Policy {
             ingress: true,
             incoming: rules,
@@ -93,7 +93,7 @@ impl Node {
     }
 
     /// Who is in set `web`, by address.
-    fn set_members(&mut self, addresses: &[&str]) {
+    pub(super) fn set_members(&mut self, addresses: &[&str]) {
         let octets = |text: &&str| match text.parse().unwrap() {
             std::net::IpAddr::V4(a) => Bytes::copy_from_slice(&a.octets()),
             std::net::IpAddr::V6(a) => Bytes::copy_from_slice(&a.octets()),
@@ -107,7 +107,7 @@ impl Node {
         self.apply();
     }
 
-    fn apply(&mut self) {
+    pub(super) fn apply(&mut self) {
         self.view.rev += 1;
         let now = Duration::from_secs(self.view.rev);
         assert_eq!(self.wires.policies.apply(&self.view, now).unwrap(), []);
