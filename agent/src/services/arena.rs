@@ -80,9 +80,10 @@ impl Arena {
         self.merge(base, len);
     }
 
-    /// Places that are neither handed out nor in quarantine.
-    pub fn free_count(&self) -> u32 {
-        self.by_base.values().sum()
+    /// Places that are not handed out: free, or free within a second.
+    pub fn unused_count(&self) -> u32 {
+        let in_quarantine = self.quarantine.iter().map(|(_, _, len)| len);
+        self.by_base.values().chain(in_quarantine).sum()
     }
 
     fn release(&mut self, now: Duration) {
@@ -142,7 +143,10 @@ mod tests {
         let used = BTreeMap::from([(2, 3), (8, 2)]);
         let mut arena = Arena::new(1, 10, &used, NOW);
         assert!(arena.allocate(1, Duration::ZERO).is_err());
+        // A node that has just started its agent is not out of places.
+        assert_eq!(arena.unused_count(), 9 - 5);
         assert_eq!(arena.allocate(3, NOW), Ok(5));
+        assert_eq!(arena.unused_count(), 1);
         assert_eq!(arena.allocate(1, NOW), Ok(1));
         assert!(arena.allocate(1, NOW).is_err());
     }

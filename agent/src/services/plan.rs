@@ -242,7 +242,8 @@ impl Table {
         self.backends.len()
     }
 
-    /// How full the maps are. What is in quarantine is not free yet.
+    /// How full the maps are. What is in quarantine counts as free: after a restart that is all that
+    /// is not in use, and an apply that needs it waits for it.
     pub fn fill(&self) -> Vec<Fill> {
         let of = |map, used: u32, limit: u32| Fill { map, used, limit };
         let Limits {
@@ -254,8 +255,8 @@ impl Table {
         let ranges = self.source_ranges.values().map(|own| own.ranges.len());
         let ranges = u32::try_from(ranges.sum::<usize>()).unwrap_or(u32::MAX);
         let frontends = u32::try_from(self.frontends.len()).unwrap_or(u32::MAX);
-        let slots = slot_count.saturating_sub(self.slots.free_count());
-        let backends = backend_count.saturating_sub(self.ids.free_count());
+        let slots = slot_count.saturating_sub(self.slots.unused_count());
+        let backends = backend_count.saturating_sub(self.ids.unused_count());
         vec![
             of("FRONTENDS", frontends, frontend_count),
             of("SLOTS", slots, slot_count),
