@@ -145,7 +145,8 @@ impl Holder {
                     *lock(&self.link) = Some(link);
                     // A copy: nothing may be locked while telling.
                     let kept = lock(&self.kept).clone();
-                    for (name, socket) in &kept {
+                    // The two that listen first: their names are the last.
+                    for (name, socket) in kept.iter().rev() {
                         self.tell("keep", name, Some(socket)).await;
                     }
                 }
