@@ -3,7 +3,7 @@
 //!
 //! `setup ─► build ─► gantry-bench NAME (a cluster of its own) ─► target/bench/NAME.json ─► tables`
 //!
-//! What is measured and how: `tests/src/bench`.
+//! What is measured and how: `tests/src/bench`. `services` needs no cluster and has a report of its own.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::{build, image, report, run, setup};
 
 /// In the order of running; `tests/src/bench/mod.rs` has the same.
-const NAMES: [&str; 7] = [
+const NAMES: [&str; 8] = [
     "pod_start",
     "burst",
     "exec",
@@ -21,7 +21,9 @@ const NAMES: [&str; 7] = [
     "service_connect",
     "footprint",
     "density",
+    SERVICES,
 ];
+const SERVICES: &str = "services";
 
 /// What `bench` takes.
 #[derive(clap::Args)]
@@ -35,6 +37,36 @@ pub struct Arguments {
     /// Exit with 1 and name each target that is missed
     #[arg(long)]
     check: bool,
+    /// Of `services`: how many, `AxB` for A of which one has B endpoints
+    /// [default: 1,100,1000,10000,1x1000]
+    #[arg(long, value_name = "LIST")]
+    services: Option<String>,
+    /// Of `services`: rounds whose median is the figure [default: 7]
+    #[arg(long, value_name = "COUNT")]
+    rounds: Option<usize>,
+    /// Of `services`: a minute to see that everything works; its figures are none
+    #[arg(long)]
+    quick: bool,
+    /// Of `services`: besides direct only gantry, iptables-nft, iptables-legacy or nftables; may be given
+    /// several times
+    #[arg(long, value_name = "LAYOUT")]
+    only: Vec<String>,
+}
+
+impl Arguments {
+    /// The options of `services`, as `gantry-bench` takes them.
+    fn of_services(&self) -> Vec<String> {
+        let mut words = Vec::new();
+        let rounds = self.rounds.map(|rounds| rounds.to_string());
+        for (name, value) in [("--services", self.services.clone()), ("--rounds", rounds)] {
+            words.extend(value.into_iter().flat_map(|value| [name.to_owned(), value]));
+        }
+        for layout in &self.only {
+            words.extend(["--only".to_owned(), layout.clone()]);
+        }
+        words.extend(self.quick.then(|| "--quick".to_owned()));
+        words
+    }
 }
 
 /// Measures and prints; with `--check` a missed target is an error.
@@ -42,18 +74,26 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if !run::is_root() {
         bail!("pods need root: run `cargo xtask bench` as root");
     }
+    let alone = arguments.names.iter().all(|n| n == SERVICES) && !arguments.names.is_empty();
+    if !arguments.of_services().is_empty() && !arguments.names.iter().any(|n| n == SERVICES) {
+        bail!("--services, --rounds, --quick and --only are of `cargo xtask bench services`");
+    }
     let step = report::step("setting up this machine");
     setup::ensure(setup::For::Bench)?;
     drop(step);
     let step = report::step("building in release");
-    let bin = build::binaries(build::Profile::Bench, "up")?;
-    image::archive(&image::BUSYBOX)?;
+    let bin = if alone {
+        build::measurer()?
+    } else {
+        image::archive(&image::BUSYBOX)?;
+        build::binaries(build::Profile::Bench, "up")?
+    };
     drop(step);
     let out = run::target().join("bench");
     std::fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
     let mut missed = Vec::new();
     for name in NAMES.iter().filter(|n| is_wanted(arguments, n)) {
-        let figures = measure(name, &bin, &out, arguments.pods)?;
+        let figures = measure(name, &bin, &out, arguments)?;
         print!("{}", text(&figures));
         let lost = missed_targets(&figures).into_iter();
         missed.extend(lost.map(|what| format!("{name}: {what}")));
@@ -71,7 +111,7 @@ fn is_wanted(arguments: &Arguments, name: &str) -> bool {
     arguments.names.is_empty() || arguments.names.iter().any(|n| n == name)
 }
 
-fn measure(name: &str, bin: &Path, out: &Path, pods: Option<usize>) -> Result<Value> {
+fn measure(name: &str, bin: &Path, out: &Path, arguments: &Arguments) -> Result<Value> {
     let _step = report::step(&format!("measuring {name}"));
     let file = out.join(format!("{name}.json"));
     // Old figures must not pass for new ones.
@@ -82,14 +122,31 @@ fn measure(name: &str, bin: &Path, out: &Path, pods: Option<usize>) -> Result<Va
         &run::target().join("release/gantry-bench").to_string_lossy(),
         [name],
     );
+    let options = match name {
+        SERVICES => arguments.of_services(),
+        _ => Vec::new(),
+    };
+    let pods = arguments.pods;
     bench
         .arg(out)
+        .args(options)
         .env("GANTRY_BIN", bin)
+        .env("GANTRY_COMMIT", commit())
         .envs(pods.map(|count| ("GANTRY_BENCH_PODS", count.to_string())))
         .env("GANTRY_IMAGES", run::target().join("images"));
     run::shown(&mut bench)?;
     let text = std::fs::read(&file).with_context(|| format!("read {}", file.display()))?;
     serde_json::from_slice(&text).with_context(|| format!("{} is no JSON", file.display()))
+}
+
+/// What is measured; with a plus where files differ from it.
+fn commit() -> String {
+    let git = |words: &[&str]| run::captured(&mut run::program("git", words));
+    let Ok(head) = git(&["rev-parse", "--short=12", "HEAD"]) else {
+        return "unknown".into();
+    };
+    let changed = git(&["status", "--porcelain"]).is_ok_and(|said| !said.trim().is_empty());
+    format!("{}{}", head.trim(), if changed { "+" } else { "" })
 }
 
 /// The whole document as tables.
@@ -201,13 +258,28 @@ mod tests {
         assert_eq!(text(&figures), wanted);
     }
 
+    fn arguments(line: &str) -> Arguments {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            bench: Arguments,
+        }
+        let words = std::iter::once("bench").chain(line.split_whitespace());
+        <Line as clap::Parser>::try_parse_from(words).unwrap().bench
+    }
+
+    #[test]
+    fn options_of_services_are_handed_on() {
+        let got =
+            arguments("services --quick --services 1,10 --only gantry --rounds 5 --only nftables");
+        let wanted = "--services 1,10 --rounds 5 --only gantry --only nftables --quick";
+        assert_eq!(got.of_services().join(" "), wanted);
+        assert!(arguments("burst --check").of_services().is_empty());
+    }
+
     #[test]
     fn without_names_all_are_wanted() {
-        let mut arguments = Arguments {
-            names: Vec::new(),
-            pods: None,
-            check: false,
-        };
+        let mut arguments = arguments("");
         assert!(NAMES.iter().all(|n| is_wanted(&arguments, n)));
         arguments.names.push("footprint".into());
         assert!(!is_wanted(&arguments, "pod_start") && is_wanted(&arguments, "footprint"));

@@ -73,6 +73,15 @@ pub fn binaries(profile: Profile, name: &str) -> Result<PathBuf> {
     Ok(bin)
 }
 
+/// Builds what measures Services, which has the agent's data plane in it, and returns its directory.
+pub fn measurer() -> Result<PathBuf> {
+    ebpf::build(&run::root(), ebpf::Variant::Release)?;
+    let mut cargo = run::cargo();
+    cargo.args(["build", "--release", "--package", "gantry-tests"]);
+    run::shown(cargo.args(["--bin", "gantry-bench"]))?;
+    Ok(run::target().join("release"))
+}
+
 /// Builds what starts with every pod, small and static, and returns the directory that holds it.
 ///
 /// The shim's pages are shared between all pods. The runtime helper is executed for every container

@@ -24,14 +24,31 @@ pub const KINDS: [&str; 8] = [
 pub type Census = BTreeMap<&'static str, Vec<String>>;
 
 /// Files and directories that only Gantry makes.
-pub const FILES: [&str; 6] = [
+pub const FILES: [&str; 7] = [
     "/run/gantry",
     "/var/lib/gantry",
     "/var/lib/gantry-control",
     "/etc/gantry",
     "/etc/cni/net.d/10-gantry.conflist",
     "/opt/cni/bin/gantry-bridge",
+    "/run/gantry-bench",
 ];
+
+/// Where the namespaces of `cargo xtask bench services` are pinned, as `ip netns` takes them.
+pub fn netns_directory() -> &'static Path {
+    Path::new("/run/netns")
+}
+
+/// Their names.
+pub fn bench_netns() -> Vec<String> {
+    let entries = fs::read_dir(netns_directory()).into_iter().flatten();
+    let names = entries
+        .flatten()
+        .map(|e| e.file_name().to_string_lossy().into_owned());
+    names
+        .filter(|name| name.starts_with("gantry-bench"))
+        .collect()
+}
 
 /// Counts everything.
 pub fn take() -> Census {
@@ -46,7 +63,8 @@ pub fn take() -> Census {
             .map(|(pid, name)| format!("{pid} {name}"))
             .collect(),
     );
-    let (netns, mounts) = mounts();
+    let (mut netns, mounts) = mounts();
+    netns.extend(bench_netns());
     put("netns", netns);
     put("mounts", mounts);
     put("links", links());

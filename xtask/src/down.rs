@@ -46,6 +46,7 @@ pub fn remove() -> Result<()> {
         let _step = report::step("removing pods, network, cgroups and eBPF programs");
         run::shown(std::process::Command::new(&agent).arg("cleanup"))?;
     }
+    clear_bench()?;
     for file in census::FILES {
         remove_path(Path::new(file)).with_context(|| format!("remove {file}"))?;
     }
@@ -53,6 +54,20 @@ pub fn remove() -> Result<()> {
         remove_path(&run::target().join("up").join(file))?;
     }
     Ok(())
+}
+
+/// Namespaces and programs of a `cargo xtask bench services` that was killed.
+fn clear_bench() -> Result<()> {
+    if census::bench_netns().is_empty() && !Path::new("/run/gantry-bench").exists() {
+        return Ok(());
+    }
+    let built =
+        ["release", "debug"].map(|profile| run::target().join(profile).join("gantry-bench"));
+    let Some(bench) = built.iter().find(|path| path.exists()) else {
+        bail!("a benchmark of Services left namespaces; `cargo xtask bench services` removes them");
+    };
+    let _step = report::step("removing what a benchmark of Services left");
+    run::shown(std::process::Command::new(bench).args(["services", "/tmp", "--clear"]))
 }
 
 fn remove_path(path: &Path) -> std::io::Result<()> {

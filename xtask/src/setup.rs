@@ -84,12 +84,22 @@ fn needs(purpose: For) -> Vec<Need> {
         let why = "counts system calls, makes them fail, kills at them";
         needs.push(need("strace", why, strace, &["strace"]));
     }
+    if purpose == For::Test || purpose == For::Bench {
+        let ip = run::which("ip").is_some();
+        let iptables = run::which("iptables-nft-restore").is_some();
+        let nft = run::which("nft").is_some();
+        let why =
+            "kube-proxy's rules, in namespaces of their own, beside which Services are measured";
+        needs.extend([
+            need("ip", "test networks", ip, &["iproute2"][..]),
+            need("iptables", why, iptables, &["iptables"]),
+            need("nft", why, nft, &["nftables"]),
+        ]);
+    }
     if purpose == For::Test {
         let registry = run::which("docker-registry").is_some();
         let plugins = file("/usr/lib/cni/bridge") || file("/opt/cni/bin/bridge");
-        let ip = run::which("ip").is_some();
         needs.extend([
-            need("ip", "test networks", ip, &["iproute2"][..]),
             need(
                 "docker-registry",
                 "image pull tests",

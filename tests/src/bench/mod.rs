@@ -5,6 +5,8 @@
 //!                                              │ api: gRPC create, watch    probe: small child processes
 //!                                              └ cluster: one node from the built binaries, removed at the end
 //! ```
+//! `services` alone needs no cluster: it makes nodes of its own.
+//!
 //! Figures are ratios within one run: what is compared alternates, call by call, so that both see
 //! the same neighbours. A figure is the median over rounds of each round's percentile. Nothing here
 //! decides whether a figure is good enough except the target written beside it.
@@ -29,6 +31,7 @@ pub mod report;
 mod restart;
 mod runc;
 mod service_connect;
+pub mod services;
 
 /// The benchmarks' names, in the order of running.
 pub const NAMES: [&str; 7] = [

@@ -32,6 +32,9 @@ const CONNECT_TIMEOUT: TimeVal = TimeVal::new(1, 0);
 /// What the child's first argument after `probe` asks for.
 pub fn main(arguments: &[String]) -> Result<()> {
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    if let Some(done) = super::services::peer::main(&words) {
+        return done;
+    }
     match words.as_slice() {
         ["floor"] => answer(floor),
         ["connect", namespace] => {
@@ -69,6 +72,11 @@ impl Probe {
         })
     }
 
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits for its next line.
     pub fn line(&mut self) -> Result<String> {
         let mut line = String::new();
@@ -79,11 +87,22 @@ impl Probe {
 
     /// Asks and returns the answer's numbers, in nanoseconds.
     pub fn ask(&mut self, question: &str) -> Result<Vec<f64>> {
+        self.send(question)?;
+        self.numbers().with_context(|| question.to_owned())
+    }
+
+    /// Asks; the answer is to be fetched.
+    pub fn send(&mut self, question: &str) -> Result<()> {
         let stdin = self.stdin.as_mut().context("the probe was ended")?;
-        writeln!(stdin, "{question}")?;
+        // At once: a probe that polls its input reads what is there.
+        Ok(stdin.write_all(format!("{question}\n").as_bytes())?)
+    }
+
+    /// The numbers of the next answer.
+    pub fn numbers(&mut self) -> Result<Vec<f64>> {
         let line = self.line()?;
         if let Some(error) = line.strip_prefix("error: ") {
-            bail!("{question}: {error}");
+            bail!("{error}");
         }
         let numbers = line.split(' ').map(str::parse::<f64>);
         Ok(numbers.collect::<Result<_, _>>()?)
@@ -99,7 +118,7 @@ impl Drop for Probe {
 }
 
 /// Answers each line of standard input with one line.
-fn answer(mut work: impl FnMut(&[&str]) -> Result<Vec<u128>>) -> Result<()> {
+pub(super) fn answer(mut work: impl FnMut(&[&str]) -> Result<Vec<u128>>) -> Result<()> {
     let mut stdout = std::io::stdout();
     for line in std::io::stdin().lines() {
         let line = line?;

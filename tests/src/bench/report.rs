@@ -21,13 +21,27 @@ pub enum Bound {
 /// A promise and what was found.
 #[derive(Clone, Debug)]
 pub struct Target {
-    what: String,
-    bound: Bound,
-    limit: f64,
-    got: f64,
+    /// What is promised, in words.
+    pub what: String,
+    /// Which side is good.
+    pub bound: Bound,
+    /// Of what.
+    pub limit: f64,
+    /// NaN: not measured.
+    pub got: f64,
 }
 
 impl Target {
+    /// A promise about a figure.
+    pub fn new(what: &str, bound: Bound, limit: f64, got: f64) -> Self {
+        Self {
+            what: what.into(),
+            bound,
+            limit,
+            got,
+        }
+    }
+
     /// Whether the promise is kept; what could not be measured keeps none.
     pub fn is_met(&self) -> bool {
         match self.bound {
@@ -36,7 +50,7 @@ impl Target {
         }
     }
 
-    fn to_json(&self) -> Value {
+    pub(super) fn to_json(&self) -> Value {
         let bound = match self.bound {
             Bound::Max => "max",
             Bound::Min => "min",
@@ -123,12 +137,7 @@ impl Report {
 
     /// A promise about a figure.
     pub fn target(&mut self, what: &str, bound: Bound, limit: f64, got: f64) {
-        self.targets.push(Target {
-            what: what.into(),
-            bound,
-            limit,
-            got,
-        });
+        self.targets.push(Target::new(what, bound, limit, got));
     }
 
     /// A figure that is counted once, such as system calls.
@@ -183,7 +192,7 @@ impl Report {
 }
 
 /// Four significant digits: more would be noise. What was not measured is null.
-fn number(value: f64) -> Value {
+pub(super) fn number(value: f64) -> Value {
     let rounded = format!("{value:.3e}").parse::<f64>();
     rounded.map_or(Value::Null, |v| json!(v))
 }

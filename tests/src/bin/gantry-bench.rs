@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use gantry_tests::bench::{self, probe};
+use gantry_tests::bench::{self, probe, services};
 use gantry_tests::cluster::Installation;
 
 fn main() -> ExitCode {
@@ -22,12 +22,16 @@ fn run(arguments: &[String]) -> Result<()> {
     match arguments {
         // No thread may have been started: a probe enters namespaces and clones itself.
         [probe, rest @ ..] if probe == "probe" => probe::main(rest),
+        [name, out, options @ ..] if name == "services" => {
+            services::run(Path::new(out), &services::Options::parse(options)?)
+        }
         [name, out] => {
             let installation = Installation::find().map_err(anyhow::Error::msg)?;
             bench::run(name, &installation, Path::new(out))
         }
         _ => bail!(
-            "this is a part of `cargo xtask bench`: gantry-bench NAME DIRECTORY, NAME one of {}",
+            "this is a part of `cargo xtask bench`: gantry-bench NAME DIRECTORY, NAME one of {}, \
+             services",
             bench::NAMES.join(", ")
         ),
     }
