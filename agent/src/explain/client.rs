@@ -309,7 +309,7 @@ fn destination(
     story.good(
         "frontend",
         format!(
-            "{at} is programmed (generation {}), {} backends: {}{affinity}",
+            "{at} is programmed (generation {}), backends {}: {}{affinity}",
             frontend.generation,
             frontend.backend_count,
             listed(&shown)
