@@ -1,3 +1,5 @@
+//! Explanations on made-up facts, with a trial that says what it is told to.
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -1,3 +1,5 @@
+//! Names, filters and words of events.
+
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
