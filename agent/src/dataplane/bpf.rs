@@ -550,8 +550,8 @@ impl Dataplane for BpfDataplane {
             self.repair.count(ids, view);
         }
         match lost {
-            Some(lost) => self.repair.end(lost, view),
-            None => self.repair.look(view),
+            Some(lost) if !self.repair.has_missed() => self.repair.end(lost, view),
+            _ => self.repair.look(view, state.table.places().collect()),
         }
         Ok(state.report())
     }

@@ -16,7 +16,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -51,7 +51,7 @@ type Stale = BTreeMap<(IpAddr, u16), BTreeSet<Transport>>;
 pub(super) struct Repair {
     sender: SyncSender<Work>,
     ended: Arc<AtomicU64>,
-    missed: Arc<AtomicU64>,
+    missed: AtomicBool,
     counted: Arc<Mutex<BTreeSet<u32>>>,
 }
 
@@ -59,6 +59,9 @@ struct Work {
     /// What has gone; none: look at everything, as after a restart.
     targets: Option<BTreeSet<Target>>,
     view: View,
+    /// What is programmed beside the view's backends, where everything is looked at: the node's own
+    /// resolver, host ports.
+    programmed: BTreeSet<(IpAddr, u16)>,
 }
 
 impl Repair {
@@ -68,14 +71,13 @@ impl Repair {
         traffic: MappedArray<u64>,
     ) -> Result<Self, DataplaneError> {
         let (sender, receiver) = sync_channel(QUEUE);
-        let (ended, missed) = (Arc::<AtomicU64>::default(), Arc::<AtomicU64>::default());
+        let ended = Arc::<AtomicU64>::default();
         let counted = Arc::<Mutex<BTreeSet<u32>>>::default();
         let worker = Worker {
             pods: paths.run.join("pods"),
             peers,
             traffic,
             ended: ended.clone(),
-            missed: missed.clone(),
             counted: counted.clone(),
         };
         let thread = std::thread::Builder::new().name("socket-repair".into());
@@ -86,7 +88,7 @@ impl Repair {
         Ok(Self {
             sender,
             ended,
-            missed,
+            missed: AtomicBool::new(false),
             counted,
         })
     }
@@ -94,13 +96,20 @@ impl Repair {
     /// Ends what points at `targets`, unless `view` has them; does not wait for it.
     pub(super) fn end(&self, targets: BTreeSet<Target>, view: &View) {
         if !targets.is_empty() {
-            self.give(Some(targets), view);
+            self.give(Some(targets), view, BTreeSet::new());
         }
     }
 
     /// Looks at every socket that went through a Service: for what went while no agent ran.
-    pub(super) fn look(&self, view: &View) {
-        self.give(None, view);
+    ///
+    /// * `programmed` – where backends are now, those of no Service among them.
+    pub(super) fn look(&self, view: &View, programmed: BTreeSet<(IpAddr, u16)>) {
+        self.give(None, view, programmed);
+    }
+
+    /// A change could not be given to the thread: only a [`Repair::look`] finds what it was about.
+    pub(super) fn has_missed(&self) -> bool {
+        self.missed.swap(false, Ordering::Relaxed)
     }
 
     /// The backends whose connections are counted; replaces those told before.
@@ -112,7 +121,7 @@ impl Repair {
             begins
         };
         if begins {
-            self.give(Some(BTreeSet::new()), view); // the thread has to look at its clock
+            self.give(Some(BTreeSet::new()), view, BTreeSet::new()); // the thread has to look at its clock
         }
     }
 
@@ -121,10 +130,19 @@ impl Repair {
         self.ended.load(Ordering::Relaxed)
     }
 
-    fn give(&self, targets: Option<BTreeSet<Target>>, view: &View) {
-        let view = view.clone();
-        if let Err(TrySendError::Full(_)) = self.sender.try_send(Work { targets, view }) {
-            self.missed.fetch_add(1, Ordering::Relaxed);
+    fn give(
+        &self,
+        targets: Option<BTreeSet<Target>>,
+        view: &View,
+        programmed: BTreeSet<(IpAddr, u16)>,
+    ) {
+        let work = Work {
+            targets,
+            view: view.clone(),
+            programmed,
+        };
+        if let Err(TrySendError::Full(_)) = self.sender.try_send(work) {
+            self.missed.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -133,7 +151,6 @@ struct Worker {
     pods: PathBuf,
     peers: HashMap<MapData, u64, PeerValue>,
     ended: Arc<AtomicU64>,
-    missed: Arc<AtomicU64>,
     traffic: MappedArray<u64>,
     counted: Arc<Mutex<BTreeSet<u32>>>,
 }
@@ -182,7 +199,8 @@ impl Worker {
         let Some(newest) = all.last() else {
             return Stale::new();
         };
-        let there = present(&newest.view);
+        let mut there = present(&newest.view);
+        there.extend(all.iter().flat_map(|work| &work.programmed));
         let mut stale = Stale::new();
         let targets = all
             .iter()
@@ -199,8 +217,7 @@ impl Worker {
                 stale.entry(place).or_default().insert(transport);
             }
         }
-        let missed = self.missed.swap(0, Ordering::Relaxed) > 0;
-        if missed || all.iter().any(|work| work.targets.is_none()) {
+        if all.iter().any(|work| work.targets.is_none()) {
             // Whether a pod has ended or only left its Service is not known any more: see `gone`.
             for (_, place) in self.connected() {
                 if !there.contains(&place) {

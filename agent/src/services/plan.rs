@@ -35,6 +35,7 @@ mod place;
 mod source_ranges;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use ebpf_maps::services::{
@@ -240,6 +241,12 @@ impl Table {
     /// Backends that some frontend refers to now.
     pub fn backend_count(&self) -> usize {
         self.backends.len()
+    }
+
+    /// Where the backends are that some frontend refers to: of Services, of host ports, the node's own.
+    pub fn places(&self) -> impl Iterator<Item = (IpAddr, u16)> {
+        let backends = self.backends.values().map(|known| known.backend);
+        backends.map(|backend| (ip_of(&backend.addr), u16::from_be(backend.port_be)))
     }
 
     /// How full the maps are. What is in quarantine counts as free: after a restart that is all that
