@@ -125,7 +125,8 @@ impl Measure {
             }
             Self::Load => {
                 "All Services at once, into empty tables. Gantry: plan and apply; the others: the process, from its \
-                 start to its end."
+                 start to its end. Above 2,000 Services iptables-nft is spared --noflush, which kube-proxy uses and \
+                 which then takes minutes."
             }
             Self::Memory => {
                 "Growth of Slab, VmallocUsed and Percpu in /proc/meminfo by loading; Gantry's with its programs and \
