@@ -257,9 +257,9 @@ async fn gone(link: &AsyncFd<OwnedFd>) {
         let Ok(mut ready) = link.readable().await else {
             return;
         };
-        match ready.try_io(|link| receive(link.as_raw_fd(), &mut buffer)) {
-            Ok(Ok((0, _)) | Err(_)) => return,
-            Ok(Ok(_)) | Err(_) => {}
+        let received = ready.try_io(|link| receive(link.as_raw_fd(), &mut buffer));
+        if let Ok(Ok((0, _)) | Err(_)) = received {
+            return;
         }
     }
 }

@@ -234,6 +234,10 @@ fn settle() -> Result<Cpus> {
 }
 
 /// From now on a signal that ends this process removes everything first.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the main thread is measuring and cannot return; all that is to be dropped is cleared"
+)]
 fn clear_at_signals() -> Result<()> {
     let mut signals = SigSet::empty();
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
