@@ -305,7 +305,7 @@ mod tests {
     fn slow_machines_get_smaller_rounds_and_never_too_small_ones() {
         assert_eq!(round_size(Duration::ZERO, 0, 5), POD_COUNT_MAX);
         assert_eq!(round_size(Duration::from_secs(10), 50, 4), POD_COUNT_MAX);
-        assert_eq!(round_size(Duration::from_secs(50), 50, 4), 20);
+        assert_eq!(round_size(Duration::from_secs(50), 50, 4), 25);
         assert_eq!(round_size(Duration::from_secs(500), 50, 4), POD_COUNT_MIN);
     }
 }
