@@ -25,6 +25,7 @@ mod policies;
 mod repair;
 mod sys;
 mod tables;
+mod takeover;
 mod trial;
 mod uplinks;
 

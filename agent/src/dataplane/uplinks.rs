@@ -3,7 +3,7 @@
 //! ```text
 //!  set       UPLINKS ─► to_netdev (egress), from_netdev (ingress), as `pods` attaches its own
 //!            an uplink no longer: pins and filters ─► UPLINKS
-//!  announce  ANNOUNCED: the addresses on no interface that this node answers for
+//!  announce  ANNOUNCED: the addresses on no interface that this node answers for ─► takeover
 //!  masquerade  MASQUERADE, then its switch: whose packets leave from the node's own address
 //! ```
 //! The egress comes first: no packet is translated whose answer would not be. Links are found by
@@ -27,6 +27,7 @@ use gantry_cni::uplinks::Uplink;
 use super::clsact::{self, Direction};
 use super::load::{self, absent_is_fine, failed, program_fd, take_map, unexpected};
 use super::pods::{Attachment, Hook, attach_tcx};
+use super::takeover::{self, Takeovers, Uplinks};
 use super::{DataplaneError, hooks, sys};
 use crate::paths::Paths;
 use crate::policy::prefix::Prefix;
@@ -55,6 +56,7 @@ pub(super) struct UplinkPrograms {
     announced: HashMap<MapData, Addr, u32>,
     masquerade: LpmTrie<MapData, Addr, u32>,
     switches: Array<MapData, u32>,
+    takeovers: Takeovers,
 }
 
 impl UplinkPrograms {
@@ -82,6 +84,7 @@ impl UplinkPrograms {
             announced: announced.map_err(|error: MapError| unexpected("ANNOUNCED", error))?,
             masquerade: masquerade.map_err(|error: MapError| unexpected("MASQUERADE", error))?,
             switches: switches.map_err(|error: MapError| unexpected("SWITCHES", error))?,
+            takeovers: Takeovers::default(),
         })
     }
 
@@ -93,7 +96,8 @@ impl UplinkPrograms {
 
     /// See [`super::Dataplane::set_uplinks`].
     pub(super) fn set(&mut self, wanted: &[Uplink]) -> Result<(), DataplaneError> {
-        let mut gone = self.rows()?;
+        let before = self.rows()?;
+        let mut gone: BTreeSet<u32> = before.keys().copied().collect();
         gone.extend(pinned(&self.links));
         let mut first = Ok(());
         for uplink in wanted {
@@ -103,13 +107,25 @@ impl UplinkPrograms {
         for ifindex in gone {
             first = first.and(self.detach(ifindex));
         }
+        let (now, announced) = (self.rows()?, self.announced()?);
+        self.takeovers.listen(&now, &announced);
+        let is_new = |(index, value): &(&u32, &UplinkValue)| before.get(*index) != Some(*value);
+        let new = now.iter().filter(is_new);
+        takeover::tell(
+            &new.map(|(index, value)| (*index, *value)).collect(),
+            &announced,
+        );
         first
     }
 
-    /// Makes the announced addresses exactly these.
+    /// Makes the announced addresses exactly these. Those that are new are told to the link, in the
+    /// namespace of the calling thread.
     pub(super) fn announce(&mut self, wanted: &BTreeSet<Addr>) -> Result<(), DataplaneError> {
-        let there: Result<BTreeSet<Addr>, MapError> = self.announced.keys().collect();
-        let there = there.map_err(|error| failed("read ANNOUNCED", &error))?;
+        let there = self.announced()?;
+        if wanted.is_empty() && there.is_empty() {
+            return Ok(());
+        }
+        let uplinks = self.rows()?;
         for addr in there.difference(wanted) {
             absent_is_fine(self.announced.remove(addr))
                 .map_err(|error| failed("remove from ANNOUNCED", &error))?;
@@ -118,7 +134,16 @@ impl UplinkPrograms {
             (self.announced.insert(addr, 1, 0))
                 .map_err(|error| failed("write ANNOUNCED", &error))?;
         }
+        // Who asks is answered by now.
+        self.takeovers.listen(&uplinks, wanted);
+        let new: BTreeSet<Addr> = wanted.difference(&there).copied().collect();
+        takeover::tell(&uplinks, &new);
         Ok(())
+    }
+
+    fn announced(&self) -> Result<BTreeSet<Addr>, DataplaneError> {
+        let there: Result<BTreeSet<Addr>, MapError> = self.announced.keys().collect();
+        there.map_err(|error| failed("read ANNOUNCED", &error))
     }
 
     /// Whether pods' packets to the outside leave from the node's address, by what is in the kernel.
@@ -166,8 +191,8 @@ impl UplinkPrograms {
             .map_err(|error| failed("write SWITCHES", &error))
     }
 
-    fn rows(&self) -> Result<BTreeSet<u32>, DataplaneError> {
-        let rows: Result<_, MapError> = self.uplinks.keys().collect();
+    fn rows(&self) -> Result<Uplinks, DataplaneError> {
+        let rows: Result<_, MapError> = self.uplinks.iter().collect();
         rows.map_err(|error| failed("read UPLINKS", &error))
     }
 

@@ -5,7 +5,7 @@
 //!  received  a known flow          ─► becomes what it became before
 //!            a frontend            ─► source ranges, affinity, the flow's own backend, the flow begins
 //!            without backends      ─► refused at once; dropped if other nodes have some
-//!            ARP for an announced address ─► answered
+//!            who has an announced address? ─► answered
 //!  then      backend on this node  ─► the node's network; its answer is translated as it leaves
 //!            backend elsewhere     ─► leaves from the node's own address, for the answer to come back
 //!  sent      an answer of this node's backends ─► comes from the frontend again
@@ -37,7 +37,7 @@ use ebpf_maps::{counter, drop};
 use crate::drop::{drop, packed, unpacked};
 use crate::maps::{BACKENDS, FRONTENDS, NODE_ADDRESSES, SOURCE_RANGES, UPLINKS, count, work};
 use crate::packet::{
-    ACK, Frame, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP, parse, read,
+    ACK, Frame, ICMP_V6, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP, parse, read,
 };
 use crate::service::{Client, Frontend, READ_ATTEMPTS, backend_at, read_frontend, usable};
 use crate::work::Work;
@@ -79,6 +79,9 @@ pub fn received(ctx: &TcContext) -> i32 {
         Frame::Ip => {}
         Frame::Arp => return announce::answer(ctx),
         Frame::Other | Frame::Malformed => return TC_ACT_UNSPEC,
+    }
+    if work.packet.proto == ICMP_V6 && work.packet.kind == announce::SOLICITATION {
+        return announce::advertise(ctx, &work.packet);
     }
     match translate(ctx, work) {
         Outcome::UNTOUCHED => TC_ACT_UNSPEC,

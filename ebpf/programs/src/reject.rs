@@ -234,13 +234,15 @@ fn pseudo(packet: &Packet, proto: u8, length: u16) -> u32 {
     sum
 }
 
+/// What a word adds to a sum of halves.
 #[inline(always)]
-fn word_sum(word: u32) -> u32 {
+pub fn word_sum(word: u32) -> u32 {
     (word & 0xffff) + (word >> 16)
 }
 
+/// The checksum that such a sum becomes.
 #[inline(always)]
-fn folded(sum: u32) -> u16 {
+pub fn folded(sum: u32) -> u16 {
     let sum = (sum & 0xffff) + (sum >> 16);
     let sum = (sum & 0xffff) + (sum >> 16);
     !(sum as u16)
@@ -248,13 +250,14 @@ fn folded(sum: u32) -> u16 {
 
 /// A word as two, in the order of memory.
 #[inline(always)]
-fn halves(word: u32) -> [u16; 2] {
+pub fn halves(word: u32) -> [u16; 2] {
     let [a, b, c, d] = word.to_ne_bytes();
     [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
 }
 
+/// Makes the frame this long.
 #[inline(always)]
-fn change_tail(ctx: &TcContext, length: usize) -> Option<()> {
+pub fn change_tail(ctx: &TcContext, length: usize) -> Option<()> {
     // SAFETY: the helper takes this hook's context.
     let result = unsafe { bpf_skb_change_tail(ctx.skb.skb, length as u32, 0) };
     (result == 0).then_some(())

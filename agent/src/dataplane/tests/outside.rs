@@ -236,24 +236,77 @@ fn a_client_outside_reaches_backends_everywhere_by_filters() {
     backends_everywhere(Attachment::Clsact);
 }
 
+/// In the other node's stead, or no longer.
+fn announce(outside: &mut Outside, addresses: &[&str]) {
+    let addresses = addresses.iter().map(|text| addr_of(text.parse().unwrap()));
+    let addresses = addresses.collect();
+    let (node, uplinks) = (&outside.wires.node, &mut outside.wires.uplinks);
+    node.run(|| uplinks.announce(&addresses).unwrap());
+}
+
+const ANNOUNCED: [&str; 2] = ["192.0.2.200", "2001:db8::200"];
+
 #[test]
 fn an_announced_address_is_answered_for() {
     let Some(mut outside) = Outside::new(Attachment::Tcx) else {
         return;
     };
-    let (address, backend) = ("192.0.2.200", at(V4[0], 8080));
-    outside.serve(address, 80, SCOPE_OUTSIDE_ADDRESS, &[backend]);
-    assert!(outside.connect(at(address, 80)).is_err(), "nobody has it");
-    let addr = addr_of(address.parse().unwrap());
-    outside.wires.uplinks.announce(&[addr].into()).unwrap();
-    outside.client.run(|| ip("neigh flush dev eth0"));
-    outside.reaches(at(address, 80), &outside.wires.pods[0], backend);
-    outside.wires.uplinks.announce(&[].into()).unwrap();
-    outside.client.run(|| ip("neigh flush dev eth0"));
-    assert!(
-        outside.connect(at(address, 80)).is_err(),
-        "nobody has it again"
-    );
+    for family in [0, 1] {
+        let (address, backend) = (ANNOUNCED[family], at([V4, V6][family][0], 8080));
+        outside.serve(address, 80, SCOPE_OUTSIDE_ADDRESS, &[backend]);
+        assert!(outside.connect(at(address, 80)).is_err(), "nobody has it");
+        announce(&mut outside, &[address]);
+        outside.client.run(|| ip("neigh flush dev eth0"));
+        outside.reaches(at(address, 80), &outside.wires.pods[0], backend);
+        announce(&mut outside, &[]);
+        outside.client.run(|| ip("neigh flush dev eth0"));
+        assert!(
+            outside.connect(at(address, 80)).is_err(),
+            "nobody has it again"
+        );
+    }
+}
+
+#[test]
+fn an_address_that_moves_to_this_node_is_reached_within_three_seconds() {
+    let Some(mut outside) = Outside::new(Attachment::Tcx) else {
+        return;
+    };
+    for family in [0, 1] {
+        let (address, backend) = (ANNOUNCED[family], at([V4, V6][family][0], 8080));
+        let frontend = at(address, 80);
+        outside.serve(address, 80, SCOPE_OUTSIDE_ADDRESS, &[backend]);
+        // The other node has it, and the client has talked to it.
+        let prefix = [24, 64][family];
+        outside.other.run(|| {
+            let nodad = if family == 1 { " nodad" } else { "" };
+            ip(&format!("addr add {address}/{prefix} dev eth0{nodad}"));
+        });
+        let listener = outside.other.run(|| TcpListener::bind(frontend)).unwrap();
+        // Its link has just come up.
+        let begun = std::time::Instant::now();
+        while let Err(error) = outside.connect(frontend) {
+            assert!(begun.elapsed().as_secs() < 20, "{error}");
+        }
+        drop(listener);
+        // It fails; the client still sends to its hardware address.
+        outside.other.run(|| ip("link set eth0 down"));
+        assert!(outside.connect(frontend).is_err());
+        let begun = std::time::Instant::now();
+        announce(&mut outside, &[address]);
+        let listener = outside.wires.pods[0]
+            .run(|| TcpListener::bind(backend))
+            .unwrap();
+        while let Err(error) = outside.connect(frontend) {
+            assert!(begun.elapsed().as_secs() < 3, "{error}");
+        }
+        drop(listener);
+        eprintln!("{address} moved in {:?}", begun.elapsed());
+        outside.other.run(|| {
+            ip(&format!("addr flush to {address} dev eth0"));
+            ip("link set eth0 up");
+        });
+    }
 }
 
 #[test]

@@ -237,3 +237,51 @@ fn who_asks_for_an_announced_address_is_answered() {
         "it is not ours"
     );
 }
+
+/// A solicitation; without an option when nobody asks, who wants the address for himself.
+fn solicitation(asker: &str, target: &str) -> Vec<u8> {
+    let target: std::net::Ipv6Addr = target.parse().unwrap();
+    let [.., a, b, c] = target.octets();
+    let group = format!("ff02::1:ff{a:02x}:{b:02x}{c:02x}");
+    let mut message = target.octets().to_vec();
+    if asker != "::" {
+        message.extend([&[1, 1][..], &CLIENT_MAC].concat());
+    }
+    let mut packet = icmp(asker, &group, [135, 0], [0; 4], &message);
+    packet[7] = 255; // the hop limit
+    packet
+}
+
+#[test]
+fn who_solicits_an_announced_address_gets_an_advertisement() {
+    let Some(mut node) = node() else { return };
+    let mut announced = node.hash::<Addr, u32>("ANNOUNCED");
+    announced.insert(addr("2001:db8::200"), 1, 0).unwrap();
+    let group: Mac = [0x33, 0x33, 0xff, 0, 2, 0];
+    for (asker, to, to_mac, flags) in [
+        ("2001:db8::100", "2001:db8::100", CLIENT_MAC, 0x60),
+        ("::", "ff02::1", [0x33, 0x33, 0, 0, 0, 1], 0x20),
+    ] {
+        let asked = frame(CLIENT_MAC, group, &solicitation(asker, "2001:db8::200"));
+        let outcome = node.run("from_netdev", &asked);
+        assert_eq!(outcome.verdict, REDIRECT, "{asker}");
+        assert_checksums(&outcome.frame);
+        let mut message = addr_bytes("2001:db8::200");
+        message.extend([&[2, 1][..], &NODE_MAC].concat());
+        let mut answer = icmp("2001:db8::200", to, [136, 0], [flags, 0, 0, 0], &message);
+        answer[7] = 255;
+        assert_eq!(outcome.frame, frame(NODE_MAC, to_mac, &answer));
+    }
+    let mut routed = solicitation("2001:db8::100", "2001:db8::200");
+    routed[7] = 64;
+    let other = solicitation("2001:db8::100", "2001:db8::201");
+    for (packet, why) in [(routed, "from beyond a router"), (other, "not ours")] {
+        let asked = frame(CLIENT_MAC, group, &packet);
+        let outcome = node.run("from_netdev", &asked);
+        assert_eq!((outcome.verdict, outcome.frame), (PASS, asked), "{why}");
+    }
+}
+
+fn addr_bytes(text: &str) -> Vec<u8> {
+    text.parse::<std::net::Ipv6Addr>().unwrap().octets().into()
+}
