@@ -1,6 +1,7 @@
 //! Why a packet was dropped, as indexes into the per-CPU array `DROPS` (one `u64` each).
 
-/// It came from an interface that belongs to no pod.
+/// It came from an interface that belongs to no pod, or to none yet: a sandbox in waiting says which
+/// IPv6 groups it has joined.
 pub const NO_POD: u32 = 0;
 /// Its source is no address of the pod that sent it.
 pub const SOURCE_ADDRESS: u32 = 1;
