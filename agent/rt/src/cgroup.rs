@@ -1,7 +1,7 @@
 //! A container's own cgroup: made, limited and joined without a helper process.
 //!
 //! ```text
-//! Leaf::create: mkdir in every hierarchy ─► limits ─► clone3 (v2: INTO_CGROUP) ─► Leaf::join (v1)
+//! Leaf::create: mkdir in every hierarchy ─► limits ─► clone3 (v2: INTO_CGROUP) ─► Leaf::enter (v1)
 //! ```
 //! The agent makes and limits the levels above. Only a caller without an agent (a test) finds them
 //! missing: then they are made here, limits are not.
@@ -78,21 +78,24 @@ impl Leaf {
         Ok(leaf)
     }
 
-    /// What clone3 takes; none on v1, where [`Leaf::join`] is needed.
+    /// What clone3 takes; none on v1, where [`Leaf::enter`] is needed.
     pub(crate) fn unified(&self) -> Option<BorrowedFd<'_>> {
         use std::os::fd::AsFd;
         self.unified.as_ref().map(AsFd::as_fd)
     }
 
-    /// Puts a process into every hierarchy of v1.
-    pub(crate) fn join(&self, pid: i32) -> anyhow::Result<()> {
+    /// Puts the caller, a process of one thread, into every hierarchy of v1.
+    ///
+    /// By `tasks`, and by itself: whoever moves a whole process (`cgroup.procs`), or another one,
+    /// first waits for an RCU grace period, 5 to 20 ms in which no cgroup of the machine can be made
+    /// (Linux `cgroup_procs_write_start`; a thread that moves itself is spared from 5.5 on).
+    pub(crate) fn enter(&self) -> anyhow::Result<()> {
         if self.unified.is_some() {
             return Ok(());
         }
         for (_, directory) in &self.directories {
-            let file = directory.join("cgroup.procs");
-            write(&file, &pid.to_string())
-                .with_context(|| format!("cannot join {}", file.display()))?;
+            let file = directory.join("tasks");
+            write(&file, "0").with_context(|| format!("cannot join {}", file.display()))?;
         }
         Ok(())
     }

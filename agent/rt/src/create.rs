@@ -4,10 +4,10 @@
 //! ```text
 //! gantry-rt                                         init (child of the shim)
 //! ─────────                                         ────
-//! cgroup ─► notify socket, told "start" ─► clone ─► join net, ipc, uts
-//!    │                                              cgroup namespace (v2)
-//!    ├─ v1: put it into its cgroups                 root file system ─► wait for "go"
-//!    ├─ "go" ─────────────────────────────────────► cgroup namespace (v1), resource limits
+//! cgroup ─► notify socket, told "start" ─► clone ─► join its cgroups (v1; on v2 it begins in it)
+//!    │                                              cgroup namespace; join net, ipc, uts
+//!    │                                              root file system ─► wait for "go"
+//!    ├─ "go" ─────────────────────────────────────► resource limits
 //!    ├─ state.json, for exec                        libcontainer: user, groups, capabilities,
 //!    └─ wait ◄──────────── ready │ error ────────────   working directory, our Executor ─► execve
 //! ```
@@ -32,7 +32,7 @@ use libcontainer::container::{ContainerStatus, State};
 use libcontainer::notify_socket::{NOTIFY_FILE, NotifyListener, NotifySocket};
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Spec};
 use libcontainer::process::args::{ContainerArgs, ContainerType};
-use libcontainer::process::channel::{self, ChannelError, InitReceiver, MainSender};
+use libcontainer::process::channel::{self, InitReceiver, MainSender};
 use libcontainer::process::init::container_init_process;
 use libcontainer::syscall::Syscall;
 use libcontainer::syscall::syscall::SyscallType;
@@ -68,7 +68,7 @@ pub(crate) fn is_enough_for(spec: &Spec) -> bool {
         && !has(LinuxNamespaceType::Time)
 }
 
-/// Returns init's pid and the time just before it was let go.
+/// Returns init's pid and the time just before it was made.
 pub(crate) fn create(
     mut spec: Spec,
     bundle: &Path,
@@ -136,14 +136,13 @@ pub(crate) fn create(
         as_sibling: true,
         pid_file: None,
     };
-    let unified = leaf.unified().is_some();
     let mut init = Init {
         spec: full,
         namespaces,
-        unified,
+        leaf: &leaf,
         arguments: &arguments,
     };
-    let mut started_ns = now_ns();
+    let started_ns = now_ns();
     let mut go = Some(go);
     let pid = process::clone_sibling(new, leaf.unified(), || {
         // Held on, the end of the other process would not be seen.
@@ -153,17 +152,6 @@ pub(crate) fn create(
     .context("clone3")?;
     to_main.close()?;
     let _ = to_init.close();
-    if let Err(error) = leaf.join(pid) {
-        drop(go.take());
-        // An init that failed meanwhile can join nothing: then its own reason is the one to tell.
-        return match from_init.wait_for_init_ready() {
-            Err(reason @ ChannelError::ExecError(_)) => Err(reason.into()),
-            _ => Err(error),
-        };
-    }
-    if !unified {
-        started_ns = now_ns();
-    }
     if let Some(go) = go.take() {
         // A broken pipe is an init that has failed already: its error comes below.
         let _ = fs::File::from(go).write_all(b"g");
@@ -239,7 +227,7 @@ fn join(path: &Path, kind: CloneFlags) -> anyhow::Result<()> {
 struct Init<'a> {
     spec: Rc<Spec>,
     namespaces: Namespaces,
-    unified: bool,
+    leaf: &'a Leaf,
     arguments: &'a ContainerArgs,
 }
 
@@ -264,17 +252,13 @@ impl Init<'_> {
     fn prepare(&self, wait: OwnedFd) -> anyhow::Result<bool> {
         let syscall = self.arguments.syscall.create_syscall();
         let rootfs = Rootfs::read(&self.spec, syscall.as_ref())?;
+        self.leaf.enter()?;
+        self.new_cgroup_namespace()?;
         self.namespaces.join()?;
-        if self.unified {
-            self.new_cgroup_namespace()?;
-        }
         rootfs.enter()?;
         let mut byte = [0];
         if fs::File::from(wait).read(&mut byte).unwrap_or(0) == 0 {
             return Ok(false);
-        }
-        if !self.unified {
-            self.new_cgroup_namespace()?;
         }
         self.limit(syscall.as_ref())?;
         Ok(true)

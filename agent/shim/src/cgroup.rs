@@ -159,15 +159,40 @@ fn remove_tree(directory: &Path, depth: u32) -> io::Result<()> {
     }
 }
 
-/// Moves the calling process into `path` in every hierarchy that lets it, creating it.
+/// The directory of `path` in the v2 hierarchy, alone or beside v1, made and opened for
+/// `CLONE_INTO_CGROUP`. None where there is no such hierarchy or it cannot be made.
+pub fn unified(path: &str) -> Option<fs::File> {
+    let mount = Path::new(MOUNT);
+    let root = match is_v2() {
+        true => mount.to_path_buf(),
+        false => mount.join("unified"),
+    };
+    if !root.join("cgroup.controllers").exists() {
+        return None;
+    }
+    let directory = below(&root, path);
+    let _ = fs::create_dir_all(&directory);
+    fs::File::open(directory).ok()
+}
+
+/// Moves the calling process, which has one thread, into `path` in every hierarchy that lets it,
+/// creating it; in the v2 hierarchy only `with_unified`.
+///
+/// By `tasks` where there is one: to move a whole process the kernel waits for an RCU grace period,
+/// 5 to 20 ms in which no cgroup of the machine can be made.
 ///
 /// Best effort: a cpuset hierarchy without configured CPUs refuses, and that does not matter;
 /// what matters is to leave the agent's own cgroup, so that a service manager which kills that
 /// cgroup does not reach the pods.
-pub fn enter(path: &str) {
+pub fn enter(path: &str, with_unified: bool) {
     for root in roots() {
         let directory = below(&root, path);
         let _ = fs::create_dir_all(&directory);
-        let _ = fs::write(directory.join("cgroup.procs"), "0");
+        let own = directory.join("tasks");
+        if own.exists() {
+            let _ = fs::write(own, "0");
+        } else if with_unified {
+            let _ = fs::write(directory.join("cgroup.procs"), "0");
+        }
     }
 }

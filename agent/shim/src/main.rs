@@ -124,7 +124,10 @@ fn launch(directory: &Path, duty: Duty) -> std::io::Result<ExitCode> {
     // Relative paths from here on: a socket's path is limited to 107 bytes.
     std::env::set_current_dir(directory)?;
     let (word, theirs) = sys::pipe()?;
-    if !sys::fork_detached()? {
+    let unified = cgroup::unified(SHIM_CGROUP);
+    let (is_child, inside) = sys::fork_detached(unified.as_ref().map(File::as_fd))?;
+    drop(unified);
+    if !is_child {
         drop(theirs);
         return Ok(wait_for_child(word));
     }
@@ -135,9 +138,9 @@ fn launch(directory: &Path, duty: Duty) -> std::io::Result<ExitCode> {
             let _ = parent.write_all(b"ok");
             drop(parent);
             match served {
-                Served::Pod(mut pod) => pod.serve(|| cgroup::enter(SHIM_CGROUP)),
+                Served::Pod(mut pod) => pod.serve(|| cgroup::enter(SHIM_CGROUP, !inside)),
                 Served::Hold(mut hold) => {
-                    cgroup::enter(SHIM_CGROUP);
+                    cgroup::enter(SHIM_CGROUP, !inside);
                     hold.serve();
                 }
             }

@@ -35,16 +35,62 @@ fn c_path(path: &Path) -> io::Result<CString> {
 
 /// Becomes a session leader without a terminal whose parent is not the caller's: forks once. In
 /// the child returns true; the parent gets false and should wait for the child's word and exit.
+/// Second: whether the child began in the v2 cgroup whose directory `cgroup` is.
 ///
 /// Only sound in a single-threaded process, which the shim is for its whole life.
-pub(crate) fn fork_detached() -> io::Result<bool> {
-    // SAFETY: there is one thread, so the child inherits a consistent heap and no held lock.
-    if check(unsafe { libc::fork() })? > 0 {
-        return Ok(false);
+pub(crate) fn fork_detached(cgroup: Option<BorrowedFd<'_>>) -> io::Result<(bool, bool)> {
+    let (pid, inside) = match cgroup.map(fork_into) {
+        Some(Ok(pid)) => (pid, true),
+        // Linux before 5.7, or a cgroup that takes no process: the child moves itself.
+        // SAFETY: there is one thread, so the child inherits a consistent heap and no held lock.
+        _ => (check(unsafe { libc::fork() })?, false),
+    };
+    if pid > 0 {
+        return Ok((false, inside));
     }
     // SAFETY: plain calls without memory arguments.
     check(unsafe { libc::setsid() })?;
-    Ok(true)
+    Ok((true, inside))
+}
+
+/// fork into another cgroup: nobody waits for a grace period, as one who moves does.
+fn fork_into(cgroup: BorrowedFd<'_>) -> io::Result<i32> {
+    /// `struct clone_args` up to its version 2, Linux 5.7.
+    #[repr(C)]
+    #[derive(Default)]
+    struct CloneArgs {
+        flags: u64,
+        pidfd: u64,
+        child_tid: u64,
+        parent_tid: u64,
+        exit_signal: u64,
+        stack: u64,
+        stack_size: u64,
+        tls: u64,
+        set_tid: u64,
+        set_tid_size: u64,
+        cgroup: u64,
+    }
+    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+    let arguments = CloneArgs {
+        flags: CLONE_INTO_CGROUP,
+        exit_signal: libc::SIGCHLD as u64,
+        cgroup: cgroup.as_raw_fd() as u64,
+        ..CloneArgs::default()
+    };
+    // SAFETY: the kernel reads `arguments` for the length given. No stack and no VM are shared, so
+    // the child goes on in a copy of this memory; there is one thread, so no held lock is copied.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            std::ptr::from_ref(&arguments),
+            size_of::<CloneArgs>(),
+        )
+    };
+    match i32::try_from(result) {
+        Ok(pid) if pid >= 0 => Ok(pid),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Makes orphans of this process's containers its children, hides it from terminal signals, and
