@@ -17,6 +17,7 @@
 //! v2's rule that a cgroup with children has no processes of its own spares the real root, so the
 //! agent may run there (a small VM) as well as in a service's cgroup.
 
+mod ahead;
 mod apply;
 pub mod cpu_pinning;
 pub mod detect;
@@ -140,6 +141,8 @@ struct Shared {
     /// Pods made since the start and what they request: a QoS level gets their sum.
     requests: Mutex<BTreeMap<PodUid, Requested>>,
     pins: Mutex<pins::Pins>,
+    /// Containers' cgroups made in advance, with what they were given.
+    ready: Mutex<BTreeMap<String, Limits>>,
 }
 
 /// What one pod adds to its QoS level.
@@ -177,6 +180,7 @@ impl Cgroups {
                 hugepages,
                 requests: Mutex::default(),
                 pins: Mutex::default(),
+                ready: Mutex::default(),
             }),
         })
     }
@@ -243,10 +247,11 @@ impl Cgroups {
         limits: &Limits,
     ) -> Result<String, CgroupError> {
         let (path, limits) = (format!("{pod_path}/{name}"), limits.clone());
+        if self.take_ready(&path, &limits)? {
+            return Ok(path);
+        }
         self.blocking(move |this| {
-            this.ensure_leaf(&path)?;
-            this.write_limits(&path, &limits)?;
-            this.pin_blocking(&path, limits.exclusive_cpus)?;
+            this.ensure_container_blocking(&path, &limits)?;
             Ok(path)
         })
         .await
@@ -257,7 +262,9 @@ impl Cgroups {
         let uid = uid.clone();
         self.blocking(move |this| {
             for qos in QosClass::ALL {
-                this.remove_blocking(&this.pod_path(&uid, qos))?;
+                let path = this.pod_path(&uid, qos);
+                this.forget_ready(&path);
+                this.remove_blocking(&path)?;
             }
             this.requests().remove(&uid);
             this.unpin_blocking(&uid)?;
@@ -352,6 +359,12 @@ impl Cgroups {
             self.weigh_levels()?;
         }
         Ok(path)
+    }
+
+    fn ensure_container_blocking(&self, path: &str, limits: &Limits) -> Result<(), CgroupError> {
+        self.ensure_leaf(path)?;
+        self.write_limits(path, limits)?;
+        self.pin_blocking(path, limits.exclusive_cpus)
     }
 
     /// One level of the tree in every hierarchy; its parent exists.

@@ -321,3 +321,44 @@ async fn whole_cpus_are_exclusive_across_a_restart_and_given_back() {
     assert_eq!(set(&best_effort).len(), online);
     assert_eq!(set(&other).len(), online);
 }
+
+#[tokio::test]
+async fn a_cgroup_made_in_advance_is_taken_once_and_only_with_its_limits() {
+    let Some(scratch) = Scratch::new("ahead") else {
+        return;
+    };
+    let cgroups = &scratch.0;
+    let (pod, qos, all) = (uid("a-1"), QosClass::Burstable, limits());
+    let path = cgroups.ensure_pod(&pod, qos, &all).await.unwrap();
+    let in_advance = || cgroups.containers_in_advance(&path, vec![("c".into(), all.clone())]);
+    let file = join(
+        cgroups.layout().root_of("pids").unwrap(),
+        &format!("{path}/c/pids.max"),
+    );
+    let pids_max = || tree::read(&file).unwrap().unwrap().trim().to_owned();
+    in_advance().await;
+    assert_eq!(pids_max(), "32", "the cgroup is there, with its limits");
+    // What nobody writes stays as it is: that tells which call has written.
+    tree::write(&file, "31").unwrap();
+    cgroups.ensure_container(&path, "c", &all).await.unwrap();
+    assert_eq!(pids_max(), "31", "taken as it was made");
+    cgroups.ensure_container(&path, "c", &all).await.unwrap();
+    assert_eq!(pids_max(), "32", "not a second time");
+
+    in_advance().await;
+    let fewer = Limits {
+        pids_max: Some(16),
+        ..all.clone()
+    };
+    cgroups.ensure_container(&path, "c", &fewer).await.unwrap();
+    assert_eq!(pids_max(), "16", "other limits are written");
+
+    in_advance().await;
+    cgroups.remove(&format!("{path}/c")).await.unwrap();
+    cgroups.ensure_container(&path, "c", &all).await.unwrap();
+    assert_eq!(pids_max(), "32", "one that has gone is made");
+
+    in_advance().await;
+    cgroups.remove_pod(&pod).await.unwrap();
+    assert!(cgroups.shared.ready.lock().unwrap().is_empty());
+}

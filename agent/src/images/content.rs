@@ -108,6 +108,11 @@ impl Content {
         }
     }
 
+    /// Directory of the layers that are below every image's.
+    pub fn mount_points(&self) -> PathBuf {
+        self.root.join("mount-points")
+    }
+
     pub(super) fn ingest(&self) -> PathBuf {
         self.root.join("ingest")
     }

@@ -27,6 +27,7 @@ mod error;
 pub mod extract;
 mod import;
 pub mod inventory;
+pub mod mount_points;
 mod overlay;
 mod pull;
 pub mod reference;
@@ -44,6 +45,7 @@ pub use collect::{Disk, images_of, keep_disk_free};
 use content::{Content, Record, Table};
 pub use error::ImageError;
 pub use import::{Imported, Progress};
+pub use mount_points::MountPoints;
 pub use oci_spec::image::ImageConfiguration;
 pub use reference::{Digest, Reference};
 pub use registries::Registries;
@@ -257,22 +259,29 @@ impl ImageStore {
     }
 
     /// Mounts a writable root for one container run at `layers_dir/rootfs`, with the ids of `user`
-    /// where the pod has a user namespace. Idempotent.
+    /// where the pod has a user namespace, and `below` the image's layers. Idempotent.
     pub async fn mount_rootfs(
         &self,
         image: &Image,
         layers_dir: &Path,
         user: Option<&UserNamespace>,
+        below: MountPoints,
     ) -> Result<PathBuf, ImageError> {
-        let lower: Vec<PathBuf> = image
+        let layers: Vec<PathBuf> = image
             .layers
             .iter()
             .map(|d| self.content().layer_fs(d))
             .collect();
         let (id, dir) = (image.id.clone(), layers_dir.to_owned());
         let user = user.cloned();
-        self.blocking(move |_| overlay::mount_rootfs(&lower, id.as_str(), &dir, user.as_ref()))
-            .await
+        self.blocking(move |this| {
+            let directory = this.content().mount_points();
+            let context = format!("make {}", directory.display());
+            let mut lower = below.layers(&directory).map_err(ImageError::io(context))?;
+            lower.extend(layers);
+            overlay::mount_rootfs(&lower, id.as_str(), &dir, user.as_ref())
+        })
+        .await
     }
 
     /// Unmounts what [`ImageStore::mount_rootfs`] mounted. Idempotent.

@@ -2,6 +2,7 @@ mod mirrors;
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -228,10 +229,22 @@ async fn rootfs_is_writable_shared_and_shows_no_deleted_file() {
     let one = dir.path().join("pods/u/containers/c/0");
     let two = dir.path().join("pods/u/containers/c/1");
     let (a, b) = (
-        store.mount_rootfs(&image, &one, None).await.unwrap(),
-        store.mount_rootfs(&image, &two, None).await.unwrap(),
+        store
+            .mount_rootfs(&image, &one, None, MountPoints::None)
+            .await
+            .unwrap(),
+        store
+            .mount_rootfs(&image, &two, None, MountPoints::None)
+            .await
+            .unwrap(),
     );
-    assert_eq!(store.mount_rootfs(&image, &one, None).await.unwrap(), a);
+    assert_eq!(
+        store
+            .mount_rootfs(&image, &one, None, MountPoints::None)
+            .await
+            .unwrap(),
+        a
+    );
     assert_eq!(fs::read_to_string(a.join("etc/motd")).unwrap(), "changed");
     assert!(!a.join("etc/gone").exists());
     fs::write(a.join("etc/motd"), "mine").unwrap();
@@ -261,7 +274,10 @@ async fn rootfs_is_writable_shared_and_shows_no_deleted_file() {
         .ensure("hand:1", PullPolicy::Never, &[])
         .await
         .unwrap();
-    let again = store.mount_rootfs(&image, &one, None).await.unwrap();
+    let again = store
+        .mount_rootfs(&image, &one, None, MountPoints::None)
+        .await
+        .unwrap();
     assert_eq!(
         fs::read_to_string(again.join("etc/motd")).unwrap(),
         "changed"
@@ -282,6 +298,64 @@ async fn rootfs_is_writable_shared_and_shows_no_deleted_file() {
     assert_eq!(again.to_string(), "no image is called \"hand:1\" here");
     fs::remove_file(file).unwrap();
     assert_empty(dir.path());
+}
+
+#[test]
+fn mount_points_are_below_the_image_and_cost_the_container_nothing() {
+    if !root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = dir.path().join("image");
+    fs::create_dir_all(image.join("etc")).unwrap();
+    fs::create_dir_all(image.join("var")).unwrap();
+    fs::write(image.join("etc/hostname"), "the image's").unwrap();
+    let mut mode = fs::metadata(&image).unwrap().permissions();
+    mode.set_mode(0o700);
+    fs::set_permissions(image.join("etc"), mode).unwrap();
+    let places = dir.path().join("mount-points");
+    let mount = |run: &Path, below: MountPoints| {
+        let mut lower = below.layers(&places).unwrap();
+        lower.push(image.clone());
+        overlay::mount_rootfs(&lower, "x", run, None)
+    };
+    let run = dir.path().join("run");
+    let rootfs = match mount(&run, MountPoints::ContainerWithToken) {
+        Ok(rootfs) => rootfs,
+        Err(error) => return eprintln!("skipped: {error}"),
+    };
+    let token = rootfs.join(mount_points::TOKEN.trim_start_matches('/'));
+    assert!(token.is_dir() && rootfs.join("proc").is_dir());
+    assert_eq!(fs::read(rootfs.join("etc/hosts")).unwrap(), b"");
+    // What the image says wins.
+    let hostname = fs::read_to_string(rootfs.join("etc/hostname")).unwrap();
+    assert_eq!(hostname, "the image's");
+    let etc = fs::metadata(rootfs.join("etc")).unwrap().permissions();
+    assert_eq!(etc.mode() & 0o777, 0o700);
+    assert_eq!(fs::read_dir(run.join("upper")).unwrap().count(), 0);
+    // The layer is everybody's: what one writes, no other sees.
+    fs::write(rootfs.join("etc/hosts"), "mine").unwrap();
+    overlay::unmount_rootfs(&run).unwrap();
+    // Where the image has a link, the link is followed as ever.
+    std::os::unix::fs::symlink("../run", image.join("var/run")).unwrap();
+    let run = dir.path().join("second");
+    let rootfs = mount(&run, MountPoints::ContainerWithToken).unwrap();
+    assert_eq!(fs::read(rootfs.join("etc/hosts")).unwrap(), b"");
+    let link = fs::read_link(rootfs.join("var/run")).unwrap();
+    assert_eq!(link, Path::new("../run"));
+    overlay::unmount_rootfs(&run).unwrap();
+    // No token, no directory for it; an image volume shows the image alone.
+    fs::remove_file(image.join("var/run")).unwrap();
+    for (name, below, count) in [
+        ("third", MountPoints::Container, 5),
+        ("fourth", MountPoints::None, 2),
+    ] {
+        let run = dir.path().join(name);
+        let rootfs = mount(&run, below).unwrap();
+        assert!(!rootfs.join("var/run").exists());
+        assert_eq!(fs::read_dir(&rootfs).unwrap().count(), count, "{name}");
+        overlay::unmount_rootfs(&run).unwrap();
+    }
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use super::{Node, configs, processes, termination};
 use crate::cgroups::limits::{container_limits, qos_class};
 use crate::devices::plan::Grant;
 use crate::ids::{ContainerRun, PodUid};
-use crate::images::{self, Image, Progress, PullPolicy};
+use crate::images::{self, Image, MountPoints, Progress, PullPolicy, mount_points as places};
 use crate::network::PodNetwork;
 use crate::paths::Paths;
 use crate::runtime::spec::{
@@ -70,6 +70,7 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
         &image,
         &layers,
         job.network.userns.as_ref(),
+        mount_points(&config),
     ))
     .await;
     let rootfs = rootfs.map_err(|e| Failure::new("CreateContainerError", e))?;
@@ -108,6 +109,24 @@ pub async fn container(job: Job) -> Result<(SystemTime, String), Failure> {
     Ok((at, image.image_id()))
 }
 
+/// The containers that start as soon as there is a sandbox.
+pub fn starting_first(pod: &Pod) -> &[Container] {
+    let Some(spec) = &pod.spec else { return &[] };
+    match spec.init_containers.as_deref() {
+        Some([first, ..]) => std::slice::from_ref(first),
+        _ => &spec.containers,
+    }
+}
+
+/// What this container has mounted on the image.
+fn mount_points(container: &Container) -> MountPoints {
+    let mut mounts = container.volume_mounts.iter().flatten();
+    match mounts.any(|m| m.mount_path == places::TOKEN) {
+        true => MountPoints::ContainerWithToken,
+        false => MountPoints::Container,
+    }
+}
+
 /// Mounts the root file systems of the containers that start first, beside the sandbox: they need
 /// nothing of it. Only what takes no network; [`container`] makes whatever is not there, and tells
 /// the errors.
@@ -118,10 +137,6 @@ pub async fn roots_in_advance(node: &Arc<Node>, uid: &PodUid, pod: &Pod, is_new:
     if spec.host_users == Some(false) {
         return; // its root file systems are mapped to the pod's ids
     }
-    let first = match spec.init_containers.as_deref() {
-        Some([first, ..]) => std::slice::from_ref(first),
-        _ => &spec.containers,
-    };
     let mount = |config: &Container| {
         let reference = config.image.clone().unwrap_or_default();
         let policy = PullPolicy::of(config.image_pull_policy.as_deref(), &reference);
@@ -130,6 +145,7 @@ pub async fn roots_in_advance(node: &Arc<Node>, uid: &PodUid, pod: &Pod, is_new:
             name: config.name.clone(),
             attempt: 0,
         };
+        let below = mount_points(config);
         async move {
             // The registry may name another image: not to be guessed.
             if policy == PullPolicy::Always {
@@ -137,11 +153,11 @@ pub async fn roots_in_advance(node: &Arc<Node>, uid: &PodUid, pod: &Pod, is_new:
             }
             if let Ok(image) = node.images.ensure(&reference, PullPolicy::Never, &[]).await {
                 let layers = node.paths.container_layers(&run);
-                let _ = node.images.mount_rootfs(&image, &layers, None).await;
+                let _ = node.images.mount_rootfs(&image, &layers, None, below).await;
             }
         }
     };
-    futures_util::future::join_all(first.iter().map(mount)).await;
+    futures_util::future::join_all(starting_first(pod).iter().map(mount)).await;
 }
 
 /// Makes the container's cgroup with all its limits before there is a process to limit.

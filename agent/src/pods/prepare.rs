@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use super::timeline::timed;
 use super::worker::{Inputs, Message};
 use super::{Node, launch};
+use crate::cgroups::CgroupError;
 use crate::cgroups::held::{Held, held};
 use crate::cgroups::limits::{container_limits, pod_limits, qos_class};
 use crate::ids::{ContainerRun, PodUid};
@@ -84,7 +85,6 @@ pub async fn sandbox(
         .as_ref()
         .is_some_and(|s| s.host_network == Some(true));
     let qos = qos_class(pod);
-    let limits = pod_limits(pod, node.cgroups.policy());
     let cgroup = node.cgroups.pod_path(uid, qos);
     let user_range = user_range(node, uid, pod)?;
     let network_spec = PodNetworkSpec {
@@ -124,7 +124,7 @@ pub async fn sandbox(
         timed(node.network.ensure(&network_spec)),
         timed(ready_volumes),
         timed(node.runtime.ensure_sandbox(&sandbox_spec)),
-        timed(node.cgroups.ensure_pod(uid, qos, &limits)),
+        timed(cgroups(node, uid, pod, is_new)),
         timed(launch::roots_in_advance(node, uid, pod, is_new)),
     );
     limited.map_err(|e| Failure::new("FailedCreatePodSandBox", e))?;
@@ -147,6 +147,22 @@ pub async fn sandbox(
         let _ = inputs.send(Box::new(Message::Took(phase, took))).await;
     }
     Ok((network, volumes))
+}
+
+/// The pod's cgroup, and those of the containers that start first.
+async fn cgroups(node: &Node, uid: &PodUid, pod: &Pod, is_new: bool) -> Result<(), CgroupError> {
+    let (class, policy) = (qos_class(pod), node.cgroups.policy());
+    let path = node
+        .cgroups
+        .ensure_pod(uid, class, &pod_limits(pod, policy))
+        .await?;
+    if is_new {
+        let first = launch::starting_first(pod).iter();
+        let limits = first.map(|c| (c.name.clone(), container_limits(pod, c, policy)));
+        let limits = limits.collect();
+        node.cgroups.containers_in_advance(&path, limits).await;
+    }
+    Ok(())
 }
 
 /// What of its resolver's configuration did not fit: told once.

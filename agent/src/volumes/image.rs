@@ -15,7 +15,7 @@ use gantry_api::k8s_openapi::api::core::v1::Pod;
 use super::{Access, ReadyVolume, ReadyVolumes, VolumeError};
 use crate::ids::PodUid;
 use crate::images::auth::RegistryAuth;
-use crate::images::{ImageStore, PullPolicy};
+use crate::images::{ImageStore, MountPoints, PullPolicy};
 use crate::paths::Paths;
 
 /// Pulls and mounts every image volume of the pod.
@@ -49,7 +49,7 @@ pub async fn ensure(
             let image = images.ensure(reference, policy, credentials).await;
             let image = image.map_err(failed)?;
             path = images
-                .mount_rootfs(&image, &layers, None)
+                .mount_rootfs(&image, &layers, None, MountPoints::None)
                 .await
                 .map_err(failed)?;
         }
