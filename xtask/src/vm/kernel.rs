@@ -57,7 +57,10 @@ fn package(version: &str) -> Result<String> {
             &format!("^linux-image-{version}[.-][0-9.+a-z-]*cloud-{arch}$"),
         ],
     ))?;
+    // The one without a patch level has no kernel in it: it depends on the newest.
+    let meta = format!("linux-image-{version}-cloud-{arch}");
     let names = listed.lines().filter_map(|l| l.split_whitespace().next());
+    let names = names.filter(|name| *name != meta);
     let newest = names.max_by_key(|name| {
         name.split(|c: char| !c.is_ascii_digit())
             .filter_map(|n| n.parse::<u32>().ok())
@@ -88,6 +91,10 @@ fn fetch(directory: &Path, package: &str, unpacked: &Path) -> Result<()> {
     let mut dpkg = run::program("dpkg-deb", ["--extract"]);
     run::captured(dpkg.arg(&archive).arg(unpacked))?;
     std::fs::remove_file(&archive)?;
+    // From 6.12 on modules are compressed; the guest loads them as they are in the initramfs.
+    let compressed = "find . -name '*.ko.xz' -print0 | xargs -0 -r xz --decompress";
+    let mut xz = run::program("sh", ["-c", compressed]);
+    run::captured(xz.current_dir(unpacked)).context("modules: xz (package xz-utils)")?;
     std::fs::write(unpacked.join("complete"), "")?;
     Ok(())
 }
