@@ -81,6 +81,16 @@ impl Cluster {
         control: &[&str],
         agent: &[&str],
     ) -> Result<Self> {
+        let mut cluster = Self::prepare(installation, control, agent)?;
+        cluster.start_control()?;
+        cluster.import("busybox")?;
+        cluster.start_agent()?;
+        cluster.wait("the node to be ready", START, |c| c.node_is_ready())?;
+        Ok(cluster)
+    }
+
+    /// A cluster of which nothing runs yet. Its agent may be one of several, on other machines.
+    pub fn prepare(installation: &Installation, control: &[&str], agent: &[&str]) -> Result<Self> {
         let lock = File::create(std::env::temp_dir().join("gantry-tests.lock"))?;
         lock.lock()?;
         let census = census::take();
@@ -91,19 +101,14 @@ impl Cluster {
             );
         }
         let logs = tempfile::tempdir()?;
-        let mut cluster = Self {
+        Ok(Self {
             installation: installation.clone(),
             logs,
             flags: [control, agent].map(|words| words.iter().map(|&w| w.into()).collect()),
             control: None,
             agent: None,
             _lock: lock,
-        };
-        cluster.start_control()?;
-        cluster.import("busybox")?;
-        cluster.start_agent()?;
-        cluster.wait("the node to be ready", START, |c| c.node_is_ready())?;
-        Ok(cluster)
+        })
     }
 
     /// Starts `gantry-control` and waits until it serves.
@@ -389,6 +394,11 @@ impl Cluster {
 
     /// Removes everything; an error when something is left.
     pub fn finish(mut self) -> Result<()> {
+        self.leave()
+    }
+
+    /// The same; afterwards nothing can be asked.
+    pub fn leave(&mut self) -> Result<()> {
         self.remove()?;
         let census = census::take();
         if !census::is_zero(&census) {

@@ -3,6 +3,7 @@
 //! ```text
 //! tests/integration.rs  one test per scenario on this machine (root; else skipped in words)
 //! src/bin/gantry-vm-init.rs  the same scenarios as init of a virtual machine
+//!        └──► machines/  the same on several of them: their hands, their faults
 //! src/sweep.rs  SIGKILL of agent, shim and helper at their system calls
 //!        └──► scenario.rs (its files: one an area) ──► cluster.rs ──► gantry-control, gantry-agent, gantry
 //! ```
@@ -16,6 +17,7 @@ pub mod cluster;
 pub mod csi_driver;
 pub mod device_plugin;
 pub mod inventory;
+pub mod machines;
 mod plugin_socket;
 pub mod scenario;
 pub mod sweep;

@@ -24,6 +24,7 @@ mod limits;
 mod main_job;
 mod names;
 mod network_policy;
+pub mod nodes;
 mod probes;
 mod reboot;
 mod resources;

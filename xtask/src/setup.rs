@@ -77,6 +77,12 @@ fn needs(purpose: For) -> Vec<Need> {
                 &["qemu-system-x86"][..],
             ),
             need("busybox", "test containers", busybox, &["busybox-static"]),
+            need(
+                "mkfs.ext4",
+                "disks of virtual machines",
+                run::which("mkfs.ext4").is_some(),
+                &["e2fsprogs"],
+            ),
         ]);
     }
     if purpose != For::Up {

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //! initramfs ─► switch: everything moves to a tmpfs (containers cannot pivot out of an initramfs)
-//!           ─► init: mounts, modules, then reaps whatever is orphaned
-//!                └─► run: the scenarios, one verdict line each ─► end ─► reset
+//!           ─► init: mounts, modules, its place among several; then reaps whatever is orphaned
+//!                ├─► run: the scenarios, one verdict line each ─► end ─► reset
+//!                └─► hand: of one of several machines, for the scenarios on node-1
 //! ```
 
 use std::fs;
@@ -16,7 +17,9 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use gantry_tests::cluster::Installation;
-use gantry_tests::scenario;
+use gantry_tests::machines::place::Place;
+use gantry_tests::machines::{self, hand};
+use gantry_tests::{census, scenario};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::{WaitStatus, wait};
@@ -26,6 +29,15 @@ fn main() -> ExitCode {
     let done = match stage.as_deref() {
         Some("init") => init(),
         Some("run") => run(),
+        Some("hand") => installation().and_then(|i| hand::serve(&i)),
+        Some("list") => {
+            list();
+            Ok(())
+        }
+        Some("census") => {
+            count();
+            Ok(())
+        }
         _ if std::process::id() == 1 => switch(),
         _ => {
             eprintln!("this is the init of a virtual machine: see `cargo xtask vm-test`");
@@ -114,12 +126,21 @@ fn init() -> Result<()> {
     )?;
     nix::unistd::sethostname("vm-1")?;
     load_modules()?;
+    let place = Place::parse(&fs::read_to_string("/proc/cmdline")?);
     let status = Command::new("/bin/busybox")
         .args(["ifconfig", "lo", "up"])
         .status()?;
     println!("vm: lo is up: {status}");
+    if let Some(place) = &place {
+        place.set_up().context("this machine's place")?;
+    }
+    // What follows is this machine's whole life: the scenarios, or doing what they say.
+    let stage = match &place {
+        Some(place) if place.number > 1 => "hand",
+        _ => "run",
+    };
     let child = Command::new("/init")
-        .arg("run")
+        .arg(stage)
         .env("PATH", "/usr/lib/gantry:/bin:/usr/bin:/sbin")
         .env("HOME", "/root")
         .env("GANTRY_BIN", "/usr/lib/gantry")
@@ -160,17 +181,54 @@ fn load_modules() -> Result<()> {
     Ok(())
 }
 
+/// `gantry.shard=0/2`: this machine runs the first, the third... of the scenarios that are wanted.
+fn shard(command_line: &str) -> (usize, usize) {
+    let word = command_line
+        .split_whitespace()
+        .find_map(|w| w.strip_prefix("gantry.shard=")?.split_once('/'));
+    let number = |text: &str| text.parse::<usize>().ok();
+    word.and_then(|(index, count)| Some((number(index)?, number(count)?)))
+        .filter(|(index, count)| index < count)
+        .unwrap_or((0, 1))
+}
+
+fn installation() -> Result<Installation> {
+    Installation::find().map_err(anyhow::Error::msg)
+}
+
+/// All scenarios: on how many machines, and the name.
+fn list() {
+    for scenario in scenario::ALL {
+        println!("one {}", scenario.name);
+    }
+    for scenario in scenario::nodes::ALL {
+        println!("several {}", scenario.name);
+    }
+}
+
+/// What of ours is on this machine, one line a thing.
+fn count() {
+    for (kind, found) in census::take() {
+        for thing in found {
+            println!("{kind} {thing}");
+        }
+    }
+}
+
 fn run() -> Result<()> {
-    let installation = Installation::find().map_err(anyhow::Error::msg)?;
+    let installation = installation()?;
     let command_line = fs::read_to_string("/proc/cmdline")?;
     let wanted = command_line
         .split_whitespace()
         .find_map(|w| w.strip_prefix("gantry.scenario="))
         .unwrap_or("all");
+    if let Some(place) = Place::parse(&command_line) {
+        return machines::run(&installation, &place, wanted);
+    }
     let is_wanted = |scenario: &&scenario::Scenario| match wanted {
         "all" => true,
         "every-kernel" => scenario.is_for_every_kernel,
-        name => scenario.name == name,
+        names => names.split(',').any(|name| scenario.name == name),
     };
     if !scenario::ALL.iter().any(|scenario| is_wanted(&scenario)) {
         let names: Vec<&str> = scenario::ALL.iter().map(|s| s.name).collect();
@@ -179,7 +237,10 @@ fn run() -> Result<()> {
             names.join(", ")
         );
     }
-    for scenario in scenario::ALL.iter().filter(is_wanted) {
+    let shard = shard(&command_line);
+    let own = scenario::ALL.iter().filter(is_wanted).enumerate();
+    let own = own.filter(|(index, _)| index % shard.1 == shard.0);
+    for (_, scenario) in own {
         let began = Instant::now();
         match scenario.run(&installation) {
             Ok(()) => println!(

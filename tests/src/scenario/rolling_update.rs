@@ -19,14 +19,15 @@ const EVERY: Duration = Duration::from_millis(5);
 
 /// What clients on the host have seen.
 #[derive(Default)]
-struct Seen {
+pub(super) struct Seen {
     answered: AtomicU64,
     lost: AtomicU64,
     first: std::sync::Mutex<Option<String>>,
 }
 
 impl Seen {
-    fn ask_until(&self, over: &AtomicBool, address: SocketAddr) {
+    /// Asks there until it is over, with a pause after each request.
+    pub(super) fn ask_until(&self, over: &AtomicBool, address: SocketAddr, every: Duration) {
         while !over.load(Ordering::Relaxed) {
             match get(address) {
                 Ok(_) => self.answered.fetch_add(1, Ordering::Relaxed),
@@ -36,8 +37,16 @@ impl Seen {
                     self.lost.fetch_add(1, Ordering::Relaxed)
                 }
             };
-            std::thread::sleep(EVERY);
+            std::thread::sleep(every);
         }
+    }
+
+    /// How many were answered; an error if one was not.
+    pub(super) fn all_answered(self) -> Result<u64> {
+        let (answered, lost) = (self.answered.into_inner(), self.lost.into_inner());
+        let first = self.first.into_inner().unwrap_or_else(|e| e.into_inner());
+        ensure!(lost == 0, "the host lost {lost} of {answered}: {first:?}");
+        Ok(answered)
     }
 }
 
@@ -68,7 +77,7 @@ pub(super) fn rolling_update(cluster: &mut Cluster) -> Result<()> {
     let (seen, over) = (Seen::default(), AtomicBool::new(false));
     let rolled = std::thread::scope(|scope| {
         for _ in 0..2 {
-            scope.spawn(|| seen.ask_until(&over, address));
+            scope.spawn(|| seen.ask_until(&over, address, EVERY));
         }
         let rolled = (0..ROUNDS).try_for_each(|_| {
             cluster.ok(&["-n", "web", "rollout", "restart", "deployment/web"])?;
@@ -81,9 +90,7 @@ pub(super) fn rolling_update(cluster: &mut Cluster) -> Result<()> {
     let inside = inside.wait_with_output()?;
     rolled?;
 
-    let (answered, lost) = (seen.answered.into_inner(), seen.lost.into_inner());
-    let first = seen.first.into_inner().unwrap_or_else(|e| e.into_inner());
-    ensure!(lost == 0, "the host lost {lost} of {answered}: {first:?}");
+    let answered = seen.all_answered()?;
     ensure!(answered > 100, "only {answered} requests from the host");
     let said = String::from_utf8_lossy(&inside.stdout);
     let numbers: Vec<u64> = said

@@ -96,7 +96,7 @@ fn add_binary(
     libraries: &mut BTreeSet<PathBuf>,
 ) -> Result<()> {
     let stripped = run::target().join("vm/stripped");
-    let mut strip = run::program("strip", ["--strip-debug", "-o"]);
+    let mut strip = run::program("strip", ["--strip-all", "-o"]);
     run::captured(strip.arg(&stripped).arg(from))?;
     archive.file(inside, 0o755, &std::fs::read(&stripped)?)?;
     libraries.extend(loads(from)?);

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::{report, run};
 
 /// What the guest needs that Debian builds as modules.
-const WANTED: [&str; 8] = [
+const WANTED: [&str; 13] = [
     "overlay",
     "veth",
     "bridge",
@@ -17,6 +17,12 @@ const WANTED: [&str; 8] = [
     "inet_diag",
     "tcp_diag",
     "udp_diag",
+    // Of several machines: their link, their disk, what they ask for, and a tunnel between them.
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "virtio_console",
+    "vxlan",
 ];
 
 /// Returns the kernel image and the files of its modules, dependencies first.

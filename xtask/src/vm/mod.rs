@@ -1,64 +1,93 @@
-//! `cargo xtask vm-test`: boots a machine of our own in QEMU and runs the scenarios inside.
+//! `cargo xtask vm-test`: boots machines of our own in QEMU and runs the scenarios inside.
 //!
 //! ```text
 //! kernel.rs    Debian's kernel package, unpacked; modules in load order
 //! initramfs.rs our binaries, their libraries, images ──► cpio.rs ──► initrd
-//! mod.rs       qemu (KVM after a timed probe, else TCG) ──► console lines ──► verdicts
+//! guest.rs     qemu (KVM after a timed probe, else TCG) ──► console lines ──► verdicts
+//! nodes.rs     several of them on switch.rs (router.rs, pcap.rs); asks.rs: faults that they ask for
 //! ```
 //! No root, no tap, no change to the host. The guest's init is `gantry-vm-init` of `tests/`: it
 //! mounts a pure cgroup v2, runs the scenarios and prints one line for each:
 //! `vm: ok NAME SECONDS`, `vm: FAILED NAME: WORDS`, `vm: skipped NAME: REASON`, then `vm: end`.
 
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::{build, image, report, run, setup};
 
+mod asks;
 mod cpio;
+mod guest;
 mod initramfs;
 mod kernel;
+mod nodes;
+mod pcap;
+mod router;
+mod switch;
 
-/// The whole guest with every scenario, boot to power-off: up to a minute a scenario under TCG, with
-/// room for a loaded machine.
+/// All scenarios, boot to power-off: up to a minute a scenario under TCG, with room for a loaded machine.
 const LIMIT: Duration = Duration::from_secs(3_600);
-/// A guest under KVM that prints nothing for so long does not truly work.
-const KVM_PROBE: Duration = Duration::from_secs(10);
+/// The scenarios of one machine that depend on the kernel.
+const EVERY_KERNEL: &str = "every-kernel";
+/// The scenarios of several machines that `cargo xtask test` runs.
+const SHORT: &str = "short";
+const ALL: &str = "all";
+/// Machines among which the scenarios of one machine are shared out.
+const SHARDS: usize = 1;
 
 /// What `vm-test` takes.
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 pub struct Arguments {
-    /// A kernel image instead of Debian's (its modules are expected to be built in)
-    #[arg(long, value_name = "FILE")]
-    pub kernel: Option<PathBuf>,
+    /// Machines: a control plane and workers on one switch; 1: the scenarios of one machine
+    #[arg(long, value_name = "COUNT", default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=9))]
+    pub nodes: u8,
+    /// So many of the last workers are on another link, behind a router
+    #[arg(long, value_name = "COUNT", default_value_t = 0)]
+    pub routed: u8,
+    /// Only these scenarios (NAME,...), or a set of them: `all`, `short` (of several machines, in `cargo xtask test`),
+    /// `every-kernel` (of one machine: those that depend on the kernel)
+    #[arg(long, value_name = "NAME")]
+    pub scenario: Option<String>,
+    /// Print the names of all scenarios, and run none
+    #[arg(long)]
+    pub list: bool,
+    /// Leave the cluster up at the end, and print how to reach its API from this host
+    #[arg(long)]
+    pub keep: bool,
     /// Which of Debian's kernels: the start of its version
     #[arg(long, value_name = "VERSION", default_value = "6.1")]
     pub kernel_version: String,
-    /// Only this scenario, or `every-kernel`: those that depend on the kernel
-    #[arg(long, value_name = "NAME")]
-    pub scenario: Option<String>,
-    /// Show the guest's whole console
+    /// One after the other on these of Debian's kernels: `every-kernel`, then several machines
+    #[arg(long, value_name = "VERSIONS", value_delimiter = ',')]
+    pub kernel_matrix: Vec<String>,
+    /// A kernel image instead of Debian's (its modules are expected to be built in)
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Show the guests' whole consoles
     #[arg(long)]
     pub console: bool,
 }
 
 impl Arguments {
     /// What `cargo xtask test` runs: the others have just run on this machine.
-    pub fn every_kernel() -> Self {
+    pub fn of_test() -> Self {
         Self {
-            kernel: None,
+            nodes: 3,
+            routed: 0,
+            scenario: None,
+            list: false,
+            keep: false,
             kernel_version: "6.1".into(),
-            scenario: Some("every-kernel".into()),
+            kernel_matrix: Vec::new(),
+            kernel: None,
             console: false,
         }
     }
 }
 
-/// What the guest reported.
+/// What the guests reported.
 #[derive(Default)]
 pub struct Outcome {
     /// Scenarios that passed.
@@ -70,10 +99,46 @@ pub struct Outcome {
     ended: bool,
 }
 
+impl Outcome {
+    fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped.extend(other.skipped);
+    }
+}
+
 /// Runs and fails when anything failed.
 pub fn task(arguments: &Arguments) -> Result<()> {
     setup::ensure(setup::For::Vm)?;
-    let outcome = run(arguments)?;
+    let built = Built::new()?;
+    let known = built.scenarios()?;
+    if arguments.list {
+        for (kind, name) in &known {
+            println!("{name}  ({kind})");
+        }
+        return Ok(());
+    }
+    let mut outcome = Outcome::default();
+    if arguments.kernel_matrix.is_empty() {
+        let booted = built.boots(arguments)?;
+        let wanted = arguments.scenario.as_deref().unwrap_or(ALL);
+        outcome.add(booted.run(arguments, wanted, &known)?);
+    }
+    for version in &arguments.kernel_matrix {
+        report::note(format!("Linux {version}"));
+        let of_version = Arguments {
+            kernel_version: version.clone(),
+            ..arguments.clone()
+        };
+        let booted = built.boots(&of_version)?;
+        let sets: &[&str] = match &arguments.scenario {
+            Some(one) => &[one],
+            None => &[EVERY_KERNEL, ALL],
+        };
+        for wanted in sets {
+            outcome.add(booted.run(&of_version, wanted, &known)?);
+        }
+    }
     println!(
         "{} passed, {} failed, {} skipped",
         outcome.passed,
@@ -81,46 +146,173 @@ pub fn task(arguments: &Arguments) -> Result<()> {
         outcome.skipped.len()
     );
     if outcome.failed > 0 {
-        bail!("the console is in {}", console().display());
+        bail!("the consoles are in {}", directory().display());
     }
     Ok(())
+}
+
+/// What `cargo xtask test` runs: one machine, then several.
+pub fn of_test() -> Result<Outcome> {
+    let arguments = Arguments::of_test();
+    let built = Built::new()?;
+    let booted = built.boots(&arguments)?;
+    let mut outcome = booted.one(&arguments, EVERY_KERNEL)?;
+    outcome.add(booted.several(&arguments, SHORT)?);
+    Ok(outcome)
 }
 
 fn directory() -> PathBuf {
     run::target().join("vm")
 }
 
-fn console() -> PathBuf {
-    directory().join("console.log")
+/// The binaries and images.
+struct Built {
+    bin: PathBuf,
+    init: PathBuf,
+    images: [PathBuf; 2],
 }
 
-/// Builds what is needed, boots, and collects the verdicts.
-pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    let bin = build::binaries(build::Profile::Dev, "test")?;
-    let step = report::step("virtual machine: kernel and initramfs");
-    std::fs::create_dir_all(directory())?;
-    let (image, modules) = match &arguments.kernel {
-        Some(image) => (image.clone(), Vec::new()),
-        None => kernel::debian(&directory(), &arguments.kernel_version)?,
-    };
-    let init = run::target().join("debug/gantry-vm-init");
-    let images = [
-        image::archive(&image::NGINX)?,
-        image::archive(&image::BUSYBOX)?,
-    ];
-    let initrd = directory().join("initrd");
-    initramfs::write(&initrd, &init, &bin, &images, &modules)?;
-    drop(step);
-    let accelerator = if kvm_works(&image)? { "kvm" } else { "tcg" };
-    let _step = report::step(&format!("virtual machine: booting ({accelerator})"));
-    boot(arguments, accelerator, &image, &initrd)
+/// A kernel and an initramfs.
+struct Booted {
+    kernel: PathBuf,
+    initrd: PathBuf,
+    accelerator: &'static str,
 }
 
-fn boot(arguments: &Arguments, accel: &str, image: &Path, initrd: &Path) -> Result<Outcome> {
-    let scenario = arguments.scenario.as_deref().unwrap_or("all");
-    let mut qemu = qemu(accel, image, &format!("gantry.scenario={scenario}"));
-    qemu.arg("-initrd").arg(initrd).args(["-m", "3072"]);
-    let mut guest = Guest::start(qemu)?;
+impl Built {
+    fn new() -> Result<Self> {
+        Ok(Self {
+            bin: build::binaries(build::Profile::Dev, "test")?,
+            init: run::target().join("debug/gantry-vm-init"),
+            images: [
+                image::archive(&image::NGINX)?,
+                image::archive(&image::BUSYBOX)?,
+            ],
+        })
+    }
+
+    /// `one` or `several`, and the name, as the guest's init has them.
+    fn scenarios(&self) -> Result<Vec<(String, String)>> {
+        let mut list = std::process::Command::new(&self.init);
+        let said = run::captured(list.arg("list"))?;
+        let pair = |line: &str| {
+            let (kind, name) = line.split_once(' ')?;
+            Some((kind.to_owned(), name.to_owned()))
+        };
+        Ok(said.lines().filter_map(pair).collect())
+    }
+
+    fn boots(&self, arguments: &Arguments) -> Result<Booted> {
+        let _step = report::step("virtual machine: kernel and initramfs");
+        std::fs::create_dir_all(directory())?;
+        let (kernel, modules) = match &arguments.kernel {
+            Some(image) => (image.clone(), Vec::new()),
+            None => kernel::debian(&directory(), &arguments.kernel_version)?,
+        };
+        let initrd = directory().join("initrd");
+        initramfs::write(&initrd, &self.init, &self.bin, &self.images, &modules)?;
+        let accelerator = if guest::kvm_works(&kernel)? {
+            "kvm"
+        } else {
+            "tcg"
+        };
+        Ok(Booted {
+            kernel,
+            initrd,
+            accelerator,
+        })
+    }
+}
+
+impl Booted {
+    /// By name: on one machine or on several, as the scenario needs.
+    fn run(
+        &self,
+        arguments: &Arguments,
+        wanted: &str,
+        known: &[(String, String)],
+    ) -> Result<Outcome> {
+        let kind_of = |wanted: &str| {
+            let found = known.iter().find(|(_, name)| name == wanted);
+            found.map(|(kind, _)| kind.as_str())
+        };
+        let mut kinds = wanted.split(',').map(kind_of);
+        // Of several names the first decides, if all are of its kind.
+        let kind = kinds.next().flatten();
+        let kind = kind.filter(|kind| kinds.all(|other| other == Some(kind)));
+        match (kind, wanted) {
+            (Some("one"), _) | (_, EVERY_KERNEL) => self.one(arguments, wanted),
+            (_, ALL) if arguments.nodes == 1 => self.one(arguments, wanted),
+            (Some(_), _) | (_, ALL | SHORT) if arguments.nodes > 1 => {
+                self.several(arguments, wanted)
+            }
+            (Some(_), _) | (_, SHORT) => bail!("{wanted} needs several machines: --nodes 3"),
+            (None, _) => bail!(
+                "{wanted}: no such scenario, or one of one machine and one of several (see --list)"
+            ),
+        }
+    }
+
+    fn several(&self, arguments: &Arguments, scenarios: &str) -> Result<Outcome> {
+        let count = usize::from(arguments.nodes);
+        let accelerator = self.accelerator;
+        let _step = report::step(&format!(
+            "{count} virtual machines: booting ({accelerator})"
+        ));
+        nodes::run(&nodes::Plan {
+            accelerator,
+            kernel: &self.kernel,
+            initrd: &self.initrd,
+            count,
+            routed: usize::from(arguments.routed),
+            scenarios,
+            keep: arguments.keep,
+            console: arguments.console,
+        })
+    }
+
+    fn one(&self, arguments: &Arguments, scenario: &str) -> Result<Outcome> {
+        if arguments.keep {
+            bail!("--keep is for several machines: --nodes 2 or more, and one of their scenarios");
+        }
+        // A scenario waits half of its time: two machines that share the scenarios use two processors.
+        let parallel = std::thread::available_parallelism().map_or(1, usize::from);
+        let shards = if scenario == ALL || scenario == EVERY_KERNEL {
+            parallel.min(SHARDS)
+        } else {
+            1
+        };
+        let accelerator = self.accelerator;
+        let each = match shards {
+            1 => "",
+            _ => ", every scenario in one of them",
+        };
+        let words = format!("{shards} virtual machines: booting ({accelerator}){each}");
+        let _step = report::step(&words);
+        let outcomes: Vec<Result<Outcome>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..shards)
+                .map(|shard| {
+                    let words = format!("gantry.scenario={scenario} gantry.shard={shard}/{shards}");
+                    let mut qemu = guest::qemu(accelerator, &self.kernel, &words);
+                    qemu.arg("-initrd").arg(&self.initrd).args(["-m", "3072"]);
+                    scope.spawn(move || boot(arguments, qemu, shard))
+                })
+                .collect();
+            let ended = threads.into_iter().map(|thread| thread.join());
+            ended
+                .map(|ended| ended.unwrap_or_else(|_| bail!("a console's thread panicked")))
+                .collect()
+        });
+        let mut outcome = Outcome::default();
+        for one in outcomes {
+            outcome.add(one?);
+        }
+        Ok(outcome)
+    }
+}
+
+fn boot(arguments: &Arguments, qemu: std::process::Command, shard: usize) -> Result<Outcome> {
+    let mut guest = guest::Guest::start(qemu)?;
     let mut outcome = Outcome::default();
     let began = Instant::now();
     let mut log = String::new();
@@ -128,12 +320,12 @@ fn boot(arguments: &Arguments, accel: &str, image: &Path, initrd: &Path) -> Resu
         log.push_str(&line);
         log.push('\n');
         if arguments.console {
-            println!("  | {line}");
+            println!("  {shard} | {line}");
         }
         verdict(&line, &mut outcome);
     }
     guest.end();
-    std::fs::write(console(), &log)?;
+    std::fs::write(directory().join(format!("console-{shard}.log")), &log)?;
     if !outcome.ended {
         outcome.failed += 1;
         let last: Vec<&str> = log.lines().rev().take(20).collect();
@@ -162,109 +354,6 @@ fn verdict(line: &str, outcome: &mut Outcome) {
         outcome.skipped.push(format!("vm {reason}"));
     } else if words.trim() == "end" {
         outcome.ended = true;
-    }
-}
-
-fn qemu(accelerator: &str, kernel: &Path, more: &str) -> Command {
-    let (program, console) = match std::env::consts::ARCH {
-        "aarch64" => ("qemu-system-aarch64", "ttyAMA0"),
-        _ => ("qemu-system-x86_64", "ttyS0"),
-    };
-    let mut qemu = Command::new(program);
-    let cpu = if accelerator == "kvm" { "host" } else { "max" };
-    qemu.args([
-        "-accel",
-        accelerator,
-        "-cpu",
-        cpu,
-        "-smp",
-        "2",
-        "-nodefaults",
-        "-display",
-        "none",
-    ]);
-    qemu.args(["-serial", "stdio", "-no-reboot", "-kernel"])
-        .arg(kernel);
-    qemu.arg("-append").arg(format!(
-        "console={console} panic=-1 quiet rootfstype=tmpfs systemd.unified_cgroup_hierarchy=1 {more}"
-    ));
-    if std::env::consts::ARCH == "aarch64" {
-        qemu.args(["-machine", "virt"]);
-    }
-    qemu
-}
-
-/// Does a guest really boot under KVM? On some machines /dev/kvm exists and hangs them.
-fn kvm_works(image: &Path) -> Result<bool> {
-    if std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_err()
-    {
-        return Ok(false);
-    }
-    // Without an initrd the kernel boots, finds no root and panics: any word of it will do.
-    let mut qemu = qemu("kvm", image, "earlyprintk=serial ignore_loglevel");
-    // What QEMU says about a KVM that does not work is the answer, not an error.
-    qemu.args(["-m", "256"]).stderr(Stdio::null());
-    let mut guest = Guest::start(qemu)?;
-    let began = Instant::now();
-    let mut works = false;
-    while let Some(line) = guest.line(KVM_PROBE.saturating_sub(began.elapsed())) {
-        if line.contains("Run /") || line.contains("Kernel panic") || line.contains("VFS:") {
-            works = true;
-            break;
-        }
-    }
-    guest.end();
-    if !works {
-        report::note("/dev/kvm is there, but no guest boots with it: emulating (TCG)");
-    }
-    Ok(works)
-}
-
-/// A running QEMU; killed when dropped.
-struct Guest {
-    child: Child,
-    lines: mpsc::Receiver<String>,
-}
-
-impl Guest {
-    fn start(mut qemu: Command) -> Result<Self> {
-        qemu.stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut child = qemu.spawn().with_context(|| run::words(&qemu))?;
-        let stdout = child.stdout.take().context("qemu has no output")?;
-        let (sender, lines) = mpsc::channel();
-        std::thread::spawn(move || {
-            let mut reader = BufReader::new(stdout);
-            let mut bytes = Vec::new();
-            while reader.read_until(b'\n', &mut bytes).is_ok_and(|n| n > 0) {
-                let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
-                if sender.send(line).is_err() {
-                    return;
-                }
-                bytes.clear();
-            }
-        });
-        Ok(Self { child, lines })
-    }
-
-    /// The next console line; none at the end, or when `limit` has passed.
-    fn line(&mut self, limit: Duration) -> Option<String> {
-        self.lines.recv_timeout(limit).ok()
-    }
-
-    fn end(&mut self) {
-        // It has ended by itself, or it must.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        self.end();
     }
 }
 

@@ -1,0 +1,282 @@
+//! A cluster of several machines, driven from node-1.
+//!
+//! ```text
+//!  node-1: control plane, the scenarios ──┬── node-2: hand ─► agent
+//!          (and an agent, when told)      └── node-3: hand ─► agent    (xtask/src/vm/nodes.rs)
+//! ```
+//! [`place`]: which machine this is; [`hand`]: acting on another one; [`asks`]: power and network faults.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use base64::Engine as _;
+
+use crate::cluster::{Cluster, Installation, KUBECONFIG, NODE};
+use crate::scenario::nodes::{ALL, NodeScenario, Stage};
+
+pub mod asks;
+pub mod hand;
+pub mod place;
+
+use asks::Asks;
+use hand::Machine;
+use place::Place;
+
+/// A machine boots, and an agent starts, on a loaded host.
+pub const LIMIT: Duration = Duration::from_secs(180);
+/// A node that says nothing for so long is not ready: the least that a loaded host keeps.
+pub const GRACE_S: u64 = 20;
+/// Where Services of type LoadBalancer get their addresses from; on the link of node-1.
+const POOL: &str = "10.0.1.200-10.0.1.220";
+/// Where the control plane leaves a worker's credentials.
+const CREDENTIALS: &str = "/run/machine";
+
+/// A running cluster of several machines.
+pub struct Nodes {
+    /// The control plane, and node-1's agent.
+    pub cluster: Cluster,
+    /// All but node-1.
+    pub workers: Vec<Machine>,
+    place: Place,
+    asks: Asks,
+    node_1_has_agent: bool,
+}
+
+impl Nodes {
+    /// The control plane on this machine, an agent on each of the others.
+    pub fn start(installation: &Installation, place: &Place) -> Result<Self> {
+        let workers: Vec<Machine> = place
+            .numbers()
+            .skip(1)
+            .map(|number| Machine {
+                name: Place::name(number),
+                address: place.address(number),
+            })
+            .collect();
+        let mut flags = vec![
+            format!("--node-grace-period-s={GRACE_S}"),
+            format!("--load-balancer-pool={POOL}"),
+        ];
+        for Machine { name, .. } in &workers {
+            flags.push(format!("--agent-credentials={CREDENTIALS}/{name}:{name}"));
+        }
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let mut cluster = Cluster::prepare(installation, &flags, &[])?;
+        cluster.start_control()?;
+        let nodes = Self {
+            cluster,
+            workers,
+            place: place.clone(),
+            asks: Asks::open()?,
+            node_1_has_agent: false,
+        };
+        for worker in &nodes.workers {
+            nodes.wait_up(worker)?;
+            nodes.join(worker)?;
+        }
+        for worker in &nodes.workers {
+            nodes.wait_ready(&worker.name)?;
+        }
+        nodes.route()?;
+        Ok(nodes)
+    }
+
+    /// Makes a machine a node. `gantry join` on the machine will be all of it.
+    fn join(&self, worker: &Machine) -> Result<()> {
+        for file in ["client.crt", "client.key", "ca.crt"] {
+            let text = fs::read_to_string(format!("{CREDENTIALS}/{}/{file}", worker.name))?;
+            worker.write(&format!("/etc/gantry/agent/{file}"), &text)?;
+        }
+        let server = format!("https://{}:6443", self.place.address(1));
+        worker.start_agent(&["run", "--node-name", &worker.name, "--server", &server])
+    }
+
+    /// An agent on node-1 as well.
+    pub fn join_node_1(&mut self) -> Result<()> {
+        self.cluster.import("busybox")?;
+        self.cluster.import("nginx")?;
+        self.cluster.start_agent()?;
+        self.node_1_has_agent = true;
+        self.wait_ready(NODE)?;
+        self.route()
+    }
+
+    /// Routes to the other nodes' pods, on every node. TO BE REMOVED with its calls once the agents
+    /// program them; until then only nodes of one segment reach each other's pods.
+    pub fn route(&self) -> Result<()> {
+        let mut routes = Vec::new();
+        for number in self.numbers() {
+            let node = self.cluster.get(&["node", &Place::name(number)])?;
+            let cidr = node["spec"]["podCIDR"].as_str();
+            let cidr = cidr.with_context(|| format!("node-{number} has no pod CIDR"))?;
+            routes.push((number, cidr.to_owned(), self.place.address(number)));
+        }
+        for on in self.numbers() {
+            for (to, cidr, via) in &routes {
+                if on != *to && self.place.segment(on) == self.place.segment(*to) {
+                    let route = format!("busybox ip route replace {cidr} via {via}");
+                    self.on(on, &route)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs a line of shell on a machine; it must succeed.
+    pub fn on(&self, number: u8, script: &str) -> Result<String> {
+        let command = ["sh", "-c", script];
+        if let Some(worker) = self.workers.get(usize::from(number).wrapping_sub(2)) {
+            return worker.ok(&command);
+        }
+        let mut shell = std::process::Command::new("sh");
+        let output = crate::cluster::run(shell.args(["-c", script]))?;
+        let words = output.stdout + &output.stderr;
+        ensure!(output.code == 0, "{script} on {NODE}: {words}");
+        Ok(words)
+    }
+
+    /// The numbers of the machines that are nodes.
+    pub fn numbers(&self) -> Vec<u8> {
+        let first = if self.node_1_has_agent { 1 } else { 2 };
+        self.place.numbers().filter(|n| *n >= first).collect()
+    }
+
+    /// The address of a machine.
+    pub fn address(&self, number: u8) -> Ipv4Addr {
+        self.place.address(number)
+    }
+
+    /// A worker by its number.
+    pub fn worker(&self, number: u8) -> Result<&Machine> {
+        let worker = self.workers.get(usize::from(number).wrapping_sub(2));
+        worker.with_context(|| format!("node-{number} is no worker"))
+    }
+
+    /// Asks for a fault, or for its end.
+    pub fn ask(&mut self, words: &str) -> Result<()> {
+        self.asks.ask(words)
+    }
+
+    /// Until the machine does what it is told.
+    pub fn wait_up(&self, worker: &Machine) -> Result<()> {
+        let what = format!("{} to boot", worker.name);
+        self.cluster.wait(&what, LIMIT, |_| Ok(worker.is_up()))
+    }
+
+    /// Until the node is ready.
+    pub fn wait_ready(&self, name: &str) -> Result<()> {
+        self.wait_condition(name, "True", LIMIT)
+    }
+
+    /// Until the node's condition Ready is that.
+    pub fn wait_condition(&self, name: &str, status: &str, limit: Duration) -> Result<()> {
+        let what = format!("node {name} to have Ready {status}");
+        let done = self.cluster.wait(&what, limit, |c| {
+            let node = c.get(&["node", name])?;
+            let conditions = node["status"]["conditions"].as_array();
+            let mut conditions = conditions.into_iter().flatten();
+            Ok(conditions.any(|c| c["type"] == "Ready" && c["status"] == status))
+        });
+        done.with_context(|| self.last_words())
+    }
+
+    fn last_words(&self) -> String {
+        let words = self.workers.iter().map(Machine::last_words);
+        words.collect::<Vec<_>>().join("\n")
+    }
+
+    /// Everything that could tell why something failed.
+    fn explain(&self) -> String {
+        let pods = self
+            .cluster
+            .gantry(&["get", "nodes,pods,events", "-A", "-o", "wide"]);
+        let pods = pods.map(|o| o.stdout + &o.stderr).unwrap_or_default();
+        // The words of node-1 are in the error, or in its log.
+        format!("{}\n{pods}", self.last_words())
+    }
+
+    /// After a scenario: no faults, no pods, every node ready.
+    fn tidy(&mut self) -> Result<()> {
+        self.ask("heal")?;
+        for worker in self.workers.clone() {
+            self.ask(&format!("power-on {}", worker.name))?;
+            self.wait_up(&worker)?;
+            self.wait_ready(&worker.name)?;
+        }
+        self.route()?;
+        let spaces = self.cluster.ok(&["get", "namespaces", "-o", "name"])?;
+        for name in spaces.lines().filter_map(|l| l.rsplit('/').next()) {
+            if name != "default" && !name.starts_with("kube-") {
+                self.cluster
+                    .ok(&["delete", "namespace", name, "--timeout=120s"])?;
+            }
+        }
+        let left = self.cluster.ok(&["get", "pods", "-A", "--no-headers"])?;
+        ensure!(left.trim().is_empty(), "pods are left: {left}");
+        Ok(())
+    }
+
+    fn hand_over(&mut self) -> Result<()> {
+        let config = fs::read(KUBECONFIG)?;
+        let base64 = base64::engine::general_purpose::STANDARD.encode(config);
+        self.ask(&format!("kubeconfig {base64}"))
+    }
+}
+
+/// Runs the scenarios that are wanted, and prints a verdict of each.
+pub fn run(installation: &Installation, place: &Place, wanted: &str) -> Result<()> {
+    let is_wanted = |scenario: &&NodeScenario| match wanted {
+        "all" => true,
+        "short" => scenario.is_short,
+        names => names.split(',').any(|name| scenario.name == name),
+    };
+    let scenarios: Vec<&NodeScenario> = ALL.iter().filter(is_wanted).collect();
+    if scenarios.is_empty() {
+        bail!("{wanted}: no such scenario");
+    }
+    let began = Instant::now();
+    let mut nodes = Nodes::start(installation, place)?;
+    let took = began.elapsed().as_secs_f64();
+    println!("vm: ok nodes-start {took:.1} s");
+    for scenario in scenarios {
+        if scenario.stage != Stage::WorkersOnly && !nodes.node_1_has_agent {
+            nodes.join_node_1().context("node-1 joins")?;
+        }
+        nodes.ask(&format!("begin {}", scenario.name))?;
+        let began = Instant::now();
+        let done = (scenario.run)(&mut nodes);
+        if done.is_err() {
+            println!("{}", nodes.explain());
+        }
+        let tidied = match scenario.stage {
+            Stage::Last => Ok(()),
+            _ => nodes.tidy().context("afterwards"),
+        };
+        let took = began.elapsed().as_secs_f64();
+        match done.and(tidied) {
+            Ok(()) => println!("vm: ok {} {took:.1} s", scenario.name),
+            Err(error) if error.is::<crate::scenario::Skipped>() => {
+                println!("vm: skipped {}: {error}", scenario.name);
+            }
+            Err(error) => {
+                let words = format!("{error:#}").replace('\n', "\nvm | ");
+                println!("vm: FAILED {}: {words}", scenario.name);
+            }
+        }
+    }
+    if place.keep {
+        if !nodes.node_1_has_agent {
+            nodes.join_node_1()?;
+        }
+        nodes.hand_over()?;
+        println!("vm: end");
+        loop {
+            std::thread::park();
+        }
+    }
+    // The machines lose their power now; what is left behind on one is looked at by `leave`.
+    std::mem::forget(nodes);
+    Ok(())
+}

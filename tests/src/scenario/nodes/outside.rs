@@ -1,0 +1,167 @@
+//! Services for who is outside: node-1 without an agent, on the link of the workers.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{LIMIT, ask, delete, pod_ip, server, service};
+use crate::cluster::Cluster;
+use crate::machines::Nodes;
+
+/// A load balancer address that moves is answered again within this.
+const FAIL_OVER: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two questions while an address moves.
+const EVERY: Duration = Duration::from_millis(20);
+
+/// Says who asks: the peer's address of every connection, in its log.
+const WITNESS: &str = "apiVersion: v1
+kind: Pod
+metadata: {name: witness, labels: {app: witness}}
+spec:
+  nodeSelector: {kubernetes.io/hostname: node-2}
+  terminationGracePeriodSeconds: 1
+  containers:
+    - name: main
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command:
+        - sh
+        - -c
+        - |
+          echo witness > /tmp/index.html
+          exec httpd -f -v -v -p 8080 -h /tmp 2>&1
+      readinessProbe: {tcpSocket: {port: 8080}, periodSeconds: 1}
+---
+";
+
+/// Node ports answer on every worker, of pods on both; with `externalTrafficPolicy: Local` on the pod's
+/// own node only, which sees the client's address. A load balancer address answers on the link.
+pub(super) fn outside(nodes: &mut Nodes) -> Result<()> {
+    let manifest = [
+        server("a", 2, "echo"),
+        server("b", 3, "echo"),
+        WITNESS.into(),
+        service("echo", "echo", "  type: LoadBalancer\n"),
+        service(
+            "local",
+            "witness",
+            "  type: NodePort\n  externalTrafficPolicy: Local\n",
+        ),
+    ];
+    let cluster = &nodes.cluster;
+    cluster.apply_ok(&manifest.concat())?;
+    for pod in ["a", "b", "witness"] {
+        cluster.wait_ready("default", pod)?;
+    }
+    let port = node_port(cluster, "echo")?;
+    for worker in &nodes.workers {
+        let at = SocketAddr::new(worker.address.into(), port);
+        both_answer(cluster, at).with_context(|| format!("the node port of {}", worker.name))?;
+    }
+    let balancer = balancer(cluster, "echo")?;
+    both_answer(cluster, balancer).context("the load balancer address")?;
+
+    let port = node_port(cluster, "local")?;
+    let own = SocketAddr::new(nodes.address(2).into(), port);
+    cluster.wait("the pod's node to answer", LIMIT, |_| {
+        Ok(ask(own, PATIENCE).is_ok_and(|who| who == "witness"))
+    })?;
+    let log = cluster.ok(&["logs", "witness"])?;
+    let client = nodes.address(1).to_string();
+    ensure!(log.contains(&client), "{client} is not in {log:?}");
+    let other = SocketAddr::new(nodes.address(3).into(), port);
+    ensure!(
+        ask(other, Duration::from_secs(2)).is_err(),
+        "a node without a pod of the Service answered"
+    );
+    delete(cluster, "service", &["echo", "local"])?;
+    delete(cluster, "pod", &["a", "b", "witness"])
+}
+
+/// The pod on the node that has the address goes; the address moves to the other node.
+pub(super) fn fail_over(nodes: &mut Nodes) -> Result<()> {
+    let local = "  type: LoadBalancer\n  externalTrafficPolicy: Local\n";
+    let manifest = [
+        server("a", 2, "moved"),
+        server("b", 3, "moved"),
+        service("moved", "moved", local),
+    ];
+    let cluster = &nodes.cluster;
+    cluster.apply_ok(&manifest.concat())?;
+    for pod in ["a", "b"] {
+        cluster.wait_ready("default", pod)?;
+    }
+    let at = balancer(cluster, "moved")?;
+    cluster.wait("the address to answer", LIMIT, |_| {
+        Ok(ask(at, PATIENCE).is_ok())
+    })?;
+    // Only the node that has the address answers, with its own pod.
+    let first = ask(at, PATIENCE)?;
+    let second = if first == "a" { "b" } else { "a" };
+    let mut delete = cluster.command(&["delete", "pod", &first, "--timeout=120s"]);
+    let mut deleting = delete.spawn().context("gantry delete")?;
+    // From the first question that nobody answered to the first that the other did.
+    let began = Instant::now();
+    let mut failed = None;
+    let silence = loop {
+        let asked = Instant::now();
+        match ask(at, Duration::from_millis(500)) {
+            Ok(who) if who == second => {
+                break failed.map_or(Duration::ZERO, |at: Instant| at.elapsed());
+            }
+            Ok(_) => failed = None,
+            Err(_) => {
+                failed.get_or_insert(asked);
+            }
+        }
+        ensure!(
+            began.elapsed() < LIMIT,
+            "{second} never answered at {at}, after {first} had gone"
+        );
+        std::thread::sleep(EVERY);
+    };
+    deleting.wait()?;
+    println!("vm: the address was silent for {} ms", silence.as_millis());
+    ensure!(
+        silence <= FAIL_OVER,
+        "the address was silent for {} ms",
+        silence.as_millis()
+    );
+    ensure!(pod_ip(cluster, "default", second).is_ok());
+    super::delete(cluster, "service", &["moved"])?;
+    super::delete(cluster, "pod", &[second])
+}
+
+fn node_port(cluster: &Cluster, name: &str) -> Result<u16> {
+    let object = cluster.get(&["service", name])?;
+    let port = object["spec"]["ports"][0]["nodePort"].as_u64();
+    Ok(u16::try_from(
+        port.with_context(|| format!("{name} has no node port"))?,
+    )?)
+}
+
+fn balancer(cluster: &Cluster, name: &str) -> Result<SocketAddr> {
+    let address = |c: &Cluster| -> Result<Option<IpAddr>> {
+        let object = c.get(&["service", name])?;
+        let ip = object["status"]["loadBalancer"]["ingress"][0]["ip"].as_str();
+        Ok(ip.map(str::parse).transpose()?)
+    };
+    cluster.wait("a load balancer address", LIMIT, |c| {
+        Ok(address(c)?.is_some())
+    })?;
+    let ip = address(cluster)?.context("it has gone")?;
+    Ok(SocketAddr::new(ip, 80))
+}
+
+fn both_answer(cluster: &Cluster, at: SocketAddr) -> Result<()> {
+    cluster.wait("an answer", LIMIT, |_| Ok(ask(at, PATIENCE).is_ok()))?;
+    let mut seen = BTreeSet::new();
+    for _ in 0..30 {
+        seen.insert(ask(at, PATIENCE)?);
+    }
+    ensure!(seen.len() == 2, "only {seen:?} answered at {at}");
+    Ok(())
+}
