@@ -14,6 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use base64::Engine as _;
 
 use crate::cluster::{Cluster, Installation, KUBECONFIG, NODE};
+use crate::scenario::Skipped;
 use crate::scenario::nodes::{ALL, NodeScenario, Stage};
 
 pub mod asks;
@@ -244,20 +245,26 @@ pub fn run(installation: &Installation, place: &Place, wanted: &str) -> Result<(
         if scenario.stage != Stage::WorkersOnly && !nodes.node_1_has_agent {
             nodes.join_node_1().context("node-1 joins")?;
         }
-        nodes.ask(&format!("begin {}", scenario.name))?;
+        nodes.ask("begin")?;
         let began = Instant::now();
         let done = (scenario.run)(&mut nodes);
-        if done.is_err() {
+        let failed = done.as_ref().is_err_and(|error| !error.is::<Skipped>());
+        if failed {
+            nodes.ask(&format!("capture {}", scenario.name))?;
             println!("{}", nodes.explain());
         }
         let tidied = match scenario.stage {
             Stage::Last => Ok(()),
             _ => nodes.tidy().context("afterwards"),
         };
+        if !failed && tidied.is_err() {
+            nodes.ask(&format!("capture {}", scenario.name))?;
+            println!("{}", nodes.explain());
+        }
         let took = began.elapsed().as_secs_f64();
         match done.and(tidied) {
             Ok(()) => println!("vm: ok {} {took:.1} s", scenario.name),
-            Err(error) if error.is::<crate::scenario::Skipped>() => {
+            Err(error) if error.is::<Skipped>() => {
                 println!("vm: skipped {}: {error}", scenario.name);
             }
             Err(error) => {

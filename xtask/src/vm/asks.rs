@@ -26,7 +26,9 @@ pub enum Ask {
     /// No faults any more.
     Heal,
     /// A scenario begins: the capture begins anew.
-    Begin(String),
+    Begin,
+    /// That scenario has failed: what has passed the switch is written to a file.
+    Capture(String),
     /// How the control plane is reached, for whoever asks from the host: base64 of a kubeconfig.
     Kubeconfig(String),
 }
@@ -66,7 +68,14 @@ fn ask(words: &[&str], count: usize) -> Result<Ask, String> {
         ),
         ["lose", name, percent] => Ask::Lose(node(name)?, figure(percent)?),
         ["heal"] => Ask::Heal,
-        ["begin", name] => Ask::Begin(name.into()),
+        ["begin"] => Ask::Begin,
+        ["capture", name] => {
+            let is_plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+            let is_name = name.chars().all(is_plain);
+            is_name
+                .then(|| Ask::Capture(name.into()))
+                .ok_or("no name")?
+        }
         ["kubeconfig", base64] => Ask::Kubeconfig(base64.into()),
         _ => return Err(format!("nobody knows how to {}", words.join(" "))),
     })
@@ -92,6 +101,10 @@ mod tests {
             Some((9, Ok(Ask::Cut(0, 2))))
         );
         assert_eq!(read("ask 10 heal"), Some((10, Ok(Ask::Heal))));
+        assert_eq!(
+            read("ask 11 capture nodes-reach"),
+            Some((11, Ok(Ask::Capture("nodes-reach".into()))))
+        );
     }
 
     #[test]
@@ -101,6 +114,7 @@ mod tests {
             "ask 1 power-cut node-4",
             "ask 1 power-cut node-99999999999999999999",
             "ask 1 lose node-1 -3",
+            "ask 1 capture ../../escape",
             "ask 1 dance",
             "ask 1",
         ] {

@@ -75,7 +75,6 @@ struct Machines<'a> {
     logs: Vec<File>,
     /// Where the host reaches the API, with `keep`.
     api_port: Option<u16>,
-    scenario: String,
     /// Ctrl-C and SIGTERM: the end is ours to make.
     told: SigSet,
     signals: SignalFd,
@@ -159,7 +158,6 @@ impl<'a> Machines<'a> {
             running: (0..plan.count).map(|_| None).collect(),
             logs,
             api_port: plan.keep.then(free_port).transpose()?,
-            scenario: "start".into(),
             told,
             signals,
         })
@@ -274,15 +272,7 @@ impl<'a> Machines<'a> {
         if self.plan.console {
             println!("  {} | {line}", index + 1);
         }
-        let failed = outcome.failed;
         verdict(line, outcome);
-        if outcome.failed > failed {
-            let capture = directory().join(format!("{}.pcap", self.scenario));
-            match self.switch.capture(&capture) {
-                Ok(()) => println!("    what passed the switch is in {}", capture.display()),
-                Err(error) => println!("    no capture: {error:#}"),
-            }
-        }
     }
 
     fn act(&mut self, ask: Ask) -> Result<()> {
@@ -302,9 +292,12 @@ impl<'a> Machines<'a> {
             Ask::Delay(index, by) => self.switch.delay(index, by),
             Ask::Lose(index, percent) => self.switch.lose(index, percent),
             Ask::Heal => self.switch.heal(),
-            Ask::Begin(name) => {
-                self.scenario = name.replace(|c: char| !c.is_ascii_alphanumeric(), "-");
-                self.switch.forget();
+            Ask::Begin => self.switch.forget(),
+            Ask::Capture(name) => {
+                let capture = directory().join(format!("{name}.pcap"));
+                self.switch.capture(&capture)?;
+                let shown = capture.display();
+                report::note(format!("what passed the switch is in {shown}"));
             }
             Ask::Kubeconfig(base64) => self.kubeconfig(&base64)?,
         }
