@@ -13,7 +13,8 @@ use gantry_agent::devices::DevicePlugins;
 use gantry_agent::feed::node_info;
 use gantry_agent::feed::{self, Reporter};
 use gantry_agent::images::{ImageStore, Registries, drop_in, keep_disk_free};
-use gantry_agent::network::{NetworkConfig, PodNetworks, follow_uplinks, reserve_ports};
+use gantry_agent::network::reserve_ports;
+use gantry_agent::network::{NetworkConfig, PodNetworks, Routes, follow_routes, follow_uplinks};
 use gantry_agent::node::{NodeResources, flags::NetworkFlags, flags::ResourceFlags};
 use gantry_agent::paths::Paths;
 use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
@@ -269,7 +270,9 @@ async fn agent(run: Run) -> Result<()> {
         unsafe_sysctls: run.allowed_unsafe_sysctls,
         ..Host::detect()
     };
+    let (routes_shown, routes) = watch::channel(Routes::default());
     let resources = NodeResources::new(run.resources, &node_name, &cgroups, &host, &paths);
+    let resources = resources.with_routes(routes);
     for sentence in resources.degraded() {
         warn!("limits: {sentence}");
     }
@@ -315,6 +318,13 @@ async fn agent(run: Run) -> Result<()> {
         shutdown.clone(),
     );
     let uplinks = follow_uplinks(dataplane.clone(), host_addresses.clone(), shutdown.clone());
+    let follow_routes = follow_routes(
+        run.network.routing(&node_name, &host_addresses),
+        paths.run.clone(),
+        link.view.clone(),
+        routes_shown,
+        shutdown.clone(),
+    );
     let unified = cgroups.layout().unified().filter(|_| cgroups.is_v2());
     let device_guard = unified.map(|root| pods::DeviceGuard {
         dataplane: dataplane.clone(),
@@ -380,6 +390,7 @@ async fn agent(run: Run) -> Result<()> {
     let workers = PodWorkers::new(node, link.view.clone(), found, orders);
     tasks.spawn(workers.run(shutdown.clone()));
     tasks.spawn(uplinks);
+    tasks.spawn(follow_routes);
     tasks.spawn(health_checks);
     tasks.spawn(follow(
         follower,

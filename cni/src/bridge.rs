@@ -231,6 +231,7 @@ fn default_route(gateway: IpAddr, link: u32) -> Route {
         gateway: Some(gateway),
         link: Some(link),
         protocol: libc::RTPROT_BOOT,
+        ..Route::default()
     }
 }
 

@@ -11,7 +11,8 @@
 //!
 //! * [`config`] what a network is, validated; [`result`] what CNI answers, per spec version;
 //! * [`ipam`] address leases as files; [`netlink`] the kernel's links, addresses, routes, typed;
-//! * [`netns`] network namespaces by file descriptor; [`routes`] pod prefixes of other nodes;
+//! * [`netns`] network namespaces by file descriptor;
+//! * [`routes`] pod prefixes of other nodes; [`tunnel`] the way to those that share no link;
 //! * [`sock_diag`] the sockets of a namespace, and their end;
 //! * [`uplinks`] the node's interfaces towards the outside, and when they change.
 //!
@@ -29,6 +30,7 @@ pub mod result;
 pub mod routes;
 pub mod sock_diag;
 pub mod sysctl;
+pub mod tunnel;
 pub mod uplinks;
 
 pub use error::CniError;

@@ -20,7 +20,8 @@ use netlink_packet_route::link::{
     InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
+    RouteType,
 };
 use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec, LinkVeth};
 use tokio::sync::Mutex;
@@ -85,7 +86,7 @@ pub struct VethSpec<'a> {
 }
 
 /// A unicast route in the main table.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct Route {
     /// Destination prefix; `0.0.0.0/0` or `::/0` is the default route.
     pub destination: IpNet,
@@ -93,6 +94,12 @@ pub struct Route {
     pub gateway: Option<IpAddr>,
     /// Outgoing link; none: the kernel finds it by the gateway.
     pub link: Option<u32>,
+    /// The gateway is on the link though no address of the link says so.
+    pub onlink: bool,
+    /// The address that the node itself sends from; none: the kernel chooses.
+    pub source: Option<IpAddr>,
+    /// Of several routes to one destination the one with the lowest is used.
+    pub metric: u32,
     /// Who made it: [`ROUTE_PROTOCOL`] for us.
     pub protocol: u8,
 }
@@ -100,9 +107,9 @@ pub struct Route {
 /// A connection to the kernel's routing netlink in one namespace.
 #[derive(Clone)]
 pub struct Netlink {
-    handle: Handle,
+    pub(crate) handle: Handle,
     /// The kernel refuses a second dump on a socket while one is being read (EBUSY).
-    dump: Arc<Mutex<()>>,
+    pub(crate) dump: Arc<Mutex<()>>,
 }
 
 impl Netlink {
@@ -268,12 +275,20 @@ impl Netlink {
     /// Every address of the namespace but link-local ones, with its link's index, in the kernel's
     /// order.
     pub async fn all_addresses(&self) -> Result<Vec<(u32, IpAddr)>, CniError> {
+        let networks = self.all_networks().await?.into_iter();
+        Ok(networks
+            .map(|(index, network)| (index, network.addr()))
+            .collect())
+    }
+
+    /// The same with the length of each address' prefix: the network that is on the link.
+    pub async fn all_networks(&self) -> Result<Vec<(u32, IpNet)>, CniError> {
         let _dump = self.dump.lock().await;
         let request = self.handle.address().get();
         let global = request.execute().try_filter_map(async |message| {
             let is_global = message.header.scope == AddressScope::Universe;
             let address = address_of(&message).filter(|_| is_global);
-            Ok(address.map(|address| (message.header.index, address.addr())))
+            Ok(address.map(|address| (message.header.index, address)))
         });
         (global.try_collect().await).map_err(|error| refused("list addresses".into(), error))
     }
@@ -287,6 +302,15 @@ impl Netlink {
             .replace()
             .execute()
             .await)
+            .map_err(|error| refused(format!("add route {route}"), error))
+    }
+
+    /// Adds a route.
+    ///
+    /// # Errors
+    /// EEXIST where there is one to the same destination, whoever made it.
+    pub async fn create_route(&self, route: &Route) -> Result<(), CniError> {
+        (self.handle.route().add(route.to_message()).execute().await)
             .map_err(|error| refused(format!("add route {route}"), error))
     }
 
@@ -335,7 +359,7 @@ impl Netlink {
 }
 
 impl Link {
-    fn from_message(message: &LinkMessage) -> Self {
+    pub(crate) fn from_message(message: &LinkMessage) -> Self {
         let mut link = Link {
             index: message.header.index,
             name: String::new(),
@@ -393,11 +417,20 @@ impl Route {
         if let Some(link) = self.link {
             message.attributes.push(RouteAttribute::Oif(link));
         }
+        if self.onlink {
+            message.header.flags |= RouteFlags::Onlink;
+        }
+        if let Some(source) = self.source {
+            (message.attributes).push(RouteAttribute::PrefSource(route_address(source)));
+        }
+        if self.metric > 0 {
+            (message.attributes).push(RouteAttribute::Priority(self.metric));
+        }
         message
     }
 
     /// None when it is no unicast route of the main table.
-    fn from_message(message: &RouteMessage) -> Option<Self> {
+    pub(crate) fn from_message(message: &RouteMessage) -> Option<Self> {
         let header = &message.header;
         if header.table != RouteHeader::RT_TABLE_MAIN || header.kind != RouteType::Unicast {
             return None;
@@ -408,11 +441,14 @@ impl Route {
             _ => return None,
         };
         let (mut address, mut gateway, mut link) = (unspecified, None, None);
+        let (mut source, mut metric) = (None, 0);
         for attribute in &message.attributes {
             match attribute {
                 RouteAttribute::Destination(value) => address = ip(value)?,
                 RouteAttribute::Gateway(value) => gateway = ip(value),
                 RouteAttribute::Oif(index) => link = Some(*index),
+                RouteAttribute::PrefSource(value) => source = ip(value),
+                RouteAttribute::Priority(value) => metric = *value,
                 _ => {}
             }
         }
@@ -420,6 +456,9 @@ impl Route {
             destination: IpNet::new(address, header.destination_prefix_length).ok()?,
             gateway,
             link,
+            onlink: header.flags.contains(RouteFlags::Onlink),
+            source,
+            metric,
             protocol: header.protocol.into(),
         })
     }
@@ -477,14 +516,14 @@ fn address_of(message: &AddressMessage) -> Option<IpNet> {
     IpNet::new(local.or_else(plain)?, message.header.prefix_len).ok()
 }
 
-fn errno(error: &rtnetlink::Error) -> Option<i32> {
+pub(crate) fn errno(error: &rtnetlink::Error) -> Option<i32> {
     match error {
         rtnetlink::Error::NetlinkError(message) => Some(message.raw_code().abs()),
         _ => None,
     }
 }
 
-fn refused(what: String, error: rtnetlink::Error) -> CniError {
+pub(crate) fn refused(what: String, error: rtnetlink::Error) -> CniError {
     let source = match errno(&error) {
         Some(code) => io::Error::from_raw_os_error(code),
         None => io::Error::other(error.to_string()),

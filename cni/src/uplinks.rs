@@ -1,4 +1,5 @@
-//! The node's interfaces towards the outside: those that carry an address of the node.
+//! The node's interfaces towards the outside: those that carry an address of the node, and the tunnel to
+//! other nodes, by which a Service's backends may be reached too.
 //!
 //! Invariants: never `lo`, never what has no hardware address (frames there have no Ethernet
 //! header), never a port of a bridge (the bridge has the addresses); which address is the first of
@@ -15,6 +16,7 @@ use rtnetlink::{MulticastGroup, new_multicast_connection};
 
 use crate::error::CniError;
 use crate::netlink::{LOOPBACK_INDEX, Link};
+use crate::tunnel::TUNNEL_NAME;
 
 /// An interface by which the outside reaches the node.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -41,9 +43,8 @@ pub fn uplinks(links: &[Link], addresses: &[(u32, IpAddr)], node: &[IpAddr]) -> 
         .filter_map(|link| {
             let own = addresses.iter().filter(|(index, _)| *index == link.index);
             let own: Vec<IpAddr> = own.map(|(_, address)| *address).collect();
-            own.iter()
-                .any(|address| node.contains(address))
-                .then_some(())?;
+            let is_tunnel = link.kind == "vxlan" && link.name == TUNNEL_NAME;
+            (is_tunnel || own.iter().any(|address| node.contains(address))).then_some(())?;
             Some(Uplink {
                 index: link.index,
                 name: link.name.clone(),
@@ -142,6 +143,15 @@ mod tests {
                 .map(|(_, ip)| *ip)
                 .collect::<Vec<_>>()
         );
+        let tunnel = Link {
+            kind: "vxlan".into(),
+            ..link(7, TUNNEL_NAME, None)
+        };
+        let with_tunnel = [links[1].clone(), tunnel, link(8, TUNNEL_NAME, None)];
+        let of_tunnel = [addresses[1], (7, ip("10.244.0.1")), (8, ip("10.244.0.1"))];
+        let found = uplinks(&with_tunnel, &of_tunnel, &node);
+        let found: Vec<_> = found.iter().map(|it| (it.index, it.addresses[0])).collect();
+        assert_eq!(found, [(2, ip("192.0.2.1")), (7, ip("10.244.0.1"))]);
         let both = [ip("192.0.2.1"), ip("198.51.100.1")];
         assert_eq!(uplinks(&links, &addresses, &both).len(), 2);
         assert!(uplinks(&links, &addresses, &[]).is_empty());

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Every kind that is counted, in the order of printing.
 pub const KINDS: [&str; 8] = [
@@ -163,19 +164,25 @@ fn links() -> Vec<String> {
         .collect()
 }
 
-/// Destinations that leave through one of our links.
+/// Destinations that leave through one of our links, and those with our mark.
 fn routes() -> Vec<String> {
+    let mut marked = Vec::new();
+    for family in ["-4", "-6"] {
+        // 0x47: see `gantry_cni::netlink::ROUTE_PROTOCOL`.
+        let mut shown = Command::new("ip");
+        let shown = shown.args([family, "route", "show", "proto", "71"]);
+        let text = shown.output().map(|it| it.stdout).unwrap_or_default();
+        marked.extend(String::from_utf8_lossy(&text).lines().map(str::to_owned));
+    }
     let table = fs::read_to_string("/proc/net/route").unwrap_or_default();
     let through_ours = |line: &&str| {
         line.split_whitespace()
             .next()
             .is_some_and(|l| l.starts_with("gantry") || l.starts_with("gt"))
     };
-    table
-        .lines()
-        .filter(through_ours)
-        .map(|l| l.split_whitespace().take(2).collect::<Vec<_>>().join(" "))
-        .collect()
+    let through = table.lines().filter(through_ours);
+    let through = through.map(|l| l.split_whitespace().take(2).collect::<Vec<_>>().join(" "));
+    through.chain(marked).collect()
 }
 
 /// `gantry` and `gantry-*` at the top of each hierarchy.

@@ -15,6 +15,7 @@ use gantry_api::k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
 use crate::devices::Offered;
+use crate::network::Routes;
 use crate::node::reservation::{Capacity, Reservation};
 use crate::pressure::thresholds::Resource;
 
@@ -264,6 +265,20 @@ pub fn with_service_maps(mut node: Node, warning: &str) -> Node {
             "the maps of Services have room",
         ),
         false => condition(kind, true, "ServiceMapsNearlyFull", warning),
+    };
+    if let Some(status) = &mut node.status {
+        status.conditions.get_or_insert_default().push(condition);
+    }
+    node
+}
+
+/// The same node with how it reaches the pods of the others, and whom it does not.
+pub fn with_routes(mut node: Node, routes: &Routes) -> Node {
+    let kind = "RoutesDegraded";
+    let warning = routes.warning();
+    let condition = match warning.is_empty() {
+        true => condition(kind, false, "NodesAreReached", &routes.summary()),
+        false => condition(kind, true, "NodesOutOfReach", &warning),
     };
     if let Some(status) = &mut node.status {
         status.conditions.get_or_insert_default().push(condition);

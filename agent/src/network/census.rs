@@ -7,6 +7,8 @@ use std::net::IpAddr;
 use gantry_cni::bridge;
 use gantry_cni::config::{BRIDGE_NAME, BridgeNetwork};
 use gantry_cni::netlink::{LOOPBACK_INDEX, Netlink, ROUTE_PROTOCOL};
+use gantry_cni::routes::Wanted;
+use gantry_cni::tunnel::TUNNEL_NAME;
 use ipnet::IpNet;
 
 use super::pod_networks::{from_cni, lease_dir, pinned};
@@ -18,7 +20,7 @@ use crate::paths::Paths;
 /// Everything of ours in the node's network namespace and below `/run/gantry`.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Census {
-    /// The bridge and its ports.
+    /// The bridge, its ports, the tunnel.
     pub links: Vec<String>,
     /// Pinned namespaces.
     pub namespaces: Vec<String>,
@@ -70,7 +72,7 @@ pub async fn census(paths: &Paths) -> Result<Census, NetworkError> {
     let mut census = Census::default();
     for link in &links {
         let is_port = link.kind == "veth" && link.name.starts_with(bridge::HOST_IFNAME_PREFIX);
-        if link.name == BRIDGE_NAME || is_port {
+        if link.name == BRIDGE_NAME || link.name == TUNNEL_NAME || is_port {
             census.links.push(link.name.clone());
         }
     }
@@ -120,7 +122,7 @@ pub async fn remove_all(paths: &Paths) -> Result<(), NetworkError> {
             .map_err(from_cni),
     );
     note(
-        gantry_cni::routes::ensure(&host, &[])
+        gantry_cni::routes::ensure(&host, &Wanted::default())
             .await
             .map_err(from_cni),
     );

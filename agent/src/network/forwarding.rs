@@ -4,6 +4,7 @@
 //! The value that was there before is kept in `/run/gantry/network/`, so `gantry down` gives the
 //! machine back as it was.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -39,8 +40,15 @@ fn io_error(verb: &str, path: &Path, source: std::io::Error) -> NetworkError {
 
 /// Turns forwarding on for the families of `network`. Idempotent.
 pub(super) fn ensure(run: &Path, network: &BridgeNetwork) -> Result<(), NetworkError> {
-    for range in &network.ranges {
-        let name = if range.gateway().is_ipv4() {
+    let families = network.ranges.iter();
+    let families = families.map(|range| range.gateway().is_ipv4());
+    ensure_families(run, &families.collect())
+}
+
+/// Turns forwarding on for these families: true is IPv4. Idempotent.
+pub(super) fn ensure_families(run: &Path, families: &BTreeSet<bool>) -> Result<(), NetworkError> {
+    for is_v4 in families {
+        let name = if *is_v4 {
             sysctl::IPV4_FORWARDING
         } else {
             sysctl::IPV6_FORWARDING

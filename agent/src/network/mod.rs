@@ -6,6 +6,7 @@
 //!                            ├► gantry-cni   the default: bridge, veth, lease, routes, in process
 //!                            ├► chain        or whatever /etc/cni/net.d says, by running plugins
 //!                            └► dataplane    packet programs on the node's end, before the first packet
+//! view ───────────────────────► routes       to the pods of other nodes: directly, or by a tunnel
 //! ```
 //! Everything lives below `/run/gantry`, on tmpfs, and leases are keyed by boot id: a reboot
 //! leaves nothing. An agent restart changes nothing: [`Network::ensure`] finds what is there.
@@ -20,6 +21,7 @@ mod pod_networks;
 mod pool;
 mod record;
 mod resolv;
+pub mod routes;
 mod uplinks;
 mod wires;
 
@@ -27,6 +29,7 @@ pub use census::{Census, census, remove_all};
 pub use forwarding::reserve_ports;
 pub use pod_networks::{NetworkConfig, PodNetworks, third_party_plugins};
 pub use resolv::{ResolvConf, node_resolv_conf, resolv_conf, resolv_conf_warnings};
+pub use routes::{Routes, Routing, RoutingConfig, follow_routes};
 pub use uplinks::follow_uplinks;
 
 use std::collections::HashSet;

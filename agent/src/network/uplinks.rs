@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures_util::FutureExt as _;
 use gantry_cni::CniError;
 use gantry_cni::netlink::Netlink;
+use gantry_cni::tunnel::TUNNEL_NAME;
 use gantry_cni::uplinks::{AddressChanges, Uplink, uplinks};
 use tokio_util::sync::CancellationToken;
 
@@ -79,7 +80,9 @@ async fn look(
     let of_node = addresses
         .iter()
         .filter(|(_, address)| node_addresses.contains(address));
-    let indexes: BTreeSet<u32> = of_node.map(|(index, _)| *index).collect();
+    let mut indexes: BTreeSet<u32> = of_node.map(|(index, _)| *index).collect();
+    let tunnel = host.link_by_name(TUNNEL_NAME).await.map_err(words)?;
+    indexes.extend(tunnel.map(|link| link.index));
     let mut links = Vec::new();
     // These alone: each pod of the node has a link too.
     for index in indexes {

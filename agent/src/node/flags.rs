@@ -1,13 +1,16 @@
 //! The agent's flags about resources, and what they mean on this machine.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
+use gantry_cni::tunnel::PORT_DEFAULT;
 use ipnet::IpNet;
 
 use super::reservation::{Capacity, Reservation, default_agent, default_system};
 use crate::cgroups::limits::{POD_PIDS_MAX, Policy};
 use crate::feed::node_info::PODS_MAX_DEFAULT;
 use crate::network::masquerade::{Masquerade, NEVER_COUNT_MAX};
+use crate::network::{NetworkConfig, Routing, RoutingConfig};
 use crate::pressure;
 use crate::pressure::thresholds::{self, Signal, Thresholds};
 use crate::shutdown::plan::Periods;
@@ -63,9 +66,26 @@ pub struct NetworkFlags {
     /// pods, nodes and Services
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
     pub non_masquerade_cidrs: Vec<IpNet>,
+    /// How the pods of other nodes are reached; the same on all nodes
+    #[arg(long, value_name = "WAY", value_enum, default_value_t)]
+    pub routing: Routing,
+    /// UDP port of the tunnel between nodes, the same on all nodes
+    #[arg(long, value_name = "PORT", default_value_t = PORT_DEFAULT, value_parser = clap::value_parser!(u16).range(1..))]
+    pub vxlan_port: u16,
 }
 
 impl NetworkFlags {
+    /// What the routes to other nodes are made by.
+    pub fn routing(&self, node: &str, addresses: &[IpAddr]) -> RoutingConfig {
+        RoutingConfig {
+            node: node.into(),
+            addresses: addresses.to_vec(),
+            routing: self.routing,
+            port: self.vxlan_port,
+            conf_dir: NetworkConfig::standard(Vec::new()).conf_dir,
+        }
+    }
+
     /// What the data plane is told.
     ///
     /// # Errors
@@ -235,6 +255,21 @@ mod tests {
         let many = vec!["192.0.2.0/24"; NEVER_COUNT_MAX + 1].join(",");
         let words = parse(&format!("--non-masquerade-cidrs {many}")).unwrap_err();
         assert!(words.contains("1024 at most"), "{words}");
+    }
+
+    #[test]
+    fn nodes_are_reached_as_the_administrator_wants() {
+        let parse = |words: &str| {
+            let words = std::iter::once("agent").chain(words.split_whitespace());
+            let line = NetworkLine::try_parse_from(words).map_err(|error| error.to_string())?;
+            Ok::<_, String>(line.flags.routing("here", &[]))
+        };
+        let usual = parse("").unwrap();
+        assert_eq!((usual.routing, usual.port), (Routing::Auto, 4789));
+        let other = parse("--routing vxlan --vxlan-port 8472").unwrap();
+        assert_eq!((other.routing, other.port), (Routing::Vxlan, 8472));
+        assert!(parse("--routing bgp").is_err());
+        assert!(parse("--vxlan-port 0").is_err());
     }
 
     #[test]

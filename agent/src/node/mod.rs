@@ -30,6 +30,7 @@ use crate::dns;
 use crate::feed::NodeInfoSource;
 use crate::feed::node_info::{self, NodeIdentity};
 use crate::images::ImageStore;
+use crate::network::Routes;
 use crate::oom;
 use crate::paths::Paths;
 use crate::pods::Order;
@@ -53,6 +54,7 @@ pub struct NodeResources {
     pressures: watch::Sender<BTreeSet<Resource>>,
     going_down: watch::Sender<bool>,
     names: Option<dns::Metrics>,
+    routes: watch::Receiver<Routes>,
 }
 
 impl NodeResources {
@@ -88,7 +90,15 @@ impl NodeResources {
             pressures,
             going_down: watch::Sender::new(false),
             names: None,
+            // The sender may go: the last value stays readable.
+            routes: watch::channel(Routes::default()).1,
         }
+    }
+
+    /// Shows how other nodes are reached as well.
+    pub fn with_routes(mut self, routes: watch::Receiver<Routes>) -> Self {
+        self.routes = routes;
+        self
     }
 
     /// What limits on this machine do not hold.
@@ -107,10 +117,12 @@ impl NodeResources {
         let pressures = self.pressures.subscribe();
         let going_down = self.going_down.subscribe();
         let devices = devices.clone();
+        let routes = self.routes.clone();
         Arc::new(move || {
             let node = node_info::read(&identity, &lib, &pressures.borrow());
             let node = node_info::with_devices(node, &devices.borrow());
             let node = node_info::with_service_maps(node, &warning(&dataplane.fill()));
+            let node = node_info::with_routes(node, &routes.borrow());
             match *going_down.borrow() {
                 true => node_info::going_down(node),
                 false => node,
@@ -173,7 +185,8 @@ impl NodeResources {
             self.pressures,
         );
         let evictions = monitor.eviction_count();
-        let figures = figures(evictions, pressures, view.clone(), dataplane, self.names);
+        let (names, routes) = (self.names, self.routes);
+        let figures = figures(evictions, pressures, view.clone(), dataplane, names, routes);
         match stats::socket::listen(&socket) {
             Ok(listener) => {
                 tasks.spawn(stats::socket::serve(
@@ -200,6 +213,7 @@ fn figures(
     view: watch::Receiver<Arc<View>>,
     dataplane: &Arc<dyn Dataplane>,
     names: Option<dns::Metrics>,
+    routes: watch::Receiver<Routes>,
 ) -> stats::socket::Figures {
     let dataplane = dataplane.clone();
     Arc::new(move || {
@@ -215,6 +229,8 @@ fn figures(
                 warn!(%error, "no counts of packets");
                 Counts::default()
             }),
+            routes: routes.borrow().counts(),
+            unreached: routes.borrow().problems.len(),
             names: names.as_ref().map(|text| text()).unwrap_or_default(),
         };
         let dataplane = dataplane.clone();

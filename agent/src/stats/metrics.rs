@@ -36,6 +36,10 @@ pub struct AgentFigures {
     pub services: Vec<ProgrammedService>,
     /// What the eBPF programs counted.
     pub counts: Counts,
+    /// Prefixes of other nodes' pods that are reached directly, and by the tunnel.
+    pub routes: (usize, usize),
+    /// Problems with routes to other nodes' pods.
+    pub unreached: usize,
     /// The resolver's families, as text.
     pub names: String,
 }
@@ -340,6 +344,13 @@ fn node(text: &mut String, sample: &Sample, agent: &AgentFigures) {
     for (name, is) in ["memory", "disk", "pids"].into_iter().zip(agent.pressures) {
         pressure.line(&[("resource", name)], f64::from(u8::from(is)));
     }
+    let help = "Prefixes of other nodes' pods with a route, by the way to them.";
+    let mut routes = family(text, "gantry_node_routes", "gauge", help);
+    routes.line(&[("way", "direct")], agent.routes.0 as f64);
+    routes.line(&[("way", "vxlan")], agent.routes.1 as f64);
+    let help = "Problems with routes to other nodes' pods: condition RoutesDegraded says which.";
+    let mut problems = family(text, "gantry_node_route_problems", "gauge", help);
+    problems.line(&[], agent.unreached as f64);
 }
 
 /// Backends that were never used are left out: there may be many.

@@ -313,7 +313,7 @@ fn the_mtu_is_the_uplinks_or_the_configured_one() {
 
 #[test]
 fn node_routes_follow_the_wish() {
-    use crate::routes::{NodeRoute, ensure};
+    use crate::routes::{NodeRoute, Wanted, Way, ensure};
     on_a_node(|| async {
         let host = Netlink::open().unwrap();
         let uplink = BridgeSpec {
@@ -329,6 +329,11 @@ fn node_routes_follow_the_wish() {
         let node = |cidr: &str, via: &str| NodeRoute {
             pod_cidr: cidr.parse().unwrap(),
             via: via.parse().unwrap(),
+            way: Way::Link(uplink.index),
+        };
+        let of = |routes: &[NodeRoute]| Wanted {
+            routes: routes.to_vec(),
+            tunnel: None,
         };
         let ours = |routes: Vec<Route>| -> Vec<String> {
             let mut ours: Vec<String> = (routes.iter())
@@ -342,7 +347,7 @@ fn node_routes_follow_the_wish() {
             node("10.244.2.0/24", "192.0.2.3"),
             node("10.244.3.0/24", "192.0.2.4"),
         ];
-        ensure(&host, &two).await.unwrap();
+        ensure(&host, &of(&two)).await.unwrap();
         let expected = ["10.244.2.0/24 192.0.2.3", "10.244.3.0/24 192.0.2.4"];
         assert_eq!(ours(host.routes().await.unwrap()), expected);
         // One node moved, one left, one is not reachable: the reachable ones are right.
@@ -350,7 +355,7 @@ fn node_routes_follow_the_wish() {
             node("10.244.2.0/24", "192.0.2.9"),
             node("10.244.4.0/24", "198.51.100.1"),
         ];
-        let error = ensure(&host, &next).await.unwrap_err();
+        let error = ensure(&host, &of(&next)).await.unwrap_err();
         assert!(
             error.to_string().contains("10.244.4.0/24 via 198.51.100.1"),
             "{error}"
@@ -359,7 +364,7 @@ fn node_routes_follow_the_wish() {
             ours(host.routes().await.unwrap()),
             ["10.244.2.0/24 192.0.2.9"]
         );
-        ensure(&host, &[]).await.unwrap();
+        ensure(&host, &of(&[])).await.unwrap();
         assert!(ours(host.routes().await.unwrap()).is_empty());
     });
 }

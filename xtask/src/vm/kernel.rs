@@ -8,10 +8,11 @@ use anyhow::{Context, Result, bail};
 use crate::{report, run};
 
 /// What the guest needs that Debian builds as modules.
-const WANTED: [&str; 13] = [
+const WANTED: [&str; 14] = [
     "overlay",
     "veth",
     "bridge",
+    "vxlan",
     "sch_ingress",
     "cls_bpf",
     "inet_diag",
