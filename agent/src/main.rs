@@ -272,7 +272,7 @@ async fn agent(run: Run) -> Result<()> {
     };
     let (routes_shown, routes) = watch::channel(Routes::default());
     let resources = NodeResources::new(run.resources, &node_name, &cgroups, &host, &paths);
-    let resources = resources.with_routes(routes);
+    let resources = resources.with_routes(routes.clone());
     for sentence in resources.degraded() {
         warn!("limits: {sentence}");
     }
@@ -307,10 +307,14 @@ async fn agent(run: Run) -> Result<()> {
 
     let network = PodNetworks::new(
         paths.clone(),
-        NetworkConfig::standard(host_addresses.clone()),
+        NetworkConfig {
+            routes,
+            ..NetworkConfig::standard(host_addresses.clone())
+        },
         link.view.clone(),
         dataplane.clone(),
     );
+    let packet_size = network.follow_packet_size(shutdown.clone());
     let health_checks = health_check::run(
         node_name.clone(),
         host_addresses.clone(),
@@ -391,6 +395,7 @@ async fn agent(run: Run) -> Result<()> {
     tasks.spawn(workers.run(shutdown.clone()));
     tasks.spawn(uplinks);
     tasks.spawn(follow_routes);
+    tasks.spawn(packet_size);
     tasks.spawn(health_checks);
     tasks.spawn(follow(
         follower,

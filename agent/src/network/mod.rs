@@ -17,6 +17,7 @@ mod forwarding;
 mod interface;
 pub mod masquerade;
 mod namespaces;
+mod packet_size;
 mod pod_networks;
 mod pool;
 mod record;

@@ -30,13 +30,15 @@ use gantry_cni::netns::Netns;
 use gantry_cni::result as bridge_result;
 use ipnet::IpNet;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use super::chain::{self, NetworkList, Runner, Subject, pod_addresses};
 use super::namespaces::{self, Kinds};
 use super::pool::{Pool, Ready};
 use super::record::{Record, Wiring};
 use super::wires::{self, Wirer, Wires};
-use super::{Network, NetworkError, PodNetwork, PodNetworkSpec, forwarding, interface};
+use super::{Network, NetworkError, PodNetwork, PodNetworkSpec, Routes};
+use super::{forwarding, interface, packet_size};
 use crate::dataplane::{Dataplane, DataplaneError, PodInterface};
 use crate::ids::PodUid;
 use crate::paths::Paths;
@@ -59,6 +61,8 @@ pub struct NetworkConfig {
     pub node_addresses: Vec<IpAddr>,
     /// Sandboxes kept ready for pods to come.
     pub ready_count: usize,
+    /// How other nodes are reached: pods send packets that fit every way.
+    pub routes: watch::Receiver<Routes>,
 }
 
 /// Types of the plugins of the third party's list that counts on this machine, in order of ADD.
@@ -79,6 +83,8 @@ impl NetworkConfig {
             plugin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             node_addresses,
             ready_count: READY_COUNT,
+            // The sender may go: the last value stays readable.
+            routes: watch::channel(Routes::default()).1,
         }
     }
 }
@@ -147,6 +153,7 @@ impl PodNetworks {
             conf_dir: config.conf_dir.clone(),
             view: view.clone(),
             dataplane: dataplane.clone(),
+            routes: config.routes.clone(),
         };
         Self {
             pool: Arc::new(Pool::new(config.ready_count)),
@@ -157,6 +164,15 @@ impl PodNetworks {
             view,
             dataplane,
         }
+    }
+
+    /// Gives the pods that run the size of packets that fits the ways to other nodes, until shutdown.
+    pub fn follow_packet_size(
+        &self,
+        shutdown: CancellationToken,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let (wirer, pool) = (self.wirer.clone(), self.pool.clone());
+        packet_size::follow(wirer, pool, self.config.routes.clone(), shutdown)
     }
 
     /// What a new pod is attached with, now.

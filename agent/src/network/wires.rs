@@ -24,7 +24,7 @@ use tokio::sync::watch;
 
 use super::chain::{self, IFNAME};
 use super::pod_networks::{from_cni, lease_dir};
-use super::{NetworkError, forwarding};
+use super::{NetworkError, Routes, forwarding};
 use crate::dataplane::Dataplane;
 use crate::paths::Paths;
 use crate::view::View;
@@ -58,6 +58,7 @@ pub(super) struct Wirer {
     pub conf_dir: PathBuf,
     pub view: watch::Receiver<Arc<View>>,
     pub dataplane: Arc<dyn Dataplane>,
+    pub routes: watch::Receiver<Routes>,
 }
 
 impl Wirer {
@@ -74,7 +75,11 @@ impl Wirer {
     }
 
     pub(super) fn network(&self, prefixes: &[IpNet]) -> Result<BridgeNetwork, NetworkError> {
-        BridgeNetwork::new(prefixes, lease_dir(&self.paths)).map_err(from_cni)
+        let network = BridgeNetwork::new(prefixes, lease_dir(&self.paths)).map_err(from_cni)?;
+        Ok(BridgeNetwork {
+            mtu: self.routes.borrow().mtu,
+            ..network
+        })
     }
 
     /// ADD for namespaces that wait for a pod.

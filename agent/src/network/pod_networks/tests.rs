@@ -87,6 +87,7 @@ impl Node {
             plugin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             node_addresses: vec![IpAddr::from([192, 0, 2, 7])],
             ready_count: self.ready_count,
+            ..NetworkConfig::standard(Vec::new())
         };
         PodNetworks::new(self.paths(), config, view, self.dataplane.clone())
     }
