@@ -6,6 +6,7 @@
 //!        └──► machines/  the same on several of them: their hands, their faults
 //! src/sweep.rs  SIGKILL of agent, shim and helper at their system calls
 //!        └──► scenario.rs (its files: one an area) ──► cluster.rs ──► gantry-control, gantry-agent, gantry
+//! tests/nodes.rs  nodes in network namespaces (src/nodes.rs): what goes from one to another
 //! ```
 //! A scenario looks at the kernel (cgroup files, /proc, sockets), not only at our own status. Every
 //! cluster ends with a census of zero.
@@ -18,6 +19,7 @@ pub mod csi_driver;
 pub mod device_plugin;
 pub mod inventory;
 pub mod machines;
+pub mod nodes;
 mod plugin_socket;
 pub mod scenario;
 pub mod sweep;

@@ -35,6 +35,7 @@ mod see;
 mod shutdown;
 mod static_pods;
 mod streams;
+mod tunnel;
 mod volumes;
 mod workloads;
 
@@ -104,6 +105,7 @@ pub const ALL: &[Scenario] = &[
     scenario("restarts-under-load", restarts::restarts_under_load),
     for_every_kernel("names", names::names),
     for_every_kernel("see", see::see),
+    for_every_kernel("tunnel", tunnel::tunnel),
 ];
 
 impl Scenario {

@@ -72,6 +72,7 @@ scenarios! {
     restarts_under_load: no_connection_is_refused_or_reset_while_the_agent_is_killed_again_and_again,
     names: they_are_answered_in_one_hop_and_kills_lose_no_query,
     see: flows_have_names_and_reasons_and_explanations_are_what_happens,
+    tunnel: nodes_without_a_common_link_reach_each_other_by_vxlan,
 }
 
 mod sweep {

@@ -8,11 +8,10 @@ use anyhow::{Context, Result, bail};
 use crate::{report, run};
 
 /// What the guest needs that Debian builds as modules.
-const WANTED: [&str; 14] = [
+const WANTED: [&str; 13] = [
     "overlay",
     "veth",
     "bridge",
-    "vxlan",
     "sch_ingress",
     "cls_bpf",
     "inet_diag",
