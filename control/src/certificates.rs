@@ -12,11 +12,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::AgentCredentials;
-use crate::pki::{Authority, Credentials, PkiError, local_names};
+use crate::pki::{Authority, Credentials, NodeKey, PkiError, local_names};
 use crate::server::{ServingCertificate, TlsError};
 
 /// Between two looks. A certificate is made again 30 days before its end, so that some 60 looks can
@@ -34,6 +35,14 @@ pub enum RenewalError {
     Tls(#[from] TlsError),
 }
 
+/// With the CA's certificate behind the server's: a machine that joins knows the CA by its digest only.
+fn with_ca(served: &Credentials, authority: &Authority) -> Credentials {
+    Credentials {
+        certificate: format!("{}{}", served.certificate, authority.certificate()),
+        key: served.key.clone(),
+    }
+}
+
 /// Where what is kept fresh lies.
 #[derive(Clone, Debug)]
 pub(crate) struct Places {
@@ -47,8 +56,8 @@ pub(crate) struct Places {
     pub(crate) server_url: String,
 }
 
-/// See the module.
-pub(crate) struct Certificates {
+/// The CA and what it has made, kept fresh.
+pub struct Certificates {
     authority: Authority,
     places: Places,
     served: std::sync::Mutex<Credentials>,
@@ -59,7 +68,7 @@ impl Certificates {
     /// Makes what is missing and writes all of it.
     pub(crate) fn open(authority: Authority, places: Places) -> Result<Self, RenewalError> {
         let served = authority.server(&local_names(&places.sans))?;
-        let serving = ServingCertificate::new(&served)?;
+        let serving = ServingCertificate::new(&with_ca(&served, &authority))?;
         let certificates = Self {
             authority,
             places,
@@ -68,6 +77,22 @@ impl Certificates {
         };
         certificates.renew_clients()?;
         Ok(certificates)
+    }
+
+    /// A certificate for a node's own key; see [`Authority::sign_node`].
+    pub(crate) fn sign_node(
+        &self,
+        node: &str,
+        key: &NodeKey,
+        life_s: i64,
+        now: Timestamp,
+    ) -> Result<(String, i64), PkiError> {
+        self.authority.sign_node(node, key, life_s, now)
+    }
+
+    /// The digest of the CA's key, as `--ca-hash` takes it.
+    pub(crate) fn ca_hash(&self) -> String {
+        self.authority.hash()
     }
 
     /// The CA's certificate as PEM.
@@ -91,7 +116,7 @@ impl Certificates {
             .unwrap_or_else(std::sync::PoisonError::into_inner);
         let is_new = *served != found;
         if is_new {
-            self.serving.set(&found)?;
+            self.serving.set(&with_ca(&found, &self.authority))?;
             *served = found;
         }
         drop(served);

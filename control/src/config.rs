@@ -72,6 +72,10 @@ pub struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 40, value_parser = clap::value_parser!(u64).range(10..=3600))]
     pub node_grace_period_s: u64,
 
+    /// Certificates of nodes that join last this many seconds; they are renewed at two thirds
+    #[arg(long, value_name = "SECONDS", default_value_t = 1_209_600, value_parser = clap::value_parser!(u64).range(5..=31_536_000))]
+    pub node_certificate_life_s: u64,
+
     /// The domain of Service names
     #[arg(long, value_name = "DOMAIN", default_value = "cluster.local")]
     pub cluster_domain: String,
@@ -108,7 +112,7 @@ fn parse_agent_credentials(text: &str) -> Result<AgentCredentials, String> {
 }
 
 /// Node names are DNS subdomains; it also becomes part of a user name.
-fn check_node_name(name: &str) -> Result<(), String> {
+pub(crate) fn check_node_name(name: &str) -> Result<(), String> {
     let label_is_fine = |label: &str| {
         !label.is_empty()
             && label

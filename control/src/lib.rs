@@ -17,6 +17,7 @@ pub mod certificates;
 pub mod config;
 pub mod controllers;
 pub mod feed;
+pub mod joining;
 pub mod pki;
 pub mod run;
 pub mod scheduler;

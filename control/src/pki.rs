@@ -6,11 +6,13 @@
 //!  <data dir>/pki/service-accounts.key  made once, ECDSA P-256: signs tokens
 //!  <kubeconfig>                      the administrator: kubernetes-admin in system:masters
 //!  <dir>/{client.crt,client.key,ca.crt}  an agent: system:node:NAME in system:nodes
+//!  a node that joins ([`node`])      the same, for its own key; kept by the node alone
 //! ```
 //! Every start checks each of them and makes only what is missing, about to expire, of another CA or
 //! (the server's) lacks a name. Files with keys are 0600 and appear whole or not at all.
 
 mod file;
+mod node;
 mod san;
 
 use std::net::IpAddr;
@@ -27,6 +29,7 @@ use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension};
 use crate::server::identity::{MASTERS_GROUP, NODE_USER_PREFIX, NODES_GROUP};
 use file::{read_if_there, write_atomic};
 
+pub use node::{NodeKey, REQUEST_BYTES_MAX, key_hash};
 pub use san::{ServerName, local_names};
 
 const CA_NAME: &str = "gantry-ca";

@@ -23,6 +23,7 @@ use crate::controllers::AddressPool;
 use crate::controllers::api_service::ApiPlace;
 use crate::controllers::{self, api_service};
 use crate::feed::{self, Feed};
+use crate::joining::Joining;
 use crate::pki::{Authority, PkiError};
 use crate::scheduler;
 use crate::server::registry::{Registry, Settings};
@@ -155,7 +156,9 @@ impl Control {
         let settings = feed_settings(arguments, tokens.clone());
         let feed = Feed::new(registry.clone(), settings);
         let (ca, serving) = (certificates.ca(), certificates.serving());
-        let server = Server::new(&registry, &feed, ca, serving, &tokens)?;
+        let life = Duration::from_secs(arguments.node_certificate_life_s);
+        let joining = Joining::new(registry.clone(), feed.clone(), certificates.clone(), life);
+        let server = Server::new(&registry, &feed, ca, serving, &tokens)?.with_joining(&joining);
         let mut tasks = JoinSet::new();
         let (end, ended) = watch::channel(false);
         let token = stop.clone();
@@ -168,6 +171,11 @@ impl Control {
         let following = feed.clone();
         tasks.spawn(async move {
             following.run(token).await;
+            Ok(())
+        });
+        let token = stop.clone();
+        tasks.spawn(async move {
+            joining.run(token).await;
             Ok(())
         });
         let (own, token) = (certificates.clone(), stop.clone());
@@ -193,6 +201,11 @@ impl Control {
     /// The registry behind the API.
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// The digest of the CA's key, as `--ca-hash` takes it.
+    pub fn ca_hash(&self) -> String {
+        self.certificates.ca_hash()
     }
 
     /// Looks at the certificates now, as the timer does. Returns whether the next connection sees a

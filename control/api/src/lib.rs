@@ -23,6 +23,7 @@
 pub use k8s_openapi;
 
 pub mod admission;
+pub mod bootstrap_token;
 pub mod cron;
 pub mod decode;
 pub mod defaults;

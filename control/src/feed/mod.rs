@@ -63,6 +63,7 @@ mod view;
 mod volumes;
 
 pub use pods::PodStreams;
+pub use register::INCARNATION_ANNOTATION;
 pub use stats::NodeStats;
 
 use floor::Floors;

@@ -16,10 +16,11 @@ use gantry_api::status::{Reason, Status};
 use serde_json::{Map, Value, json};
 
 use super::Inner;
+use crate::joining::{KEYS_ANNOTATION, MACHINE_ANNOTATION};
 use crate::server::{Part, WriteOptions};
 
 /// On the Node: the number of the last agent start that registered. An older start is refused.
-pub(super) const INCARNATION_ANNOTATION: &str = "gantry.io/agent-incarnation";
+pub const INCARNATION_ANNOTATION: &str = "gantry.io/agent-incarnation";
 const LEASE_NAMESPACE: &str = "kube-node-lease";
 /// Written into the Lease for other readers: the grace after which a silent node is given up.
 const LEASE_DURATION_S: i32 = 40;
@@ -31,7 +32,14 @@ fn node_kind() -> Result<&'static Kind, Status> {
 
 impl Inner {
     /// Registers or refreshes the node; returns the session's number.
-    pub(super) async fn register(&self, hello: &proto::Hello) -> Result<u64, Status> {
+    ///
+    /// * `joined` – the digest of the agent's key, of a node that has joined: it is refreshed only, for
+    ///   who deleted it took its certificate back.
+    pub(super) async fn register(
+        &self,
+        hello: &proto::Hello,
+        joined: Option<&str>,
+    ) -> Result<u64, Status> {
         let info = hello
             .info
             .as_ref()
@@ -39,7 +47,7 @@ impl Inner {
             .unwrap_or(b"{}");
         let machine: Value = serde_json::from_slice(info)
             .map_err(|error| Status::bad_request(format!("the node's info is no JSON: {error}")))?;
-        let node = self.write_node(hello, &machine).await?;
+        let node = self.write_node(hello, joined, &machine).await?;
         self.write_node_status(&hello.node, &machine["status"])
             .await?;
         let uid = node["metadata"]["uid"].as_str().unwrap_or_default();
@@ -50,10 +58,15 @@ impl Inner {
             .map_err(|_| Status::internal(format!("the lease has resourceVersion {revision:?}")))
     }
 
-    async fn write_node(&self, hello: &proto::Hello, machine: &Value) -> Result<Value, Status> {
+    async fn write_node(
+        &self,
+        hello: &proto::Hello,
+        joined: Option<&str>,
+        machine: &Value,
+    ) -> Result<Value, Status> {
         let kind = node_kind()?;
         let options = WriteOptions::default();
-        if self.registry.get::<Node>("", &hello.node)?.is_none() {
+        if joined.is_none() && self.registry.get::<Node>("", &hello.node)?.is_none() {
             let mut node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {}});
             node["metadata"]["name"] = json!(hello.node);
             let node = merge_metadata(&node, hello, machine)?;
@@ -63,7 +76,15 @@ impl Inner {
                 Err(status) => return Err(status),
             }
         }
-        let change = |old: &Value| merge_metadata(old, hello, machine);
+        let change = |old: &Value| {
+            let keys = old["metadata"]["annotations"][KEYS_ANNOTATION].as_str();
+            let keys = keys.unwrap_or_default();
+            if joined.is_some_and(|key| !keys.split(',').any(|known| known == key)) {
+                let words = format!("another machine has joined as node {}", hello.node);
+                return Err(Status::new(Reason::Forbidden, words));
+            }
+            merge_metadata(old, hello, machine)
+        };
         let written = self
             .registry
             .change_value(kind, "", &hello.node, Part::Object, &options, change)
@@ -150,6 +171,8 @@ fn merge_metadata(old: &Value, hello: &proto::Hello, machine: &Value) -> Result<
         .as_object()
         .cloned()
         .unwrap_or_default();
+    // Written by who lets machines in.
+    annotations.retain(|name, _| name != KEYS_ANNOTATION && name != MACHINE_ANNOTATION);
     annotations.insert(
         INCARNATION_ANNOTATION.into(),
         json!(hello.incarnation.to_string()),

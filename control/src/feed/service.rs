@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Streaming};
 
 use super::{Feed, session};
-use crate::server::identity::Identity;
+use crate::server::identity::{CertificateFacts, Identity};
 
 /// How long an agent may take with its first message.
 const FIRST_MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,13 +40,15 @@ impl feed_server::Feed for Feed {
         request: Request<Streaming<proto::Up>>,
     ) -> Result<Response<Self::SessionStream>, tonic::Status> {
         let identity = identity(&request)?;
+        let facts = request.extensions().get::<CertificateFacts>().cloned();
         let mut inbound = request.into_inner();
         let Some(up::Message::Hello(hello)) = first(&mut inbound).await?.message else {
             return Err(Status::bad_request("the first message must be Hello").into());
         };
         identity.check_node(&hello.node)?;
         let (down, stream) = mpsc::channel(DOWN_QUEUE);
-        tokio::spawn(session::run(self.inner.clone(), hello, inbound, down));
+        let session = session::run(self.inner.clone(), hello, facts, inbound, down);
+        tokio::spawn(session);
         Ok(Response::new(ReceiverStream::new(stream)))
     }
 

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use gantry_api::k8s_openapi::api::core::v1::Event;
+use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::proto;
 use gantry_api::proto::{down, up};
 use serde_json::{Value, json};
@@ -26,6 +27,7 @@ use tonic::Streaming;
 use super::floor::Waits;
 use super::view::{Cursor, Step};
 use super::{Inner, NodeLink};
+use crate::server::identity::CertificateFacts;
 
 /// Commits sent and not yet applied by the agent.
 const OPEN_COMMITS_MAX: usize = 2;
@@ -92,6 +94,7 @@ struct Session {
 pub(super) async fn run(
     inner: Arc<Inner>,
     hello: proto::Hello,
+    facts: Option<CertificateFacts>,
     mut inbound: Streaming<proto::Up>,
     down: Down,
 ) {
@@ -104,14 +107,18 @@ pub(super) async fn run(
             () = kick.cancelled() => leave("a newer session of this node has started"),
             () = inner.closed.cancelled() => leave("the control plane is shutting down"),
             () = down.closed() => leave("the agent has left"),
+            () = ended(facts.as_ref()) => {
+                leave("the certificate of this connection has ended: dial with the renewed one")
+            }
         }
     };
     tokio::pin!(stop);
+    let joined = facts.as_ref().and_then(|facts| facts.joined_key.clone());
 
     let open = async {
         let held = timeout(TAKE_OVER_TIMEOUT, link.session.clone().lock_owned()).await;
         let held = held.map_err(|_| leave("the writes of the session before have not settled"))?;
-        let session = Session::open(&inner, &link, hello, down.clone()).await?;
+        let session = Session::open(&inner, &link, hello, joined.as_deref(), down.clone()).await?;
         Ok::<_, Leave>((held, session))
     };
     let opened = tokio::select! {
@@ -145,12 +152,28 @@ pub(super) async fn run(
     let _ = down.try_send(Ok(message)); // best effort: the end of the stream says the same
 }
 
+/// Ends when the certificate does. A handshake looks at the dates only once.
+async fn ended(facts: Option<&CertificateFacts>) {
+    let Some(facts) = facts else {
+        return std::future::pending().await;
+    };
+    loop {
+        let left_s = facts.not_after_s - Timestamp::now().as_second();
+        let Ok(left_s @ 1..) = u64::try_from(left_s) else {
+            return;
+        };
+        // Looked at again now and then: the clock may be set.
+        tokio::time::sleep(Duration::from_secs(left_s.min(60))).await;
+    }
+}
+
 impl Session {
     /// Registers the node, waits until it has a pod prefix, and welcomes it.
     async fn open(
         inner: &Arc<Inner>,
         link: &Arc<NodeLink>,
         hello: proto::Hello,
+        joined: Option<&str>,
         down: Down,
     ) -> Result<Self, Leave> {
         let node = hello.node.clone();
@@ -162,10 +185,13 @@ impl Session {
         let conditions = serde_json::from_slice::<Value>(info)
             .map(|mut node| node["status"]["conditions"].take())
             .unwrap_or_default();
-        let session = inner.register(&hello).await.map_err(|status| Leave {
-            reason: format!("registration of node {node}: {status}"),
-            retry_after: Duration::from_secs(1),
-        })?;
+        let session = inner
+            .register(&hello, joined)
+            .await
+            .map_err(|status| Leave {
+                reason: format!("registration of node {node}: {status}"),
+                retry_after: Duration::from_secs(1),
+            })?;
         {
             let mut state = link.state();
             if state.boot_id != hello.boot_id {

@@ -7,8 +7,11 @@
 //! | `system:nodes`   | the Feed service, as the node its user name names     |
 //! | any other        | nothing                                               |
 //!
-//! TLS has verified the chain, the dates and the key before this is asked.
+//! TLS has verified the chain, the dates and the key before this is asked. The certificate of a node that
+//! has joined (organizational unit [`JOINED_UNIT`]) speaks for it as long as the Node object names its
+//! key: with the object its certificates go. What `--agent-credentials` makes needs no object.
 
+use gantry_api::k8s_openapi::api::core::v1::Node;
 use gantry_api::status::{Reason, Status};
 use jiff::Timestamp;
 use tonic::service::Interceptor;
@@ -16,11 +19,15 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::registry::Registry;
 use super::tokens::{self, Tokens};
+use crate::joining;
+use crate::pki::key_hash;
 
 /// Group that may do everything.
 pub const MASTERS_GROUP: &str = "system:masters";
 /// Group of the node agents.
 pub const NODES_GROUP: &str = "system:nodes";
+/// Organizational unit of the certificates of nodes that have joined.
+pub const JOINED_UNIT: &str = "gantry:joined";
 /// What precedes the node's name in an agent's user name.
 pub const NODE_USER_PREFIX: &str = "system:node:";
 
@@ -51,6 +58,12 @@ impl Identity {
             .map(text)
             .collect::<Result<_, _>>()?;
         Ok(Identity { user, groups })
+    }
+
+    /// Whether the caller is the agent of some node.
+    pub(crate) fn check_is_node(&self) -> Result<&str, Status> {
+        self.node_name()
+            .ok_or_else(|| self.refuse("speak for a node: only nodes can"))
     }
 
     fn is_in(&self, group: &str) -> bool {
@@ -95,6 +108,29 @@ impl Identity {
     }
 }
 
+/// What a client certificate says beside who it is of. The services find it in the request's extensions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateFacts {
+    /// Digest of its key, if its node got it by joining.
+    pub joined_key: Option<String>,
+    /// When it ends, Unix time.
+    pub not_after_s: i64,
+}
+
+impl CertificateFacts {
+    /// Reads them from a certificate in DER.
+    pub fn from_certificate(der: &[u8]) -> Result<CertificateFacts, Status> {
+        let (_, certificate) = X509Certificate::from_der(der)
+            .map_err(|_| Status::unauthorized("the client certificate cannot be read"))?;
+        let mut units = certificate.subject().iter_organizational_unit();
+        let has_joined = units.any(|unit| unit.as_str().is_ok_and(|unit| unit == JOINED_UNIT));
+        Ok(CertificateFacts {
+            joined_key: has_joined.then(|| key_hash(certificate.public_key().raw)),
+            not_after_s: certificate.validity().not_after.timestamp(),
+        })
+    }
+}
+
 /// The gRPC services, as authorization sees them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Service {
@@ -127,11 +163,56 @@ impl Authenticator {
         }
     }
 
-    /// A certificate goes before a token: it was proven by the connection itself.
-    fn identify(&self, request: &tonic::Request<()>) -> Result<Identity, Status> {
+    /// The door of the service that machines without an identity come to: it judges by itself.
+    pub fn for_joining(&self) -> Admit {
+        Admit {
+            authenticator: self.clone(),
+        }
+    }
+
+    /// Who the client's certificate names; `None` without one.
+    fn certified(
+        &self,
+        request: &tonic::Request<()>,
+    ) -> Result<Option<(Identity, CertificateFacts)>, Status> {
         let certificates = request.peer_certs();
-        if let Some(leaf) = certificates.as_ref().and_then(|chain| chain.first()) {
-            return Identity::from_certificate(leaf);
+        let Some(leaf) = certificates.as_ref().and_then(|chain| chain.first()) else {
+            return Ok(None);
+        };
+        let identity = Identity::from_certificate(leaf)?;
+        let facts = CertificateFacts::from_certificate(leaf)?;
+        self.check_joined(&identity, &facts)?;
+        Ok(Some((identity, facts)))
+    }
+
+    /// The certificate of a node that has joined goes with the Node object.
+    fn check_joined(&self, identity: &Identity, facts: &CertificateFacts) -> Result<(), Status> {
+        let (Some(key), Some(name)) = (&facts.joined_key, identity.node_name()) else {
+            return Ok(());
+        };
+        let node = self.registry.get::<Node>("", name)?;
+        let Some(node) = node else {
+            return Err(Status::unauthorized(format!(
+                "node {name} was deleted, and its certificate with it: run gantry join on it again, with a \
+                 new token"
+            )));
+        };
+        if joining::speaks_for(&node, key) {
+            return Ok(());
+        }
+        Err(Status::unauthorized(format!(
+            "the certificate is of an earlier join of node {name}: another one has taken the name; run \
+             gantry join on this machine again, with a new token"
+        )))
+    }
+
+    /// A certificate goes before a token: it was proven by the connection itself.
+    fn identify(
+        &self,
+        request: &tonic::Request<()>,
+    ) -> Result<(Identity, Option<CertificateFacts>), Status> {
+        if let Some((identity, facts)) = self.certified(request)? {
+            return Ok((identity, Some(facts)));
         }
         let header = request.metadata().get("authorization");
         let token = header
@@ -143,13 +224,14 @@ impl Authenticator {
             )
         })?;
         let audience = [self.tokens.api_audience().to_owned()];
-        tokens::authenticate(
+        let identity = tokens::authenticate(
             &self.registry,
             &self.tokens,
             token.trim(),
             &audience,
             Timestamp::now(),
-        )
+        )?;
+        Ok((identity, None))
     }
 }
 
@@ -165,11 +247,33 @@ impl Interceptor for Authorize {
         &mut self,
         mut request: tonic::Request<()>,
     ) -> Result<tonic::Request<()>, tonic::Status> {
-        let identity = self.authenticator.identify(&request)?;
+        let (identity, facts) = self.authenticator.identify(&request)?;
         identity.check_service(self.service).inspect_err(|status| {
             tracing::warn!(user = %identity.user, reason = %status, "refused");
         })?;
         request.extensions_mut().insert(identity);
+        if let Some(facts) = facts {
+            request.extensions_mut().insert(facts);
+        }
+        Ok(request)
+    }
+}
+
+/// Lets everybody through; adds the [`Identity`] and the [`CertificateFacts`] of who has a certificate.
+#[derive(Clone)]
+pub struct Admit {
+    authenticator: Authenticator,
+}
+
+impl Interceptor for Admit {
+    fn call(
+        &mut self,
+        mut request: tonic::Request<()>,
+    ) -> Result<tonic::Request<()>, tonic::Status> {
+        if let Some((identity, facts)) = self.authenticator.certified(&request)? {
+            request.extensions_mut().insert(identity);
+            request.extensions_mut().insert(facts);
+        }
         Ok(request)
     }
 }

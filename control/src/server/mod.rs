@@ -3,8 +3,9 @@
 //! ```text
 //!  connection ─► TLS: a client certificate of our CA ─► Authorize (identity.rs) ─► Objects  (objects.rs)
 //!                or none and a token (tokens.rs)                                ├► Pods, Feed (crate::feed)
+//!                or neither ────────────────────────────────────────────────────► Joining (crate::joining)
 //! ```
-//! Invariants: no request is served without an identity; a slow or dead client holds memory only for
+//! Invariants: no request but `Join` is served without an identity; a slow or dead client holds memory only for
 //! one stream window; a stop ends every stream within [`STREAM_END_DEADLINE`].
 
 mod allocation;
@@ -38,6 +39,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 
 use crate::feed::Feed;
+use crate::joining::Joining;
 use identity::{Authenticator, Service};
 use objects::ObjectsService;
 
@@ -78,6 +80,7 @@ pub enum ServeError {
 
 /// The API over one registry, before it listens.
 pub struct Server {
+    authenticator: Authenticator,
     router: tonic::transport::server::Router,
     tls: Arc<rustls::ServerConfig>,
     stop: CancellationToken,
@@ -125,7 +128,22 @@ impl Server {
                 feed.feed_server(),
                 authenticator.for_service(Service::Feed),
             ));
-        Ok(Server { router, tls, stop })
+        Ok(Server {
+            authenticator,
+            router,
+            tls,
+            stop,
+        })
+    }
+
+    /// Lets machines join, and nodes renew their certificates.
+    #[must_use]
+    pub fn with_joining(mut self, joining: &Joining) -> Server {
+        let admit = self.authenticator.for_joining();
+        self.router = self
+            .router
+            .add_service(InterceptedService::new(joining.server(), admit));
+        self
     }
 
     /// Serves until `stop`, then lets open streams end.
