@@ -16,6 +16,7 @@
 pub mod cgroups;
 pub mod check;
 pub mod cleanup;
+pub mod credentials;
 pub mod dataplane;
 pub mod devices;
 mod directory_watch;
@@ -27,6 +28,7 @@ pub mod health_check;
 pub mod heap;
 pub mod ids;
 pub mod images;
+pub mod join;
 mod keyed_locks;
 pub mod network;
 pub mod node;

@@ -13,6 +13,7 @@ use gantry_agent::devices::DevicePlugins;
 use gantry_agent::feed::node_info;
 use gantry_agent::feed::{self, Reporter};
 use gantry_agent::images::{ImageStore, Registries, drop_in, keep_disk_free};
+use gantry_agent::join::{self, CaHash};
 use gantry_agent::network::reserve_ports;
 use gantry_agent::network::{NetworkConfig, PodNetworks, Routes, follow_routes, follow_uplinks};
 use gantry_agent::node::{NodeResources, flags::NetworkFlags, flags::ResourceFlags};
@@ -25,7 +26,9 @@ use gantry_agent::shutdown::Shutdown;
 use gantry_agent::view::View;
 use gantry_agent::volumes::csi::CsiDrivers;
 use gantry_agent::volumes::nfs;
-use gantry_agent::{check, cleanup, dns, health_check, heap, open_files, policy, run_directory};
+use gantry_agent::{
+    check, cleanup, credentials, dns, health_check, heap, open_files, policy, run_directory,
+};
 use gantry_agent::{shutdown, static_pods};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -39,6 +42,8 @@ const EXIT_USAGE: u8 = 64;
 /// From the switch of the maps to its acknowledgement: a connect that was on its way through the
 /// programs has sent its SYN by then, so that a backend which ends after the ack still answers it.
 const SYN_IN_FLIGHT: Duration = Duration::from_millis(2);
+/// Where a node keeps what it proves its name with.
+const CREDENTIALS: &str = "/etc/gantry/agent";
 /// How long the parts may take to end.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -53,6 +58,8 @@ struct Arguments {
 enum Command {
     /// Run pods and Services on this machine
     Run(Box<Run>),
+    /// Make this machine a node of a cluster; `gantry join` also starts the agent
+    Join(Join),
     /// The images on this machine
     #[command(subcommand)]
     Image(Image),
@@ -69,12 +76,13 @@ enum Command {
 
 #[derive(clap::Args)]
 struct Run {
-    /// This node's name; the credentials must be made for it
+    /// This node's name; the credentials must be made for it [default: the name that they are for, else
+    /// the host's]
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
-    /// The control plane
-    #[arg(long, value_name = "URL", default_value = "https://127.0.0.1:6443")]
-    server: String,
+    /// The control plane [default: what was joined, else https://127.0.0.1:6443]
+    #[arg(long, value_name = "URL")]
+    server: Option<String>,
     /// A container's log is put aside when it is larger than this many bytes
     #[arg(long, value_name = "BYTES", default_value_t = 10 << 20)]
     container_log_max_size: u64,
@@ -90,8 +98,8 @@ struct Run {
     /// Directory of the sockets of device plugins
     #[arg(long, value_name = "DIR", default_value = gantry_agent::devices::DIRECTORY)]
     device_plugins: PathBuf,
-    /// Directory with client.crt, client.key and ca.crt
-    #[arg(long, value_name = "DIR", default_value = "/etc/gantry/agent")]
+    /// Directory with what gantry join has written, or with client.crt, client.key and ca.crt
+    #[arg(long, value_name = "DIR", default_value = CREDENTIALS)]
     credentials: PathBuf,
     /// Sysctls that pods may set although they are not known to be harmless: names, or prefixes
     /// that end with *
@@ -101,6 +109,30 @@ struct Run {
     network: NetworkFlags,
     #[command(flatten)]
     resources: ResourceFlags,
+}
+
+#[derive(clap::Args)]
+struct Join {
+    /// The control plane, HOST:PORT
+    #[arg(value_name = "HOST:PORT")]
+    server: String,
+    /// A bootstrap token: gantry token create makes one
+    #[arg(
+        long,
+        value_name = "TOKEN",
+        env = "GANTRY_JOIN_TOKEN",
+        hide_env_values = true
+    )]
+    token: String,
+    /// Digest of the key of the cluster's CA, sha256:...
+    #[arg(long, value_name = "HASH")]
+    ca_hash: CaHash,
+    /// The node's name [default: the host's]
+    #[arg(long, value_name = "NAME")]
+    node_name: Option<String>,
+    /// Where the credentials go
+    #[arg(long, value_name = "DIR", default_value = CREDENTIALS)]
+    credentials: PathBuf,
 }
 
 #[derive(Subcommand)]
@@ -159,7 +191,8 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     heap::limit_arenas();
-    let is_helper = matches!(arguments.command, Command::MountNfs(_));
+    // Their words are for who ran them, and become an event's: no log line around them.
+    let is_helper = matches!(arguments.command, Command::MountNfs(_) | Command::Join(_));
     let done = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         // What a thread keeps (its stack, freed memory for its next use) ends with it; a burst of
@@ -169,6 +202,7 @@ fn main() -> ExitCode {
         .context("start the async runtime")
         .and_then(|runtime| match arguments.command {
             Command::Run(run) => runtime.block_on(agent(*run)),
+            Command::Join(join) => runtime.block_on(join_cluster(join)),
             Command::Image(command) => runtime.block_on(image(command)),
             Command::Check => {
                 let findings = check::judge(&check::Facts::read(&paths()?.lib));
@@ -188,7 +222,6 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_helper => {
-            // Its words become an event's: no log line around them.
             eprintln!("{error:#}");
             ExitCode::FAILURE
         }
@@ -197,6 +230,40 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+async fn join_cluster(arguments: Join) -> Result<()> {
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let node = match arguments.node_name {
+        Some(name) => name,
+        None => host_name()?,
+    };
+    let machine_id = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    let joined = join::join(&join::Join {
+        server: arguments.server,
+        token: arguments.token,
+        ca_hash: arguments.ca_hash,
+        node,
+        credentials: arguments.credentials,
+        machine_id: machine_id.trim().to_owned(),
+        incarnation: join::incarnation(&paths()?.lib),
+    })
+    .await?;
+    let end = jiff::Timestamp::from_second(joined.not_after_s)?;
+    let (node, server) = (joined.node, joined.server);
+    match joined.before {
+        true => {
+            println!("this machine is node {node} of {server} already (certificate until {end})")
+        }
+        false => println!(
+            "joined {server} as node {node} (certificate until {end}, renewed by the agent)"
+        ),
+    }
+    Ok(())
+}
+
+fn host_name() -> Result<String> {
+    Ok(nix::unistd::gethostname()?.to_string_lossy().to_lowercase())
 }
 
 async fn image(command: Image) -> Result<()> {
@@ -228,8 +295,13 @@ async fn agent(run: Run) -> Result<()> {
         .map_err(|_| anyhow::anyhow!("a TLS provider is installed twice"))?;
     let node_name = match run.node_name {
         Some(name) => name,
-        None => nix::unistd::gethostname()?.to_string_lossy().to_lowercase(),
+        None => match credentials::node_name(&run.credentials) {
+            Some(name) => name,
+            None => host_name()?,
+        },
     };
+    let server = run.server.or_else(|| credentials::server(&run.credentials));
+    let server = server.unwrap_or_else(|| "https://127.0.0.1:6443".to_owned());
     check_unsafe_sysctls(&run.allowed_unsafe_sysctls)
         .map_err(|words| anyhow::anyhow!("--allowed-unsafe-sysctls: {words}"))?;
     let periods = run.resources.shutdown();
@@ -279,7 +351,7 @@ async fn agent(run: Run) -> Result<()> {
     let devices = DevicePlugins::open(&run.device_plugins, &paths, shutdown.clone());
     let node_info = resources.info(&devices.amounts(), &dataplane);
     let host_addresses = pods::node_addresses(&node_info());
-    let config = feed::Config::new(run.server, run.credentials, node_name.clone(), &paths);
+    let config = feed::Config::new(server, run.credentials, node_name.clone(), &paths);
     let mirrors = static_pods::Mirrors::default();
     let target = Arc::new(PodTunnels::new(
         paths.clone(),

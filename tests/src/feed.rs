@@ -37,6 +37,7 @@ use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
 
+mod joining;
 mod policies;
 
 const WAIT: Duration = Duration::from_secs(20);

@@ -33,6 +33,10 @@ pub(super) enum Ended {
     Mismatch(Mismatch),
     /// The control plane has an older history.
     Refused(String),
+    /// The control plane does not know this node (any more).
+    Unwelcome(String),
+    /// The next one is to be on the renewed certificate.
+    Renewed,
 }
 
 /// See the module. `session.rs` holds the part for one stream.
@@ -104,6 +108,19 @@ impl Driver {
                     "the control plane ended the stream"
                 );
                 retry_after + jittered
+            }
+            Ended::Unwelcome(reason) => {
+                tracing::error!(
+                    node,
+                    reason,
+                    "the control plane takes no stream of this node"
+                );
+                link = Link::Refused(reason);
+                jittered
+            }
+            Ended::Renewed => {
+                tracing::info!(node, "the stream moves to the renewed certificate");
+                Duration::ZERO
             }
             Ended::Mismatch(mismatch) => {
                 tracing::error!(node, %mismatch, "discarding a batch, asking for everything");

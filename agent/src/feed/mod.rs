@@ -43,6 +43,7 @@ mod finals;
 mod floors;
 mod log;
 pub mod node_info;
+mod renewal;
 mod reports;
 mod secrets;
 mod session;
@@ -64,7 +65,7 @@ const STUCK_MAX: usize = 64;
 pub struct Config {
     /// `https://control.example:6443`
     pub server: String,
-    /// Directory with `client.crt`, `client.key` and `ca.crt`; read again at every dial.
+    /// Directory of [`crate::credentials`]; read again at every dial.
     pub credentials: PathBuf,
     /// This node's name: the certificate's CN is `system:node:<name>`.
     pub node: String,
@@ -110,8 +111,8 @@ pub enum Link {
         /// The session's number.
         session: u64,
     },
-    /// The control plane has an older history than this node: the reason. The node goes on with
-    /// its view and tries again slowly.
+    /// The control plane has an older history than this node, or does not know the node (any more): the
+    /// reason. The node goes on with its view and tries again slowly.
     Refused(String),
 }
 
@@ -245,6 +246,8 @@ struct Shared {
     persisted: watch::Sender<u64>,
     /// The connection of the open stream.
     channel: Mutex<Option<Channel>>,
+    /// The certificate was renewed: the stream is to be on it by then.
+    move_by: Mutex<Option<tokio::time::Instant>>,
 }
 
 #[derive(Default)]
@@ -512,7 +515,10 @@ pub fn run(
         persist: Notify::new(),
         persisted: watch::Sender::new(0),
         channel: Mutex::default(),
+        move_by: Mutex::default(),
     });
+    let renewal = renewal::run(config.clone(), shared.clone(), shutdown.clone());
+    let renewal = tokio::spawn(renewal);
     let (view_tx, view) = watch::channel(loaded.content.view());
     let (link_tx, link) = watch::channel(Link::Offline);
     let driver = driver::Driver {
@@ -532,6 +538,7 @@ pub fn run(
     let keeper = tokio::spawn(driver::keep_finals(files, shared.clone(), shutdown.clone()));
     let task = tokio::spawn(async move {
         driver.run(shutdown).await;
+        renewal.abort();
         if let Err(error) = keeper.await {
             tracing::error!(%error, "the keeper of final records failed");
         }

@@ -27,6 +27,7 @@ use super::driver::{Driver, Ended};
 use super::log::Record;
 use super::reports::Seen;
 use super::{Link, lock, settings_of, tunnel};
+use crate::credentials;
 use crate::ids::PodUid;
 
 /// Messages between the loop and the connection: more wait in their source, where the newest wins.
@@ -68,7 +69,10 @@ struct Stream {
 }
 
 fn broken(what: &'static str) -> impl Fn(tonic::Status) -> Ended {
-    move |status| Ended::Broken(format!("{what}: {}: {}", status.code(), status.message()))
+    move |status| match status.code() {
+        tonic::Code::Unauthenticated => Ended::Unwelcome(status.message().to_owned()),
+        code => Ended::Broken(format!("{what}: {code}: {}", status.message())),
+    }
 }
 
 impl Driver {
@@ -100,25 +104,29 @@ impl Driver {
             .initial_stream_window_size(STREAM_WINDOW_BYTES)
             .initial_connection_window_size(CONNECTION_WINDOW_BYTES);
         if server.starts_with("https://") {
-            let read = |name: &str| {
-                let path = self.config.credentials.join(name);
-                std::fs::read(&path)
-                    .map_err(|e| Ended::Broken(format!("read {}: {e}", path.display())))
-            };
+            // Before the files are read: what comes meanwhile is another renewal.
+            *lock(&self.shared.move_by) = None;
+            let pem = credentials::read(&self.config.credentials)
+                .map_err(|e| Ended::Broken(e.to_string()))?;
             let tls = ClientTlsConfig::new()
-                .ca_certificate(Certificate::from_pem(read("ca.crt")?))
-                .identity(Identity::from_pem(read("client.crt")?, read("client.key")?));
+                .ca_certificate(Certificate::from_pem(pem.ca))
+                .identity(Identity::from_pem(pem.certificate, pem.key));
             endpoint = endpoint.tls_config(tls).map_err(|e| error(&e))?;
         } else if !server.starts_with("http://127.0.0.1:") {
             return Err(error(&"want an https:// address: the feed carries Secrets"));
         }
-        endpoint
-            .connect()
-            .await
-            .map_err(|e| match std::error::Error::source(&e) {
+        endpoint.connect().await.map_err(|e| {
+            let held = credentials::joined(&self.config.credentials);
+            if held.is_ok_and(|held| held.is_some_and(|held| held.has_ended())) {
+                return Ended::Unwelcome(format!(
+                    "{server}: this node's certificate has ended: run gantry join here again, with a new token"
+                ));
+            }
+            match std::error::Error::source(&e) {
                 Some(source) => error(&format!("{e}: {source}")),
                 None => error(&e),
-            })
+            }
+        })
     }
 
     fn hello(&self, node: &Node) -> proto::Hello {
@@ -240,6 +248,10 @@ impl Driver {
         let shared = self.shared.clone();
         loop {
             let full = self.send_due(stream)?;
+            let move_by = *lock(&self.shared.move_by);
+            if move_by.is_some_and(|by| stream.tunnels.is_empty() || Instant::now() >= by) {
+                return Err(Ended::Renewed);
+            }
             let up = stream.up.clone();
             // Every arm is cancel safe: `message` and `tick` keep their place, `notified` keeps one
             // permit, a reserved slot is given back.
