@@ -31,6 +31,8 @@ pub(crate) struct Session {
     /// Whether `-n` was given.
     pub(crate) namespace_given: bool,
     pub(crate) server: String,
+    /// The cluster's CA as the kubeconfig has it, PEM.
+    pub(crate) authority: Option<Vec<u8>>,
     request_timeout: Option<Duration>,
 }
 
@@ -59,6 +61,7 @@ impl Session {
             namespace_given: namespace.is_some(),
             namespace: namespace.unwrap_or_else(|| access.namespace.clone()),
             server: access.server.clone(),
+            authority: access.authority.clone(),
             request_timeout: Some(global.request_timeout).filter(|t| !t.is_zero()),
         }
     }

@@ -34,6 +34,7 @@ mod run;
 mod scale;
 mod streams;
 mod svc;
+mod token;
 mod top;
 mod version;
 mod wait;
@@ -101,6 +102,9 @@ enum Verb {
     PortForward(port_forward::PortForward),
     /// Set the number of replicas
     Scale(scale::Scale),
+    /// Tokens with which machines join the cluster
+    #[command(subcommand)]
+    Token(token::Token),
     /// The images on nodes: list, pull, import, remove
     Images(images::Images),
     /// Show what nodes and pods use now
@@ -177,6 +181,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Cp(verb) => verb.run(&global).await.map(done),
         Verb::PortForward(verb) => verb.run(&global).await.map(done),
         Verb::Scale(verb) => verb.run(&global).await.map(done),
+        Verb::Token(verb) => verb.run(&global).await.map(done),
         Verb::Images(verb) => verb.run(&global).await,
         Verb::Svc(verb) => verb.run(&global).await.map(done),
         Verb::Flows(verb) => verb.run(&global).await.map(done),
@@ -230,6 +235,9 @@ mod tests {
             "scale deploy/web --replicas=3 --current-replicas=2",
             "top pods -A --containers --sort-by=cpu -o wide",
             "top node node-1",
+            "token create --ttl 2h --uses 20 --description rack --print-join-command",
+            "token list",
+            "token delete abcdef ghijkl.0123456789abcdef",
             "svc drops --node n --all",
             "flows -f -A",
             "explain connect shop/client web.shop:http --udp -o json",
