@@ -72,6 +72,14 @@ pub struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 40, value_parser = clap::value_parser!(u64).range(10..=3600))]
     pub node_grace_period_s: u64,
 
+    /// Pods that do not say how long they stay on a node that is not ready stay this many seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(i64).range(0..))]
+    pub default_not_ready_toleration_seconds: i64,
+
+    /// The same for a node that is not heard of
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(i64).range(0..))]
+    pub default_unreachable_toleration_seconds: i64,
+
     /// Certificates of nodes that join last this many seconds; they are renewed at two thirds
     #[arg(long, value_name = "SECONDS", default_value_t = 1_209_600, value_parser = clap::value_parser!(u64).range(5..=31_536_000))]
     pub node_certificate_life_s: u64,

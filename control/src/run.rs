@@ -26,7 +26,7 @@ use crate::feed::{self, Feed};
 use crate::joining::Joining;
 use crate::pki::{Authority, PkiError};
 use crate::scheduler;
-use crate::server::registry::{Registry, Settings};
+use crate::server::registry::{Patience, Registry, Settings};
 use crate::server::{ServeError, Server, Tokens};
 use crate::store::{OpenError, Store};
 
@@ -133,7 +133,11 @@ impl Control {
                 service_cidr: arguments.service_cidr,
                 reserved_addresses: arguments.reserved_service_ips(),
             },
-        );
+        )
+        .with_patience(Patience {
+            not_ready_s: arguments.default_not_ready_toleration_seconds,
+            unreachable_s: arguments.default_unreachable_toleration_seconds,
+        });
         registry
             .ensure_defaults()
             .await

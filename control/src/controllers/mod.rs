@@ -7,8 +7,8 @@
 //! ```
 //! Each file is one controller: a pure `plan` from what the caches show to the actions, and a thin
 //! acting part that carries them out through [`Registry`] with preconditions. Controllers keep no
-//! state of their own that a restart could lose; the exceptions (heartbeat observations, the time
-//! since when a pod's node is missing) restart their clocks, which only delays them.
+//! state of their own that a restart could lose; the exceptions (heartbeat observations, how
+//! long a pod has borne a taint, the time since when a pod's node is missing) restart their clocks, which only delays them.
 //!
 //! Invariants: a key is in the hands of one worker; a worker looks at a key again only after the
 //! caches show everything it wrote before; every action is idempotent; a failed key comes back with
@@ -35,6 +35,7 @@ mod replicaset;
 mod revision;
 mod service_account;
 mod stateful_set;
+pub(crate) mod taint_eviction;
 mod volume_binder;
 mod volume_reclaim;
 
@@ -241,6 +242,7 @@ pub async fn run(
     service_account::start(&context, &mut tasks, &shutdown);
     garbage::start(&context, &mut tasks, &shutdown);
     node_health::start(&context, &mut tasks, &shutdown);
+    taint_eviction::start(&context, &mut tasks, &shutdown);
     load_balancer::start(&context, &mut tasks, &shutdown);
     pod_cidr::start(&context, &mut tasks, &shutdown);
     pod_garbage::start(&context, &mut tasks, &shutdown);

@@ -11,7 +11,17 @@
 //!
 //! Pods of a silent node get condition Ready False (reason NodeNotReady), their ContainersReady
 //! stays as the agent reported it; when the node is back, Ready follows from ContainersReady until
-//! the agent's next report. Taints and eviction after 300 s are not decided here.
+//! the agent's next report.
+//!
+//! ```text
+//!  Ready    taints, NoSchedule and NoExecute
+//!  True     none
+//!  False    node.kubernetes.io/not-ready
+//!  Unknown  node.kubernetes.io/unreachable; while not one node is heard, NoSchedule only
+//! ```
+//! Who leaves a node with such a taint, and when, is decided by [`super::taint_eviction`]. When nobody is
+//! heard, it is more likely that this machine is cut off than that all others are gone (Kubernetes: full
+//! disruption), and there is nowhere to go.
 //!
 //! Source: Kubernetes `pkg/controller/nodelifecycle` (nodeMonitorPeriod, MarkPodsNotReady).
 
@@ -19,7 +29,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use gantry_api::k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, PodCondition};
+use gantry_api::k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, PodCondition, Taint};
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::status::{Reason, Status};
@@ -42,6 +52,11 @@ const STATUS_UNKNOWN: &str = "NodeStatusUnknown";
 const NEVER_UPDATED: &str = "NodeStatusNeverUpdated";
 /// Reason of the Ready condition of pods on a node that is not ready.
 const NODE_NOT_READY: &str = "NodeNotReady";
+/// Taints of a node that is not ready, and of one that is not heard of.
+const TAINTS: [&str; 2] = [
+    "node.kubernetes.io/not-ready",
+    "node.kubernetes.io/unreachable",
+];
 /// Conditions that only the agent knows.
 const REPORTED: [&str; 4] = ["Ready", "MemoryPressure", "DiskPressure", "PIDPressure"];
 
@@ -120,6 +135,52 @@ fn restored(node: &Node, reported: &[NodeCondition], now: Timestamp) -> Option<V
     (new != old).then_some(new)
 }
 
+fn ready_status(node: &Node) -> Option<&str> {
+    let conditions = node_conditions(node).iter();
+    let mut ready = conditions.filter(|condition| condition.type_ == "Ready");
+    ready.next().map(|condition| condition.status.as_str())
+}
+
+/// The node's taints as its Ready condition wants them; `None` when they are right.
+fn tainted(node: &Node, somebody_is_heard: bool, now: Timestamp) -> Option<Vec<Taint>> {
+    let key = match ready_status(node)? {
+        "True" => None,
+        "False" => Some(TAINTS[0]),
+        _ => Some(TAINTS[1]),
+    };
+    let effects: &[&str] = match (key, somebody_is_heard) {
+        (Some(key), false) if key == TAINTS[1] => &["NoSchedule"],
+        (Some(_), _) => &["NoSchedule", "NoExecute"],
+        (None, _) => &[],
+    };
+    let spec = node.spec.as_ref();
+    let old = spec
+        .and_then(|spec| spec.taints.as_deref())
+        .unwrap_or_default();
+    let is_wanted =
+        |taint: &Taint| Some(taint.key.as_str()) == key && effects.contains(&taint.effect.as_str());
+    let is_ours = |taint: &Taint| TAINTS.contains(&taint.key.as_str());
+    let mut new: Vec<Taint> = old
+        .iter()
+        .filter(|taint| !is_ours(taint) || is_wanted(taint))
+        .cloned()
+        .collect();
+    for effect in effects {
+        let is_there = new
+            .iter()
+            .any(|taint| Some(taint.key.as_str()) == key && taint.effect == *effect);
+        if !is_there {
+            new.push(Taint {
+                key: key.unwrap_or_default().to_owned(),
+                effect: (*effect).to_owned(),
+                time_added: Some(Time(now)),
+                ..Taint::default()
+            });
+        }
+    }
+    (new != old).then_some(new)
+}
+
 /// Whether the agent's word on the node is Ready True.
 pub(crate) fn is_ready(node: &Node) -> bool {
     let ready = node_conditions(node)
@@ -171,8 +232,11 @@ impl NodeHealth {
         if self.observations.len() > nodes.len() {
             self.observations.retain(|name, _| exists(name));
         }
+        let somebody_is_heard = nodes
+            .iter()
+            .any(|node| ready_status(node).is_some_and(|ready| ready != "Unknown"));
         for node in &nodes {
-            if let Err(status) = self.look_at(node, elapsed).await {
+            if let Err(status) = self.look_at(node, elapsed, somebody_is_heard).await {
                 let name = node.metadata.name.as_deref().unwrap_or_default();
                 // The next look tries again, with a newer state.
                 if status.reason == Reason::Conflict {
@@ -184,7 +248,12 @@ impl NodeHealth {
         }
     }
 
-    async fn look_at(&mut self, node: &Node, elapsed: Duration) -> Result<(), Status> {
+    async fn look_at(
+        &mut self,
+        node: &Node,
+        elapsed: Duration,
+        somebody_is_heard: bool,
+    ) -> Result<(), Status> {
         let name = node.metadata.name.clone().unwrap_or_default();
         let lease = self
             .context
@@ -218,6 +287,12 @@ impl NodeHealth {
                 }
             }
             tracing::info!(node = name, "node is heard of again");
+        }
+        if let Some(taints) = tainted(node, somebody_is_heard, now) {
+            let mut node = node.clone();
+            node.spec.get_or_insert_default().taints = Some(taints);
+            // Of what this look has seen: a condition that it has just written is followed by the next.
+            super::ignore_not_found(self.context.registry.update(&node).await)?;
         }
         self.mark_pods(&name, heard, now).await
     }
@@ -354,6 +429,67 @@ mod tests {
         assert_eq!(
             restored(&node("False"), node_conditions(&before), now()),
             None
+        );
+    }
+
+    #[test]
+    fn taints_follow_ready_and_others_stay() {
+        let own = Taint {
+            key: "dedicated".to_owned(),
+            effect: "NoSchedule".to_owned(),
+            ..Taint::default()
+        };
+        let shown = |taints: &[Taint]| -> Vec<String> {
+            taints
+                .iter()
+                .map(|t| format!("{}:{}", t.key, t.effect))
+                .collect()
+        };
+        let mut node = node("True");
+        node.spec.get_or_insert_default().taints = Some(vec![own]);
+        assert_eq!(tainted(&node, true, now()), None);
+        for (status, heard, wanted) in [
+            (
+                "False",
+                true,
+                &["not-ready:NoSchedule", "not-ready:NoExecute"][..],
+            ),
+            (
+                "Unknown",
+                true,
+                &["unreachable:NoSchedule", "unreachable:NoExecute"],
+            ),
+            ("Unknown", false, &["unreachable:NoSchedule"]),
+            (
+                "Unknown",
+                true,
+                &["unreachable:NoSchedule", "unreachable:NoExecute"],
+            ),
+            ("True", true, &[]),
+        ] {
+            let conditions = node.status.as_mut().unwrap().conditions.as_mut().unwrap();
+            status.clone_into(&mut conditions[0].status);
+            let new = tainted(&node, heard, now()).unwrap();
+            node.spec.as_mut().unwrap().taints = Some(new.clone());
+            let wanted = wanted
+                .iter()
+                .map(|name| format!("node.kubernetes.io/{name}"));
+            let all: Vec<String> = ["dedicated:NoSchedule".to_owned()]
+                .into_iter()
+                .chain(wanted)
+                .collect();
+            assert_eq!(shown(&new), all);
+            let later = Timestamp::UNIX_EPOCH;
+            assert_eq!(
+                tainted(&node, heard, later),
+                None,
+                "idempotent, the time stays"
+            );
+        }
+        assert_eq!(
+            tainted(&Node::default(), true, now()),
+            None,
+            "nothing is known"
         );
     }
 

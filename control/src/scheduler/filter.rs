@@ -9,11 +9,12 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use gantry_api::k8s_openapi::api::core::v1::{
-    Node, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint, Toleration,
+    Node, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, Taint,
 };
 
 use super::nodes::{MEMORY_PRESSURE, NodeState};
 use super::request::PodRequest;
+use crate::controllers::taint_eviction::tolerates;
 
 /// The taint of a cordoned node.
 const UNSCHEDULABLE: &str = "node.kubernetes.io/unschedulable";
@@ -163,7 +164,8 @@ fn untolerated(node: &NodeState, pod: &PodRequest, effects: &[&str]) -> Option<T
         ..Taint::default()
     };
     let cordon = node.is_cordoned.then(|| taint(UNSCHEDULABLE, "NoSchedule"));
-    let sick = (!node.is_ready).then(|| taint(NOT_READY, "NoExecute"));
+    let sick = ["NoSchedule", "NoExecute"].map(|effect| taint(NOT_READY, effect));
+    let sick = sick.into_iter().filter(|_| !node.is_ready);
     let all = cordon
         .into_iter()
         .chain(sick)
@@ -176,20 +178,6 @@ fn untolerated(node: &NodeState, pod: &PodRequest, effects: &[&str]) -> Option<T
         let tolerated = pod.tolerations.iter().any(|t| tolerates(t, taint));
         !(tolerated || asks && taint.key == MEMORY_PRESSURE)
     })
-}
-
-fn tolerates(toleration: &Toleration, taint: &Taint) -> bool {
-    let text = |text: &Option<String>| text.clone().unwrap_or_default();
-    let effect = text(&toleration.effect);
-    let key = text(&toleration.key);
-    if (!effect.is_empty() && effect != taint.effect) || (!key.is_empty() && key != taint.key) {
-        return false;
-    }
-    match toleration.operator.as_deref() {
-        Some("Exists") => true,
-        None | Some("" | "Equal") => text(&toleration.value) == text(&taint.value),
-        Some(_) => false,
-    }
 }
 
 pub(super) fn matches_affinity(node: &NodeState, pod: &PodRequest) -> bool {

@@ -2,12 +2,13 @@
 //!
 //! | object | gets |
 //! |---|---|
-//! | Pod | `serviceAccountName`, the account's pull secrets and its token, `priority` and `preemptionPolicy` of its class |
+//! | Pod | `serviceAccountName`, the account's pull secrets and its token, `priority` and `preemptionPolicy` of its class, for how long it stays on a node that is not ready or not heard of |
 //! | PersistentVolumeClaim | the default class when it names none |
 //!
-//! Pure but for the look-ups. Source: Kubernetes' plugins ServiceAccount, Priority, DefaultStorageClass.
+//! Pure but for the look-ups. Source: Kubernetes' plugins ServiceAccount, Priority, DefaultStorageClass,
+//! DefaultTolerationSeconds.
 
-use gantry_api::k8s_openapi::api::core::v1::ServiceAccount;
+use gantry_api::k8s_openapi::api::core::v1::{ServiceAccount, Taint, Toleration};
 use gantry_api::k8s_openapi::api::scheduling::v1::PriorityClass;
 use gantry_api::k8s_openapi::api::storage::v1::StorageClass;
 use gantry_api::kinds::Kind;
@@ -16,9 +17,10 @@ use gantry_api::validation::{MIRROR_ANNOTATION, SYSTEM_PRIORITIES};
 use serde_json::{Value, json};
 
 use super::object::metadata_text;
-use super::registry::Registry;
+use super::registry::{Patience, Registry};
 use super::rules::generated_name;
 use crate::controllers::PROVISIONER;
+use crate::controllers::taint_eviction::tolerates;
 
 /// The account of pods that name none; the one account that may still be missing.
 const DEFAULT_ACCOUNT: &str = "default";
@@ -161,6 +163,36 @@ fn mount_token(pod: &mut Value) {
     }
 }
 
+/// Gives a pod that says nothing of a node's end the time that it stays there.
+fn set_patience(pod: &mut Value, patience: Patience) {
+    let own = pod["spec"]["tolerations"].clone();
+    // Validation has passed it.
+    let Ok(own) = serde_json::from_value::<Option<Vec<Toleration>>>(own) else {
+        return;
+    };
+    let mut all = own.unwrap_or_default();
+    for (key, seconds) in [
+        ("node.kubernetes.io/not-ready", patience.not_ready_s),
+        ("node.kubernetes.io/unreachable", patience.unreachable_s),
+    ] {
+        let taint = Taint {
+            key: key.to_owned(),
+            effect: "NoExecute".to_owned(),
+            ..Taint::default()
+        };
+        if !all.iter().any(|one| tolerates(one, &taint)) {
+            all.push(Toleration {
+                key: Some(key.to_owned()),
+                operator: Some("Exists".to_owned()),
+                effect: Some(taint.effect),
+                toleration_seconds: Some(seconds),
+                ..Toleration::default()
+            });
+        }
+    }
+    pod["spec"]["tolerations"] = json!(all);
+}
+
 /// Appends to a list that may not be there.
 fn push(list: &mut Value, item: Value) {
     match list {
@@ -214,6 +246,7 @@ impl Registry {
             if wants_token(pod, account.as_ref()) {
                 mount_token(pod);
             }
+            set_patience(pod, self.patience());
         }
         set_priority(kind, pod, named.as_ref(), default.as_ref())
     }
@@ -280,6 +313,32 @@ mod tests {
         set_account(&mut pod, "a", Some(&account));
         assert_eq!(pod["spec"]["serviceAccountName"], "a");
         assert_eq!(pod["spec"]["imagePullSecrets"][0]["name"], "s");
+    }
+
+    #[test]
+    fn a_pod_stays_300_s_on_a_node_that_has_gone_unless_it_says_otherwise() {
+        let seconds = |tolerations: Value| -> Vec<(String, Value)> {
+            let mut pod = json!({"spec": {"tolerations": tolerations}});
+            set_patience(&mut pod, Patience::default());
+            let all = pod["spec"]["tolerations"].as_array().unwrap().clone();
+            let key = |one: &Value| one["key"].as_str().unwrap_or("*").to_owned();
+            all.iter()
+                .map(|one| (key(one), one["tolerationSeconds"].clone()))
+                .collect()
+        };
+        let (not_ready, unreachable) = (
+            "node.kubernetes.io/not-ready".to_owned(),
+            "node.kubernetes.io/unreachable".to_owned(),
+        );
+        let both = [(not_ready.clone(), json!(300)), (unreachable, json!(300))];
+        assert_eq!(seconds(Value::Null), both);
+        let own = json!([{"key": not_ready, "operator": "Exists", "tolerationSeconds": 7,
+            "effect": "NoExecute"}]);
+        assert_eq!(seconds(own), [(not_ready, json!(7)), both[1].clone()]);
+        assert_eq!(
+            seconds(json!([{"operator": "Exists"}])),
+            [("*".to_owned(), Value::Null)]
+        );
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! object until it is taken.
 
 use std::net::Ipv4Addr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use gantry_api::k8s_openapi;
 use gantry_api::k8s_openapi::api::core::v1::Event;
@@ -88,6 +88,25 @@ pub(super) struct Inner {
     pub(super) store: Store,
     pub(super) allocator: Allocator,
     pub(super) events: Events,
+    pub(super) patience: OnceLock<Patience>,
+}
+
+/// How long pods that say nothing about it stay on a node that is not ready, or not heard of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// Seconds on a node that is not ready.
+    pub not_ready_s: i64,
+    /// Seconds on a node that is not heard of.
+    pub unreachable_s: i64,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            not_ready_s: 300,
+            unreachable_s: 300,
+        }
+    }
 }
 
 impl Registry {
@@ -100,10 +119,23 @@ impl Registry {
             store,
             allocator,
             events,
+            patience: OnceLock::new(),
         };
         Registry {
             inner: Arc::new(inner),
         }
+    }
+
+    /// Says how long pods stay on nodes that have gone; the first word counts, without one
+    /// [`Patience::default`].
+    #[must_use]
+    pub fn with_patience(self, patience: Patience) -> Registry {
+        let _ = self.inner.patience.set(patience); // said before
+        self
+    }
+
+    pub(super) fn patience(&self) -> Patience {
+        self.inner.patience.get().copied().unwrap_or_default()
     }
 
     /// Creates what every cluster has; changes nothing that exists.
