@@ -18,7 +18,7 @@ use gantry_agent::network::reserve_ports;
 use gantry_agent::network::{NetworkConfig, PodNetworks, Routes, follow_routes, follow_uplinks};
 use gantry_agent::node::{NodeResources, flags::NetworkFlags, flags::ResourceFlags};
 use gantry_agent::paths::Paths;
-use gantry_agent::pods::{self, PodWorkers, tunnels::PodTunnels};
+use gantry_agent::pods::{self, PodWorkers, hold::Hold, tunnels::PodTunnels};
 use gantry_agent::runtime::logs::files::Limits;
 use gantry_agent::runtime::spec::security::{Host, check_unsafe_sysctls};
 use gantry_agent::runtime::{Runtime, shim::ShimRuntime};
@@ -463,7 +463,8 @@ async fn agent(run: Run) -> Result<()> {
             beat.beat();
         }
     });
-    let workers = PodWorkers::new(node, link.view.clone(), found, orders);
+    let hold = Hold::new(link.link, pods::hold::PATIENCE);
+    let workers = PodWorkers::new(node, link.view.clone(), found, orders, hold);
     tasks.spawn(workers.run(shutdown.clone()));
     tasks.spawn(uplinks);
     tasks.spawn(follow_routes);

@@ -16,7 +16,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use gantry_api::k8s_openapi::api::core::v1::Node as ApiNode;
+use gantry_api::k8s_openapi::api::core::v1::{Node as ApiNode, Pod as ApiPod};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -33,6 +33,7 @@ use crate::network::Network;
 use crate::paths::Paths;
 use crate::runtime::spec::security::Host;
 use crate::runtime::{ObservedSandbox, Runtime, RuntimeEvent};
+use crate::static_pods::is_static;
 use crate::view::View;
 use crate::volumes::csi::CsiDrivers;
 use crate::volumes::token::TokenSource;
@@ -42,6 +43,7 @@ mod check;
 mod configs;
 mod devices;
 pub mod drain;
+pub mod hold;
 mod hooks;
 mod launch;
 mod prepare;
@@ -57,6 +59,7 @@ mod timeline;
 pub mod tunnels;
 mod worker;
 
+use hold::Hold;
 pub use prepare::OWNER_MARK as LOG_OWNER_MARK;
 use worker::{Handle, Message, Worker};
 
@@ -171,16 +174,28 @@ pub struct PodWorkers {
     released: HashSet<PodUid>,
     blobs: Option<usize>,
     swept: bool,
+    /// Until the control plane's word, or long enough without one: pods that do not run do not begin.
+    hold: Option<Hold>,
+}
+
+/// Returns when the hold is over; never without one.
+async fn over(hold: &mut Option<Hold>) {
+    match hold {
+        Some(hold) => hold.over().await,
+        None => std::future::pending().await,
+    }
 }
 
 impl PodWorkers {
     /// * `found` – what the runtime lists at agent start: those pods are adopted.
     /// * `orders` – what other parts of the agent want of pods.
+    /// * `hold` – until when pods that do not run yet do not begin.
     pub fn new(
         node: Arc<Node>,
         view: watch::Receiver<Arc<View>>,
         found: Vec<ObservedSandbox>,
         orders: mpsc::Receiver<Order>,
+        hold: Hold,
     ) -> Self {
         Self {
             node,
@@ -192,6 +207,7 @@ impl PodWorkers {
             released: HashSet::new(),
             blobs: None,
             swept: false,
+            hold: Some(hold),
         }
     }
 
@@ -211,6 +227,10 @@ impl PodWorkers {
                     Ok(()) => self.follow().await,
                     Err(_) => return,
                 },
+                () = over(&mut self.hold) => {
+                    self.hold = None;
+                    self.follow().await;
+                }
                 Some(event) = exits.recv() => self.route(event).await,
                 Ok(()) = drivers.changed() => self.try_again().await,
                 Some(order) = self.orders.recv() => self.pass_on(order).await,
@@ -239,7 +259,7 @@ impl PodWorkers {
                     }
                     changed
                 });
-            } else if !self.released.contains(uid) {
+            } else if !self.released.contains(uid) && self.may_begin(uid, pod) {
                 self.start(uid, pod.clone());
             }
         }
@@ -257,6 +277,10 @@ impl PodWorkers {
         }
     }
 
+    fn may_begin(&self, uid: &PodUid, pod: &ApiPod) -> bool {
+        self.hold.is_none() || self.found.contains_key(uid) || is_static(pod)
+    }
+
     /// Its object may stay in the view until the control plane has heard of it.
     fn ended(&mut self, uid: PodUid) {
         self.handles.remove(&uid);
@@ -265,7 +289,7 @@ impl PodWorkers {
         }
     }
 
-    fn start(&mut self, uid: &PodUid, pod: Arc<gantry_api::k8s_openapi::api::core::v1::Pod>) {
+    fn start(&mut self, uid: &PodUid, pod: Arc<ApiPod>) {
         let found = self
             .found
             .remove(uid)

@@ -260,3 +260,90 @@ async fn a_session_ends_with_its_certificate() {
     leaves_with(&mut stream, "certificate of this connection has ended").await;
     bed.end().await;
 }
+
+/// What the worker of a pod would be told by the view of `agent`.
+fn has_pod(agent: &Agent, uid: &PodUid) -> bool {
+    agent.view().pods.contains_key(uid)
+}
+
+/// A node falls silent: its pod is evicted by its taint and removed. It comes back from its disk, which has
+/// the pod still, and learns before anything that it is not its own any more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_returns_has_lost_the_pod_that_was_given_away() {
+    let bed = bed(&[
+        "--node-grace-period-s",
+        "10",
+        "--default-unreachable-toleration-seconds",
+        "2",
+    ])
+    .await;
+    for node in ["n1", "n2"] {
+        join::join(&bed.join(node)).await.unwrap();
+    }
+    let (first, second) = (bed.agent("n1"), bed.agent("n2"));
+    first.live().await;
+    second.live().await;
+    let registry = bed.control.registry();
+    let pod: Pod = serde_json::from_value(json!({
+        "metadata": {"name": "p", "namespace": "default"},
+        "spec": {"nodeName": "n1", "automountServiceAccountToken": false,
+            "containers": [{"name": "c", "image": "x"}]},
+    }))
+    .unwrap();
+    let pod = registry.create(&pod).await.unwrap();
+    let tolerations = pod.spec.as_ref().unwrap().tolerations.clone().unwrap();
+    let unreachable = tolerations
+        .iter()
+        .find(|one| one.key.as_deref() == Some("node.kubernetes.io/unreachable"));
+    assert_eq!(unreachable.unwrap().toleration_seconds, Some(2));
+    let uid = PodUid::new(pod.metadata.uid.as_deref().unwrap()).unwrap();
+    eventually("the pod arrives", || has_pod(&first, &uid).then_some(())).await;
+    first.kill().await;
+    let began = std::time::Instant::now();
+    let evicted = eventually("the pod is evicted", || {
+        let pod = registry.get::<Pod>("default", "p").unwrap().unwrap();
+        pod.metadata.deletion_timestamp.is_some().then_some(pod)
+    })
+    .await;
+    assert!(
+        began.elapsed() >= Duration::from_secs(11),
+        "{:?}",
+        began.elapsed()
+    );
+    let conditions = evicted.status.unwrap().conditions.unwrap();
+    let target = conditions
+        .iter()
+        .find(|one| one.type_ == "DisruptionTarget")
+        .unwrap();
+    assert_eq!(target.reason.as_deref(), Some("DeletionByTaintManager"));
+    let node = registry.get::<Node>("", "n1").unwrap().unwrap();
+    let taints = node.spec.unwrap().taints.unwrap();
+    assert_eq!(taints.len(), 2, "{taints:?}");
+    let force = DeleteOptions {
+        grace_period_s: Some(0),
+        ..DeleteOptions::default()
+    };
+    registry
+        .delete::<Pod>("default", "p", &force)
+        .await
+        .unwrap();
+
+    let first = bed.agent("n1");
+    assert!(has_pod(&first, &uid), "the disk has it");
+    assert!(!matches!(&*first.handle.link.borrow(), Link::Live { .. }));
+    first.live().await;
+    assert!(!has_pod(&first, &uid), "with the first commit it is gone");
+    eventually("the node is as before", || {
+        let node = registry.get::<Node>("", "n1").unwrap().unwrap();
+        node.spec
+            .unwrap()
+            .taints
+            .unwrap_or_default()
+            .is_empty()
+            .then_some(())
+    })
+    .await;
+    first.stop().await;
+    second.stop().await;
+    bed.end().await;
+}
