@@ -11,11 +11,13 @@
 mod apply;
 mod attach;
 mod connection;
+mod cordon;
 mod cp;
 mod create;
 mod debug;
 mod delete;
 mod describe;
+mod drain;
 mod events;
 mod exec;
 mod explain;
@@ -105,6 +107,12 @@ enum Verb {
     /// Tokens with which machines join the cluster
     #[command(subcommand)]
     Token(token::Token),
+    /// Give nodes no new pods
+    Cordon(cordon::Cordon),
+    /// Give nodes new pods again
+    Uncordon(cordon::Uncordon),
+    /// Cordon nodes and move their pods elsewhere
+    Drain(drain::Drain),
     /// The images on nodes: list, pull, import, remove
     Images(images::Images),
     /// Show what nodes and pods use now
@@ -182,6 +190,9 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::PortForward(verb) => verb.run(&global).await.map(done),
         Verb::Scale(verb) => verb.run(&global).await.map(done),
         Verb::Token(verb) => verb.run(&global).await.map(done),
+        Verb::Cordon(verb) => verb.run(&global).await.map(done),
+        Verb::Uncordon(verb) => verb.run(&global).await.map(done),
+        Verb::Drain(verb) => verb.run(&global).await.map(done),
         Verb::Images(verb) => verb.run(&global).await,
         Verb::Svc(verb) => verb.run(&global).await.map(done),
         Verb::Flows(verb) => verb.run(&global).await.map(done),
@@ -238,6 +249,9 @@ mod tests {
             "token create --ttl 2h --uses 20 --description rack --print-join-command",
             "token list",
             "token delete abcdef ghijkl.0123456789abcdef",
+            "cordon node-1 node-2",
+            "uncordon -l rack=7",
+            "drain node-1 --ignore-daemonsets --delete-emptydir-data --force --timeout=5m --grace-period=10",
             "svc drops --node n --all",
             "flows -f -A",
             "explain connect shop/client web.shop:http --udp -o json",
