@@ -30,6 +30,7 @@ use gantry_agent::{
     check, cleanup, credentials, dns, health_check, heap, open_files, policy, run_directory,
 };
 use gantry_agent::{shutdown, static_pods};
+use gantry_api::service_manager::ServiceManager;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -483,8 +484,11 @@ async fn agent(run: Run) -> Result<()> {
     };
     tasks.spawn(heap::give_back(heap::INTERVAL, shutdown.clone()));
     tasks.spawn(pods::rotation::run(log_runtime, limits, shutdown.clone()));
+    let manager = Arc::new(ServiceManager::from_environment());
+    tasks.spawn(keep_alive(manager.clone(), shutdown.clone()));
     tasks.close();
     info!("ready");
+    manager.ready("pods and Services run");
 
     let mut terminate = signal(SignalKind::terminate())?;
     tokio::select! {
@@ -493,12 +497,26 @@ async fn agent(run: Run) -> Result<()> {
         _ = tokio::signal::ctrl_c() => {}
     }
     info!("stopping; pods and Services go on without the agent");
+    manager.stopping();
     shutdown.cancel();
     let drained = async { tokio::join!(tasks.wait(), resolver.ended()) };
     if tokio::time::timeout(DRAIN, drained).await.is_err() {
         warn!("some parts did not end within {} s", DRAIN.as_secs());
     }
     Ok(())
+}
+
+/// Tells the service manager that this runtime still gets its turns.
+async fn keep_alive(manager: Arc<ServiceManager>, shutdown: CancellationToken) {
+    let Some(interval) = manager.interval() else {
+        return;
+    };
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // Cancel-safe: a tick that is not taken comes again.
+    while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
+        manager.alive();
+    }
 }
 
 /// Loads and attaches the programs; on a pure v2 machine also the device rules of all pods.

@@ -6,8 +6,10 @@
 
 use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::Parser as _;
+use gantry_api::service_manager::ServiceManager;
 use gantry_control::config::Arguments;
 use gantry_control::run::{Control, StartError};
 use tokio_util::sync::CancellationToken;
@@ -73,13 +75,30 @@ async fn serve(arguments: &Arguments) -> Result<(), StartError> {
     );
     // The one line on stdout; nobody reading it is fine.
     let _ = std::io::stdout().write_all(ready.as_bytes());
+    let manager = Arc::new(ServiceManager::from_environment());
+    manager.ready(ready.trim_end());
+    tokio::spawn(keep_alive(manager.clone(), stop.clone()));
     tokio::select! {
         // Cancel safe: a signal stays pending, `ended` only observes.
         name = signals.wait() => tracing::info!(signal = name, "stopping"),
         () = control.ended() => tracing::error!("the server has ended by itself"),
     }
+    manager.stopping();
     stop.cancel();
     control.drain().await
+}
+
+/// Tells the service manager that this runtime still gets its turns.
+async fn keep_alive(manager: Arc<ServiceManager>, stop: CancellationToken) {
+    let Some(interval) = manager.interval() else {
+        return;
+    };
+    let mut ticks = tokio::time::interval(interval);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // Cancel safe: a tick that is not taken comes again.
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        manager.alive();
+    }
 }
 
 struct Signals {

@@ -1,7 +1,8 @@
 //! The wire: what the control plane, the agents and the command line say to each other.
 //!
 //! Only this crate knows the protobuf services and the Kubernetes schema's details (kinds,
-//! defaults, validation, selectors, merge rules, table columns). Everything here is pure.
+//! defaults, validation, selectors, merge rules, table columns). Everything here is pure but
+//! [`service_manager`], which both daemons say to systemd that they run.
 //!
 //! ```text
 //! manifest (YAML, JSON) ─► manifest::documents ─► JSON ─► gRPC ─► admission::{apply, prepare_create, …}
@@ -36,6 +37,7 @@ pub mod merge;
 pub mod network_policy;
 pub mod quantity;
 pub mod selector;
+pub mod service_manager;
 pub mod status;
 pub mod support;
 pub mod table;
