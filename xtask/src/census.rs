@@ -25,7 +25,7 @@ pub const KINDS: [&str; 8] = [
 pub type Census = BTreeMap<&'static str, Vec<String>>;
 
 /// Files and directories that only Gantry makes.
-pub const FILES: [&str; 7] = [
+pub const FILES: [&str; 10] = [
     "/run/gantry",
     "/var/lib/gantry",
     "/var/lib/gantry-control",
@@ -33,6 +33,9 @@ pub const FILES: [&str; 7] = [
     "/etc/cni/net.d/10-gantry.conflist",
     "/opt/cni/bin/gantry-bridge",
     "/run/gantry-bench",
+    "/etc/systemd/system/gantry-control.service",
+    "/etc/systemd/system/gantry-agent.service",
+    "/etc/systemd/system/gantry-shutdown.service",
 ];
 
 /// Where the namespaces of `cargo xtask bench services` are pinned, as `ip netns` takes them.

@@ -29,6 +29,7 @@ mod images;
 mod kubeconfig;
 mod logs;
 mod names;
+mod node;
 mod output;
 mod port_forward;
 mod rollout;
@@ -104,6 +105,12 @@ enum Verb {
     PortForward(port_forward::PortForward),
     /// Set the number of replicas
     Scale(scale::Scale),
+    /// Make this machine the first of a cluster
+    Init(node::Init),
+    /// Make this machine a node of a cluster
+    Join(node::Join),
+    /// Remove everything of Gantry from this machine
+    Reset(node::Reset),
     /// Tokens with which machines join the cluster
     #[command(subcommand)]
     Token(token::Token),
@@ -189,6 +196,9 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Cp(verb) => verb.run(&global).await.map(done),
         Verb::PortForward(verb) => verb.run(&global).await.map(done),
         Verb::Scale(verb) => verb.run(&global).await.map(done),
+        Verb::Init(verb) => verb.run(&global).await.map(done),
+        Verb::Join(verb) => verb.run(),
+        Verb::Reset(verb) => verb.run().map(done),
         Verb::Token(verb) => verb.run(&global).await.map(done),
         Verb::Cordon(verb) => verb.run(&global).await.map(done),
         Verb::Uncordon(verb) => verb.run(&global).await.map(done),
@@ -248,6 +258,9 @@ mod tests {
             "top node node-1",
             "token create --ttl 2h --uses 20 --description rack --print-join-command",
             "token list",
+            "init --advertise-address 192.0.2.1 --no-start -- --cluster-cidr 10.9.0.0/16",
+            "join 192.0.2.1:6443 --token abcdef.0123456789abcdef --ca-hash sha256:00 --node-name a",
+            "reset --force",
             "token delete abcdef ghijkl.0123456789abcdef",
             "cordon node-1 node-2",
             "uncordon -l rack=7",
