@@ -141,6 +141,14 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts `gantry-agent` as whatever node `credentials` are for.
+    pub fn start_joined_agent(&mut self, credentials: &Path) -> Result<()> {
+        let credentials = credentials.display().to_string();
+        let arguments = ["run", "--credentials", &credentials];
+        self.agent = Some(self.start_program("gantry-agent", &arguments)?);
+        Ok(())
+    }
+
     /// Runs `gantry-agent` with `arguments` behind another command (strace, unshare) to its end.
     pub fn run_agent_behind(&self, command: &[&str], arguments: &[&str]) -> Result<Output> {
         run(self.behind(command)?.args(arguments))

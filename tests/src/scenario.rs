@@ -17,6 +17,7 @@ mod device_plugins;
 mod host_port;
 mod images;
 mod isolation;
+mod join;
 mod kills;
 mod leaks;
 mod life_cycle;
@@ -106,6 +107,7 @@ pub const ALL: &[Scenario] = &[
     for_every_kernel("names", names::names),
     for_every_kernel("see", see::see),
     for_every_kernel("tunnel", tunnel::tunnel),
+    scenario("join", join::join),
 ];
 
 impl Scenario {

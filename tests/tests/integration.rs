@@ -73,6 +73,7 @@ scenarios! {
     names: they_are_answered_in_one_hop_and_kills_lose_no_query,
     see: flows_have_names_and_reasons_and_explanations_are_what_happens,
     tunnel: nodes_without_a_common_link_reach_each_other_by_vxlan,
+    join: a_machine_joins_by_its_line_runs_pods_is_drained_and_refused_when_deleted,
 }
 
 mod sweep {
