@@ -31,8 +31,6 @@ pub const LIMIT: Duration = Duration::from_secs(180);
 pub const GRACE_S: u64 = 20;
 /// Where Services of type LoadBalancer get their addresses from; on the link of node-1.
 const POOL: &str = "10.0.1.200-10.0.1.220";
-/// Where the control plane leaves a worker's credentials.
-const CREDENTIALS: &str = "/run/machine";
 
 /// A running cluster of several machines.
 pub struct Nodes {
@@ -56,13 +54,10 @@ impl Nodes {
                 address: place.address(number),
             })
             .collect();
-        let mut flags = vec![
+        let flags = [
             format!("--node-grace-period-s={GRACE_S}"),
             format!("--load-balancer-pool={POOL}"),
         ];
-        for Machine { name, .. } in &workers {
-            flags.push(format!("--agent-credentials={CREDENTIALS}/{name}:{name}"));
-        }
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         let mut cluster = Cluster::prepare(installation, &flags, &[])?;
         cluster.start_control()?;
@@ -80,17 +75,24 @@ impl Nodes {
         for worker in &nodes.workers {
             nodes.wait_ready(&worker.name)?;
         }
-        nodes.route()?;
         Ok(nodes)
     }
 
-    /// Makes a machine a node. `gantry join` on the machine will be all of it.
+    /// Makes a machine a node, as a person would: the line that one machine prints, typed on the other.
     fn join(&self, worker: &Machine) -> Result<()> {
-        for file in ["client.crt", "client.key", "ca.crt"] {
-            let text = fs::read_to_string(format!("{CREDENTIALS}/{}/{file}", worker.name))?;
-            worker.write(&format!("/etc/gantry/agent/{file}"), &text)?;
-        }
-        let server = format!("https://{}:6443", self.place.address(1));
+        let server = format!("{}:6443", self.place.address(1));
+        let line = [
+            "token",
+            "create",
+            "--print-join-command",
+            "--server",
+            &server,
+        ];
+        let line = self.cluster.ok(&line)?;
+        let mut words: Vec<&str> = line.split_whitespace().collect();
+        words.extend(["--no-start", "--node-name", &worker.name]);
+        worker.ok(&words)?;
+        let server = format!("https://{server}");
         worker.start_agent(&["run", "--node-name", &worker.name, "--server", &server])
     }
 
@@ -100,29 +102,7 @@ impl Nodes {
         self.cluster.import("nginx")?;
         self.cluster.start_agent()?;
         self.node_1_has_agent = true;
-        self.wait_ready(NODE)?;
-        self.route()
-    }
-
-    /// Routes to the other nodes' pods, on every node. TO BE REMOVED with its calls once the agents
-    /// program them; until then only nodes of one segment reach each other's pods.
-    pub fn route(&self) -> Result<()> {
-        let mut routes = Vec::new();
-        for number in self.numbers() {
-            let node = self.cluster.get(&["node", &Place::name(number)])?;
-            let cidr = node["spec"]["podCIDR"].as_str();
-            let cidr = cidr.with_context(|| format!("node-{number} has no pod CIDR"))?;
-            routes.push((number, cidr.to_owned(), self.place.address(number)));
-        }
-        for on in self.numbers() {
-            for (to, cidr, via) in &routes {
-                if on != *to && self.place.segment(on) == self.place.segment(*to) {
-                    let route = format!("busybox ip route replace {cidr} via {via}");
-                    self.on(on, &route)?;
-                }
-            }
-        }
-        Ok(())
+        self.wait_ready(NODE)
     }
 
     /// Runs a line of shell on a machine; it must succeed.
@@ -206,7 +186,6 @@ impl Nodes {
             self.wait_up(&worker)?;
             self.wait_ready(&worker.name)?;
         }
-        self.route()?;
         let spaces = self.cluster.ok(&["get", "namespaces", "-o", "name"])?;
         for name in spaces.lines().filter_map(|l| l.rsplit('/').next()) {
             if name != "default" && !name.starts_with("kube-") {

@@ -29,7 +29,6 @@ pub(super) fn hard_reboots(nodes: &mut Nodes) -> Result<()> {
         nodes.ask("power-on node-3")?;
         nodes.wait_up(&worker)?;
         nodes.wait_ready("node-3")?;
-        nodes.route()?;
     }
     for name in &names {
         nodes.cluster.wait_ready("default", name)?;

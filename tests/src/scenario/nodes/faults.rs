@@ -77,7 +77,6 @@ pub(super) fn power_cut(nodes: &mut Nodes) -> Result<()> {
     nodes.ask(&format!("power-on {}", victim.name))?;
     nodes.wait_up(&victim)?;
     nodes.wait_ready(&victim.name)?;
-    nodes.route()?;
     nodes.cluster.wait_ready("default", "pod-3")?;
     all_answer(&nodes.cluster, at, &names).context("with the machine back")?;
     tear_down(nodes, &names)
@@ -127,7 +126,6 @@ pub(super) fn control_kill(nodes: &mut Nodes) -> Result<()> {
     for name in [NODE, "node-2", "node-3"] {
         nodes.wait_ready(name)?;
     }
-    nodes.route()?;
     for name in ["pod-2", "lone"] {
         nodes.cluster.wait_ready("default", name)?;
     }
