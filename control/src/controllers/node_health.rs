@@ -17,11 +17,11 @@
 //!  Ready    taints, NoSchedule and NoExecute
 //!  True     none
 //!  False    node.kubernetes.io/not-ready
-//!  Unknown  node.kubernetes.io/unreachable; while not one node is heard, NoSchedule only
+//!  Unknown  node.kubernetes.io/unreachable
 //! ```
-//! Who leaves a node with such a taint, and when, is decided by [`super::taint_eviction`]. When nobody is
-//! heard, it is more likely that this machine is cut off than that all others are gone (Kubernetes: full
-//! disruption), and there is nowhere to go.
+//! Who leaves a node with such a taint, and when, is decided by [`super::taint_eviction`]. While not one
+//! node is ready, the taints are NoSchedule only: it is more likely that this machine is cut off than that
+//! all others are gone (Kubernetes: full disruption), and there is nowhere to go.
 //!
 //! Source: Kubernetes `pkg/controller/nodelifecycle` (nodeMonitorPeriod, MarkPodsNotReady).
 
@@ -142,15 +142,15 @@ fn ready_status(node: &Node) -> Option<&str> {
 }
 
 /// The node's taints as its Ready condition wants them; `None` when they are right.
-fn tainted(node: &Node, somebody_is_heard: bool, now: Timestamp) -> Option<Vec<Taint>> {
+fn tainted(node: &Node, somebody_is_ready: bool, now: Timestamp) -> Option<Vec<Taint>> {
     let key = match ready_status(node)? {
         "True" => None,
         "False" => Some(TAINTS[0]),
         _ => Some(TAINTS[1]),
     };
-    let effects: &[&str] = match (key, somebody_is_heard) {
-        (Some(key), false) if key == TAINTS[1] => &["NoSchedule"],
-        (Some(_), _) => &["NoSchedule", "NoExecute"],
+    let effects: &[&str] = match (key, somebody_is_ready) {
+        (Some(_), true) => &["NoSchedule", "NoExecute"],
+        (Some(_), false) => &["NoSchedule"],
         (None, _) => &[],
     };
     let spec = node.spec.as_ref();
@@ -232,11 +232,9 @@ impl NodeHealth {
         if self.observations.len() > nodes.len() {
             self.observations.retain(|name, _| exists(name));
         }
-        let somebody_is_heard = nodes
-            .iter()
-            .any(|node| ready_status(node).is_some_and(|ready| ready != "Unknown"));
+        let somebody_is_ready = nodes.iter().any(|node| ready_status(node) == Some("True"));
         for node in &nodes {
-            if let Err(status) = self.look_at(node, elapsed, somebody_is_heard).await {
+            if let Err(status) = self.look_at(node, elapsed, somebody_is_ready).await {
                 let name = node.metadata.name.as_deref().unwrap_or_default();
                 // The next look tries again, with a newer state.
                 if status.reason == Reason::Conflict {
@@ -252,7 +250,7 @@ impl NodeHealth {
         &mut self,
         node: &Node,
         elapsed: Duration,
-        somebody_is_heard: bool,
+        somebody_is_ready: bool,
     ) -> Result<(), Status> {
         let name = node.metadata.name.clone().unwrap_or_default();
         let lease = self
@@ -288,7 +286,7 @@ impl NodeHealth {
             }
             tracing::info!(node = name, "node is heard of again");
         }
-        if let Some(taints) = tainted(node, somebody_is_heard, now) {
+        if let Some(taints) = tainted(node, somebody_is_ready, now) {
             let mut node = node.clone();
             node.spec.get_or_insert_default().taints = Some(taints);
             // Of what this look has seen: a condition that it has just written is followed by the next.
@@ -459,6 +457,7 @@ mod tests {
                 true,
                 &["unreachable:NoSchedule", "unreachable:NoExecute"],
             ),
+            ("False", false, &["not-ready:NoSchedule"]),
             ("Unknown", false, &["unreachable:NoSchedule"]),
             (
                 "Unknown",
