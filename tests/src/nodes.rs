@@ -600,6 +600,19 @@ fn start_pod(space: &Space, name: &'static str, networks: Arc<PodNetworks>) -> R
     })
 }
 
+/// A server of the node itself; it stays.
+fn serve_once(space: &Space, address: SocketAddr) -> Result<()> {
+    match serve(&space.netns, address) {
+        Err(error) if is_in_use(&error) => Ok(()),
+        other => other,
+    }
+}
+
+fn is_in_use(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|io| io.kind() == std::io::ErrorKind::AddrInUse)
+}
+
 /// A server that tells each client by which address it sees it, and then sends much.
 fn serve(netns: &Netns, address: SocketAddr) -> Result<()> {
     use std::io::Write;

