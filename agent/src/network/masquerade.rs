@@ -57,11 +57,13 @@ pub fn rows(masquerade: &Masquerade, view: &View) -> BTreeMap<Prefix, u32> {
     let never = cluster.chain(&masquerade.never).copied().chain(nowhere);
     never.for_each(|net| add(net, NEVER));
     let within = settings.cluster_cidr.map(Prefix::from);
-    for node in view.nodes.values() {
+    let parts = view
+        .nodes
+        .values()
+        .flat_map(|node| node.pod_cidr.split(','));
+    for net in parts.filter_map(|part| part.trim().parse::<IpNet>().ok()) {
         // Mostly in the cluster's prefix, and then nothing new.
-        if let Ok(net) = node.pod_cidr.parse::<IpNet>()
-            && !within.is_some_and(|cluster| cluster.contains(net.into()))
-        {
+        if !within.is_some_and(|cluster| cluster.contains(net.into())) {
             add(net, NEVER);
         }
     }
@@ -121,7 +123,10 @@ mod tests {
             service_cidr: Some(net("10.96.0.0/12")),
             ..Settings::default()
         };
-        let view = view(settings, &["10.244.2.0/24", "172.30.7.0/24", ""]);
+        let view = view(
+            settings,
+            &["10.244.2.0/24", "172.30.7.0/24,fd00:7::/64", ""],
+        );
         let masquerade = Masquerade {
             never: vec![net("192.168.0.0/16"), net("2001:db8::/32")],
             standalone: Some(net("10.243.255.0/24")),
@@ -132,6 +137,7 @@ mod tests {
         for never in [
             "10.244.2.9",
             "172.30.7.1",
+            "fd00:7::1",
             "10.97.0.1",
             "192.168.4.4",
             "2001:db8::1",
