@@ -13,6 +13,8 @@ use gantry_api::k8s_openapi::api::core::v1::{
 };
 use gantry_api::k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use gantry_cni::config::BRIDGE_NAME;
+use gantry_cni::tunnel::TUNNEL_NAME;
 
 use crate::devices::Offered;
 use crate::network::Routes;
@@ -175,11 +177,17 @@ fn own_address(routes: &str) -> Option<IpAddr> {
             Some((interface.interface_name, address))
         })
         .collect();
-    let on_default = default_interface(routes)
-        .and_then(|name| addresses.iter().find(|(interface, _)| interface == name));
+    first_address(&addresses, default_interface(routes))
+}
+
+/// Never one of our own links: the bridge and the tunnel have an address of pods.
+fn first_address(addresses: &[(String, Ipv4Addr)], default: Option<&str>) -> Option<IpAddr> {
+    let is_own = |name: &str| name == BRIDGE_NAME || name == TUNNEL_NAME;
+    let on_default =
+        default.and_then(|name| addresses.iter().find(|(interface, _)| interface == name));
     let other = addresses
         .iter()
-        .find(|(_, ip)| !ip.is_loopback() && !ip.is_link_local());
+        .find(|(name, ip)| !is_own(name) && !ip.is_loopback() && !ip.is_link_local());
     on_default.or(other).map(|(_, ip)| IpAddr::V4(*ip))
 }
 
@@ -443,6 +451,24 @@ mod tests {
         let meminfo = "MemTotal:  2048 kB\nMemFree: 1 kB\nSwapTotal:  1024 kB\n";
         assert_eq!(memory(meminfo), (2 << 20, 1 << 20));
         assert_eq!(memory(""), (0, 0));
+    }
+
+    #[test]
+    fn a_node_is_not_reached_at_its_pods_gateway() {
+        let at = |name: &str, last: u8| (name.to_owned(), Ipv4Addr::new(192, 0, 2, last));
+        let all = [
+            at("gantry0", 1),
+            at("gantry-vxlan", 1),
+            at("eth1", 7),
+            at("eth0", 8),
+        ];
+        let seven = Some(IpAddr::from([192, 0, 2, 7]));
+        assert_eq!(first_address(&all, None), seven);
+        assert_eq!(
+            first_address(&all, Some("eth0")),
+            Some(IpAddr::from([192, 0, 2, 8]))
+        );
+        assert_eq!(first_address(&all[..2], None), None);
     }
 
     #[test]
