@@ -234,10 +234,11 @@ impl<'a> Machines<'a> {
     ) {
         let mut out = None;
         while !outcome.ended {
-            // A machine that has ended by itself is asked for here, not by its silence.
-            let node_1_ended = self.running[0]
-                .as_mut()
-                .is_some_and(|child| child.try_wait().is_ok_and(|status| status.is_some()));
+            // Whether one has ended by itself is asked here: of that there is no line.
+            let ended = self.running.iter_mut().position(|child| {
+                let status = child.as_mut().map(|child| child.try_wait());
+                status.is_some_and(|status| status.is_ok_and(|status| status.is_some()))
+            });
             let left = LIMIT.saturating_sub(began.elapsed());
             let wait = left.min(Duration::from_millis(500));
             if self.told_to_end() {
@@ -260,8 +261,13 @@ impl<'a> Machines<'a> {
                         let _ = out.write_all(answer.as_bytes());
                     }
                 }
-                Err(_) if left.is_zero() || node_1_ended => return,
-                Err(_) => {}
+                Err(_) if left.is_zero() => return,
+                Err(_) => {
+                    if let Some(index) = ended {
+                        println!("FAILED vm node-{}: ended by itself", index + 1);
+                        return;
+                    }
+                }
             }
         }
     }
