@@ -190,7 +190,7 @@ impl Nodes {
         for name in spaces.lines().filter_map(|l| l.rsplit('/').next()) {
             if name != "default" && !name.starts_with("kube-") {
                 self.cluster
-                    .ok(&["delete", "namespace", name, "--timeout=120s"])?;
+                    .ok(&["delete", "namespace", name, "--timeout=240s"])?;
             }
         }
         let left = self.cluster.ok(&["get", "pods", "-A", "--no-headers"])?;

@@ -10,7 +10,8 @@ use super::{LIMIT, ask, cluster_ip, delete, server, service};
 use crate::cluster::{Cluster, NODE};
 use crate::machines::{GRACE_S, Nodes};
 
-const PATIENCE: Duration = Duration::from_secs(5);
+/// An answer of a machine that shares a loaded host with others.
+const PATIENCE: Duration = Duration::from_secs(15);
 /// From silence to the node's condition: the grace period, and what a loaded host adds.
 const NOTICED: Duration = Duration::from_secs(GRACE_S + 40);
 
@@ -117,7 +118,7 @@ pub(super) fn control_kill(nodes: &mut Nodes) -> Result<()> {
     nodes.ask("power-cut node-2")?;
     nodes.ask("power-on node-2")?;
     nodes.wait_up(&worker)?;
-    let script = format!("timeout 5 wget -q -O - http://{lone}/");
+    let script = format!("timeout 15 wget -q -O - http://{lone}/");
     let own = |_: &Cluster| Ok(worker.ok(&["sh", "-c", &script])?.trim() == "lone");
     let what = "a worker that started without the control plane to serve its pod";
     nodes.cluster.wait(what, LIMIT, own)?;

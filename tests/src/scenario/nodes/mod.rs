@@ -186,7 +186,7 @@ fn ask(address: SocketAddr, limit: Duration) -> Result<String> {
 /// Deletes pods and waits until they have gone.
 fn delete(cluster: &Cluster, kind: &str, names: &[&str]) -> Result<()> {
     for name in names {
-        cluster.ok(&["delete", kind, name, "--timeout=120s"])?;
+        cluster.ok(&["delete", kind, name, "--timeout=240s"])?;
     }
     Ok(())
 }

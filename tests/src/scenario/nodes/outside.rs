@@ -12,7 +12,8 @@ use crate::machines::Nodes;
 
 /// A load balancer address that moves is answered again within this.
 const FAIL_OVER: Duration = Duration::from_secs(3);
-const PATIENCE: Duration = Duration::from_secs(5);
+/// An answer of a machine that shares a loaded host with others.
+const PATIENCE: Duration = Duration::from_secs(15);
 /// Between two questions while an address moves.
 const EVERY: Duration = Duration::from_millis(20);
 
@@ -101,7 +102,7 @@ pub(super) fn fail_over(nodes: &mut Nodes) -> Result<()> {
     // Only the node that has the address answers, with its own pod.
     let first = ask(at, PATIENCE)?;
     let second = if first == "a" { "b" } else { "a" };
-    let mut delete = cluster.command(&["delete", "pod", &first, "--timeout=120s"]);
+    let mut delete = cluster.command(&["delete", "pod", &first, "--timeout=240s"]);
     let mut deleting = delete.spawn().context("gantry delete")?;
     // From the first question that nobody answered to the first that the other did.
     let began = Instant::now();

@@ -1,13 +1,10 @@
 //! NetworkPolicies between pods of different nodes.
 
-use std::time::Duration;
-
 use anyhow::Result;
 
-use super::{delete, pod_ip, server};
+use super::{LIMIT, delete, pod_ip, server};
 use crate::machines::Nodes;
 
-const SOON: Duration = Duration::from_secs(30);
 const POLICY: &str = "apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {name: db}
@@ -34,12 +31,12 @@ pub(super) fn policy(nodes: &mut Nodes) -> Result<()> {
     }
     let db = pod_ip(cluster, "default", "db")?;
     let reaches = |pod: &str| {
-        let script = format!("timeout 2 wget -q -O - http://{db}:8080/ || true");
+        let script = format!("timeout 4 wget -q -O - http://{db}:8080/ || true");
         let said = cluster.ok(&["exec", pod, "--", "sh", "-c", &script]);
         said.map(|said| said.trim() == "db")
     };
     let all_are = |wanted: [bool; 3], what: &str| {
-        cluster.wait(what, SOON, |_| {
+        cluster.wait(what, LIMIT, |_| {
             let now = [reaches("web")?, reaches("other")?, reaches("near")?];
             anyhow::ensure!(now == wanted, "web, other and near reach it: {now:?}");
             Ok(true)

@@ -1,17 +1,14 @@
 //! Everybody reaches every pod by its own address: pods and nodes, on one link and behind the router.
 
 use std::net::IpAddr;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{delete, pod_ip, server};
+use super::{LIMIT, delete, pod_ip, server};
 use crate::machines::Nodes;
 
 /// More than one frame carries, so that it travels in full ones.
 const BODY: usize = 200_000;
-/// Longer than a route takes to follow its node.
-const SOON: Duration = Duration::from_secs(40);
 
 /// From every pod and every node to every pod, and from every pod to every node, also with full frames.
 pub(super) fn reach(nodes: &mut Nodes) -> Result<()> {
@@ -37,8 +34,8 @@ pub(super) fn reach(nodes: &mut Nodes) -> Result<()> {
         .iter()
         .map(|(name, ip)| {
             format!(
-                "[ \"$(timeout 3 wget -q -O - http://{ip}:8080/)\" = {name} ] || echo {name} does not answer; \
-                 [ $(timeout 5 wget -q -O - http://{ip}:8080/big | wc -c) = {BODY} ] || echo {name} sends no full frames; "
+                "[ \"$(timeout 30 wget -q -O - http://{ip}:8080/)\" = {name} ] || echo {name} does not answer; \
+                 [ $(timeout 30 wget -q -O - http://{ip}:8080/big | wc -c) = {BODY} ] || echo {name} sends no full frames; "
             )
         })
         .collect();
@@ -48,12 +45,12 @@ pub(super) fn reach(nodes: &mut Nodes) -> Result<()> {
             let address = nodes.address(*n);
             // The agent's hand listens there; on node-1 it is the API.
             let port = if *n == 1 { 6443 } else { 7001 };
-            format!("nc -w 3 {address} {port} < /dev/null || echo node-{n} does not answer; ")
+            format!("nc -w 30 {address} {port} < /dev/null || echo node-{n} does not answer; ")
         })
         .collect();
     // A route may take a moment after its node; then nothing is missing.
     for name in &names {
-        cluster.wait(&format!("{name} to reach all"), SOON, |c| {
+        cluster.wait(&format!("{name} to reach all"), LIMIT, |c| {
             let line = format!("{script}{to_nodes}");
             let said = c.ok(&["exec", name, "--", "sh", "-c", &line])?;
             ensure!(said.trim().is_empty(), "from {name}: {said}");
