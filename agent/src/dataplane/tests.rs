@@ -7,6 +7,7 @@
 //! A test's client is a thread: in a *threaded* cgroup a single thread can be a member, and a
 //! thread can have a network namespace of its own.
 
+mod apart;
 mod bed;
 mod events;
 mod explain;

@@ -30,6 +30,9 @@ pub const ZONE_OUTSIDE: u8 = 1;
 /// `FlowKey::zone`: the fragments of one packet after its first, in the place of ports its id. One entry,
 /// without a twin; of what it becomes only the addresses count.
 pub const ZONE_FRAGMENTS: u8 = 2;
+/// Only an element of `ZONES`, and no zone: whether a pod's own connection has ever had to go apart from
+/// the flows of [`ZONE_SERVICE`], which such flows are a part of. They have no backend.
+pub const ZONE_APART: u8 = 3;
 /// Entries of `ZONES`.
 pub const ZONE_COUNT: u32 = 8;
 

@@ -4,6 +4,7 @@
 //!  find(work, zone)      ─► work.flow, followed: time, answer seen, closing; or unknown, or too old
 //!  begin(work, zone, …)  ─► the answers' entry, then its own: work.packet becomes work.becomes
 //!  peek(work, …)         ─► work.flow of a packet that somebody quotes
+//!  is_taken(work, zone)  ─► whether answers to the packet as it is would be those of another flow
 //! ```
 //! A caller owns a zone and never sees other zones' flows. TCP is followed only as far as needed to
 //! know when to forget: opening, answered, closing. A SYN on a closing flow begins a new one.
@@ -132,11 +133,83 @@ pub fn begin(work: &mut Work, zone: u8, backend_id: u32, service_id: u32) -> boo
     {
         return false;
     }
+    mark_used(zone);
+    true
+}
+
+/// From now on [`is_used`].
+#[inline(always)]
+pub fn mark_used(zone: u8) {
     if let Some(used) = ZONES.get_ptr_mut(u32::from(zone)) {
         // SAFETY: the pointer is an element of the array; everybody writes the same.
         unsafe { *used = 1 }
     }
-    true
+}
+
+/// Whether answers to the packet, if it goes on as it is, would be taken for those of another flow:
+/// also of one that closes, because its last packets are still on their way.
+#[inline(always)]
+pub fn is_taken(work: &mut Work, zone: u8) -> bool {
+    set_becomes(work);
+    set_ends(&mut work.twin.ends, &work.becomes, true);
+    work.twin.proto = work.packet.proto;
+    work.twin.zone = zone;
+    work.twin._pad = 0;
+    let Some(other) = FLOWS.get_ptr(&work.twin) else {
+        return false;
+    };
+    // SAFETY: as in `find`.
+    let other = unsafe { &*other };
+    other.flags & IS_REPLY != 0
+        && ticks().wrapping_sub(other.used) <= lifetime(work.packet.proto, other.flags)
+}
+
+/// Whether the answers of what the packet is to become, `work.becomes`, were those of this very flow
+/// before, however old that is.
+#[inline(never)]
+pub fn was_own(work: &mut Work, zone: u8) -> bool {
+    work.key = key_of(&work.packet, zone);
+    work.twin = FlowKey {
+        ends: work.becomes.reversed(),
+        ..work.key
+    };
+    match FLOWS.get_ptr(&work.twin) {
+        // SAFETY: as in `find`.
+        Some(other) => is_reverse(unsafe { &(*other).ends }, &work.key.ends),
+        None => false,
+    }
+}
+
+/// What is known of the packet's flow holds no longer: it begins anew, and goes on as it is.
+#[inline(always)]
+pub fn forget(work: &mut Work, zone: u8) {
+    set_becomes(work);
+    set_ends(&mut work.key.ends, &work.becomes, false);
+    work.key.proto = work.packet.proto;
+    work.key.zone = zone;
+    work.key._pad = 0;
+    let _ = FLOWS.remove(&work.key);
+}
+
+/// The packet becomes what it is.
+#[inline(always)]
+pub fn set_becomes(work: &mut Work) {
+    let (packet, becomes) = (&work.packet, &mut work.becomes);
+    let mut word = 0;
+    while word < packet.source.len() {
+        // SAFETY: references to words; volatile, so that the compiler makes no call of it.
+        unsafe {
+            write_volatile(
+                &mut becomes.source[word],
+                read_volatile(&packet.source[word]),
+            );
+            let to = read_volatile(&packet.destination[word]);
+            write_volatile(&mut becomes.destination[word], to);
+        }
+        word += 1;
+    }
+    becomes.source_port_be = packet.source_port_be;
+    becomes.destination_port_be = packet.destination_port_be;
 }
 
 #[inline(always)]

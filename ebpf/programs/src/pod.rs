@@ -60,6 +60,11 @@ pub fn sent(ctx: &TcContext) -> i32 {
         {
             return put_into(ctx, itself);
         }
+    } else if conntrack::is_used(ZONE_SERVICE) && translate::may_go_apart(&work.packet) {
+        match translate::sent_past(ctx, work) {
+            Outcome::UNTOUCHED | Outcome::TRANSLATED => {}
+            dropped => return drop(dropped.reason()),
+        }
     }
     if !policy::allows_egress(ctx, &work.packet, pod_id) {
         work.notes.at_ingress = false;

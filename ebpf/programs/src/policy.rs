@@ -23,6 +23,7 @@ use core::ptr::{addr_of, read_volatile};
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
+use ebpf_maps::flow::Ends;
 use ebpf_maps::policy::{
     FLOW, FLOW_TIMEOUT_S, FRAGMENTS_IN, FRAGMENTS_OUT, FRAGMENTS_TIMEOUT_S, FlowKey, POLICY_CLOSED,
     POLICY_OPEN, PodPolicies, RULE_BITS_PORT, RULE_BITS_PROTO, RuleKey,
@@ -127,6 +128,21 @@ fn allows(ctx: &TcContext, packet: &Packet, pod_id: u64, outgoing: bool) -> bool
         remember(&fragments);
     }
     true
+}
+
+/// Whether this pod has ever opened a TCP connection with these ends.
+#[inline(never)]
+pub fn has_opened(ends: &Ends, pod_id: u64) -> bool {
+    let flow = FlowKey {
+        pod_id,
+        peer: ends.destination,
+        pod_port_be: ends.source_port_be,
+        peer_port_be: ends.destination_port_be,
+        proto: TCP,
+        kind: FLOW,
+        _pad: 0,
+    };
+    POLICY_FLOWS.get_ptr(&flow).is_some()
 }
 
 /// The pod's policies, read consistently; none: it has no row.

@@ -5,12 +5,14 @@
 //!  from a pod   a known flow      ─► becomes what it became before
 //!               a frontend        ─► a backend is chosen, the flow begins
 //!               without backends  ─► refused at once
+//!               to a backend itself, from a port that a flow to it has ─► goes apart: from another port
 //!  to a pod     an answer         ─► comes from the frontend again
 //!  both ways    an ICMP error     ─► quotes again what its receiver has sent
 //! ```
 //! A pod that reaches itself does so from a reserved address, because it would refuse a packet that
 //! comes from its own. Where two flows would become the same (one source port, two Services, one
-//! backend), the second gets another source port, which its answers have back.
+//! backend; or a Service and the backend itself), the second gets another source port, which its answers
+//! have back.
 //!
 //! Limits: fragments have no ports, and a frontend's are not translated.
 
@@ -18,7 +20,7 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use aya_ebpf::programs::TcContext;
 use ebpf_maps::counter;
 use ebpf_maps::drop;
-use ebpf_maps::flow::{FlowValue, HAIRPIN_V4, HAIRPIN_V6, IS_REPLY, ZONE_SERVICE};
+use ebpf_maps::flow::{FlowValue, HAIRPIN_V4, HAIRPIN_V6, IS_REPLY, ZONE_APART, ZONE_SERVICE};
 use ebpf_maps::services::{AFFINITY_POD, Addr, BackendValue, v4_mapped};
 
 use crate::drop::{packed, unpacked};
@@ -27,7 +29,7 @@ use crate::packet::{ACK, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP};
 use crate::service::{READ_ATTEMPTS, choose_any, choose_for, frontend_of, read_frontend, usable};
 use crate::socket::Peer;
 use crate::work::Work;
-use crate::{conntrack, event, nat};
+use crate::{conntrack, event, nat, policy};
 
 /// Source ports that are tried for a flow that would become like another.
 const PORT_ATTEMPTS: u32 = 4;
@@ -79,14 +81,74 @@ fn sent_here(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Result<Outcome, u
         work.becomes = work.flow.ends;
     } else {
         match choose(&work.packet, pod_id)? {
+            Choice::NoFrontend if is_used && begins(&work.packet) && goes_apart(work) => {}
             Choice::NoFrontend => return Ok(Outcome::UNTOUCHED),
             Choice::NoBackend => return Ok(Outcome::REFUSED),
-            Choice::Backend(id, backend) => begin(work, id, backend)?,
+            Choice::Backend(id, backend) => {
+                work.flow.backend_id = id;
+                work.flow.service_id = backend.service_id;
+                set_backend(work, pod_id, backend);
+            }
         }
+        begin(work)?;
     }
-    event::note_translated(work);
+    if work.flow.backend_id != 0 {
+        event::note_translated(work);
+    }
     nat::rewrite(ctx, work)?;
     Ok(Outcome::TRANSLATED)
+}
+
+/// Whether [`sent_past`] has to see a packet, where flows of Services are about.
+#[inline(always)]
+pub fn may_go_apart(packet: &Packet) -> bool {
+    packet.flags & (NO_L4 | IS_FRAGMENT) == 0
+        && matches!(packet.proto, TCP | UDP)
+        && (begins(packet) || conntrack::is_used(ZONE_APART))
+}
+
+/// A packet that a pod sends to another pod of this node, by its own address: past every Service.
+#[inline(never)]
+pub fn sent_past(ctx: &TcContext, work: &mut Work) -> Outcome {
+    match sent_past_here(ctx, work) {
+        Ok(outcome) => outcome,
+        Err(reason) => Outcome(reason),
+    }
+}
+
+#[inline(always)]
+fn sent_past_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
+    if conntrack::find(work, ZONE_SERVICE) {
+        // An answer is its receiver's business: see `delivered`.
+        if work.flow.flags & IS_REPLY != 0 {
+            return Ok(Outcome::UNTOUCHED);
+        }
+        work.becomes = work.flow.ends;
+    } else {
+        if !begins(&work.packet) || !goes_apart(work) {
+            return Ok(Outcome::UNTOUCHED);
+        }
+        begin(work)?;
+    }
+    nat::rewrite(ctx, work)?;
+    Ok(Outcome::TRANSLATED)
+}
+
+/// A connection past every Service begins. Mostly nothing stands in its way, and it stays as it is; else
+/// `work.becomes` is the same from another port.
+#[inline(never)]
+fn goes_apart(work: &mut Work) -> bool {
+    if !conntrack::is_taken(work, ZONE_SERVICE) {
+        if conntrack::is_used(ZONE_APART) {
+            conntrack::forget(work, ZONE_SERVICE);
+        }
+        return false;
+    }
+    work.becomes.source_port_be = any_port();
+    work.flow.backend_id = 0;
+    work.flow.service_id = 0;
+    conntrack::mark_used(ZONE_APART);
+    true
 }
 
 /// A packet that is put into a pod: the answers of what [`sent`] has translated.
@@ -123,11 +185,19 @@ fn delivered_here(ctx: &TcContext, work: &mut Work) -> Result<(), u32> {
 }
 
 /// Whether a known flow goes on. TCP does to a backend that has left its Service; what begins anew
-/// does not, and a datagram always begins anew.
+/// does not. What has no backend has none to lose.
 #[inline(always)]
 fn stands(flow: &FlowValue, packet: &Packet) -> bool {
-    let begins = packet.proto == UDP || packet.kind & (SYN | ACK) == SYN;
-    flow.flags & IS_REPLY != 0 || !begins || usable(flow.backend_id, flow.service_id).is_some()
+    flow.flags & IS_REPLY != 0
+        || flow.backend_id == 0
+        || !begins(packet)
+        || usable(flow.backend_id, flow.service_id).is_some()
+}
+
+/// Whether a connection may begin with this packet: a datagram always begins anew.
+#[inline(always)]
+fn begins(packet: &Packet) -> bool {
+    packet.proto == UDP || packet.kind & (SYN | ACK) == SYN
 }
 
 enum Choice {
@@ -170,26 +240,59 @@ fn choose(packet: &Packet, pod_id: u64) -> Result<Choice, u32> {
     Err(drop::BROKEN_SLOT)
 }
 
+/// What a packet to a frontend becomes.
 #[inline(always)]
-fn begin(work: &mut Work, backend_id: u32, backend: &BackendValue) -> Result<(), u32> {
+fn set_backend(work: &mut Work, pod_id: u64, backend: &BackendValue) {
     work.becomes = work.packet.ends();
     work.becomes.destination = backend.addr;
     work.becomes.destination_port_be = backend.port_be;
     if same(&work.packet.source, &backend.addr) {
         work.becomes.source = hairpin(work.packet.is_v6);
     }
+    avoid_own(work, pod_id);
+}
+
+/// The flow of the packet, which becomes `work.becomes`, from another port where that is another's; to
+/// the backend that `work.flow` names.
+#[inline(always)]
+fn begin(work: &mut Work) -> Result<(), u32> {
     let mut attempt = 0;
-    while !conntrack::begin(work, ZONE_SERVICE, backend_id, backend.service_id) {
+    while !conntrack::begin(
+        work,
+        ZONE_SERVICE,
+        work.flow.backend_id,
+        work.flow.service_id,
+    ) {
         attempt += 1;
         if attempt > PORT_ATTEMPTS {
             return Err(drop::FLOWS_FULL);
         }
-        // SAFETY: takes nothing, returns a number.
-        let random = unsafe { bpf_get_prandom_u32() };
-        work.becomes.source_port_be = ((PORT_MIN | (random & (PORT_MIN - 1))) as u16).to_be();
+        work.becomes.source_port_be = any_port();
     }
-    count(counter::TRANSLATED);
+    if work.flow.backend_id != 0 {
+        count(counter::TRANSLATED);
+    }
     Ok(())
+}
+
+/// The pod may have a connection to the backend itself from this port, and no flow tells of that: then
+/// another port.
+#[inline(never)]
+fn avoid_own(work: &mut Work, pod_id: u64) -> u32 {
+    if work.packet.proto == TCP
+        && policy::has_opened(&work.becomes, pod_id)
+        && !conntrack::was_own(work, ZONE_SERVICE)
+    {
+        work.becomes.source_port_be = any_port();
+    }
+    0
+}
+
+#[inline(always)]
+fn any_port() -> u16 {
+    // SAFETY: takes nothing, returns a number.
+    let random = unsafe { bpf_get_prandom_u32() };
+    ((PORT_MIN | (random & (PORT_MIN - 1))) as u16).to_be()
 }
 
 #[inline(always)]
