@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use gantry_agent::cgroups::Cgroups;
-use gantry_agent::dataplane::{Dataplane, FullMaps, bpf::BpfDataplane, bpf::Options};
+use gantry_agent::dataplane::{
+    Dataplane, FullMaps, bpf::BpfDataplane, bpf::Options, look_after_backends,
+};
 use gantry_agent::devices::DevicePlugins;
 use gantry_agent::feed::node_info;
 use gantry_agent::feed::{self, Reporter};
@@ -470,6 +472,13 @@ async fn agent(run: Run) -> Result<()> {
     tasks.spawn(uplinks);
     tasks.spawn(follow_routes);
     tasks.spawn(packet_size);
+    tasks.spawn(look_after_backends(
+        follower.clone(),
+        dataplane.clone(),
+        link.view.clone(),
+        link.reporter.clone(),
+        shutdown.clone(),
+    ));
     tasks.spawn(health_checks);
     tasks.spawn(follow(
         follower,

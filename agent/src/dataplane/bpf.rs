@@ -16,6 +16,7 @@ use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -33,6 +34,7 @@ use gantry_cni::uplinks::Uplink;
 use imbl::OrdMap;
 use tokio::sync::Mutex;
 
+use super::failures::FailureMap;
 use super::flows::{FlowWatch, Flows};
 use super::hooks::{self, DEVICE_HOOK, SERVICE_HOOKS};
 use super::load::{self, Loaded, program_fd, take_map, unexpected};
@@ -43,8 +45,8 @@ use super::tables::Tables;
 use super::trial::{BpfTrial, Trial, TrialPod};
 use super::uplinks::UplinkPrograms;
 use super::{
-    Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, PodPlaces, StuckService, bpffs,
-    sys,
+    BackendChange, Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, PodPlaces,
+    StuckService, bpffs, sys,
 };
 use crate::ids::PodUid;
 use crate::network::masquerade::{self, Masquerade};
@@ -53,13 +55,14 @@ use crate::policy::StuckPod;
 use crate::services::announce::Announcements;
 use crate::services::arena::QUARANTINE;
 use crate::services::changed::{Shared, changed};
+use crate::services::ejection::{Ejections, Failures, Standing, Target, WATCHED_COUNT_MAX};
 use crate::services::gone::lost;
 use crate::services::host_port::{host_ports, is_host_ports};
 use crate::services::index::{
-    BackendSet, Surroundings, index, parse_address, resolver_service, resolver_sets,
+    Backend, BackendSet, Surroundings, index, ip_of, parse_address, resolver_service, resolver_sets,
 };
 use crate::services::plan::{Limits, Plan, Table};
-use crate::services::shown::{Entry, Fill, show};
+use crate::services::shown::{Entry, Fill, show, show_left_out};
 use crate::view::{ServiceName, Settings, View};
 
 pub use super::hooks::cgroup_id;
@@ -92,6 +95,8 @@ pub struct BpfDataplane {
     fill: std::sync::Mutex<Vec<Fill>>,
     uplinks: std::sync::Mutex<UplinkPrograms>,
     flows: Flows,
+    failures: std::sync::Mutex<FailureMap>,
+    ejections: [AtomicU64; 2],
     device_guard: Result<ProgramFd, String>,
     device_exempt: std::sync::Mutex<HashMap<MapData, u64, u32>>,
     device_rules: std::sync::Mutex<HashMap<MapData, DeviceRuleKey, u32>>,
@@ -108,6 +113,9 @@ struct State {
     announcements: Announcements,
     /// The host ports of this node's pods, as last planned.
     host_ports: Wanted,
+    pub(super) ejections: Ejections,
+    /// The Services of the backends that are watched.
+    pub(super) owners: BTreeMap<Target, BTreeSet<ServiceName>>,
     node_addresses: BTreeMap<Addr, u32>,
     /// Whole or partial failures, by Service; planned again at each apply.
     stuck: BTreeMap<ServiceName, String>,
@@ -123,6 +131,7 @@ struct State {
 
 struct Last {
     shared: Shared,
+    rev: u64,
     nodes: Arc<OrdMap<String, Arc<proto::NodeRoute>>>,
     settings: Arc<Settings>,
     pods: Arc<BTreeMap<PodUid, Arc<Pod>>>,
@@ -178,6 +187,7 @@ impl BpfDataplane {
         let repair = Repair::start(paths, peers, traffic)?;
         let uplinks = UplinkPrograms::take(&mut ebpf, paths)?;
         let flows = Flows::take(&mut ebpf)?;
+        let failures = FailureMap::take(&mut ebpf)?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
         let exempt = exempt.map_err(|error: MapError| unexpected("DEVICE_EXEMPT", error))?;
         let rules = take_map(&mut ebpf, "DEVICE_RULES")?.try_into();
@@ -202,6 +212,8 @@ impl BpfDataplane {
             },
             announcements: Announcements::default(),
             host_ports: Wanted::new(),
+            ejections: Ejections::default(),
+            owners: BTreeMap::new(),
             node_addresses,
             stuck: BTreeMap::new(),
             faults: BTreeMap::new(),
@@ -222,6 +234,8 @@ impl BpfDataplane {
             fill: std::sync::Mutex::default(),
             uplinks: std::sync::Mutex::new(uplinks),
             flows,
+            failures: std::sync::Mutex::new(failures),
+            ejections: Default::default(),
             device_guard,
             device_exempt: std::sync::Mutex::new(exempt),
             device_rules: std::sync::Mutex::new(rules),
@@ -254,6 +268,12 @@ impl BpfDataplane {
     fn policies(&self) -> std::sync::MutexGuard<'_, Policies> {
         // As above: the maps are read again after anything that was not finished.
         let locked = self.policies.lock();
+        locked.unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn failures(&self) -> std::sync::MutexGuard<'_, FailureMap> {
+        // As above.
+        let locked = self.failures.lock();
         locked.unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -413,7 +433,24 @@ impl Dataplane for BpfDataplane {
             .collect();
         let traffic = |id| state.tables.traffic_of(id).unwrap_or_default();
         let backends = |name: &ServiceName| state.last.as_ref()?.shared.backends(name);
-        Ok(show(entries.collect(), traffic, backends, &stuck))
+        let mut shown = show(entries.collect(), traffic, backends, &stuck);
+        for service in &mut shown {
+            let name = ServiceName {
+                namespace: service.namespace.clone(),
+                name: service.name.clone(),
+            };
+            let sets = state.owners.values().any(|owners| owners.contains(&name));
+            if sets && let Some(sets) = state.all_sets_of(&name) {
+                show_left_out(
+                    service,
+                    &sets,
+                    &state.ejections,
+                    backends(&name),
+                    self.now(),
+                );
+            }
+        }
+        Ok(shown)
     }
 
     fn fill(&self) -> Vec<Fill> {
@@ -447,6 +484,28 @@ impl Dataplane for BpfDataplane {
 
     fn trial_pod(&self, pod: &PodUid) -> Option<TrialPod> {
         self.pods().trial_pod(pod)
+    }
+
+    async fn look_at_failures(&self) -> Result<Vec<BackendChange>, DataplaneError> {
+        let failures = self.failures().news()?;
+        let mut guard = self.state.lock().await;
+        let state = &mut *guard;
+        if state.void || state.last.is_none() || failures.is_empty() && state.ejections.is_empty() {
+            return Ok(Vec::new());
+        }
+        let (changes, wanted) = state.judge(&failures, self.now())?;
+        let ejections = &state.ejections;
+        self.failures().keep(|target| ejections.watches(target))?;
+        for (total, now) in self.ejections.iter().zip(state.ejections.totals()) {
+            total.store(now, Ordering::Relaxed);
+        }
+        let rev = state.last.as_ref().map_or(0, |last| last.rev);
+        self.program(state, wanted, rev).await?;
+        Ok(changes)
+    }
+
+    fn ejections(&self) -> [u64; 2] {
+        [0, 1].map(|index: usize| self.ejections[index].load(Ordering::Relaxed))
     }
 
     fn apply_policies(&self, view: &View) -> Result<Vec<StuckPod>, DataplaneError> {
@@ -535,6 +594,7 @@ impl Dataplane for BpfDataplane {
         state.whole = false;
         state.last = Some(Last {
             shared: Shared::of(view),
+            rev: view.rev,
             nodes: view.nodes.clone(),
             settings: view.settings.clone(),
             pods: view.pods.clone(),
@@ -558,6 +618,98 @@ impl Dataplane for BpfDataplane {
 }
 
 impl State {
+    /// What has failed, judged: what changed, and the Services to be planned again because of it.
+    fn judge(
+        &mut self,
+        failures: &BTreeMap<Target, Failures>,
+        now: Duration,
+    ) -> Result<(Vec<BackendChange>, Wanted), DataplaneError> {
+        let targets: BTreeSet<Target> =
+            failures.keys().chain(self.owners.keys()).copied().collect();
+        let ids = self.table.at(&targets);
+        for (target, ids) in &ids {
+            if !self.owners.contains_key(target) && self.owners.len() < WATCHED_COUNT_MAX {
+                let owners = self.table.owners_of(ids);
+                self.owners.insert(*target, owners);
+            }
+        }
+        let there = self.targets_of_owners();
+        let mut chosen: BTreeMap<Target, u64> = BTreeMap::new();
+        for target in self.owners.keys().filter(|target| there.contains(target)) {
+            let mut sum = 0_u64;
+            for id in ids.get(target).into_iter().flatten() {
+                sum += self.tables.traffic_of(*id)?.chosen;
+            }
+            chosen.insert(*target, sum);
+        }
+        let changes = (self.ejections).look(failures, |target| chosen.get(target).copied(), now);
+        let mut names: BTreeSet<ServiceName> = BTreeSet::new();
+        let mut told = Vec::new();
+        for change in changes {
+            let owners = self.owners.get(&change.target).cloned().unwrap_or_default();
+            let address = SocketAddr::new(
+                ip_of(&change.target.addr),
+                u16::from_be(change.target.port_be),
+            );
+            told.extend(owners.first().map(|service| BackendChange {
+                service: service.clone(),
+                address,
+                was: change.was,
+                standing: change.standing,
+                times: change.times,
+            }));
+            names.extend(owners);
+        }
+        let ejections = &self.ejections;
+        self.owners.retain(|target, _| ejections.watches(target));
+        let wanted = names.into_iter().filter_map(|name| {
+            let sets = self.sets_of(&name)?;
+            Some((name, sets))
+        });
+        Ok((told, wanted.collect()))
+    }
+
+    /// Every backend that the Services have of which one is watched.
+    fn targets_of_owners(&self) -> BTreeSet<Target> {
+        let owners: BTreeSet<&ServiceName> = self.owners.values().flatten().collect();
+        let sets = owners.into_iter().filter_map(|name| self.all_sets_of(name));
+        let backends = sets.flatten().flat_map(|set| set.backends);
+        backends
+            .filter_map(|backend| Target::of(&backend))
+            .collect()
+    }
+
+    /// As the last view has it, whatever answers; none: it is no Service any more.
+    fn all_sets_of(&self, name: &ServiceName) -> Option<Vec<BackendSet>> {
+        let shared = &self.last.as_ref()?.shared;
+        let service = shared.service(name)?;
+        Some(index(service, shared.backends(name), &self.surroundings).sets)
+    }
+
+    /// The same without those that do not answer.
+    fn sets_of(&self, name: &ServiceName) -> Option<Vec<BackendSet>> {
+        let mut sets = self.all_sets_of(name)?;
+        self.leave_out(&mut sets);
+        Some(sets)
+    }
+
+    fn leave_out(&self, sets: &mut [BackendSet]) {
+        if self.ejections.is_idle() {
+            return;
+        }
+        for set in sets {
+            let standings = self.ejections.standings(&set.backends);
+            let all = std::mem::take(&mut set.backends).into_iter().zip(standings);
+            let kept = all.filter(|(_, standing)| *standing != Standing::Out);
+            set.backends = kept
+                .map(|(backend, standing)| Backend {
+                    on_trial: standing == Standing::OnTrial,
+                    ..backend
+                })
+                .collect();
+        }
+    }
+
     /// Makes the picture of the maps anew, from the maps.
     fn adopt_again(&mut self, now: Duration) -> Result<(), DataplaneError> {
         self.table = Table::adopt(self.tables.found()?, Limits::default(), now + QUARANTINE);
@@ -618,7 +770,8 @@ impl State {
                 continue;
             };
             let backends = view.backends.get(&name);
-            let indexed = index(service, backends.map(Arc::as_ref), &self.surroundings);
+            let mut indexed = index(service, backends.map(Arc::as_ref), &self.surroundings);
+            self.leave_out(&mut indexed.sets);
             match indexed.faults.is_empty() {
                 true => self.faults.remove(&name),
                 false => self.faults.insert(name.clone(), indexed.faults.join("; ")),

@@ -8,7 +8,9 @@ use async_trait::async_trait;
 use gantry_api::proto;
 use gantry_cni::uplinks::Uplink;
 
-use super::{Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService};
+use super::{
+    BackendChange, Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService,
+};
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
 use crate::services::shown::Fill;
@@ -75,6 +77,14 @@ impl Dataplane for FakeDataplane {
 
     fn counts(&self) -> Result<Counts, DataplaneError> {
         Ok(Counts::default())
+    }
+
+    async fn look_at_failures(&self) -> Result<Vec<BackendChange>, DataplaneError> {
+        Ok(Vec::new())
+    }
+
+    fn ejections(&self) -> [u64; 2] {
+        [0; 2]
     }
 
     fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError> {

@@ -20,7 +20,7 @@ pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 25] = [
+pub(super) const PINNED_MAPS: [&str; 26] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
@@ -32,6 +32,7 @@ pub(super) const PINNED_MAPS: [&str; 25] = [
     "NODE_ADDRESSES",
     "PEERS",
     "TRAFFIC",
+    "FAILURES",
     "REVERSE_NAT",
     "AFFINITY",
     "COUNTERS",

@@ -5,6 +5,7 @@
 //!           │ start: bpffs ─► load (object, pinned maps) ─► hooks (pinned links on cgroups)
 //!           ├ repair: sockets whose backend has gone
 //!           └ cleanup: remove_all
+//!  connects unanswered ─► failures ─► services::ejection ─► bpf (planned without them)
 //!  View ─► policies (what pods may exchange: policy::{compile, plan}) ─► their maps
 //!  uplinks ──────► uplinks (the same on the node's interfaces towards the outside)
 //!  flows ◄─ what the programs tell, while somebody watches
@@ -16,6 +17,8 @@
 
 mod bpffs;
 mod clsact;
+mod ejection;
+mod failures;
 mod flows;
 mod full;
 mod hooks;
@@ -38,7 +41,7 @@ pub mod fake;
 mod tests;
 
 use std::collections::{BTreeMap, HashSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use async_trait::async_trait;
 use gantry_api::proto;
@@ -46,13 +49,15 @@ use gantry_cni::uplinks::Uplink;
 
 pub use self::bpf::{BpfDataplane, Options};
 pub use self::cleanup::remove_all;
+pub use self::ejection::look_after_backends;
 pub use self::flows::{FlowNews, FlowWatch};
 pub use self::full::FullMaps;
 pub use self::trial::{SYN, SYN_ACK, Trial, TrialPacket, TrialPod, Tried};
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
+use crate::services::ejection::Standing;
 use crate::services::shown::Fill;
-use crate::view::View;
+use crate::view::{ServiceName, View};
 
 /// The clock of the events' times: nanoseconds.
 pub fn monotonic_ns() -> u64 {
@@ -159,6 +164,21 @@ pub struct Counts {
     pub events: Vec<(&'static str, u64)>,
 }
 
+/// A backend that was left out on this node, is on trial, or serves again.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BackendChange {
+    /// One of the Services that have it.
+    pub service: ServiceName,
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// What it was.
+    pub was: Standing,
+    /// What it is from now on.
+    pub standing: Standing,
+    /// How often it was left out since it last served well.
+    pub times: u32,
+}
+
 /// A device that a container was given, where the device guard is attached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DeviceRule {
@@ -230,6 +250,13 @@ pub trait Dataplane: Send + Sync + 'static {
     fn trial_pod(&self, _pod: &PodUid) -> Option<TrialPod> {
         None
     }
+
+    /// Looks for backends that do not answer, and leaves them out or takes them in again. Cheap while all
+    /// answer: two system calls. Returns what has changed.
+    async fn look_at_failures(&self) -> Result<Vec<BackendChange>, DataplaneError>;
+
+    /// How often since the agent's start a backend was left out, and how often one came back.
+    fn ejections(&self) -> [u64; 2];
 
     /// Puts a pod into the packet path, before it can send. Idempotent; after the agent's start it is
     /// called for every pod that is there, and replaces the programs without a gap. Blocks for the

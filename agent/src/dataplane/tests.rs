@@ -9,6 +9,7 @@
 
 mod apart;
 mod bed;
+mod ejection;
 mod events;
 mod explain;
 mod frames;

@@ -223,6 +223,7 @@ fn figures(
             resident_bytes: stats::socket::resident_bytes(),
             revision: view.borrow().rev,
             sockets_ended: dataplane.sockets_ended(),
+            ejections: dataplane.ejections(),
             fill: dataplane.fill(),
             services: Vec::new(),
             counts: dataplane.counts().unwrap_or_else(|error| {

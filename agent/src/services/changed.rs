@@ -33,6 +33,11 @@ impl Shared {
 }
 
 impl Shared {
+    /// A Service, then.
+    pub fn service(&self, name: &ServiceName) -> Option<&proto::Service> {
+        self.services.get(name).map(Arc::as_ref)
+    }
+
     /// The backends of a Service, then.
     pub fn backends(&self, service: &ServiceName) -> Option<&Backends> {
         self.backends.get(service).map(Arc::as_ref)

@@ -143,6 +143,7 @@ fn set_of(
             proto,
             node_id: label32(node),
             pod_id: label64(uid.as_str()),
+            on_trial: false,
         }],
         affinity_s: 0,
         least_connections: false,

@@ -48,6 +48,8 @@ pub struct Backend {
     pub node_id: u32,
     /// [`label64`] of the pod's UID; 0: not a pod.
     pub pod_id: u64,
+    /// It has not answered lately and gets one connection only: see [`super::ejection`].
+    pub on_trial: bool,
 }
 
 /// Names a set within its Service.
@@ -248,6 +250,7 @@ pub fn resolver_sets(cluster_dns: IpAddr, resolver: SocketAddr, node: &str) -> V
             proto,
             node_id: label32(node),
             pod_id: 0,
+            on_trial: false,
         }],
         affinity_s: 0,
         least_connections: false,
@@ -499,6 +502,7 @@ fn targets(backend: &proto::Backend, name: &SetName) -> Vec<Backend> {
             proto: name.proto,
             node_id: label32(&backend.node),
             pod_id: label64(&backend.pod_uid),
+            on_trial: false,
         })
         .collect()
 }

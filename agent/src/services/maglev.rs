@@ -91,6 +91,7 @@ mod tests {
             proto: 6,
             node_id: 1,
             pod_id: 2,
+            on_trial: false,
         }
     }
 

@@ -12,6 +12,7 @@ pub mod announce;
 pub mod arena;
 pub mod changed;
 pub mod counts;
+pub mod ejection;
 pub mod gone;
 pub mod host_port;
 pub mod index;

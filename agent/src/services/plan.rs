@@ -39,13 +39,14 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ebpf_maps::services::{
-    BACKEND_COUNT, BackendValue, FRONTEND_COUNT_MAX, FRONTEND_DROP, FRONTEND_LEAST_CONNECTIONS,
-    FRONTEND_RESTRICTED, FrontendKey, FrontendValue, SCOPE_NODE_PORT, SCOPE_OUTSIDE_NODE_PORT,
-    SLOT_COUNT, SOURCE_RANGE_COUNT_MAX,
+    BACKEND_COUNT, BACKEND_ON_TRIAL, BackendValue, FRONTEND_COUNT_MAX, FRONTEND_DROP,
+    FRONTEND_LEAST_CONNECTIONS, FRONTEND_RESTRICTED, FrontendKey, FrontendValue, SCOPE_NODE_PORT,
+    SCOPE_OUTSIDE_NODE_PORT, SLOT_COUNT, SOURCE_RANGE_COUNT_MAX,
 };
 
 pub use self::adopt::Found;
 use super::arena::Arena;
+use super::ejection::Target;
 use super::index::{Backend, BackendSet, SetName, SourceRange, ip_of};
 use super::maglev;
 use super::shown::Fill;
@@ -64,7 +65,7 @@ pub enum Step {
     WriteBackend {
         /// Referred to by no slot yet.
         id: BackendId,
-        /// State: in use.
+        /// State: in use, or on trial.
         value: BackendValue,
     },
     /// SLOTS[base ..] = ids.
@@ -287,6 +288,34 @@ impl Table {
             .collect()
     }
 
+    /// The ids of the backends that listen there, and whose they are.
+    ///
+    /// A look at every backend: for those few that do not answer.
+    pub fn at(&self, targets: &BTreeSet<Target>) -> BTreeMap<Target, Vec<BackendId>> {
+        let mut found: BTreeMap<Target, Vec<BackendId>> = BTreeMap::new();
+        for (id, known) in &self.backends {
+            if let Some(target) = Target::of(&known.backend)
+                && targets.contains(&target)
+            {
+                found.entry(target).or_default().push(*id);
+            }
+        }
+        found
+    }
+
+    /// The Services whose ranges hold one of these ids.
+    pub fn owners_of(&self, ids: &[BackendId]) -> BTreeSet<ServiceName> {
+        let holds = |range: &&Range| range.ids.iter().any(|id| ids.contains(id));
+        let held: HashSet<u32> = self
+            .ranges
+            .values()
+            .filter(holds)
+            .map(|r| r.service_id)
+            .collect();
+        let names = self.service_ids.iter().filter(|(_, id)| held.contains(id));
+        names.map(|((name, _), _)| name.clone()).collect()
+    }
+
     /// Gives up the frontends and names that a Service does not want any more.
     fn let_go(&mut self, name: &ServiceName, sets: &[BackendSet]) {
         let wanted: BTreeSet<_> = sets.iter().flat_map(|set| set.frontends.iter()).collect();
@@ -501,6 +530,7 @@ fn backend_of(value: &BackendValue) -> Backend {
         proto: value.proto,
         node_id: value.node_id,
         pod_id: value.pod_id,
+        on_trial: value.state == BACKEND_ON_TRIAL,
     }
 }
 

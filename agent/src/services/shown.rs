@@ -5,14 +5,16 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ebpf_maps::services::{
-    Addr, BACKEND_IN_USE, BACKEND_RETIRED, BackendValue, FrontendKey, FrontendValue, SCOPE_ADDRESS,
-    SCOPE_NODE_PORT, TrafficValue,
+    Addr, BACKEND_IN_USE, BACKEND_ON_TRIAL, BACKEND_RETIRED, BackendValue, FrontendKey,
+    FrontendValue, SCOPE_ADDRESS, SCOPE_NODE_PORT, TrafficValue,
 };
 use gantry_api::proto;
 
-use super::index::{ip_of, parse_address};
+use super::ejection::{Ejections, Standing, Target};
+use super::index::{BackendSet, ip_of, parse_address};
 use super::plan::BackendId;
 use crate::view::{Backends, ServiceName};
 
@@ -116,6 +118,41 @@ pub fn show<'a>(
     named.collect()
 }
 
+/// Adds the backends that are left out because they do not answer; no slot holds them.
+///
+/// * `sets` – the Service's, with all of their backends.
+pub fn show_left_out(
+    service: &mut proto::ProgrammedService,
+    sets: &[BackendSet],
+    ejections: &Ejections,
+    backends: Option<&Backends>,
+    now: Duration,
+) {
+    let pods = pods_of(backends);
+    let mut seen = BTreeSet::new();
+    for set in sets {
+        let standings = ejections.standings(&set.backends).into_iter();
+        let out = (set.backends.iter().zip(standings)).filter(|(_, own)| *own == Standing::Out);
+        for (backend, _) in out {
+            let wait = Target::of(backend).and_then(|target| ejections.wait(&target, now));
+            if !seen.insert(*backend) {
+                continue;
+            }
+            let seconds = wait.unwrap_or_default().as_secs() + 1;
+            let (pod, node) = pods.get(&backend.addr).copied().unwrap_or_default();
+            service.backends.push(proto::ProgrammedBackend {
+                address: bytes_of(&backend.addr),
+                port: u16::from_be(backend.port_be).into(),
+                protocol: backend.proto.into(),
+                state: format!("left out: it does not answer; tried again in {seconds} s"),
+                pod: pod.into(),
+                node: node.into(),
+                ..Default::default()
+            });
+        }
+    }
+}
+
 /// Pod and node by address.
 type Pods<'a> = HashMap<Addr, (&'a str, &'a str)>;
 
@@ -166,6 +203,7 @@ fn backend(
     let (pod, node) = pods.get(&value.addr).copied().unwrap_or_default();
     let state = match value.state {
         BACKEND_IN_USE => "in use",
+        BACKEND_ON_TRIAL => "on trial: it did not answer",
         BACKEND_RETIRED => "retired",
         _ => "unused",
     };

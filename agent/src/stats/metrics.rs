@@ -30,6 +30,8 @@ pub struct AgentFigures {
     pub revision: u64,
     /// Sockets ended because their backend had gone.
     pub sockets_ended: u64,
+    /// Backends left out because they did not answer, and those that came back.
+    pub ejections: [u64; 2],
     /// How full the maps of Services are.
     pub fill: Vec<Fill>,
     /// Services as they are programmed, with what each backend was used for.
@@ -286,7 +288,7 @@ fn network(text: &mut String, sample: &Sample) {
 
 fn node(text: &mut String, sample: &Sample, agent: &AgentFigures) {
     let containers: usize = sample.pods.iter().map(|pod| pod.containers.len()).sum();
-    let single: [(&'static str, &str, &str, f64); 8] = [
+    let single: [(&'static str, &str, &str, f64); 10] = [
         (
             "node_cpu_usage_seconds_total",
             "counter",
@@ -334,6 +336,18 @@ fn node(text: &mut String, sample: &Sample, agent: &AgentFigures) {
             "counter",
             "Sockets that were ended because their backend had gone.",
             agent.sockets_ended as f64,
+        ),
+        (
+            "gantry_backends_ejected_total",
+            "counter",
+            "Times a backend was left out on this node because it did not answer.",
+            agent.ejections[0] as f64,
+        ),
+        (
+            "gantry_backends_returned_total",
+            "counter",
+            "Times a backend that was left out answered again.",
+            agent.ejections[1] as f64,
         ),
     ];
     for (name, kind, help, value) in single {

@@ -7,8 +7,8 @@
 //!       SOURCE_RANGES[service_id, prefix]                          who may come from outside
 //! ```
 //! A range of slots and a backend id are immutable while anything refers to them; only
-//! [`BackendValue::state`] goes from in use to retired. Both are reused 1 s after the last frontend
-//! left them, when no program can still hold what it has read.
+//! [`BackendValue::state`] goes from in use, or on trial, to retired. Both are reused 1 s after the last
+//! frontend left them, when no program can still hold what it has read.
 
 use core::mem::{offset_of, size_of};
 
@@ -63,6 +63,12 @@ pub const BACKEND_UNUSED: u8 = 0;
 pub const BACKEND_IN_USE: u8 = 1;
 /// `BackendValue::state`: it has left every slot; no affinity may bring it back.
 pub const BACKEND_RETIRED: u8 = 2;
+/// `BackendValue::state`: as [`BACKEND_IN_USE`], but it has not answered lately and gets one connection
+/// only: while `TrafficValue::chosen` is 0, which it is when the backend is written.
+pub const BACKEND_ON_TRIAL: u8 = 3;
+
+/// Entries of `FAILURES`; what finds no room is not noted.
+pub const FAILURE_COUNT_MAX: u32 = 4_096;
 
 /// `FrontendValue::flags`: of two backends the one with fewer connections of this node is chosen.
 pub const FRONTEND_LEAST_CONNECTIONS: u32 = 0x100;
@@ -205,7 +211,7 @@ pub struct BackendValue {
     pub port_be: u16,
     /// IANA protocol number: 6 TCP, 17 UDP.
     pub proto: u8,
-    /// [`BACKEND_UNUSED`], [`BACKEND_IN_USE`] or [`BACKEND_RETIRED`].
+    /// One of the `BACKEND_` constants.
     pub state: u8,
     /// FNV-1a of the node's name; a label for reports, nothing is decided by it.
     pub node_id: u32,
@@ -236,8 +242,34 @@ pub struct SourceRangeKey {
 pub struct TrafficValue {
     /// Sockets connected to it now, where its Service counts them.
     pub connections: u64,
-    /// Connects, and unconnected sends, that were translated to it.
+    /// Connects, unconnected sends, and flows of packets, that were translated to it.
     pub chosen: u64,
+}
+
+/// Key of `FAILURES`: who did not answer a connect.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
+pub struct FailureKey {
+    /// The address.
+    pub addr: Addr,
+    /// The port, network order.
+    pub port_be: u16,
+    /// Always 0.
+    pub _pad: u16,
+}
+
+/// Value of `FAILURES`: how often, since the entry was made.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct FailureValue {
+    /// SYNs that were sent again.
+    pub resent: u32,
+    /// Connects that were not waited for any longer.
+    pub given_up: u32,
+    /// Resets in place of an answer.
+    pub refused: u32,
+    /// SYNs that were answered.
+    pub answered: u32,
 }
 
 /// Value of `PEERS`, whose key is the cookie of a connected socket: it has one peer.
@@ -250,8 +282,8 @@ pub struct PeerValue {
     pub frontend: ReverseValue,
     /// The backend's port, network order.
     pub backend_port_be: u16,
-    /// Always 0.
-    pub _pad: u16,
+    /// SYNs of this connection that left for the backend, past every policy of this node.
+    pub syn_count: u16,
     /// The backend whose element of `TRAFFIC` counts this socket; 0: none does.
     pub backend_id: u32,
 }
@@ -336,6 +368,10 @@ const _: () = {
 
     assert!(size_of::<TrafficValue>() == 16);
     assert!(offset_of!(TrafficValue, chosen) == 8);
+    assert!(size_of::<FailureKey>() == 20);
+    assert!(offset_of!(FailureKey, port_be) == 16);
+    assert!(size_of::<FailureValue>() == 16);
+    assert!(offset_of!(FailureValue, answered) == 12);
     assert!(size_of::<SourceRangeKey>() == 20);
     assert!(offset_of!(SourceRangeKey, addr) == 4);
 
@@ -351,7 +387,7 @@ const _: () = {
     assert!(size_of::<PeerValue>() == 48);
     assert!(offset_of!(PeerValue, frontend) == 16);
     assert!(offset_of!(PeerValue, backend_port_be) == 40);
-    assert!(offset_of!(PeerValue, _pad) == 42);
+    assert!(offset_of!(PeerValue, syn_count) == 42);
     assert!(offset_of!(PeerValue, backend_id) == 44);
 
     assert!(size_of::<AffinityKey>() == 16);
@@ -374,6 +410,8 @@ plain_old_data!(
     PeerValue,
     AffinityKey,
     AffinityValue,
+    FailureKey,
+    FailureValue,
 );
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //!  connect(), sendmsg()      ──► service::translate ──► a backend's address, or refused
 //!  recvmsg(), getpeername()  ──► reverse::restore   ──► the frontend's address again
 //!  close()                   ──► reverse::forget
+//!  a SYN goes, or is answered ─► failing           ──► who answers nobody, for the agent
 //!  open(), mknod()           ──► device::is_allowed
 //!  packet out of a pod       ──► pod::sent     ──► spoof ──► translate ──► policy ─┬► the node's network
 //!                                                                                └► pod::deliver
@@ -25,6 +26,7 @@ mod conntrack;
 mod device;
 mod drop;
 mod event;
+mod failing;
 mod maps;
 mod masquerade;
 mod nat;

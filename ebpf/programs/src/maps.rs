@@ -17,8 +17,8 @@ use ebpf_maps::policy::{
 };
 use ebpf_maps::services::{
     AFFINITY_COUNT_MAX, Addr, AffinityKey, AffinityValue, BACKEND_COUNT, BackendValue,
-    FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, NODE_ADDRESS_COUNT_MAX, PEER_COUNT_MAX,
-    PeerValue, REVERSE_COUNT_MAX, ReverseKey, ReverseValue, SLOT_COUNT, SLOTS_PER_ELEMENT,
+    FAILURE_COUNT_MAX, FRONTEND_COUNT_MAX, FailureKey, FailureValue, FrontendKey, FrontendValue,
+    NODE_ADDRESS_COUNT_MAX, PEER_COUNT_MAX, PeerValue, REVERSE_COUNT_MAX, ReverseKey, ReverseValue, SLOT_COUNT, SLOTS_PER_ELEMENT,
     TrafficValue,
     SOURCE_RANGE_COUNT_MAX, SourceRangeKey,
 };
@@ -63,6 +63,11 @@ pub static PEERS: HashMap<u64, PeerValue> = HashMap::with_max_entries(PEER_COUNT
 /// it for a new backend, and repairs counts of connections whose end they could not see.
 #[map]
 pub static TRAFFIC: Array<TrafficValue> = Array::with_max_entries(BACKEND_COUNT, BPF_F_MMAPABLE);
+
+/// Who did not answer connects lately. Written by the programs; the agent takes entries out.
+#[map]
+pub static FAILURES: HashMap<FailureKey, FailureValue> =
+    HashMap::with_max_entries(FAILURE_COUNT_MAX, BPF_F_NO_PREALLOC);
 
 /// Which frontend an unconnected datagram went through. Written by the programs only.
 #[map]

@@ -39,9 +39,11 @@ use crate::maps::{BACKENDS, FRONTENDS, NODE_ADDRESSES, SOURCE_RANGES, UPLINKS, c
 use crate::packet::{
     ACK, Frame, ICMP_V6, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP, parse, read,
 };
-use crate::service::{Client, Frontend, READ_ATTEMPTS, backend_at, read_frontend, usable};
+use crate::service::{
+    Client, Frontend, READ_ATTEMPTS, backend_at, count_chosen, read_frontend, takes_more, usable,
+};
 use crate::work::Work;
-use crate::{announce, conntrack, event, masquerade, nat, reject};
+use crate::{announce, conntrack, event, failing, masquerade, nat, policy, reject};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -49,6 +51,9 @@ const AF_INET6: u8 = 10;
 const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
 const FIB_TOO_LARGE: i64 = 8;
+
+/// Slots of a table that are tried for a backend that takes more.
+const TABLE_ATTEMPTS: u32 = 4;
 
 /// Answers of [`choose`] that are no id of a backend.
 const NO_FRONTEND: u32 = u32::MAX;
@@ -80,6 +85,7 @@ pub fn received(ctx: &TcContext) -> i32 {
         Frame::Arp => return announce::answer(ctx),
         Frame::Other | Frame::Malformed => return TC_ACT_UNSPEC,
     }
+    failing::heard(&work.packet);
     if work.packet.proto == ICMP_V6 && work.packet.kind == announce::SOLICITATION {
         return announce::advertise(ctx, &work.packet);
     }
@@ -102,6 +108,9 @@ pub fn sent(ctx: &TcContext) -> i32 {
     };
     if parse(ctx, &mut work.packet) != Frame::Ip {
         return TC_ACT_UNSPEC;
+    }
+    if policy::is_from_node(ctx) {
+        failing::leaving(ctx, &work.packet);
     }
     match unpacked(restore(ctx, work)) {
         Ok(()) => TC_ACT_UNSPEC,
@@ -303,7 +312,7 @@ fn choose_from(frontend: &Frontend, packet: &Packet) -> u32 {
         return id;
     }
     let id = of_flow(frontend, flow);
-    if usable(id, frontend.service_id).is_none() {
+    if id == 0 {
         return 0;
     }
     client.keep(id);
@@ -331,8 +340,17 @@ fn of_flow(frontend: &Frontend, flow: u32) -> u32 {
         ..
     } = *frontend;
     if frontend.flags & FRONTEND_TABLE != 0 || count > RENDEZVOUS_COUNT_MAX {
-        let index = flow.checked_rem(count).unwrap_or(0);
-        return weighed(base.wrapping_add(index), service_id, flow) as u32;
+        // Neighbours in a table are mostly of different backends.
+        let mut step = 0;
+        while step < TABLE_ATTEMPTS {
+            let index = flow.wrapping_add(step).checked_rem(count).unwrap_or(0);
+            let own = weighed(base.wrapping_add(index), service_id, flow) as u32;
+            if own != 0 {
+                return own;
+            }
+            step += 1;
+        }
+        return 0;
     }
     let mut heaviest = 0;
     let mut index = 0;
@@ -350,12 +368,14 @@ fn of_flow(frontend: &Frontend, flow: u32) -> u32 {
 }
 
 /// The weight of the backend in a slot in the upper half, its id in the lower; 0: it belongs to
-/// another Service by now.
+/// another Service by now, or is on trial and takes no more.
 #[inline(never)]
 fn weighed(slot: u32, service_id: u32, flow: u32) -> u64 {
     match backend_at(slot, service_id) {
-        Some((id, backend)) => (u64::from(weight(flow, backend.hash)) << 32) | u64::from(id),
-        None => 0,
+        Some((id, backend)) if takes_more(id, backend) => {
+            (u64::from(weight(flow, backend.hash)) << 32) | u64::from(id)
+        }
+        _ => 0,
     }
 }
 
@@ -370,6 +390,7 @@ fn begin(ctx: &TcContext, work: &mut Work, backend_id: u32) -> Result<(), u32> {
     work.becomes.destination_port_be = backend.port_be;
     let (zone, service_id) = (ZONE_OUTSIDE, backend.service_id);
     count(counter::TRANSLATED);
+    count_chosen(backend_id);
     let Some(uplink) = UPLINKS.get_ptr(&route(ctx, work.packet.is_v6, &work.becomes)) else {
         let has_begun = conntrack::begin(work, zone, backend_id, service_id);
         return has_begun.then_some(()).ok_or(drop::FLOWS_FULL);

@@ -27,7 +27,7 @@ use crate::maps::{ENDPOINTS, INTERFACES, work};
 use crate::packet::{Frame, parse, read};
 use crate::translate::Outcome;
 use crate::work::Work;
-use crate::{conntrack, policy, reject, spoof, translate};
+use crate::{conntrack, failing, policy, reject, spoof, translate};
 
 /// For this machine's stack, whatever the hardware address said.
 const PACKET_HOST: u32 = 0;
@@ -46,6 +46,7 @@ pub fn sent(ctx: &TcContext) -> i32 {
     if frame != Frame::Ip {
         return TC_ACT_UNSPEC; // ARP
     }
+    failing::heard(&work.packet);
     let own = ifindex(ctx);
     let mut to = endpoint(&work.packet.destination);
     if to.is_none() {
@@ -71,13 +72,17 @@ pub fn sent(ctx: &TcContext) -> i32 {
         return drop(drop::POLICY);
     }
     let Some(to) = to else {
+        failing::leaving(ctx, &work.packet);
         return TC_ACT_UNSPEC;
     };
     if to.flags & DIRECT == 0 || to.ifindex == own {
         return TC_ACT_UNSPEC;
     }
     match deliver(ctx, work, to.pod_id) {
-        Ok(()) => put_into(ctx, to),
+        Ok(()) => {
+            failing::leaving(ctx, &work.packet);
+            put_into(ctx, to)
+        }
         Err(reason) => drop(reason),
     }
 }
@@ -99,8 +104,14 @@ pub fn received(ctx: &TcContext) -> i32 {
     };
     // SAFETY: the pointer is an element of the map, checked by the lookup.
     let pod_id = unsafe { (*interface).pod_id };
+    failing::heard(&work.packet);
     match deliver(ctx, work, pod_id) {
-        Ok(()) => TC_ACT_UNSPEC,
+        Ok(()) => {
+            if policy::is_from_node(ctx) {
+                failing::leaving(ctx, &work.packet);
+            }
+            TC_ACT_UNSPEC
+        }
         Err(reason) => drop(reason),
     }
 }
@@ -112,6 +123,7 @@ fn deliver(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Result<(), u32> {
         work.notes.at_ingress = true;
         return Err(drop::POLICY);
     }
+    failing::delivered(ctx, &work.packet, pod_id);
     if conntrack::is_used(ZONE_SERVICE) {
         return translate::delivered(ctx, work);
     }

@@ -254,7 +254,7 @@ fn fragments(ctx: &TcContext, packet: &Packet, flow: &FlowKey, outgoing: bool) -
 /// Whether the node itself sent this: a packet that came from elsewhere bears the interface by which
 /// it came.
 #[inline(always)]
-fn is_from_node(ctx: &TcContext) -> bool {
+pub fn is_from_node(ctx: &TcContext) -> bool {
     // SAFETY: the kernel passes a valid context.
     unsafe { (*ctx.skb.skb).ingress_ifindex == 0 }
 }

@@ -18,9 +18,13 @@ use ebpf_maps::counter;
 use ebpf_maps::services::{Addr, BackendValue, PeerValue, ReverseKey, ReverseValue};
 
 use crate::PASS;
+use crate::failing::{self, Failure};
 use crate::maps::{BACKENDS, PEERS, REVERSE_NAT, TRAFFIC, add, count};
 use crate::service::Call;
 use crate::socket::Peer;
+
+/// The state of a TCP socket that has not been answered yet.
+const SYN_SENT: u32 = 2;
 
 /// Notes that this socket reached `backend` by the name of `peer`.
 ///
@@ -46,7 +50,7 @@ pub fn remember(
             backend: backend.addr,
             frontend,
             backend_port_be: backend.port_be,
-            _pad: 0,
+            syn_count: 0,
             backend_id: counted,
         };
         if counted != 0 {
@@ -101,9 +105,24 @@ pub fn forget(ctx: &SockContext) {
     // Whatever the socket's state: a refused connect() has cleared its port by now.
     // SAFETY: the helper takes this hook's context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
+    // SAFETY: the kernel passes a valid context.
+    if unsafe { (*ctx.sock).state } == SYN_SENT {
+        give_up(cookie);
+    }
     // Not found is the common case: most sockets never met a Service.
     uncount(cookie);
     let _ = PEERS.remove(&cookie);
+}
+
+/// Its owner does not wait for an answer any longer: mostly before the SYN would be sent again.
+#[inline(always)]
+fn give_up(cookie: u64) {
+    // SAFETY: the element is this socket's own, and only its end frees it.
+    if let Some(value) = unsafe { PEERS.get(&cookie) }
+        && value.syn_count != 0
+    {
+        failing::note(&value.backend, value.backend_port_be, Failure::GivenUp);
+    }
 }
 
 /// Takes a socket out of the count that it is in.

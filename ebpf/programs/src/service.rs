@@ -20,8 +20,8 @@ use aya_ebpf::programs::SockAddrContext;
 use ebpf_maps::counter;
 use ebpf_maps::services::{
     AFFINITY_NETNS, AFFINITY_SOCKET, Addr, AffinityKey, AffinityValue, BACKEND_IN_USE,
-    BackendValue, FRONTEND_LEAST_CONNECTIONS, FrontendKey, FrontendValue, SCOPE_ADDRESS,
-    SCOPE_NODE_PORT, SLOTS_PER_ELEMENT, UDP_STICKY_S, is_v4_mapped, v4_mapped,
+    BACKEND_ON_TRIAL, BackendValue, FRONTEND_LEAST_CONNECTIONS, FrontendKey, FrontendValue,
+    SCOPE_ADDRESS, SCOPE_NODE_PORT, SLOTS_PER_ELEMENT, UDP_STICKY_S, is_v4_mapped, v4_mapped,
 };
 
 use crate::maps::{AFFINITY, BACKENDS, FRONTENDS, NODE_ADDRESSES, SLOTS, TRAFFIC, add, count};
@@ -267,6 +267,31 @@ impl Client {
     }
 }
 
+/// Whether another connection may go to this backend, and not only the one of its trial.
+#[inline(always)]
+pub fn takes_more(id: u32, backend: &BackendValue) -> bool {
+    if backend.state != BACKEND_ON_TRIAL {
+        return true;
+    }
+    match TRAFFIC.get_ptr(id) {
+        // SAFETY: the lookup checked the pointer; other programs add to it at the same time. Two that
+        // read it at once are two trials.
+        Some(traffic) => unsafe { read_volatile(addr_of!((*traffic).chosen)) == 0 },
+        None => false,
+    }
+}
+
+/// The backend in a slot, or in the next one if that is on trial and has its connection.
+#[inline(always)]
+fn backend_from(frontend: &Frontend, index: u32) -> Option<(u32, &'static BackendValue)> {
+    let one = backend_at(frontend.base.wrapping_add(index), frontend.service_id)?;
+    if takes_more(one.0, one.1) {
+        return Some(one);
+    }
+    let next = index.wrapping_add(1).checked_rem(frontend.count)?;
+    backend_at(frontend.base.wrapping_add(next), frontend.service_id)
+}
+
 /// A random backend of the frontend, or the one with fewer connections of two.
 #[inline(always)]
 pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
@@ -274,7 +299,7 @@ pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
     let random = unsafe { bpf_get_prandom_u32() };
     // checked_rem: the verifier must see that no division by zero can panic.
     let first = random.checked_rem(frontend.count)?;
-    let one = backend_at(frontend.base.wrapping_add(first), frontend.service_id)?;
+    let one = backend_from(frontend, first)?;
     if !frontend.is_counted() || frontend.count < 2 {
         return Some(one);
     }
@@ -284,7 +309,7 @@ pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
         .wrapping_add(step)
         .wrapping_add(1)
         .checked_rem(frontend.count)?;
-    let other = backend_at(frontend.base.wrapping_add(second), frontend.service_id)?;
+    let other = backend_from(frontend, second)?;
     Some(if connections(other.0) < connections(one.0) {
         other
     } else {
@@ -306,8 +331,9 @@ pub fn backend_at(slot: u32, service_id: u32) -> Option<(u32, &'static BackendVa
     (backend.service_id == service_id).then_some((id, backend))
 }
 
+/// One more has gone to this backend.
 #[inline(always)]
-fn count_chosen(id: u32) {
+pub fn count_chosen(id: u32) {
     if let Some(traffic) = TRAFFIC.get_ptr_mut(id) {
         // SAFETY: the lookup checked the element; its fields are words.
         unsafe { add(addr_of_mut!((*traffic).chosen), 1) }

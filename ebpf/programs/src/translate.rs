@@ -26,7 +26,9 @@ use ebpf_maps::services::{AFFINITY_POD, Addr, BackendValue, v4_mapped};
 use crate::drop::{packed, unpacked};
 use crate::maps::{FRONTENDS, count};
 use crate::packet::{ACK, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP};
-use crate::service::{READ_ATTEMPTS, choose_any, choose_for, frontend_of, read_frontend, usable};
+use crate::service::{
+    READ_ATTEMPTS, choose_any, choose_for, count_chosen, frontend_of, read_frontend, usable,
+};
 use crate::socket::Peer;
 use crate::work::Work;
 use crate::{conntrack, event, nat, policy};
@@ -271,6 +273,7 @@ fn begin(work: &mut Work) -> Result<(), u32> {
     }
     if work.flow.backend_id != 0 {
         count(counter::TRANSLATED);
+        count_chosen(work.flow.backend_id);
     }
     Ok(())
 }

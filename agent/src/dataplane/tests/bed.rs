@@ -86,6 +86,16 @@ impl Bed {
 
     /// Runs `f` on a thread of the cgroup, in a new network namespace with loopback up.
     pub(super) fn inside<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        self.joined(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            loopback_up();
+            self.show_namespace(&nix::unistd::gettid().to_string());
+            f()
+        })
+    }
+
+    /// Runs `f` on a thread of the cgroup, as are the threads that it starts.
+    pub(super) fn joined<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let thread = scope.spawn(|| {
                 let tid = nix::unistd::gettid().to_string();
@@ -94,9 +104,6 @@ impl Bed {
                     .open(self.cgroup.join("cgroup.threads"))
                     .unwrap();
                 members.write_all(tid.as_bytes()).unwrap();
-                unshare(CloneFlags::CLONE_NEWNET).unwrap();
-                loopback_up();
-                self.show_namespace(&tid);
                 f()
             });
             thread

@@ -23,7 +23,7 @@ pub(super) struct Node {
     pub view: View,
 }
 
-fn pod(name: &str) -> Pod {
+pub(super) fn pod(name: &str) -> Pod {
     serde_json::from_value(json!({
         "metadata": {"name": name, "namespace": "d", "labels": {"app": name}},
         "spec": {"containers": [{"name": "c", "ports": [{"name": "sql", "containerPort": 8080}]}]}}))

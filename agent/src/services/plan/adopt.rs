@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use ebpf_maps::services::{
-    BACKEND_IN_USE, BackendValue, FRONTEND_TABLE, FrontendKey, FrontendValue,
+    BACKEND_IN_USE, BACKEND_ON_TRIAL, BackendValue, FRONTEND_TABLE, FrontendKey, FrontendValue,
 };
 
 use super::{BackendId, Known, Limits, Range, SourceRanges, Table, backend_of};
@@ -141,5 +141,7 @@ fn overlaps(used: &BTreeMap<u32, u32>, value: &FrontendValue) -> bool {
 }
 
 fn belongs(id: BackendId, backend: &BackendValue, value: &FrontendValue) -> bool {
-    id.0 != 0 && backend.service_id == value.service_id && backend.state == BACKEND_IN_USE
+    id.0 != 0
+        && backend.service_id == value.service_id
+        && matches!(backend.state, BACKEND_IN_USE | BACKEND_ON_TRIAL)
 }

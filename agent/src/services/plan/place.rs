@@ -4,7 +4,9 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
-use ebpf_maps::services::{BACKEND_IN_USE, BackendValue, FRONTEND_TABLE, FrontendKey};
+use ebpf_maps::services::{
+    BACKEND_IN_USE, BACKEND_ON_TRIAL, BackendValue, FRONTEND_TABLE, FrontendKey,
+};
 
 use super::{BackendId, Known, Moment, Plan, Range, Step, Table};
 use crate::services::arena::ArenaFull;
@@ -261,7 +263,11 @@ fn value_of(backend: &Backend, service_id: u32, generation: u64) -> BackendValue
         addr: backend.addr,
         port_be: backend.port_be,
         proto: backend.proto,
-        state: BACKEND_IN_USE,
+        state: if backend.on_trial {
+            BACKEND_ON_TRIAL
+        } else {
+            BACKEND_IN_USE
+        },
         node_id: backend.node_id,
         pod_id: backend.pod_id,
         generation,

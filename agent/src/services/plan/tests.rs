@@ -31,6 +31,7 @@ fn backend(host: u8) -> Backend {
         proto: 6,
         node_id: 1,
         pod_id: u64::from(host),
+        on_trial: false,
     }
 }
 
