@@ -20,11 +20,12 @@ pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 26] = [
+pub(super) const PINNED_MAPS: [&str; 27] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
     "SOURCE_RANGES",
+    "BANDWIDTH",
     "UPLINKS",
     "ANNOUNCED",
     "MASQUERADE",

@@ -15,6 +15,7 @@
 //! are pinned, so Services go on while the agent is dead; a restart replaces programs behind the
 //! same links and writes only what has changed.
 
+mod bandwidth;
 mod bpffs;
 mod clsact;
 mod ejection;
@@ -44,6 +45,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use async_trait::async_trait;
+use gantry_api::bandwidth::{EGRESS_ANNOTATION, INGRESS_ANNOTATION, bits_per_second};
+use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto;
 use gantry_cni::uplinks::Uplink;
 
@@ -126,6 +129,29 @@ fn advice(errno: Option<i32>) -> &'static str {
     }
 }
 
+/// How much a pod may send and be sent, in bits per second; none: as much as it likes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Bandwidth {
+    /// What it is sent.
+    pub ingress: Option<u64>,
+    /// What it sends.
+    pub egress: Option<u64>,
+}
+
+impl Bandwidth {
+    /// As a pod's annotations say. What they should not say is refused by the API.
+    pub fn of(pod: &Pod) -> Self {
+        let limit = |name: &str| {
+            let text = pod.metadata.annotations.as_ref()?.get(name)?;
+            bits_per_second(text).ok()
+        };
+        Self {
+            ingress: limit(INGRESS_ANNOTATION),
+            egress: limit(EGRESS_ANNOTATION),
+        }
+    }
+}
+
 /// How a pod is joined to its node: what the packet programs need to know.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PodInterface {
@@ -144,6 +170,8 @@ pub struct PodInterface {
     pub direct: bool,
     /// The programs are on it already: [`Dataplane::prepare_interface`] in this process.
     pub prepared: bool,
+    /// What it is held to.
+    pub bandwidth: Bandwidth,
 }
 
 /// The pods in the packet path, by the hashes of their UIDs (`services::index::label64`).

@@ -26,13 +26,14 @@ use aya::Ebpf;
 use aya::maps::{HashMap, MapData, MapError};
 use aya::programs::ProgramFd;
 use ebpf_maps::endpoint::{
-    DIRECT, ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue,
+    DIRECT, ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue, LIMITED,
 };
 use ebpf_maps::services::Addr;
 
+use super::bandwidth::BandwidthMap;
 use super::clsact::{self, Direction};
 use super::load::{absent_is_fine, failed, program_fd, take_map, unexpected};
-use super::{DataplaneError, PodInterface, PodPlaces, TrialPod, hooks, sys};
+use super::{Bandwidth, DataplaneError, PodInterface, PodPlaces, TrialPod, hooks, sys};
 use crate::ids::PodUid;
 use crate::paths::Paths;
 use crate::services::index::{addr_of, ip_of, label64};
@@ -92,6 +93,7 @@ pub(super) struct PodPrograms {
     attachment: Attachment,
     endpoints: HashMap<MapData, Addr, EndpointValue>,
     interfaces: HashMap<MapData, u32, InterfaceValue>,
+    bandwidth: BandwidthMap,
     /// What the maps hold: whose it is.
     owners: Owners,
 }
@@ -121,6 +123,7 @@ impl PodPrograms {
             attachment: Attachment::Clsact,
             endpoints: endpoints.map_err(|error: MapError| unexpected("ENDPOINTS", error))?,
             interfaces: interfaces.map_err(|error: MapError| unexpected("INTERFACES", error))?,
+            bandwidth: BandwidthMap::take(ebpf)?,
             owners: Owners::default(),
         };
         for row in taken.endpoints.iter() {
@@ -171,11 +174,16 @@ impl PodPrograms {
         let pod_id = label64(pod.pod.as_str());
         let addresses: BTreeSet<Addr> = pod.addresses.iter().copied().map(addr_of).collect();
         self.remove_rows(pod_id, |addr| addresses.contains(addr), Some(pod.ifindex))?;
+        self.bandwidth.set(pod_id, pod.bandwidth)?;
+        let limited = match pod.bandwidth == Bandwidth::default() {
+            true => 0,
+            false => LIMITED,
+        };
         let value = InterfaceValue {
             pod_id,
             pod_mac: pod.pod_mac,
             host_mac: pod.host_mac,
-            flags: 0,
+            flags: limited,
         };
         (self.interfaces.insert(pod.ifindex, value, 0))
             .map_err(|error| full("INTERFACES", INTERFACE_COUNT_MAX, &error))?;
@@ -184,7 +192,7 @@ impl PodPrograms {
             let value = EndpointValue {
                 pod_id,
                 ifindex: pod.ifindex,
-                flags: if pod.direct { DIRECT } else { 0 },
+                flags: limited | if pod.direct { DIRECT } else { 0 },
                 pod_mac: pod.pod_mac,
                 host_mac: pod.host_mac,
                 _pad: [0; 4],
@@ -242,6 +250,7 @@ impl PodPrograms {
         let owners = &self.owners;
         let mut found: BTreeSet<u64> = owners.addresses.values().copied().collect();
         found.extend(owners.interfaces.values());
+        found.extend(self.bandwidth.pods());
         let pins = fs::read_dir(&self.links).into_iter().flatten().flatten();
         found.extend(pins.filter_map(|pin| pod_of_pin(pin.file_name().to_str()?)));
         let mut first = Ok(());
@@ -253,6 +262,7 @@ impl PodPrograms {
 
     fn detach_id(&mut self, pod_id: u64) -> Result<(), DataplaneError> {
         self.remove_rows(pod_id, |_| false, None)?;
+        self.bandwidth.set(pod_id, Bandwidth::default())?;
         for hook in &POD_HOOKS {
             let pin = self.links.join(pin_name(pod_id, hook));
             match fs::remove_file(&pin) {
@@ -339,7 +349,7 @@ pub(super) fn attach_tcx(
     sys::pin(link.as_fd(), pin)
 }
 
-fn full(map: &str, count_max: u32, error: &MapError) -> DataplaneError {
+pub(super) fn full(map: &str, count_max: u32, error: &MapError) -> DataplaneError {
     match error {
         MapError::SyscallError(error) if error.io_error.raw_os_error() == Some(libc::E2BIG) => {
             DataplaneError::Kernel {

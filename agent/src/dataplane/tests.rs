@@ -8,6 +8,7 @@
 //! thread can have a network namespace of its own.
 
 mod apart;
+mod bandwidth;
 mod bed;
 mod ejection;
 mod events;

@@ -13,7 +13,7 @@ use gantry_cni::netlink::{Link, Netlink};
 use serde_json::Value;
 
 use super::chain::IFNAME;
-use crate::dataplane::PodInterface;
+use crate::dataplane::{Bandwidth, PodInterface};
 use crate::ids::PodUid;
 
 /// Finds it; the inner error says in words why it cannot be told.
@@ -34,6 +34,7 @@ pub(super) async fn find(
     Ok(
         judge(&link, outer.as_ref(), result).map(|(host_mac, pod_mac, ifindex)| PodInterface {
             prepared: false,
+            bandwidth: Bandwidth::default(),
             pod: pod.clone(),
             ifindex,
             host_mac,

@@ -39,6 +39,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 
+use crate::dataplane::Bandwidth;
 use crate::ids::PodUid;
 use crate::user_namespaces::{Range, UserNamespace};
 
@@ -57,6 +58,8 @@ pub struct PodNetworkSpec {
     pub host_network: bool,
     /// `hostUsers: false`: the host ids of its user namespace.
     pub user_range: Option<Range>,
+    /// What it may send and be sent.
+    pub bandwidth: Bandwidth,
 }
 
 /// A pod's network, ready.

@@ -39,7 +39,7 @@ use super::record::{Record, Wiring};
 use super::wires::{self, Wirer, Wires};
 use super::{Network, NetworkError, PodNetwork, PodNetworkSpec, Routes};
 use super::{forwarding, interface, packet_size};
-use crate::dataplane::{Dataplane, DataplaneError, PodInterface};
+use crate::dataplane::{Bandwidth, Dataplane, DataplaneError, PodInterface};
 use crate::ids::PodUid;
 use crate::paths::Paths;
 use crate::user_namespaces::UserNamespace;
@@ -119,6 +119,7 @@ impl Attached {
             addresses: addresses.clone(),
             direct: true,
             prepared: false,
+            bandwidth: Bandwidth::default(),
         };
         Self {
             addresses,
@@ -276,6 +277,7 @@ impl PodNetworks {
                             addresses: record.addresses.clone(),
                             direct: true,
                             prepared: false,
+                            bandwidth: Bandwidth::default(),
                         };
                         return Ok(Attached {
                             addresses: record.addresses,
@@ -479,7 +481,8 @@ impl Network for PodNetworks {
         };
         let attached = self.sandbox(spec, dir, &netns, kinds, is_recorded).await?;
         self.pool.fill(&self.wirer);
-        if let Some(interface) = attached.interface {
+        if let Some(mut interface) = attached.interface {
+            interface.bandwidth = spec.bandwidth;
             self.packets(move |dataplane| dataplane.attach_pod(&interface))
                 .await?;
         }

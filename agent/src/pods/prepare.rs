@@ -18,6 +18,7 @@ use super::{Node, launch};
 use crate::cgroups::CgroupError;
 use crate::cgroups::held::{Held, held};
 use crate::cgroups::limits::{container_limits, pod_limits, qos_class};
+use crate::dataplane::Bandwidth;
 use crate::ids::{ContainerRun, PodUid};
 use crate::images;
 use crate::images::auth::{self, RegistryAuth};
@@ -94,6 +95,7 @@ pub async fn sandbox(
         hostname: hostname(node, pod, &view.settings),
         host_network,
         user_range,
+        bandwidth: Bandwidth::of(pod),
     };
     let sandbox_spec = SandboxSpec {
         pod: uid.clone(),

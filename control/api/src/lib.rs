@@ -24,6 +24,7 @@
 pub use k8s_openapi;
 
 pub mod admission;
+pub mod bandwidth;
 pub mod bootstrap_token;
 pub mod cron;
 pub mod decode;

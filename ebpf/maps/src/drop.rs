@@ -36,11 +36,14 @@ pub const NO_PORT: u32 = 14;
 /// To the outside, from a pod: a fragment that came before the first of its packet.
 pub const FRAGMENT: u32 = 15;
 
+/// The pod has used up its bandwidth.
+pub const BANDWIDTH: u32 = 16;
+
 /// Entries of `DROPS`.
 pub const DROP_COUNT: u32 = 32;
 
 /// The name of each reason in use, by index, for metrics and reports.
-pub const DROP_NAMES: [&str; 16] = [
+pub const DROP_NAMES: [&str; 17] = [
     "no_pod",
     "source_address",
     "source_mac",
@@ -57,6 +60,7 @@ pub const DROP_NAMES: [&str; 16] = [
     "ttl",
     "no_port",
     "fragment",
+    "bandwidth",
 ];
 
 const _: () = assert!(DROP_NAMES.len() <= DROP_COUNT as usize);

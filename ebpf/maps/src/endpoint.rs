@@ -21,6 +21,9 @@ pub const INTERFACE_COUNT_MAX: u32 = 4_096;
 /// Not where something else on the host end must see them (a third party's shaper).
 pub const DIRECT: u32 = 1;
 
+/// `EndpointValue::flags`, `InterfaceValue::flags`: the pod has rows in `BANDWIDTH`.
+pub const LIMITED: u32 = 2;
+
 /// A hardware address.
 pub type Mac = [u8; 6];
 
@@ -32,7 +35,7 @@ pub struct EndpointValue {
     pub pod_id: u64,
     /// The host end of the pod's veth.
     pub ifindex: u32,
-    /// [`DIRECT`].
+    /// [`DIRECT`], [`LIMITED`].
     pub flags: u32,
     /// Of the interface in the pod.
     pub pod_mac: Mac,
@@ -52,7 +55,7 @@ pub struct InterfaceValue {
     pub pod_mac: Mac,
     /// Of the host end.
     pub host_mac: Mac,
-    /// None defined yet.
+    /// [`LIMITED`].
     pub flags: u32,
 }
 

@@ -18,6 +18,7 @@
 //! [`LAYOUT_VERSION`]: the agent then makes new maps instead of reading old bytes as new ones.
 #![no_std]
 
+pub mod bandwidth;
 pub mod counter;
 pub mod device;
 pub mod drop;

@@ -22,6 +22,7 @@
 #![feature(asm_experimental_arch)]
 
 mod announce;
+mod bandwidth;
 mod conntrack;
 mod device;
 mod drop;

@@ -6,6 +6,7 @@ use core::arch::asm;
 use aya_ebpf::bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC};
 use aya_ebpf::macros::map;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf};
+use ebpf_maps::bandwidth::{BANDWIDTH_COUNT_MAX, BandwidthKey, BandwidthValue};
 use ebpf_maps::counter::COUNTER_COUNT;
 use ebpf_maps::device::{DEVICE_EXEMPT_COUNT_MAX, DEVICE_RULE_COUNT_MAX, DeviceRuleKey};
 use ebpf_maps::drop::DROP_COUNT;
@@ -92,6 +93,11 @@ pub static ENDPOINTS: HashMap<Addr, EndpointValue> =
 #[map]
 pub static INTERFACES: HashMap<u32, InterfaceValue> =
     HashMap::with_max_entries(INTERFACE_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// What pods may send and be sent. The agent makes the rows, the programs move their time.
+#[map]
+pub static BANDWIDTH: HashMap<BandwidthKey, BandwidthValue> =
+    HashMap::with_max_entries(BANDWIDTH_COUNT_MAX, BPF_F_NO_PREALLOC);
 
 /// The node's interfaces towards the outside, by index. Written by the agent only.
 #[map]

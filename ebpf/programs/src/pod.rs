@@ -7,6 +7,8 @@
 //!  received  deliver, and on into the pod
 //!  deliver   policy (in) ─► translate the answer back
 //! ```
+//! A pod with a bandwidth is held to it behind its policy, in both directions.
+//!
 //! Putting a packet into a pod (`bpf_redirect_peer`) skips the bridge and the node's stack: neither
 //! sees it, its TTL stays as on a bridge, and its size was checked by the sender's own interface, which
 //! has the MTU of all. `to_pod` does not see it either, so `deliver` is done before.
@@ -17,8 +19,9 @@
 use aya_ebpf::bindings::TC_ACT_UNSPEC;
 use aya_ebpf::helpers::bpf_redirect_peer;
 use aya_ebpf::programs::TcContext;
+use ebpf_maps::bandwidth::{INTO_POD, OUT_OF_POD};
 use ebpf_maps::drop;
-use ebpf_maps::endpoint::{DIRECT, EndpointValue, Mac};
+use ebpf_maps::endpoint::{DIRECT, EndpointValue, LIMITED, Mac};
 use ebpf_maps::flow::ZONE_SERVICE;
 use ebpf_maps::services::Addr;
 
@@ -27,7 +30,7 @@ use crate::maps::{ENDPOINTS, INTERFACES, work};
 use crate::packet::{Frame, parse, read};
 use crate::translate::Outcome;
 use crate::work::Work;
-use crate::{conntrack, failing, policy, reject, spoof, translate};
+use crate::{bandwidth, conntrack, failing, policy, reject, spoof, translate};
 
 /// For this machine's stack, whatever the hardware address said.
 const PACKET_HOST: u32 = 0;
@@ -39,7 +42,7 @@ pub fn sent(ctx: &TcContext) -> i32 {
         return drop(drop::MALFORMED);
     };
     let frame = parse(ctx, &mut work.packet);
-    let pod_id = match spoof::check(ctx, frame, &work.packet) {
+    let pod_id = match spoof::check(ctx, frame, &work.packet, &mut work.pod_flags) {
         Ok(pod_id) => pod_id,
         Err(reason) => return drop(reason),
     };
@@ -71,6 +74,9 @@ pub fn sent(ctx: &TcContext) -> i32 {
         work.notes.at_ingress = false;
         return drop(drop::POLICY);
     }
+    if work.pod_flags & LIMITED != 0 && !bandwidth::allows(ctx, pod_id, OUT_OF_POD) {
+        return drop(drop::BANDWIDTH);
+    }
     let Some(to) = to else {
         failing::leaving(ctx, &work.packet);
         return TC_ACT_UNSPEC;
@@ -78,7 +84,7 @@ pub fn sent(ctx: &TcContext) -> i32 {
     if to.flags & DIRECT == 0 || to.ifindex == own {
         return TC_ACT_UNSPEC;
     }
-    match deliver(ctx, work, to.pod_id) {
+    match deliver(ctx, work, to.pod_id, to.flags) {
         Ok(()) => {
             failing::leaving(ctx, &work.packet);
             put_into(ctx, to)
@@ -103,9 +109,9 @@ pub fn received(ctx: &TcContext) -> i32 {
         return drop(drop::NO_POD);
     };
     // SAFETY: the pointer is an element of the map, checked by the lookup.
-    let pod_id = unsafe { (*interface).pod_id };
+    let (pod_id, flags) = unsafe { ((*interface).pod_id, (*interface).flags) };
     failing::heard(&work.packet);
-    match deliver(ctx, work, pod_id) {
+    match deliver(ctx, work, pod_id, flags) {
         Ok(()) => {
             if policy::is_from_node(ctx) {
                 failing::leaving(ctx, &work.packet);
@@ -118,10 +124,13 @@ pub fn received(ctx: &TcContext) -> i32 {
 
 /// What is done to every packet that reaches a pod, whichever way.
 #[inline(always)]
-fn deliver(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Result<(), u32> {
+fn deliver(ctx: &TcContext, work: &mut Work, pod_id: u64, flags: u32) -> Result<(), u32> {
     if !policy::allows_ingress(ctx, &work.packet, pod_id) {
         work.notes.at_ingress = true;
         return Err(drop::POLICY);
+    }
+    if flags & LIMITED != 0 && !bandwidth::allows(ctx, pod_id, INTO_POD) {
+        return Err(drop::BANDWIDTH);
     }
     failing::delivered(ctx, &work.packet, pod_id);
     if conntrack::is_used(ZONE_SERVICE) {

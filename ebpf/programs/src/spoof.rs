@@ -56,8 +56,15 @@ struct Arp {
 }
 
 /// The id of the pod that sent this frame, or why it must not have sent it.
+///
+/// * `flags` – becomes the pod's.
 #[inline(always)]
-pub fn check(ctx: &TcContext, frame: Frame, packet: &Packet) -> Result<u64, u32> {
+pub fn check(
+    ctx: &TcContext,
+    frame: Frame,
+    packet: &Packet,
+    flags: &mut u32,
+) -> Result<u64, u32> {
     // SAFETY: the kernel passes a valid context.
     let ifindex = unsafe { (*ctx.skb.skb).ifindex };
     let Some(mac) = packet::source_mac(ctx) else {
@@ -69,6 +76,8 @@ pub fn check(ctx: &TcContext, frame: Frame, packet: &Packet) -> Result<u64, u32>
         // SAFETY: the pointer is an element of the map, checked by the lookup.
         let (at, pod_id, own_mac) = unsafe { ((*own).ifindex, (*own).pod_id, (*own).pod_mac) };
         if at == ifindex && equal(&mac, &own_mac) {
+            // SAFETY: as above.
+            *flags = unsafe { (*own).flags };
             if packet.proto == ICMP_V6 && packet.is_v6 {
                 discovery(ctx, packet, ifindex, &mac, false)?;
             }
@@ -82,6 +91,8 @@ pub fn check(ctx: &TcContext, frame: Frame, packet: &Packet) -> Result<u64, u32>
     let InterfaceValue {
         pod_id, pod_mac, ..
     } = unsafe { *interface };
+    // Before it has an address it says little.
+    *flags = 0;
     if !equal(&mac, &pod_mac) {
         return Err(drop::SOURCE_MAC);
     }

@@ -14,6 +14,8 @@ use crate::packet::Packet;
 pub struct Work {
     /// The packet: `packet::parse`, kept true by `nat`.
     pub packet: Packet,
+    /// The flags of the pod that sent it, as `EndpointValue` has them: `spoof::check`.
+    pub pod_flags: u32,
     /// What it is to become: the input of `nat::rewrite` and `conntrack::begin`.
     pub becomes: Ends,
     /// Its flow: `conntrack::find` and `peek`.

@@ -16,7 +16,7 @@ use super::maps::Maps;
 use crate::dataplane::pods::{Attachment, PodPrograms};
 use crate::dataplane::policies::Policies;
 use crate::dataplane::uplinks::UplinkPrograms;
-use crate::dataplane::{PodInterface, bpffs, hooks, load, remove_all};
+use crate::dataplane::{Bandwidth, PodInterface, bpffs, hooks, load, remove_all};
 use crate::ids::PodUid;
 use crate::paths::Paths;
 
@@ -229,6 +229,7 @@ pub(super) fn interface(pod: usize) -> PodInterface {
         addresses: [V4[pod], V6[pod]].map(|text| text.parse().unwrap()).into(),
         direct: true,
         prepared: false,
+        bandwidth: Bandwidth::default(),
     }
 }
 

@@ -107,6 +107,7 @@ fn spec(name: &str) -> PodNetworkSpec {
         hostname: format!("host-{name}"),
         host_network: false,
         user_range: None,
+        bandwidth: Bandwidth::default(),
     }
 }
 

@@ -44,6 +44,7 @@ pub fn pod(pod: &Pod) -> Vec<FieldError> {
         None => vec![FieldError::required(&Path::new("spec"), "")],
     };
     super::resources::burst(pod.metadata.annotations.as_ref(), &mut errors);
+    crate::bandwidth::validate(pod.metadata.annotations.as_ref(), &mut errors);
     let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref());
     if let Some(value) = mirrored(pod).filter(|_| node.unwrap_or_default().is_empty()) {
         let detail = "must set spec.nodeName if mirror pod annotation is set";

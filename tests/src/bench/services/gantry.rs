@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use aya::maps::MapInfo;
 use aya::programs::{ProgramInfo, SchedClassifier, TestRun, TestRunOptions, loaded_programs};
 use aya::sys::Stats;
-use gantry_agent::dataplane::{BpfDataplane, Dataplane, Options, PodInterface};
+use gantry_agent::dataplane::{Bandwidth, BpfDataplane, Dataplane, Options, PodInterface};
 use gantry_agent::ids::PodUid;
 use gantry_agent::view::View;
 use gantry_cni::uplinks::Uplink;
@@ -72,6 +72,7 @@ impl Gantry {
                     addresses: addresses.collect(),
                     direct: true,
                     prepared: false,
+                    bandwidth: Bandwidth::default(),
                 })?;
             }
             let uplink = Uplink {
