@@ -19,6 +19,7 @@ mod masquerade;
 mod masquerade_wires;
 mod outside;
 mod outside_packets;
+mod outside_policy;
 mod packets;
 mod passage;
 mod policy;
