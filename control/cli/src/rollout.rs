@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 
 const POLL: Duration = Duration::from_millis(200);
 const REVISION: &str = "deployment.kubernetes.io/revision";
+/// So long nodes may take to learn of a Service's first backend: the control plane waits a second for all of
+/// them, and begins to when it has heard of the backend.
+const PROGRAMMED_WAIT: Duration = Duration::from_secs(3);
 
 #[derive(Subcommand, Debug)]
 pub(crate) enum Rollout {
@@ -309,6 +312,72 @@ fn stateful_set_progress(set: &Value) -> Progress {
     ))
 }
 
+/// The Services in front of these pods of which not every node knows yet that somebody serves them.
+fn unprogrammed(services: &[Value], workload: &Value) -> Vec<String> {
+    let available = ["availableReplicas", "numberAvailable", "readyReplicas"];
+    let has_any = available.iter().any(|field| {
+        let count = workload.pointer(&format!("/status/{field}"));
+        count.and_then(Value::as_i64).unwrap_or(0) > 0
+    });
+    let labels = workload.pointer("/spec/template/metadata/labels");
+    let selects = |service: &Value| {
+        let selector = service.pointer("/spec/selector").and_then(Value::as_object);
+        selector.is_some_and(|selector| {
+            let meets = |(key, value): (&String, &Value)| {
+                labels.and_then(|labels| labels.get(key)) == Some(value)
+            };
+            !selector.is_empty() && selector.iter().all(meets)
+        })
+    };
+    let is_programmed = |service: &Value| {
+        let conditions = service.pointer("/status/conditions");
+        let conditions = conditions.and_then(Value::as_array).into_iter().flatten();
+        conditions.into_iter().any(|condition| {
+            condition.get("type") == Some(&"Programmed".into())
+                && condition.get("status") == Some(&"True".into())
+        })
+    };
+    let name = |service: &Value| {
+        let name = service.pointer("/metadata/name").and_then(Value::as_str);
+        name.unwrap_or_default().to_owned()
+    };
+    let mut waiting: Vec<String> = services
+        .iter()
+        .filter(|service| has_any && selects(service) && !is_programmed(service))
+        .map(name)
+        .collect();
+    waiting.sort();
+    waiting
+}
+
+/// Waits for the nodes to learn of the first backends of Services; not for ever, since a rollout is done when
+/// its pods are.
+async fn until_programmed(session: &Session, workload: &Value) -> Result<(), Failure> {
+    let services = resolve("svc").ok_or_else(|| Failure::local("this build knows no Services"))?;
+    let until = Instant::now() + PROGRAMMED_WAIT;
+    let mut said = false;
+    loop {
+        let request = ListRequest {
+            key: Some(key(services, &session.namespace, "")),
+            ..ListRequest::default()
+        };
+        let (all, _) = session.list(request).await?;
+        let waiting = unprogrammed(&all, workload);
+        if waiting.is_empty() {
+            return Ok(());
+        }
+        let names = waiting.join(", ");
+        if Instant::now() >= until {
+            return output::print(&format!("Not every node is known to serve {names} yet\n"));
+        }
+        if !said {
+            said = true;
+            output::print(&format!("Waiting for every node to serve {names}...\n"))?;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
 impl Status {
     async fn run(&self, global: &Global) -> Result<(), Failure> {
         let (kind, name) = self.names.workload()?;
@@ -323,7 +392,12 @@ impl Status {
         loop {
             let deployment = session.get(session.key(kind, &name)).await?;
             match judge(&deployment) {
-                Progress::Done(text) => return output::print(&format!("{text}\n")),
+                Progress::Done(text) => {
+                    if self.watch {
+                        until_programmed(&session, &deployment).await?;
+                    }
+                    return output::print(&format!("{text}\n"));
+                }
                 Progress::Failed(text) => return Err(Failure::Local(text)),
                 Progress::Going(text) if text != said => {
                     output::print(&format!("{text}\n"))?;
@@ -362,6 +436,30 @@ mod tests {
         assert!(matches!(stateful_set_progress(&set), Progress::Going(_)));
         set["status"]["currentRevision"] = json!("s-b");
         assert!(matches!(stateful_set_progress(&set), Progress::Done(_)));
+    }
+
+    #[test]
+    fn services_of_a_workload_are_waited_for_until_every_node_serves_them() {
+        let workload = json!({"spec": {"template": {"metadata": {"labels": {"app": "web", "v": "2"}}}},
+            "status": {"availableReplicas": 1}});
+        let service = |name: &str, selector: Value, conditions: Value| {
+            json!({"metadata": {"name": name}, "spec": {"selector": selector},
+                "status": {"conditions": conditions}})
+        };
+        let condition = |status: &str| json!([{"type": "Programmed", "status": status}]);
+        let services = [
+            service("web", json!({"app": "web"}), condition("False")),
+            service("new", json!({"app": "web", "v": "2"}), Value::Null),
+            service("done", json!({"app": "web"}), condition("True")),
+            service("other", json!({"app": "db"}), condition("False")),
+            service("older", json!({"app": "web", "v": "1"}), Value::Null),
+            service("by-hand", json!({}), Value::Null),
+            service("by-hand", Value::Null, Value::Null),
+        ];
+        assert_eq!(unprogrammed(&services, &workload), ["new", "web"]);
+        let mut none = workload.clone();
+        none["status"] = json!({"availableReplicas": 0});
+        assert!(unprogrammed(&services, &none).is_empty(), "nobody serves");
     }
 
     #[test]

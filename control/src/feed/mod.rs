@@ -21,7 +21,8 @@
 //!    refused (annotation [`register::INCARNATION_ANNOTATION`], so also after a restart here), and
 //!    within one start a status needs a higher number than the last.
 //! 8. A final status is never overwritten by one that is not.
-//! 9. A floor is the answer to a wait, never remembered.
+//! 9. A floor is the answer to a wait, never remembered: of a drain, or of a Service's first backend
+//!    ([`programmed`]).
 //!
 //! Resume: same lineage and a revision within the tombstones (or an equal digest) goes on by cursor;
 //! else everything is sent. Digests by bucket, which would narrow that, may come later. The private
@@ -52,6 +53,7 @@ mod latest;
 mod mirrors;
 mod pods;
 mod policies;
+mod programmed;
 mod register;
 mod service;
 mod session;
@@ -177,6 +179,7 @@ impl Feed {
     pub async fn run(&self, token: CancellationToken) {
         tokio::select! {
             () = follow::follow(&self.inner) => tracing::info!("the store closed, the feed ends"),
+            () = programmed::write(&self.inner) => {}
             () = token.cancelled() => {}
         }
         self.inner.closed.cancel();

@@ -28,6 +28,7 @@ use serde::de::DeserializeOwned;
 use super::join::{self, CLAIMS, EndpointId, Name, NodeFacts, PodFacts, PodOnNode, SliceFacts};
 use super::latest::{Encoded, Latest, TOMBSTONES_MAX};
 use super::policies::{self, Policies};
+use super::programmed::{Serving, Turn};
 
 const VOLUMES: &str = "persistentvolumes";
 const SECRETS: &str = "secrets";
@@ -122,6 +123,7 @@ pub(super) struct Index {
     secret_volumes: BTreeMap<Name, BTreeSet<String>>,
     nodes: BTreeMap<String, NodeFacts>,
     policies: Policies,
+    serving: Serving,
     /// The revision of the last change of each node's private part. Kept when the node goes: a stream
     /// that is still open must see that its pods have gone too.
     private_changed_at: BTreeMap<String, u64>,
@@ -152,6 +154,7 @@ impl Index {
             secret_volumes: BTreeMap::new(),
             nodes: BTreeMap::new(),
             policies: Policies::default(),
+            serving: Serving::default(),
             private_changed_at: BTreeMap::new(),
             touched: BTreeSet::new(),
         }
@@ -186,6 +189,11 @@ impl Index {
         let mut touched = std::mem::take(&mut self.touched);
         touched.append(&mut self.policies.take_touched());
         touched
+    }
+
+    /// The Services that have got their first serving backend, or lost the last, since the last call.
+    pub(super) fn take_turns(&mut self) -> BTreeMap<Name, Turn> {
+        self.serving.take()
     }
 
     /// The cluster's DNS, which policies can name as a peer.
@@ -522,6 +530,7 @@ impl Index {
         if value.is_none() && self.common.get(&key).is_some_and(|held| !is_of(held, id)) {
             return;
         }
+        self.serving.note(service, &key, value.as_ref(), rev);
         self.common.set(
             &key,
             value.map(|v| Encoded::new(&key, 0, Value::Backend(v))),
