@@ -10,6 +10,7 @@
 mod apart;
 mod bandwidth;
 mod bed;
+mod direct;
 mod ejection;
 mod events;
 mod explain;

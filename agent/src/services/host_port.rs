@@ -147,6 +147,7 @@ fn set_of(
         }],
         affinity_s: 0,
         least_connections: false,
+        direct_return: false,
         elsewhere: false,
         restricted: Vec::new(),
         source_ranges: Vec::new(),

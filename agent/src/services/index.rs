@@ -78,6 +78,8 @@ pub struct BackendSet {
     pub affinity_s: u32,
     /// Of two random backends the one with fewer of this node's connections.
     pub least_connections: bool,
+    /// Backends of other nodes answer clients outside by themselves.
+    pub direct_return: bool,
     /// Nodes elsewhere have backends that this set leaves out.
     pub elsewhere: bool,
     /// Those of `frontends` that only clients in `source_ranges` may use. Sorted.
@@ -204,6 +206,7 @@ pub fn index(
                     backends: chosen,
                     affinity_s: affinity_s(service),
                     least_connections: service.least_connections,
+                    direct_return: service.direct_return,
                     elsewhere,
                     source_ranges: own.copied().collect(),
                     restricted,
@@ -254,6 +257,7 @@ pub fn resolver_sets(cluster_dns: IpAddr, resolver: SocketAddr, node: &str) -> V
         }],
         affinity_s: 0,
         least_connections: false,
+        direct_return: false,
         elsewhere: false,
         restricted: Vec::new(),
         source_ranges: Vec::new(),

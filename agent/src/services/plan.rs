@@ -39,9 +39,9 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ebpf_maps::services::{
-    BACKEND_COUNT, BACKEND_ON_TRIAL, BackendValue, FRONTEND_COUNT_MAX, FRONTEND_DROP,
-    FRONTEND_LEAST_CONNECTIONS, FRONTEND_RESTRICTED, FrontendKey, FrontendValue, SCOPE_NODE_PORT,
-    SCOPE_OUTSIDE_NODE_PORT, SLOT_COUNT, SOURCE_RANGE_COUNT_MAX,
+    BACKEND_COUNT, BACKEND_ON_TRIAL, BackendValue, FRONTEND_COUNT_MAX, FRONTEND_DIRECT_RETURN,
+    FRONTEND_DROP, FRONTEND_LEAST_CONNECTIONS, FRONTEND_RESTRICTED, FrontendKey, FrontendValue,
+    SCOPE_NODE_PORT, SCOPE_OUTSIDE_NODE_PORT, SLOT_COUNT, SOURCE_RANGE_COUNT_MAX,
 };
 
 pub use self::adopt::Found;
@@ -394,6 +394,9 @@ impl Table {
                     true => FRONTEND_LEAST_CONNECTIONS,
                     false => 0,
                 };
+                if set.direct_return && key.is_outside() {
+                    own.flags |= FRONTEND_DIRECT_RETURN;
+                }
                 let is_restricted = set.restricted.contains(key);
                 own.flags |= if is_restricted {
                     FRONTEND_RESTRICTED

@@ -178,6 +178,7 @@ pub(super) fn service(service: &core::Service) -> proto::Service {
         load_balancer_ips: balancer_ips.filter_map(address_bytes).collect(),
         publish_not_ready: spec.publish_not_ready_addresses.unwrap_or(false),
         least_connections: validation::least_connections(service),
+        direct_return: validation::direct_return(service),
         source_ranges: ranges.filter_map(|range| source_range(range)).collect(),
         health_check_node_port: port_number(spec.health_check_node_port).unwrap_or(0),
     }

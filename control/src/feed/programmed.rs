@@ -232,7 +232,7 @@ mod tests {
         use proto::backend::State::{Draining, NotReady, Serving as Serves};
         let web: Name = ("d".into(), "web".into());
         let mut serving = Serving::default();
-        let turned = |serving: &mut Serving| serving.take().remove(&("d".into(), "web".into()));
+        let turned = |serving: &mut Serving| serving.take().remove(&web);
         serving.note(&web, "a", Some(&backend(NotReady)), 3);
         assert_eq!(turned(&mut serving), None);
         serving.note(&web, "a", Some(&backend(Serves)), 4);

@@ -43,6 +43,9 @@ pub const REPLIED: u8 = 2;
 /// `FlowValue::flags`: TCP: a FIN or RST was seen, from either side.
 pub const CLOSING: u8 = 4;
 
+/// `FlowValue::flags`: its packets go on as they are, to the node of what they would become.
+pub const DIRECT_RETURN: u8 = 8;
+
 /// The unit of [`FlowValue::used`]: 2^30 ns of the monotonic clock, about 1.07 s.
 pub const TICK_SHIFT: u32 = 30;
 
@@ -120,7 +123,7 @@ pub struct FlowValue {
     pub backend_id: u32,
     /// The `FrontendValue::service_id` it was chosen for.
     pub service_id: u32,
-    /// [`IS_REPLY`], [`REPLIED`], [`CLOSING`].
+    /// [`IS_REPLY`], [`REPLIED`], [`CLOSING`], [`DIRECT_RETURN`].
     pub flags: u8,
     /// Always 0.
     pub _pad: [u8; 3],

@@ -73,6 +73,10 @@ pub const FAILURE_COUNT_MAX: u32 = 4_096;
 /// `FrontendValue::flags`: of two backends the one with fewer connections of this node is chosen.
 pub const FRONTEND_LEAST_CONNECTIONS: u32 = 0x100;
 
+/// `FrontendValue::flags`: what comes from outside for a backend of another node goes on to that node as it
+/// is, which answers the client itself.
+pub const FRONTEND_DIRECT_RETURN: u32 = 0x200;
+
 /// `AffinityKey::kind`: the client is a network namespace, so a pod (or the node itself).
 pub const AFFINITY_NETNS: u32 = 0;
 /// `AffinityKey::kind`: the client is one unconnected UDP socket.

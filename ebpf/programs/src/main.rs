@@ -25,6 +25,7 @@ mod announce;
 mod bandwidth;
 mod conntrack;
 mod device;
+mod direct;
 mod drop;
 mod event;
 mod failing;

@@ -7,7 +7,8 @@
 //!            without backends      ─► refused at once; dropped if other nodes have some
 //!            who has an announced address? ─► answered
 //!  then      backend on this node  ─► the node's network; its answer is translated as it leaves
-//!            backend elsewhere     ─► leaves from the node's own address, for the answer to come back
+//!            backend elsewhere     ─► leaves from the node's own address, for the answer to come back;
+//!                                     or as it is, to the backend's node: see `direct`
 //!  sent      an answer of this node's backends ─► comes from the frontend again
 //!            of a pod, to the outside          ─► leaves from the node's own address
 //! ```
@@ -25,9 +26,9 @@ use aya_ebpf::bindings::{TC_ACT_UNSPEC, bpf_fib_lookup as FibLookup};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
-use ebpf_maps::flow::{Ends, FlowValue, IS_REPLY, ZONE_OUTSIDE};
+use ebpf_maps::flow::{DIRECT_RETURN, Ends, FlowValue, IS_REPLY, ZONE_OUTSIDE};
 use ebpf_maps::services::{
-    AFFINITY_ADDRESS, Addr, FRONTEND_DROP, FRONTEND_RESTRICTED, FRONTEND_TABLE,
+    AFFINITY_ADDRESS, Addr, FRONTEND_DIRECT_RETURN, FRONTEND_DROP, FRONTEND_RESTRICTED, FRONTEND_TABLE,
     FrontendKey, FrontendValue, RENDEZVOUS_COUNT_MAX, SCOPE_OUTSIDE_ADDRESS,
     SCOPE_OUTSIDE_NODE_PORT, SOURCE_RANGE_BITS, SourceRangeKey, flow_hash, mix, v4_mapped, weight,
 };
@@ -43,10 +44,10 @@ use crate::service::{
     Client, Frontend, READ_ATTEMPTS, backend_at, count_chosen, read_frontend, takes_more, usable,
 };
 use crate::work::Work;
-use crate::{announce, conntrack, event, failing, masquerade, nat, policy, reject};
+use crate::{announce, conntrack, direct, event, failing, masquerade, nat, policy, reject};
 
-const AF_INET: u8 = 2;
-const AF_INET6: u8 = 10;
+pub const AF_INET: u8 = 2;
+pub const AF_INET6: u8 = 10;
 /// Answers of `bpf_fib_lookup`: BPF_FIB_LKUP_RET_{SUCCESS,NO_NEIGH,FRAG_NEEDED}.
 const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
@@ -72,6 +73,8 @@ impl Outcome {
     const TRANSLATED: Self = Self(u32::MAX - 1);
     /// Its frontend has no backend.
     const REFUSED: Self = Self(u32::MAX - 2);
+    /// It is to go on as it is, to the node of its backend.
+    const DIRECT: Self = Self(u32::MAX - 3);
 }
 
 /// What comes in by an uplink.
@@ -93,6 +96,7 @@ pub fn received(ctx: &TcContext) -> i32 {
         Outcome::UNTOUCHED => TC_ACT_UNSPEC,
         Outcome::TRANSLATED => send_on(ctx, work),
         Outcome::REFUSED => refuse(ctx, work),
+        Outcome::DIRECT => direct::send(ctx, work),
         Outcome(reason) => drop(reason),
     }
 }
@@ -190,7 +194,7 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
         work.becomes = work.flow.ends;
     } else {
         let chosen = match work.packet.proto {
-            TCP | UDP => choose(&work.packet),
+            TCP | UDP => choose(work),
             _ => NO_FRONTEND,
         };
         match chosen {
@@ -205,6 +209,9 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
             NOT_ADMITTED => return Err(drop::SOURCE_RANGE),
             id => begin(ctx, work, id)?,
         }
+    }
+    if work.flow.flags & DIRECT_RETURN != 0 {
+        return Ok(Outcome::DIRECT);
     }
     masquerade::remember_fragments(ctx, work);
     event::note_translated(work);
@@ -223,7 +230,8 @@ fn stands(flow: &FlowValue, packet: &Packet) -> bool {
 ///
 /// One number comes back, so that the verifier goes on once, however the choice was made.
 #[inline(never)]
-fn choose(packet: &Packet) -> u32 {
+fn choose(work: &mut Work) -> u32 {
+    let packet = &work.packet;
     let Some((key, mut value)) = frontend_of(packet) else {
         return NO_FRONTEND;
     };
@@ -231,6 +239,14 @@ fn choose(packet: &Packet) -> u32 {
     while attempt < READ_ATTEMPTS {
         attempt += 1;
         if let Some(frontend) = read_frontend(&key, value) {
+            // A port of another node is answered for where that has sent it on.
+            let is_ours = key.scope != SCOPE_OUTSIDE_NODE_PORT
+                || frontend.flags & FRONTEND_DIRECT_RETURN != 0
+                || is_own(&packet.destination);
+            if !is_ours {
+                return NO_FRONTEND;
+            }
+            work.frontend_flags = frontend.flags;
             if !admits(&frontend, &packet.source) {
                 return NOT_ADMITTED;
             }
@@ -266,11 +282,7 @@ fn frontend_of(packet: &Packet) -> Option<(FrontendKey, *const FrontendValue)> {
     if let Some(value) = FRONTENDS.get_ptr(&key) {
         return Some((key, value));
     }
-    let owner = NODE_ADDRESSES.get_ptr(&packet.destination)?;
-    // SAFETY: the pointer is an element of the map, checked by the lookup.
-    if unsafe { *owner } != NODE_OWN {
-        return None;
-    }
+    NODE_ADDRESSES.get_ptr(&packet.destination)?;
     let key = FrontendKey {
         addr: if packet.is_v6 { [0; 4] } else { v4_mapped(0) },
         scope: SCOPE_OUTSIDE_NODE_PORT,
@@ -278,6 +290,15 @@ fn frontend_of(packet: &Packet) -> Option<(FrontendKey, *const FrontendValue)> {
     };
     let value = FRONTENDS.get_ptr(&key)?;
     Some((key, value))
+}
+
+#[inline(always)]
+fn is_own(addr: &Addr) -> bool {
+    match NODE_ADDRESSES.get_ptr(addr) {
+        // SAFETY: the pointer is an element of the map, checked by the lookup.
+        Some(owner) => unsafe { *owner == NODE_OWN },
+        None => false,
+    }
 }
 
 #[inline(always)]
@@ -395,6 +416,14 @@ fn begin(ctx: &TcContext, work: &mut Work, backend_id: u32) -> Result<(), u32> {
         let has_begun = conntrack::begin(work, zone, backend_id, service_id);
         return has_begun.then_some(()).ok_or(drop::FLOWS_FULL);
     };
+    if work.frontend_flags & FRONTEND_DIRECT_RETURN != 0 && direct::can(ctx, work) {
+        if !conntrack::begin(work, zone, backend_id, service_id) {
+            return Err(drop::FLOWS_FULL);
+        }
+        direct::mark(work);
+        work.flow.flags |= DIRECT_RETURN;
+        return Ok(());
+    }
     // SAFETY: the pointer is an element of the map, checked by the lookup.
     let own = unsafe {
         if work.packet.is_v6 {
@@ -439,7 +468,7 @@ fn send_on(ctx: &TcContext, work: &mut Work) -> i32 {
 
 /// One hop further.
 #[inline(always)]
-fn age(ctx: &TcContext, is_v6: bool) -> Result<(), u32> {
+pub fn age(ctx: &TcContext, is_v6: bool) -> Result<(), u32> {
     let at = if is_v6 { IP_OFFSET + 7 } else { IP_OFFSET + 8 };
     let Some([hops, proto]) = read::<[u8; 2]>(ctx, at) else {
         return Err(drop::MALFORMED);
@@ -473,10 +502,16 @@ fn route(ctx: &TcContext, is_v6: bool, ends: &Ends) -> u32 {
     let size = core::mem::size_of::<FibLookup>() as i32;
     // SAFETY: the helper takes this hook's context and fills the structure that it is given.
     let found = unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), &raw mut lookup, size, 0) };
-    match found {
-        FIB_SUCCESS | FIB_NO_NEIGHBOUR | FIB_TOO_LARGE => lookup.ifindex,
-        _ => 0,
+    match is_found(found) {
+        true => lookup.ifindex,
+        false => 0,
     }
+}
+
+/// Whether there is a route.
+#[inline(always)]
+pub fn is_found(answer: i64) -> bool {
+    matches!(answer, FIB_SUCCESS | FIB_NO_NEIGHBOUR | FIB_TOO_LARGE)
 }
 
 #[inline(always)]

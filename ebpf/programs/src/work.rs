@@ -18,6 +18,8 @@ pub struct Work {
     pub pod_flags: u32,
     /// What it is to become: the input of `nat::rewrite` and `conntrack::begin`.
     pub becomes: Ends,
+    /// The flags of its frontend, and its backend's Service: `outside::choose`.
+    pub frontend_flags: u32,
     /// Its flow: `conntrack::find` and `peek`.
     pub flow: FlowValue,
     /// The packet that an ICMP error quotes: `nat`.

@@ -180,13 +180,13 @@ impl Maps for Wires {
 }
 
 /// A bpffs in a directory of its own; both go with it, also when a test fails early.
-struct Place {
-    paths: Paths,
+pub(super) struct Place {
+    pub(super) paths: Paths,
     _directory: tempfile::TempDir,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let paths = Paths {
             run: directory.path().join("run"),

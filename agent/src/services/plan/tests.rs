@@ -47,6 +47,7 @@ fn set(frontends: &[u8], backends: &[u8]) -> BackendSet {
         backends: backends.iter().map(|host| backend(*host)).collect(),
         affinity_s: 0,
         least_connections: false,
+        direct_return: false,
         elsewhere: false,
         restricted: Vec::new(),
         source_ranges: Vec::new(),
@@ -244,6 +245,7 @@ fn a_changed_affinity_keeps_the_range() {
     let sticky = BackendSet {
         affinity_s: 60,
         least_connections: false,
+        direct_return: false,
         ..set(&[1], &[1, 2])
     };
     let plan = table.plan(&wanted(1, vec![sticky]), 2, T);
@@ -603,6 +605,7 @@ fn check_history(history: &[Change], limits: Limits) -> Result<(), TestCaseError
                             let set = both_sides(BackendSet {
                                 affinity_s: *affinity_s,
                                 least_connections: *affinity_s % 2 == 1,
+                                direct_return: *affinity_s % 3 == 1,
                                 ..set(frontends, backends)
                             });
                             if clients.is_empty() {

@@ -20,7 +20,7 @@ mod workload;
 pub use batch::{cron_job, job, job_update};
 pub use network_policy::network_policy;
 pub use pod::{MIRROR_ANNOTATION, no_ephemeral, pod, pod_spec, pod_update};
-pub use service::{endpoint_slice, least_connections, service, service_update};
+pub use service::{direct_return, endpoint_slice, least_connections, service, service_update};
 pub use sets::{
     daemon_set, daemon_set_update, replication_controller, stateful_set, stateful_set_update,
 };

@@ -25,6 +25,8 @@ const DISTRIBUTIONS: &[&str] = &["PreferClose", "PreferSameNode", "PreferSameZon
 /// How a Service's connections are spread over its backends.
 pub(super) const LOAD_BALANCING_ANNOTATION: &str = "gantry.dev/load-balancing";
 const LEAST_CONNECTIONS: &str = "least-connections";
+/// Whether backends of other nodes answer clients outside by themselves.
+const DIRECT_RETURN_ANNOTATION: &str = "gantry.dev/direct-server-return";
 const RANDOM: &str = "random";
 
 /// A Service.
@@ -104,8 +106,24 @@ pub fn service(service: &Service) -> Vec<FieldError> {
             errors.push(FieldError::not_supported(&path, value.as_str(), &known));
         }
     }
+    if let Some(value) = annotations.and_then(|a| a.get(DIRECT_RETURN_ANNOTATION)) {
+        let known = ["false", "true"];
+        if !known.contains(&value.as_str()) {
+            let path = Path::new("metadata").child("annotations");
+            let path = path.key(DIRECT_RETURN_ANNOTATION);
+            errors.push(FieldError::not_supported(&path, value.as_str(), &known));
+        }
+    }
     outside(spec, kind, &path, &mut errors);
     errors
+}
+
+/// Whether what comes from outside goes on to the backend's node as it is, which answers.
+pub fn direct_return(service: &Service) -> bool {
+    let annotations = service.metadata.annotations.as_ref();
+    annotations
+        .and_then(|a| a.get(DIRECT_RETURN_ANNOTATION))
+        .is_some_and(|value| value == "true")
 }
 
 /// Whether a Service's connections go to the backend with fewer of them, of two chosen at random.
