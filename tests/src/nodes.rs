@@ -583,6 +583,7 @@ fn start_pod(space: &Space, name: &'static str, networks: Arc<PodNetworks>) -> R
         hostname: name.into(),
         host_network: false,
         user_range: None,
+        bandwidth: Default::default(),
     };
     let made = space.run(async move { Ok(networks.ensure(&spec).await?) })?;
     let netns = Netns::open(&made.netns.context("no namespace")?)?;
