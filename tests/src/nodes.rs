@@ -38,6 +38,7 @@ use serde_json::json;
 use tokio::runtime::Runtime;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::scenario::Skipped;
 
@@ -65,6 +66,8 @@ pub enum Joined {
 pub struct Space {
     netns: Netns,
     runtime: Option<Runtime>,
+    /// What was spawned and has not ended.
+    tasks: TaskTracker,
 }
 
 impl Space {
@@ -88,6 +91,7 @@ impl Space {
         let space = Self {
             netns,
             runtime: Some(runtime),
+            tasks: TaskTracker::new(),
         };
         space.run(async { Ok(Netlink::open()?.set_up(LOOPBACK_INDEX).await?) })?;
         Ok(space)
@@ -104,7 +108,7 @@ impl Space {
 
     fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         if let Some(runtime) = &self.runtime {
-            runtime.spawn(work);
+            self.tasks.spawn_on(work, runtime.handle());
         }
     }
 
@@ -547,8 +551,11 @@ impl Node {
     /// Removes all that the agent has made in the namespace; what is left.
     pub fn clean_up(&self) -> Result<Vec<String>> {
         self.agent.cancel();
-        let paths = self.paths.clone();
+        let (paths, tasks) = (self.paths.clone(), self.space.tasks.clone());
+        tasks.close();
         self.space.run(async move {
+            // One that is in the middle of a look would make again what is removed here.
+            tasks.wait().await;
             network::remove_all(&paths).await?;
             Ok(network::census(&paths).await?.lines())
         })
