@@ -2,7 +2,9 @@
 //!
 //! Every node gives the address a weight by its own name; the heaviest of those that the feed names
 //! announces it. So a node that comes or goes moves only its own share of addresses. With
-//! `externalTrafficPolicy: Local` only nodes with a backend are asked, as long as there are any.
+//! `externalTrafficPolicy: Local` only nodes with a backend are asked, as long as there are any. A node
+//! that the control plane has given up announces nothing; were it all of them, it is the control plane
+//! that is cut off, and nothing moves.
 //!
 //! Invariant, checked by the tests: nodes that see the same view agree.
 
@@ -58,7 +60,13 @@ fn candidates<'a>(
     backends: Option<&'a Backends>,
     view: &'a View,
 ) -> BTreeSet<&'a str> {
-    let all: BTreeSet<&str> = view.nodes.keys().map(String::as_str).collect();
+    let names = |dead: bool| -> BTreeSet<&'a str> {
+        let nodes = view.nodes.iter();
+        let alive = nodes.filter(|(_, node)| dead || !node.dead);
+        alive.map(|(name, _)| name.as_str()).collect()
+    };
+    let alive = names(false);
+    let all = if alive.is_empty() { names(true) } else { alive };
     if !service.external_local {
         return all;
     }
@@ -108,6 +116,26 @@ mod tests {
             Arc::make_mut(&mut view.backends).insert(name(number), Arc::new(backends));
         }
         view
+    }
+
+    #[test]
+    fn a_dead_node_announces_nothing_until_it_is_back() {
+        let before = view(&["a", "b", "c"], false, &[]);
+        let mut after = view(&["a", "b", "c"], false, &[]);
+        let dead = proto::NodeRoute {
+            dead: true,
+            ..proto::NodeRoute::default()
+        };
+        Arc::make_mut(&mut after.nodes).insert("b".into(), Arc::new(dead.clone()));
+        assert!(!of("b", &before).is_empty());
+        assert!(of("b", &after).is_empty());
+        let (a, c) = (of("a", &after), of("c", &after));
+        assert_eq!(a.len() + c.len(), 40, "each has one announcer");
+        assert!(a.is_superset(&of("a", &before)) && c.is_superset(&of("c", &before)));
+        for name in ["a", "c"] {
+            Arc::make_mut(&mut after.nodes).insert(name.into(), Arc::new(dead.clone()));
+        }
+        assert_eq!(of("b", &after), of("b", &before), "nothing moves");
     }
 
     fn name(number: u8) -> ServiceName {

@@ -528,6 +528,7 @@ impl NodeFacts {
             pod_cidr: self.pod_cidr.clone(),
             addresses: self.addresses.clone(),
             zone: self.zone.clone(),
+            dead: self.dead,
         })
     }
 }

@@ -339,7 +339,7 @@ pub(super) fn set_node(view: &mut View, address: &str) {
     let node = proto::NodeRoute {
         pod_cidr: String::new(),
         addresses: vec![octets(address).into()],
-        zone: String::new(),
+        ..proto::NodeRoute::default()
     };
     Arc::make_mut(&mut view.nodes).insert("here".into(), Arc::new(node));
 }

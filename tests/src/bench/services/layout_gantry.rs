@@ -24,7 +24,7 @@ pub(super) fn node(pods: &[PodUid], address: Ipv4Addr) -> View {
     let route = proto::NodeRoute {
         pod_cidr: super::model::POD_PREFIX.into(),
         addresses: vec![bytes(address)],
-        zone: String::new(),
+        ..proto::NodeRoute::default()
     };
     Arc::make_mut(&mut view.nodes).insert(NODE.into(), Arc::new(route));
     for uid in pods {
