@@ -608,12 +608,6 @@ fn check_claim(claim: &Value, path: &Path, findings: &mut Findings) {
 #[must_use]
 pub fn check(kind: &Kind, object: &Value) -> Findings {
     let mut findings = Findings::default();
-    if kind.group == "rbac.authorization.k8s.io" {
-        findings.warnings.push(
-            "roles: accepted without effect: service accounts have no rights at the API yet"
-                .to_owned(),
-        );
-    }
     let Some(spec) = object.get("spec") else {
         return findings;
     };

@@ -1,4 +1,5 @@
-//! The images of nodes, for `gantry images`: each agent is asked on its own stream.
+//! The images of nodes, for `gantry images`: each agent is asked on its own stream. To see them takes the right
+//! `get nodes/images`, everything else `update nodes/images`.
 
 use std::time::Duration;
 
@@ -6,6 +7,7 @@ use gantry_api::k8s_openapi::api::core::v1::Node;
 use gantry_api::kinds;
 use gantry_api::proto;
 use gantry_api::proto::images_answer::Answer;
+use gantry_api::proto::images_request::Action;
 use gantry_api::proto::open_tunnel::Target;
 use gantry_api::proto::{images_input, images_server, tunnel_down, tunnel_up};
 use gantry_api::status::Status;
@@ -14,6 +16,7 @@ use tonic::{Request, Response, Streaming};
 
 use super::Feed;
 use super::tunnels::{BoxedStream, carry, end_after};
+use crate::server::rbac::{Attributes, caller};
 
 /// How long a client may take to say what it wants.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -46,6 +49,7 @@ impl images_server::Images for NodeImages {
         &self,
         request: Request<Streaming<proto::ImagesInput>>,
     ) -> Result<Response<Self::AskStream>, tonic::Status> {
+        let who = caller(&request)?;
         let mut input = request.into_inner();
         let first = timeout(START_TIMEOUT, input.message()).await;
         let first = first.map_err(|_| Status::timeout("no request in 10 s"))??;
@@ -53,6 +57,15 @@ impl images_server::Images for NodeImages {
         else {
             return Err(Status::bad_request("the first message must be the request").into());
         };
+        let changes = !matches!(request.action, Some(Action::List(_)));
+        let what = Attributes {
+            verb: if changes { "update" } else { "get" },
+            resource: "nodes",
+            subresource: "images",
+            name: &request.node,
+            ..Attributes::default()
+        };
+        self.feed.inner.registry.authorize(&who, &what)?;
         self.check_node(&request.node)?;
         let node = request.node.clone();
         let target = Target::Images(request);

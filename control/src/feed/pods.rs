@@ -16,6 +16,8 @@ use tonic::{Request, Response, Streaming};
 
 use super::Feed;
 use super::tunnels::{BoxedStream, Tunnel, carry, end_after, end_after_error, lost};
+use crate::server::identity::Identity;
+use crate::server::rbac::{Attributes, caller};
 
 /// Which container is meant when none is named.
 const DEFAULT_CONTAINER_ANNOTATION: &str = "kubectl.kubernetes.io/default-container";
@@ -44,11 +46,32 @@ impl PodStreams {
         place(&self.feed, namespace, name, container)
     }
 
+    /// Lets the caller use a subresource of a pod.
+    fn authorize(
+        &self,
+        who: &Identity,
+        verb: &str,
+        subresource: &str,
+        namespace: &str,
+        pod: &str,
+    ) -> Result<(), Status> {
+        let what = Attributes::pod(verb, subresource, or_default(namespace), pod);
+        self.feed.inner.registry.authorize(who, &what)
+    }
+
     async fn open(&self, place: &Place, target: Target) -> Result<Tunnel, Status> {
         self.feed
             .inner
             .open_tunnel(&place.node, &place.uid, target)
             .await
+    }
+}
+
+/// The namespace that is meant.
+pub(super) fn or_default(namespace: &str) -> &str {
+    match namespace {
+        "" => "default",
+        namespace => namespace,
     }
 }
 
@@ -59,11 +82,7 @@ pub(super) fn place(
     name: &str,
     container: Option<&str>,
 ) -> Result<Place, Status> {
-    let namespace = if namespace.is_empty() {
-        "default"
-    } else {
-        namespace
-    };
+    let namespace = or_default(namespace);
     let pod = feed
         .inner
         .registry
@@ -141,7 +160,9 @@ impl pods_server::Pods for PodStreams {
         &self,
         request: Request<proto::LogsRequest>,
     ) -> Result<Response<Self::LogsStream>, tonic::Status> {
+        let who = caller(&request)?;
         let mut request = request.into_inner();
+        self.authorize(&who, "get", "log", &request.namespace, &request.pod)?;
         let place = self.place(&request.namespace, &request.pod, Some(&request.container))?;
         request.container.clone_from(&place.container);
         let tunnel = self.open(&place, Target::Logs(request)).await?;
@@ -168,12 +189,15 @@ impl pods_server::Pods for PodStreams {
         &self,
         request: Request<Streaming<proto::ExecInput>>,
     ) -> Result<Response<Self::ExecStream>, tonic::Status> {
+        let who = caller(&request)?;
         let mut input = request.into_inner();
         let first = timeout(START_TIMEOUT, input.message()).await;
         let first = first.map_err(|_| Status::timeout("no command in 10 s"))??;
         let Some(exec_input::Input::Start(mut start)) = first.and_then(|first| first.input) else {
             return Err(Status::bad_request("the first message must be the command").into());
         };
+        let subresource = if start.attach { "attach" } else { "exec" };
+        self.authorize(&who, "create", subresource, &start.namespace, &start.pod)?;
         if start.command.is_empty() && !start.attach {
             return Err(Status::bad_request("you must specify at least one command").into());
         }
@@ -199,13 +223,16 @@ impl pods_server::Pods for PodStreams {
         &self,
         request: Request<Streaming<proto::ForwardInput>>,
     ) -> Result<Response<Self::ForwardStream>, tonic::Status> {
+        let who = caller(&request)?;
         let mut input = request.into_inner();
         let first = timeout(START_TIMEOUT, input.message()).await;
         let first = first.map_err(|_| Status::timeout("no port in 10 s"))??;
         let Some(forward_input::Input::Start(start)) = first.and_then(|first| first.input) else {
             return Err(Status::bad_request("the first message must be the port").into());
         };
-        let place = self.place(&start.namespace, &start.pod, None)?;
+        let (namespace, pod) = (&start.namespace, &start.pod);
+        self.authorize(&who, "create", "portforward", namespace, pod)?;
+        let place = self.place(namespace, pod, None)?;
         let tunnel = self.open(&place, Target::Forward(start)).await?;
         let output = carry(
             tunnel,

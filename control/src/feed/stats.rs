@@ -1,6 +1,14 @@
 //! What nodes and pods use, for `gantry top`, which Services nodes have programmed, for `gantry svc`, and
 //! what happens to flows, for `gantry flows`: every agent is asked on its own stream, side by side.
+//!
+//! | asked for | right |
+//! |---|---|
+//! | use of nodes | `list nodes.metrics.k8s.io` |
+//! | use of pods | `list pods.metrics.k8s.io`, in each namespace that is shown |
+//! | programmed Services | `list services` in the namespace, or everywhere; drops: `get nodes/stats` |
+//! | flows, explanations | `get pods/flows` in the namespace, or everywhere |
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -15,7 +23,10 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response};
 
+use super::pods::or_default;
 use super::{Feed, explain};
+use crate::server::identity::Identity;
+use crate::server::rbac::{Attributes, Verdict, caller};
 
 /// An agent takes a second for its rates, and a reading.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -48,6 +59,35 @@ impl NodeStats {
         Ok(nodes)
     }
 
+    fn authorize(&self, who: &Identity, what: &Attributes<'_>) -> Result<(), Status> {
+        self.feed.inner.registry.authorize(who, what)
+    }
+
+    fn may(&self, who: &Identity, what: &Attributes<'_>) -> Result<bool, Status> {
+        Ok(self.feed.inner.registry.verdict(who, what)? != Verdict::Refused)
+    }
+
+    /// Takes out what the caller may not see: nodes' figures, and pods of other namespaces.
+    fn keep_allowed(&self, who: &Identity, usage: &mut proto::NodeUsage) -> Result<(), Status> {
+        if !self.may(who, &metrics("nodes", ""))? {
+            usage.usage = None;
+            usage.allocatable_cpu_millicores = 0;
+            usage.allocatable_memory_bytes = 0;
+        }
+        if self.may(who, &metrics("pods", ""))? {
+            return Ok(());
+        }
+        let mut allowed = BTreeMap::new();
+        for pod in &usage.pods {
+            if !allowed.contains_key(&pod.namespace) {
+                let may = self.may(who, &metrics("pods", &pod.namespace))?;
+                allowed.insert(pod.namespace.clone(), may);
+            }
+        }
+        usage.pods.retain(|pod| allowed[&pod.namespace]);
+        Ok(())
+    }
+
     async fn ask(&self, node: &Node) -> Result<proto::NodeUsage, Status> {
         let name = node.metadata.name.as_deref().unwrap_or_default();
         let target = Target::Usage(proto::UsageRequest {
@@ -67,6 +107,17 @@ impl NodeStats {
             }
             _ => Err(Status::unavailable("the agent answered something else")),
         }
+    }
+}
+
+/// Listing these figures, in one namespace or everywhere.
+fn metrics<'a>(resource: &'a str, namespace: &'a str) -> Attributes<'a> {
+    Attributes {
+        verb: "list",
+        group: "metrics.k8s.io",
+        resource,
+        namespace,
+        ..Attributes::default()
     }
 }
 
@@ -162,7 +213,13 @@ impl stats_server::Stats for NodeStats {
         &self,
         request: Request<proto::ExplainRequest>,
     ) -> Result<Response<proto::ExplainReply>, tonic::Status> {
+        let who = caller(&request)?;
         let request = request.into_inner();
+        let namespace = or_default(&request.namespace);
+        self.authorize(
+            &who,
+            &Attributes::pod("get", "flows", namespace, &request.pod),
+        )?;
         let reply = explain::connect(&self.feed, &request).await;
         Ok(Response::new(reply?))
     }
@@ -173,7 +230,10 @@ impl stats_server::Stats for NodeStats {
         &self,
         request: Request<proto::FlowsRequest>,
     ) -> Result<Response<Self::FlowsStream>, tonic::Status> {
+        let who = caller(&request)?;
         let request = request.into_inner();
+        let what = Attributes::pod("get", "flows", &request.namespace, &request.pod);
+        self.authorize(&who, &what)?;
         let nodes = self.nodes_named(&request.node)?;
         let (parts, stream) = mpsc::channel(PARTS);
         for node in nodes {
@@ -190,7 +250,25 @@ impl stats_server::Stats for NodeStats {
         &self,
         request: Request<proto::ServicesRequest>,
     ) -> Result<Response<Self::ServicesStream>, tonic::Status> {
+        let who = caller(&request)?;
         let request = request.into_inner();
+        let what = match request.drops {
+            true => Attributes {
+                verb: "get",
+                resource: "nodes",
+                subresource: "stats",
+                name: &request.node,
+                ..Attributes::default()
+            },
+            false => Attributes {
+                verb: "list",
+                resource: "services",
+                namespace: &request.namespace,
+                name: &request.name,
+                ..Attributes::default()
+            },
+        };
+        self.authorize(&who, &what)?;
         let nodes = self.nodes_named(&request.node)?;
         let (parts, stream) = mpsc::channel(PARTS);
         for node in nodes {
@@ -205,15 +283,25 @@ impl stats_server::Stats for NodeStats {
         &self,
         request: Request<proto::UsageRequest>,
     ) -> Result<Response<proto::UsageReply>, tonic::Status> {
+        let who = caller(&request)?;
+        // Who sees figures neither of nodes nor of all pods gets those of the pods that they may see.
         let nodes = self.nodes(&request.into_inner().node)?;
         let answers = join_all(nodes.iter().map(|node| self.ask(node))).await;
         let mut reply = proto::UsageReply::default();
         for (node, answer) in nodes.iter().zip(answers) {
             let name = node.metadata.name.as_deref().unwrap_or_default();
             match answer {
-                Ok(usage) => reply.nodes.push(usage),
+                Ok(mut usage) => {
+                    self.keep_allowed(&who, &mut usage)?;
+                    reply.nodes.push(usage);
+                }
                 Err(status) => reply.missing.push(format!("{name}: {}", status.message)),
             }
+        }
+        // Without any right nothing is left, and then the names of nodes are nobody's business either.
+        let is_bare = |node: &proto::NodeUsage| node.usage.is_none() && node.pods.is_empty();
+        if reply.nodes.iter().all(is_bare) && !self.may(&who, &metrics("nodes", ""))? {
+            self.authorize(&who, &metrics("pods", ""))?;
         }
         Ok(Response::new(reply))
     }

@@ -1,11 +1,11 @@
-//! Who calls, and what they may: the client certificate, or else the bearer token of a service
-//! account, names the user; the groups decide.
+//! Who calls: the client certificate, or else the bearer token of a service account, names the user; the groups
+//! say which services they come to.
 //!
 //! | group            | may                                                   |
 //! |------------------|-------------------------------------------------------|
 //! | `system:masters` | everything                                            |
 //! | `system:nodes`   | the Feed service, as the node its user name names     |
-//! | any other        | nothing                                               |
+//! | any other        | what roles are bound to them ([`super::rbac`])        |
 //!
 //! TLS has verified the chain, the dates and the key before this is asked. The certificate of a node that
 //! has joined (organizational unit [`JOINED_UNIT`]) speaks for it as long as the Node object names its
@@ -75,6 +75,11 @@ impl Identity {
         self.is_in(MASTERS_GROUP)
     }
 
+    /// Whether the caller comes as a node's agent, whatever node.
+    pub(crate) fn is_node(&self) -> bool {
+        self.is_in(NODES_GROUP)
+    }
+
     /// The node that the caller is the agent of.
     pub fn node_name(&self) -> Option<&str> {
         let name = self.user.strip_prefix(NODE_USER_PREFIX)?;
@@ -93,7 +98,8 @@ impl Identity {
     pub fn check_service(&self, service: Service) -> Result<(), Status> {
         let may = match service {
             Service::Feed => self.is_master() || self.node_name().is_some(),
-            Service::Objects | Service::Pods => self.is_master(),
+            // Each call asks for the right that it needs.
+            Service::Objects | Service::Pods => self.is_master() || !self.is_node(),
         };
         if may {
             return Ok(());
@@ -307,6 +313,11 @@ mod tests {
             "User \"system:node:a\" (groups: system:nodes) cannot use the service Objects"
         );
         assert!(node.check_node("b").unwrap_err().message.contains("\"b\""));
+
+        let user = identity("jane", "dev");
+        user.check_service(Service::Objects).unwrap();
+        user.check_service(Service::Pods).unwrap();
+        assert!(user.check_service(Service::Feed).is_err());
     }
 
     #[test]

@@ -8,6 +8,7 @@ use gantry_api::{decode, merge};
 use serde_json::Value;
 
 use super::object::metadata_mut;
+use super::rbac::{Attributes, Judge};
 use super::registry::Registry;
 use super::rules::Part;
 use super::service;
@@ -50,14 +51,16 @@ impl Patch {
 }
 
 impl Registry {
-    /// `kubectl apply`: creates the object, or merges three ways (last applied, live, new).
-    pub async fn apply_value(
+    /// `kubectl apply`: creates the object, or merges three ways (last applied, live, new). What it comes to
+    /// in the end is what the caller needs the right for.
+    pub(crate) async fn apply_value(
         &self,
         kind: &'static Kind,
         namespace: &str,
         name: &str,
         mut object: Value,
         options: &WriteOptions,
+        judge: &Judge<'_>,
     ) -> Result<Written, Status> {
         // What is recorded as applied is what the user wrote, with the namespace it went to.
         set_namespace(kind, namespace, &mut object)?;
@@ -65,17 +68,21 @@ impl Registry {
             .map_err(|error| Status::internal(format!("cannot encode the manifest: {error}")))?;
         for _ in 0..ROUND_COUNT_MAX {
             if self.get_entry(kind, namespace, name).is_none() {
+                judge.verb(&Attributes::of("create", kind, namespace, ""))?;
                 let prepared = admission::apply(kind, None, &json, options.strict)?;
                 refuse_mirror(kind, &prepared.object)?;
+                judge.content(kind, namespace, None, &prepared.object)?;
                 match self.create_prepared(kind, prepared, options.dry_run).await {
                     Err(status) if status.reason == Reason::AlreadyExists => continue,
                     result => return result,
                 }
             }
+            judge.verb(&Attributes::of("patch", kind, namespace, name))?;
             let warnings = std::sync::Mutex::new(Vec::new());
             let change = |live: &Value| {
                 let seen = without_dropped_fields(kind, live, &object);
                 let prepared = admission::apply(kind, Some(&seen), &json, options.strict)?;
+                judge.content(kind, namespace, Some(live), &prepared.object)?;
                 if let Ok(mut warnings) = warnings.lock() {
                     *warnings = prepared.warnings;
                 }

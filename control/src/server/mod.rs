@@ -17,6 +17,7 @@ mod object;
 mod objects;
 mod pod_admission;
 mod qos;
+pub(crate) mod rbac;
 pub mod registry;
 mod resize;
 mod rules;

@@ -17,8 +17,10 @@ use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response};
 
+use super::identity::Identity;
 use super::merge::Patch;
 use super::object::{metadata_text, present};
+use super::rbac::{Attributes, Judge, caller};
 use super::registry::{DeleteOptions, Propagation, Registry};
 use super::rules::Part;
 use super::table::Renderer;
@@ -29,6 +31,16 @@ use super::{resize, scale, watch};
 
 /// What one write may take: a store that does not answer within it has failed.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What asking whose token it is needs.
+const TOKEN_REVIEW: Attributes<'_> = Attributes {
+    verb: "create",
+    group: "authentication.k8s.io",
+    resource: "tokenreviews",
+    subresource: "",
+    namespace: "",
+    name: "",
+};
 
 /// The subresource that adds ephemeral containers to a pod.
 const EPHEMERAL: &str = "ephemeralcontainers";
@@ -87,6 +99,10 @@ impl Target {
         })
     }
 
+    fn attributes<'a>(&'a self, verb: &'a str) -> Attributes<'a> {
+        Attributes::of(verb, self.kind, &self.namespace, &self.name)
+    }
+
     fn required_name(&self) -> Result<&str, Status> {
         if self.name.is_empty() {
             return Err(Status::bad_request("the request names no object"));
@@ -109,12 +125,15 @@ impl ObjectsService {
     }
 
     /// Kinds that are asked and never stored: TokenRequest (a subresource) and TokenReview.
-    fn ask(&self, request: &WriteRequest) -> Result<Option<Value>, Status> {
+    fn ask(&self, who: &Identity, request: &WriteRequest) -> Result<Option<Value>, Status> {
         let key = request.key.clone().unwrap_or_default();
         let encode = |error: serde_json::Error| Status::internal(format!("cannot encode: {error}"));
         let malformed = |error: serde_json::Error| Status::bad_request(error.to_string());
         let now = jiff::Timestamp::now();
         if request.subresource == "token" && key.plural == "serviceaccounts" {
+            let (kind, key) = kind_of_key(request.key.clone())?;
+            let what = Attributes::of("create", kind, &key.namespace, &key.name);
+            self.registry.authorize(who, &what.sub("token"))?;
             let asked = serde_json::from_value(decode::parse(&request.json)?).map_err(malformed)?;
             let (registry, tokens) = (&self.registry, &self.tokens);
             let answer =
@@ -122,6 +141,7 @@ impl ObjectsService {
             return serde_json::to_value(answer).map(Some).map_err(encode);
         }
         if request.subresource.is_empty() && key.plural == "tokenreviews" {
+            self.registry.authorize(who, &TOKEN_REVIEW)?;
             let asked = serde_json::from_value(decode::parse(&request.json)?).map_err(malformed)?;
             let answer = tokens::review(&self.registry, &self.tokens, asked, now);
             return serde_json::to_value(answer).map(Some).map_err(encode);
@@ -129,8 +149,12 @@ impl ObjectsService {
         Ok(None)
     }
 
-    async fn create_object(&self, request: WriteRequest) -> Result<Written, Status> {
-        if let Some(object) = self.ask(&request)? {
+    async fn create_object(
+        &self,
+        who: &Identity,
+        request: WriteRequest,
+    ) -> Result<Written, Status> {
+        if let Some(object) = self.ask(who, &request)? {
             return Ok(Written {
                 object,
                 warnings: Vec::new(),
@@ -140,44 +164,67 @@ impl ObjectsService {
         }
         let write = Write::new(request, &[])?;
         let (kind, namespace) = (write.target.kind, &write.target.namespace);
+        let judge = Judge::new(&self.registry, who);
+        // Rules know no names of objects that are still to be made.
+        judge.verb(&Attributes {
+            name: "",
+            ..write.target.attributes("create")
+        })?;
+        judge.content(kind, namespace, None, &write.object)?;
         self.registry
             .create_value(kind, namespace, write.object, &write.options)
             .await
     }
 
-    async fn update_object(&self, request: WriteRequest) -> Result<Written, Status> {
+    async fn update_object(
+        &self,
+        who: &Identity,
+        request: WriteRequest,
+    ) -> Result<Written, Status> {
         let subresource = request.subresource.clone();
         let write = Write::new(request, CHANGEABLE)?;
+        let judge = Judge::new(&self.registry, who);
+        judge.verb(&write.target.attributes("update").sub(&subresource))?;
         let wanted = |_: &Value| Ok(write.object.clone());
-        self.change(&write.target, &subresource, &write.options, wanted)
+        self.change(&judge, &write.target, &subresource, &write.options, wanted)
             .await
     }
 
-    async fn apply_object(&self, request: WriteRequest) -> Result<Written, Status> {
+    async fn apply_object(&self, who: &Identity, request: WriteRequest) -> Result<Written, Status> {
         let write = Write::new(request, &[])?;
         let (kind, namespace) = (write.target.kind, &write.target.namespace);
         let name = write.target.required_name()?;
         self.registry
-            .apply_value(kind, namespace, name, write.object, &write.options)
+            .apply_value(
+                kind,
+                namespace,
+                name,
+                write.object,
+                &write.options,
+                &Judge::new(&self.registry, who),
+            )
             .await
     }
 
-    async fn patch_object(&self, request: PatchRequest) -> Result<Written, Status> {
+    async fn patch_object(&self, who: &Identity, request: PatchRequest) -> Result<Written, Status> {
         refuse_subresource(&request.subresource, CHANGEABLE)?;
         let patch = Patch::parse(request.r#type(), &request.patch)?;
         let target = Target::new(request.key, &Value::Null)?;
+        let judge = Judge::new(&self.registry, who);
+        judge.verb(&target.attributes("patch").sub(&request.subresource))?;
         let options = WriteOptions {
             dry_run: request.dry_run,
             strict: true,
         };
         let wanted = |seen: &Value| patch.applied(seen);
-        self.change(&target, &request.subresource, &options, wanted)
+        self.change(&judge, &target, &request.subresource, &options, wanted)
             .await
     }
 
     /// Update and patch: `wanted` makes what the client wants of what it sees.
     async fn change(
         &self,
+        judge: &Judge<'_>,
         target: &Target,
         subresource: &str,
         options: &WriteOptions,
@@ -186,10 +233,14 @@ impl ObjectsService {
         let (kind, namespace) = (target.kind, target.namespace.as_str());
         let name = target.required_name()?;
         let part = part_of(kind, subresource)?;
-        let change = |old: &Value| match subresource {
-            "scale" => scale::applied(kind, old, &wanted(&scale::view(kind, old)?)?),
-            "resize" => resize::applied(kind, old, &wanted(old)?),
-            _ => wanted(old),
+        let change = |old: &Value| {
+            let new = match subresource {
+                "scale" => scale::applied(kind, old, &wanted(&scale::view(kind, old)?)?),
+                "resize" => resize::applied(kind, old, &wanted(old)?),
+                _ => wanted(old),
+            }?;
+            judge.content(kind, namespace, Some(old), &new)?;
+            Ok(new)
         };
         let written = self
             .registry
@@ -201,8 +252,13 @@ impl ObjectsService {
         }
     }
 
-    async fn delete_object(&self, request: DeleteRequest) -> Result<Written, Status> {
+    async fn delete_object(
+        &self,
+        who: &Identity,
+        request: DeleteRequest,
+    ) -> Result<Written, Status> {
         let target = Target::new(request.key, &Value::Null)?;
+        self.registry.authorize(who, &target.attributes("delete"))?;
         let name = target.required_name()?;
         let propagation = match request.propagation.as_str() {
             "" | "Background" => Propagation::Background,
@@ -272,7 +328,10 @@ impl Objects for ObjectsService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<WatchEvent, tonic::Status>> + Send>>;
 
     async fn get(&self, request: Request<GetRequest>) -> Result<Response<Object>, tonic::Status> {
+        let who = caller(&request)?;
         let (kind, key) = kind_of_key(request.into_inner().key)?;
+        let what = Attributes::of("get", kind, &key.namespace, &key.name);
+        self.registry.authorize(&who, &what)?;
         let entry = self.registry.get_entry(kind, &key.namespace, &key.name);
         let entry = entry.ok_or_else(|| Status::not_found(kind, &key.name))?;
         let json = present(&entry, entry.mod_revision);
@@ -283,12 +342,14 @@ impl Objects for ObjectsService {
         &self,
         request: Request<ListRequest>,
     ) -> Result<Response<ObjectList>, tonic::Status> {
+        let who = caller(&request)?;
         let request = request.into_inner();
         let view = View::new(
             request.key,
             &request.label_selector,
             &request.field_selector,
         )?;
+        self.registry.authorize(&who, &view.attributes("list"))?;
         let (revision, entries) = self.registry.store().list(&view.prefix);
         let mut items = Vec::with_capacity(entries.len());
         for entry in &entries {
@@ -306,8 +367,15 @@ impl Objects for ObjectsService {
         &self,
         request: Request<WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, tonic::Status> {
-        let store = self.registry.store();
-        let stream = watch::open(store, request.into_inner(), self.stop.clone())?;
+        let who = caller(&request)?;
+        let request = request.into_inner();
+        let view = View::new(
+            request.key.clone(),
+            &request.label_selector,
+            &request.field_selector,
+        )?;
+        self.registry.authorize(&who, &view.attributes("watch"))?;
+        let stream = watch::open(self.registry.store(), view, &request, self.stop.clone())?;
         Ok(Response::new(Box::pin(stream)))
     }
 
@@ -315,47 +383,55 @@ impl Objects for ObjectsService {
         &self,
         request: Request<WriteRequest>,
     ) -> Result<Response<WriteReply>, tonic::Status> {
-        answer(self.create_object(request.into_inner())).await
+        let who = caller(&request)?;
+        answer(self.create_object(&who, request.into_inner())).await
     }
 
     async fn update(
         &self,
         request: Request<WriteRequest>,
     ) -> Result<Response<WriteReply>, tonic::Status> {
-        answer(self.update_object(request.into_inner())).await
+        let who = caller(&request)?;
+        answer(self.update_object(&who, request.into_inner())).await
     }
 
     async fn apply(
         &self,
         request: Request<WriteRequest>,
     ) -> Result<Response<WriteReply>, tonic::Status> {
-        answer(self.apply_object(request.into_inner())).await
+        let who = caller(&request)?;
+        answer(self.apply_object(&who, request.into_inner())).await
     }
 
     async fn patch(
         &self,
         request: Request<PatchRequest>,
     ) -> Result<Response<WriteReply>, tonic::Status> {
-        answer(self.patch_object(request.into_inner())).await
+        let who = caller(&request)?;
+        answer(self.patch_object(&who, request.into_inner())).await
     }
 
     async fn delete(
         &self,
         request: Request<DeleteRequest>,
     ) -> Result<Response<WriteReply>, tonic::Status> {
-        answer(self.delete_object(request.into_inner())).await
+        let who = caller(&request)?;
+        answer(self.delete_object(&who, request.into_inner())).await
     }
 
     async fn table(
         &self,
         request: Request<ListRequest>,
     ) -> Result<Response<TableReply>, tonic::Status> {
+        let who = caller(&request)?;
         let request = request.into_inner();
         let view = View::new(
             request.key,
             &request.label_selector,
             &request.field_selector,
         )?;
+        let verb = if view.is_one { "get" } else { "list" };
+        self.registry.authorize(&who, &view.attributes(verb))?;
         let renderer = Renderer::new(view.kind, request.wide, request.with_namespace);
         let (revision, entries) = self.registry.store().list(&view.prefix);
         let mut rows = Vec::with_capacity(entries.len());

@@ -29,6 +29,7 @@ use super::allocation::Allocator;
 use super::event::Events;
 use super::object;
 use super::pod_admission;
+use super::rbac;
 use super::rules::Part;
 use super::service;
 use super::write::WriteOptions;
@@ -89,6 +90,7 @@ pub(super) struct Inner {
     pub(super) allocator: Allocator,
     pub(super) events: Events,
     pub(super) patience: OnceLock<Patience>,
+    pub(super) access: rbac::Access,
 }
 
 /// How long pods that say nothing about it stay on a node that is not ready, or not heard of.
@@ -120,6 +122,7 @@ impl Registry {
             allocator,
             events,
             patience: OnceLock::new(),
+            access: rbac::Access::default(),
         };
         Registry {
             inner: Arc::new(inner),
@@ -161,7 +164,7 @@ impl Registry {
                     .await?;
             }
         }
-        Ok(())
+        rbac::ensure_defaults(self).await
     }
 
     /// The store: for lists and watches by key.

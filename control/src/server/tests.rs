@@ -21,6 +21,9 @@ use crate::pki::{Authority, Credentials};
 use crate::run::{Control, StartError};
 use crate::server::WriteOptions;
 use crate::server::registry::{DeleteOptions, Registry};
+use crate::server::{identity, rbac};
+
+mod authorization;
 
 type Client = ObjectsClient<Channel>;
 
@@ -951,6 +954,10 @@ async fn garbage_is_refused_without_a_panic_and_changes_nothing_else() {
     let cluster = Cluster::start().await;
     let registry = cluster.registry();
     let options = WriteOptions::default();
+    let master = identity::Identity {
+        user: "tester".to_owned(),
+        groups: vec![identity::MASTERS_GROUP.to_owned()],
+    };
     let ports = json!({"type": "NodePort", "ports": [{"port": 80}], "selector": {"a": "b"}});
     registry.create(&service("s", ports)).await.unwrap();
     let mut runner = TestRunner::default();
@@ -965,7 +972,8 @@ async fn garbage_is_refused_without_a_panic_and_changes_nothing_else() {
             let _ = registry
                 .create_value(kind, space, value.clone(), &dry)
                 .await;
-            let apply = registry.apply_value(kind, space, "s", value.clone(), &dry);
+            let judge = rbac::Judge::new(registry, &master);
+            let apply = registry.apply_value(kind, space, "s", value.clone(), &dry, &judge);
             let _ = apply.await;
         }
         let kind = gantry_api::kinds::by_plural("", "services").unwrap();

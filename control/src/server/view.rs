@@ -7,6 +7,7 @@ use gantry_api::status::{Reason, Status};
 use serde_json::Value;
 
 use super::object;
+use super::rbac::Attributes;
 use crate::store::Entry;
 
 /// The kind that a request names.
@@ -29,7 +30,11 @@ pub(super) struct View {
     pub(super) kind: &'static Kind,
     /// Prefix of the store keys; the whole key when a name is given.
     pub(super) prefix: String,
-    is_one: bool,
+    /// It is about one object by name.
+    pub(super) is_one: bool,
+    namespace: String,
+    /// The one name that there can be.
+    name: String,
     labels: Selector,
     fields: FieldSelector,
 }
@@ -58,13 +63,22 @@ impl View {
         } else {
             kind.store_prefix(Some(&key.namespace))
         };
+        let selected = fields.required("metadata.name").unwrap_or_default();
+        let name = if is_one { &key.name } else { selected };
         Ok(View {
+            name: name.to_owned(),
+            namespace: key.namespace,
             kind,
             prefix,
             is_one,
             labels,
             fields,
         })
+    }
+
+    /// What reading this needs.
+    pub(super) fn attributes<'a>(&'a self, verb: &'a str) -> Attributes<'a> {
+        Attributes::of(verb, self.kind, &self.namespace, &self.name)
     }
 
     /// Whether the entry is meant; parses it only where a selector needs that.

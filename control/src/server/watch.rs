@@ -49,14 +49,10 @@ struct Session {
 /// Opens the watch that a request asks for.
 pub(super) fn open(
     store: &Store,
-    request: WatchRequest,
+    view: View,
+    request: &WatchRequest,
     stop: CancellationToken,
 ) -> Result<impl Stream<Item = Result<WatchEvent, tonic::Status>> + use<>, Status> {
-    let view = View::new(
-        request.key,
-        &request.label_selector,
-        &request.field_selector,
-    )?;
     let renderer = request
         .as_table
         .then(|| Renderer::new(view.kind, request.wide, request.with_namespace));
