@@ -7,6 +7,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/gantry/v1/stats.proto",
         "proto/gantry/v1/images.proto",
         "proto/gantry/v1/joining.proto",
+        "proto/gantry/v1/access.proto",
     ];
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;

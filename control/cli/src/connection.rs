@@ -4,6 +4,7 @@ use crate::Global;
 use crate::failure::{Failure, chain};
 use crate::kubeconfig::{self, Access};
 use gantry_api::kinds::Kind;
+use gantry_api::proto::access_client::AccessClient;
 use gantry_api::proto::images_client::ImagesClient;
 use gantry_api::proto::objects_client::ObjectsClient;
 use gantry_api::proto::pods_client::PodsClient;
@@ -26,6 +27,7 @@ pub(crate) struct Session {
     pub(crate) pods: PodsClient<Channel>,
     pub(crate) stats: StatsClient<Channel>,
     pub(crate) images: ImagesClient<Channel>,
+    pub(crate) access: AccessClient<Channel>,
     /// `-n`, or the context's namespace.
     pub(crate) namespace: String,
     /// Whether `-n` was given.
@@ -57,6 +59,7 @@ impl Session {
                 .max_decoding_message_size(MESSAGE_BYTES_MAX),
             pods: PodsClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
             stats: StatsClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            access: AccessClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
             images: ImagesClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
             namespace_given: namespace.is_some(),
             namespace: namespace.unwrap_or_else(|| access.namespace.clone()),

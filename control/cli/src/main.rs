@@ -10,6 +10,7 @@
 
 mod apply;
 mod attach;
+mod auth;
 mod connection;
 mod cordon;
 mod cp;
@@ -140,6 +141,9 @@ enum Verb {
     Events(events::Events),
     /// Wait until objects have a condition
     Wait(wait::Wait),
+    /// Say who the caller is, and what they may do
+    #[command(subcommand)]
+    Auth(auth::Auth),
     /// List the kinds that the server knows
     #[command(name = "api-resources")]
     ApiResources,
@@ -211,6 +215,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Rollout(verb) => verb.run(&global).await.map(done),
         Verb::Events(verb) => verb.run(&global).await.map(done),
         Verb::Wait(verb) => verb.run(&global).await.map(done),
+        Verb::Auth(verb) => verb.run(&global).await,
         Verb::ApiResources => version::api_resources(&global).await.map(done),
         Verb::Version(verb) => verb.run(&global).await.map(done),
     }
@@ -283,6 +288,11 @@ mod tests {
             "events --for pod/web -A -w",
             "wait --for=condition=Ready pod/web --timeout=60s",
             "wait --for=delete pod -l app=web",
+            "auth can-i list pods -n shop",
+            "auth can-i get deploy/web --as jane --as-group dev -q",
+            "auth can-i create pods --subresource=exec -A",
+            "auth can-i --list -n shop",
+            "auth whoami",
             "api-resources",
             "version --client",
             "-n shop get pods --kubeconfig /tmp/x --context y",

@@ -33,6 +33,7 @@ mod write;
 use std::sync::Arc;
 use std::time::Duration;
 
+use gantry_api::proto::access_server::AccessServer;
 use gantry_api::proto::objects_server::ObjectsServer;
 use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
@@ -111,6 +112,10 @@ impl Server {
             .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
             .add_service(InterceptedService::new(
                 objects,
+                authenticator.for_service(Service::Objects),
+            ))
+            .add_service(InterceptedService::new(
+                AccessServer::new(rbac::AccessService::new(registry.clone())),
                 authenticator.for_service(Service::Objects),
             ))
             .add_service(InterceptedService::new(

@@ -17,6 +17,7 @@ mod defaults;
 mod escalation;
 mod guard;
 mod policy;
+mod service;
 
 use gantry_api::k8s_openapi::api::rbac::v1::PolicyRule;
 use gantry_api::kinds::Kind;
@@ -25,6 +26,7 @@ pub(super) use defaults::ensure as ensure_defaults;
 pub(crate) use escalation::Judge;
 pub(crate) use guard::{Access, Verdict, caller};
 pub(crate) use policy::{Grant, Policy, Rules};
+pub(super) use service::AccessService;
 
 /// API group of the four kinds.
 pub(crate) const RBAC_GROUP: &str = "rbac.authorization.k8s.io";

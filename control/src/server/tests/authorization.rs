@@ -420,3 +420,94 @@ async fn an_operators_role_survives_a_start_and_nodes_get_nothing_by_bindings() 
     );
     cluster.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn callers_can_ask_what_they_may_do() {
+    use gantry_api::proto::access_client::AccessClient;
+    use gantry_api::proto::{AccessReviewRequest, AccessRulesRequest, Subject, WhoAmIRequest};
+    let cluster = Cluster::start().await;
+    let mut admin = cluster.admin().await;
+    let view = binding("view", "default", ("ClusterRole", "view"), user("jane"));
+    created(&mut admin, "rolebindings", &view).await;
+    let mut jane = AccessClient::new(cluster.channel(Some(&credentials(&cluster, "jane"))));
+    let ask = |verb: &str, resource: &str, namespace: &str| AccessReviewRequest {
+        verb: verb.to_owned(),
+        resource: resource.to_owned(),
+        namespace: namespace.to_owned(),
+        ..AccessReviewRequest::default()
+    };
+    let allowed = jane
+        .review(ask("list", "pods", "default"))
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(allowed.allowed);
+    assert_eq!(
+        allowed.reason,
+        "RoleBinding \"default/view\" of ClusterRole \"view\" to User \"jane\""
+    );
+    for (verb, resource, namespace) in [
+        ("create", "pods", "default"),
+        ("list", "pods", ""),
+        ("get", "nodes", "default"),
+    ] {
+        let asked = jane.review(ask(verb, resource, namespace)).await.unwrap();
+        let reply = asked.into_inner();
+        assert!(!reply.allowed, "{verb} {resource}: {}", reply.reason);
+        assert!(
+            reply.reason.starts_with("User \"jane\" cannot"),
+            "{}",
+            reply.reason
+        );
+    }
+    let who = jane
+        .who_am_i(WhoAmIRequest::default())
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(who.user, "jane");
+    assert_eq!(who.groups, ["dev", "system:authenticated"]);
+    let rules = AccessRulesRequest {
+        namespace: "default".to_owned(),
+        r#as: None,
+    };
+    let rules = jane.rules(rules).await.unwrap().into_inner().rules;
+    let has = |resource: &str| {
+        let holds =
+            |rule: &gantry_api::proto::AccessRule| rule.resources.iter().any(|r| r == resource);
+        rules.iter().any(holds)
+    };
+    assert!(has("pods/log") && has("selfsubjectreviews") && !has("secrets"));
+
+    let as_joe = AccessReviewRequest {
+        r#as: Some(Subject {
+            user: "joe".to_owned(),
+            groups: vec!["system:masters".to_owned()],
+        }),
+        ..ask("get", "secrets", "default")
+    };
+    let refused = Status::from(jane.review(as_joe.clone()).await.unwrap_err());
+    assert_eq!(
+        refused.message,
+        "users \"joe\" is forbidden: User \"jane\" cannot impersonate resource \"users\" in API group \"\" at \
+         the cluster scope"
+    );
+    let joe = json!({
+        "apiVersion": format!("{GROUP}/v1"), "kind": "ClusterRole", "metadata": {"name": "joe"},
+        "rules": [{"verbs": ["impersonate"], "apiGroups": [""], "resources": ["users"]}],
+    });
+    created(&mut admin, "clusterroles", &joe).await;
+    let bound = binding("joe", "", ("ClusterRole", "joe"), user("jane"));
+    created(&mut admin, "clusterrolebindings", &bound).await;
+    let refused = Status::from(jane.review(as_joe).await.unwrap_err());
+    assert!(refused.message.contains("resource \"groups\""), "{refused}");
+    let as_joe = AccessReviewRequest {
+        r#as: Some(Subject {
+            user: "joe".to_owned(),
+            groups: Vec::new(),
+        }),
+        ..ask("list", "pods", "default")
+    };
+    assert!(!jane.review(as_joe).await.unwrap().into_inner().allowed);
+    cluster.stop().await;
+}
