@@ -12,7 +12,7 @@ use gantry_api::status::Status;
 use serde_json::Value;
 
 use super::guard::Verdict;
-use super::{Attributes, RBAC_GROUP, Rules, list};
+use super::{Attributes, RBAC_GROUP, Rules, list, validation};
 use crate::server::identity::Identity;
 use crate::server::object::metadata_text;
 use crate::server::registry::Registry;
@@ -49,6 +49,10 @@ impl<'a> Judge<'a> {
         if kind.group != RBAC_GROUP {
             return Ok(());
         }
+        let errors = validation::errors(kind, new);
+        if !errors.is_empty() {
+            return Err(Status::invalid(kind, metadata_text(new, "name"), &errors));
+        }
         let namespace = if kind.namespaced { namespace } else { "" };
         match kind.kind {
             "Role" | "ClusterRole" => self.role(kind, namespace, old, new),
@@ -63,8 +67,12 @@ impl<'a> Judge<'a> {
         old: Option<&Value>,
         new: &Value,
     ) -> Result<(), Status> {
-        let same = |field: &str| old.is_some_and(|old| old[field] == new[field]);
-        if self.who.is_master() || (same("rules") && same("aggregationRule")) {
+        let same = |field: &str| old.is_some_and(|old| old.pointer(field) == new.pointer(field));
+        // Labels count: another role may select it by them, and give its rules to others.
+        let is_as_before = ["/rules", "/aggregationRule", "/metadata/labels"]
+            .into_iter()
+            .all(same);
+        if self.who.is_master() || is_as_before {
             return Ok(());
         }
         let name = metadata_text(new, "name");
@@ -74,8 +82,9 @@ impl<'a> Judge<'a> {
         }
         let rules: Option<Vec<PolicyRule>> = read(&new["rules"], "rules")?;
         let mut rules = rules.unwrap_or_default();
-        // What it selects later, nobody knows: only who holds everything may let it select.
-        if !new["aggregationRule"].is_null() && !same("aggregationRule") {
+        // What it selects later, nobody knows: only who holds everything may let it select, or stop it.
+        let selects = |object: &Value| !object["aggregationRule"].is_null();
+        if selects(new) || old.is_some_and(selects) {
             rules.extend(everything());
         }
         self.holds(kind, name, namespace, &rules)

@@ -18,6 +18,7 @@ mod escalation;
 mod guard;
 mod policy;
 mod service;
+mod validation;
 
 use gantry_api::k8s_openapi::api::rbac::v1::PolicyRule;
 use gantry_api::kinds::Kind;

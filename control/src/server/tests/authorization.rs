@@ -299,6 +299,11 @@ async fn nobody_gives_what_they_do_not_hold() {
         let refused = status(jane.create(write("rolebindings", &bound)).await);
         assert_eq!(refused.reason, Reason::Forbidden, "{role:?}");
     }
+    let robot = json!({"kind": "Robot", "name": "r"});
+    let bound = binding("robot", "default", ("ClusterRole", "view"), robot);
+    let refused = status(admin.create(write("rolebindings", &bound)).await);
+    assert_eq!(refused.reason, Reason::Invalid);
+    assert!(refused.message.contains("subjects[0].kind"), "{refused}");
     let everywhere = binding("all", "", ("ClusterRole", "view"), user("jane"));
     let refused = status(jane.create(write("clusterrolebindings", &everywhere)).await);
     assert!(refused.message.contains("cannot create"), "{refused}");
@@ -314,6 +319,40 @@ async fn nobody_gives_what_they_do_not_hold() {
     );
     assert!(admin.patch(other).await.is_err());
 
+    // By a label, a role gives its rules to all who hold the one that selects it.
+    let writer = json!({
+        "apiVersion": format!("{GROUP}/v1"), "kind": "ClusterRole", "metadata": {"name": "writer"},
+        "rules": [{"verbs": ["get", "patch"], "apiGroups": [GROUP], "resources": ["clusterroles"],
+                   "resourceNames": ["cluster-admin", "view"]}],
+    });
+    created(&mut admin, "clusterroles", &writer).await;
+    let bound = binding("rex", "", ("ClusterRole", "writer"), user("rex"));
+    created(&mut admin, "clusterrolebindings", &bound).await;
+    let mut rex = client_of(&cluster, "rex").await;
+    for (name, change) in [
+        (
+            "cluster-admin",
+            json!({"metadata": {"labels": {"rbac.authorization.k8s.io/aggregate-to-view": "true"}}}),
+        ),
+        (
+            "view",
+            json!({"aggregationRule": {"clusterRoleSelectors": [{}]}}),
+        ),
+        ("view", json!({"aggregationRule": null, "rules": []})),
+    ] {
+        let patch = |change: &Value| PatchRequest {
+            key: key("clusterroles", "", name),
+            patch: change.to_string().into(),
+            ..patch.clone()
+        };
+        let refused = status(rex.patch(patch(&change)).await);
+        assert!(
+            refused.message.contains("attempting to grant"),
+            "{name} {change}: {refused}"
+        );
+        let note = json!({"metadata": {"annotations": {"note": "seen"}}});
+        rex.patch(patch(&note)).await.unwrap();
+    }
     let rules = json!([
         {"verbs": ["escalate"], "apiGroups": [GROUP], "resources": ["roles"]},
         {"verbs": ["bind"], "apiGroups": [GROUP], "resources": ["clusterroles"],
