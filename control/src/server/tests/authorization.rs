@@ -283,6 +283,9 @@ async fn nobody_gives_what_they_do_not_hold() {
     };
     let refused = status(jane.patch(patch.clone()).await);
     assert!(refused.message.contains("attempting to grant"), "{refused}");
+    let more = role("pods", "default", everything.clone());
+    let refused = status(jane.apply(write("roles", &more)).await);
+    assert!(refused.message.contains("attempting to grant"), "{refused}");
     let live = get(&mut admin, "roles", "default", "pods").await;
     assert_eq!(live["rules"][0]["verbs"], json!(["get"]));
 
