@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use crate::cluster::Cluster;
 
 /// Longer than a policy takes to reach the node, on a machine that has other things to do.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(30);
 
 /// A server with readiness probe, two clients with labels, one in a namespace of its own.
 const PODS: &str = "apiVersion: v1
