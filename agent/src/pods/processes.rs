@@ -207,7 +207,11 @@ fn oci_spec(
         "linux": {
             "cgroupsPath": cgroup,
             "namespaces": namespaces,
-            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+            // Its root is made by a process that is in the cgroup already, and gives it a /dev/null.
+            "resources": {"devices": [
+                {"allow": false, "access": "rwm"},
+                {"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rwm"},
+            ]},
             "maskedPaths": crate::runtime::spec::security::MASKED_PATHS,
             "readonlyPaths": crate::runtime::spec::security::READONLY_PATHS,
         },
