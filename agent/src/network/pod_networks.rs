@@ -220,10 +220,15 @@ impl PodNetworks {
         kinds: Kinds,
         is_recorded: bool,
     ) -> Result<Attached, NetworkError> {
-        let is_new = !is_recorded && !dir.exists() && self.addresses_in_view(&spec.pod).is_empty();
+        let is_new = !is_recorded && !dir.exists();
         let mut ready = None;
         if is_new && kinds == Kinds::Own {
-            ready = self.pool.take(self.wirer.prefixes().as_ref());
+            let known = self.addresses_in_view(&spec.pod);
+            ready = match known.is_empty() {
+                true => self.pool.take(self.wirer.prefixes().as_ref()),
+                // After a reboot the pool may have leased what its pods had before.
+                false => self.pool.take_of(&known),
+            };
         }
         if let Some(mut set) = ready.take() {
             match set.wires.take() {

@@ -11,6 +11,7 @@
 use std::collections::{HashSet, VecDeque};
 use std::fs::File;
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -107,6 +108,21 @@ impl Pool {
         let mut ready = lock(&self.ready);
         let fits = ready.iter().position(|set| set.prefixes() == prefixes)?;
         ready.remove(fits)
+    }
+
+    /// The set whose attachment has one of these addresses.
+    pub(super) fn take_of(&self, addresses: &[IpAddr]) -> Option<Ready> {
+        *lock(&self.asked) = Some(Instant::now());
+        let mut ready = lock(&self.ready);
+        let has = |set: &Ready| {
+            let wires = set.wires.as_ref();
+            wires.is_some_and(|wires| {
+                let mut own = wires.attached.addresses.iter();
+                own.any(|own| addresses.contains(&own.address.addr()))
+            })
+        };
+        let has = ready.iter().position(has)?;
+        ready.remove(has)
     }
 
     /// Whether an attachment is here, in the making, or taken and not yet in its pod's record.

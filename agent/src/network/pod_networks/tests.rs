@@ -4,6 +4,7 @@ use std::future::Future;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 
+use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_cni::netlink::BridgeSpec;
 use gantry_cni::netns::within;
 use nix::mount::{MsFlags, mount};
@@ -320,6 +321,34 @@ fn a_pod_takes_over_a_sandbox_that_was_made_in_advance() {
         networks.remove(&spec("b").pod).await.unwrap();
         let left = census(&node.paths()).await.unwrap();
         assert_eq!(left.lines(), ["link gantry0"]);
+    });
+}
+
+#[test]
+fn a_pod_has_its_address_again_though_a_sandbox_in_waiting_has_it() {
+    on_a_node(|mut node| async move {
+        node.ready_count = 2;
+        let mut view = View {
+            settings: Arc::new(node.settings.clone()),
+            ..View::default()
+        };
+        // As the disk has them after a reboot; the pool leases the lowest addresses first.
+        for (name, address) in [("a", "10.78.1.3"), ("b", "10.78.1.2")] {
+            let pod: Pod = serde_json::from_value(serde_json::json!({
+                "metadata": {"name": name}, "status": {"podIP": address}
+            }))
+            .unwrap();
+            Arc::make_mut(&mut view.pods).insert(spec(name).pod, Arc::new(pod));
+        }
+        let networks = node.networks_of(watch::channel(Arc::new(view)).1);
+        filled(&networks, 2).await;
+        for (name, address) in [("a", [10, 78, 1, 3]), ("b", [10, 78, 1, 2])] {
+            let network = networks.ensure(&spec(name)).await.unwrap();
+            assert_eq!(network.addresses, [IpAddr::from(address)], "{name}");
+        }
+        for name in ["a", "b"] {
+            networks.remove(&spec(name).pod).await.unwrap();
+        }
     });
 }
 
