@@ -91,18 +91,22 @@ impl Control {
         let token = CancellationToken::new();
         let listener = tokio::net::TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let identity = Identity {
-            user: user.into(),
-            groups: vec![group.into()],
+        let identify = |user: &str, group: &str| {
+            let identity = Identity {
+                user: user.into(),
+                groups: vec![group.into()],
+            };
+            move |mut request: tonic::Request<()>| {
+                request.extensions_mut().insert(identity.clone());
+                Ok::<_, tonic::Status>(request)
+            }
         };
-        let identify = move |mut request: tonic::Request<()>| {
-            request.extensions_mut().insert(identity.clone());
-            Ok::<_, tonic::Status>(request)
-        };
+        // Who asks of pods is a person, whoever the nodes' stream is of.
+        let (node, person) = (identify(user, group), identify("admin", MASTERS_GROUP));
         let server = tonic::transport::Server::builder()
-            .add_service(InterceptedService::new(feed.feed_server(), identify))
-            .add_service(feed.pods_server())
-            .add_service(feed.stats_server())
+            .add_service(InterceptedService::new(feed.feed_server(), node))
+            .add_service(InterceptedService::new(feed.pods_server(), person.clone()))
+            .add_service(InterceptedService::new(feed.stats_server(), person))
             .serve_with_incoming_shutdown(
                 TcpListenerStream::new(listener),
                 token.clone().cancelled_owned(),
