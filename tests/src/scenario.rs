@@ -95,7 +95,7 @@ pub const ALL: &[Scenario] = &[
     scenario("bad-pods", bad_pods::bad_pods),
     scenario("leaks", leaks::leaks),
     scenario("workloads", workloads::workloads),
-    for_every_kernel("rolling-update", rolling_update::rolling_update),
+    scenario("rolling-update", rolling_update::rolling_update),
     for_every_kernel("device-plugins", device_plugins::device_plugins),
     for_every_kernel("csi-volumes", csi_volumes::csi_volumes),
     scenario("no-ebpf", degraded::no_ebpf),
