@@ -4,25 +4,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// linux/sched.h `struct clone_args`, up to `cgroup` (Linux 5.7).
-#[repr(C)]
-#[derive(Default)]
-struct CloneArgs {
-    flags: u64,
-    pidfd: u64,
-    child_tid: u64,
-    parent_tid: u64,
-    exit_signal: u64,
-    stack: u64,
-    stack_size: u64,
-    tls: u64,
-    set_tid: u64,
-    set_tid_size: u64,
-    cgroup: u64,
-}
-
-/// linux/sched.h; libc has it for other C libraries only.
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+use gantry_shim::clone::{CLONE_INTO_CGROUP, CloneArgs};
 
 /// Namespaces that a clone makes.
 #[derive(Clone, Copy, Debug, PartialEq)]

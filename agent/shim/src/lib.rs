@@ -8,6 +8,7 @@
 //! ```
 
 pub mod cgroup;
+pub mod clone;
 pub mod names;
 pub mod record;
 pub mod wire;

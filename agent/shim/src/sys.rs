@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use gantry_shim::clone::{CLONE_INTO_CGROUP, CloneArgs};
 use gantry_shim::wire::FD_COUNT_MAX;
 
 /// Where gantry-rt writes its report.
@@ -55,23 +56,6 @@ pub(crate) fn fork_detached(cgroup: Option<BorrowedFd<'_>>) -> io::Result<(bool,
 
 /// fork into another cgroup: nobody waits for a grace period, as one who moves does.
 fn fork_into(cgroup: BorrowedFd<'_>) -> io::Result<i32> {
-    /// `struct clone_args` up to its version 2, Linux 5.7.
-    #[repr(C)]
-    #[derive(Default)]
-    struct CloneArgs {
-        flags: u64,
-        pidfd: u64,
-        child_tid: u64,
-        parent_tid: u64,
-        exit_signal: u64,
-        stack: u64,
-        stack_size: u64,
-        tls: u64,
-        set_tid: u64,
-        set_tid_size: u64,
-        cgroup: u64,
-    }
-    const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
     let arguments = CloneArgs {
         flags: CLONE_INTO_CGROUP,
         exit_signal: libc::SIGCHLD as u64,
