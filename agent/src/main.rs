@@ -29,7 +29,7 @@ use gantry_agent::view::View;
 use gantry_agent::volumes::csi::CsiDrivers;
 use gantry_agent::volumes::nfs;
 use gantry_agent::{
-    check, cleanup, credentials, dns, health_check, heap, open_files, policy, run_directory,
+    check, cleanup, credentials, dns, health_check, memory, open_files, policy, run_directory,
 };
 use gantry_agent::{shutdown, static_pods};
 use gantry_api::service_manager::ServiceManager;
@@ -193,7 +193,7 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    heap::limit_arenas();
+    memory::limit_arenas();
     // Their words are for who ran them, and become an event's: no log line around them.
     let is_helper = matches!(arguments.command, Command::MountNfs(_) | Command::Join(_));
     let done = tokio::runtime::Builder::new_multi_thread()
@@ -491,7 +491,7 @@ async fn agent(run: Run) -> Result<()> {
         bytes_max: run.container_log_max_size,
         file_count_max: usize::try_from(run.container_log_max_files)?,
     };
-    tasks.spawn(heap::give_back(heap::INTERVAL, shutdown.clone()));
+    tasks.spawn(memory::give_back(memory::INTERVAL, shutdown.clone()));
     tasks.spawn(pods::rotation::run(log_runtime, limits, shutdown.clone()));
     let manager = Arc::new(ServiceManager::from_environment());
     tasks.spawn(keep_alive(manager.clone(), shutdown.clone()));

@@ -435,7 +435,7 @@ async fn a_follower_loses_no_line_over_many_rotations() {
             bytes_max: 10_000,
             file_count_max: 1_000,
         };
-        while let Some(container) = fx.runtime.running(None).await.unwrap().pop() {
+        while let Some(container) = fx.runtime.open_logs().pop() {
             rotation::rotate(&fx.runtime, &container, limits)
                 .await
                 .unwrap();

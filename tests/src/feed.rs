@@ -362,8 +362,9 @@ impl Agent {
         config.beat = Duration::from_millis(200);
         config.backoff_max = Duration::from_millis(300);
         let identity = node_info::NodeIdentity::new(node.into());
+        let own = node_info::OwnAddress::default();
         let info =
-            Arc::new(move || node_info::read(&identity, Path::new("/"), &Default::default()));
+            Arc::new(move || node_info::read(&identity, Path::new("/"), &own, &Default::default()));
         let (token, pods) = (CancellationToken::new(), FakePods::default());
         let (killed, watches) = (pods.killed.clone(), pods.watches.clone());
         let handle = feed::run(config, info, Arc::new(pods), token.clone()).unwrap();

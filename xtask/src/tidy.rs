@@ -30,8 +30,8 @@ const UNSAFE: [(&str, &str); 15] = [
         "bpf(2) commands that aya does not have, mmap of arrays",
     ),
     (
-        "agent/src/heap.rs",
-        "settings of the C allocator, which no crate wraps",
+        "agent/src/memory.rs",
+        "settings of the C allocator, which no crate wraps; unmapping of unchanged pages",
     ),
     (
         "agent/src/readiness.rs",

@@ -7,6 +7,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use gantry_api::k8s_openapi::api::core::v1::{
     Node, NodeAddress, NodeCondition, NodeStatus, NodeSwapStatus, NodeSystemInfo,
@@ -79,8 +81,51 @@ struct Machine {
 ///
 /// * `lib` – whose file system is the node's ephemeral storage.
 /// * `pressures` – what the node is short of.
-pub fn read(identity: &NodeIdentity, lib: &Path, pressures: &BTreeSet<Resource>) -> Node {
-    node(identity, &Machine::read(lib), pressures)
+pub fn read(
+    identity: &NodeIdentity,
+    lib: &Path,
+    own_address: &OwnAddress,
+    pressures: &BTreeSet<Resource>,
+) -> Node {
+    node(identity, &Machine::read(lib, own_address), pressures)
+}
+
+/// The node's own address, read from its links only when its routes have changed, or after a minute: the
+/// kernel lists all links for it, two for each pod.
+#[derive(Default)]
+pub struct OwnAddress(Mutex<Option<LastAddress>>);
+
+struct LastAddress {
+    /// `/proc/net/route`: an address brings the route of its network.
+    routes: String,
+    at: Instant,
+    address: Option<IpAddr>,
+}
+
+impl OwnAddress {
+    /// What it says for longer than this may hide an address without a network of its own.
+    const LIFE: Duration = Duration::from_secs(60);
+
+    fn read(&self) -> Option<IpAddr> {
+        self.of(text("/proc/net/route"), own_address)
+    }
+
+    fn of(&self, routes: String, look: impl FnOnce(&str) -> Option<IpAddr>) -> Option<IpAddr> {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = &*last
+            && known.routes == routes
+            && known.at.elapsed() < Self::LIFE
+        {
+            return known.address;
+        }
+        let address = look(&routes);
+        *last = Some(LastAddress {
+            routes,
+            at: Instant::now(),
+            address,
+        });
+        address
+    }
 }
 
 /// Cores and memory, before any flag is looked at.
@@ -113,7 +158,7 @@ fn text(path: &str) -> String {
 }
 
 impl Machine {
-    fn read(lib: &Path) -> Self {
+    fn read(lib: &Path, own_address: &OwnAddress) -> Self {
         let (memory_bytes, swap_bytes) = memory(&text("/proc/meminfo"));
         Self {
             cpu_count: cpu_count(),
@@ -121,7 +166,7 @@ impl Machine {
             swap_bytes,
             disk_bytes: disk(lib),
             hostname: text("/proc/sys/kernel/hostname"),
-            address: own_address(&text("/proc/net/route")),
+            address: own_address.read(),
             boot_id: text("/proc/sys/kernel/random/boot_id"),
             machine_id: text("/etc/machine-id"),
             system_uuid: text("/sys/class/dmi/id/product_uuid"),
@@ -454,6 +499,16 @@ mod tests {
     }
 
     #[test]
+    fn links_are_listed_again_when_routes_have_changed() {
+        let at = |last: u8| Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, last)));
+        let own = OwnAddress::default();
+        assert_eq!(own.of("a".into(), |_| at(1)), at(1));
+        assert_eq!(own.of("a".into(), |_| panic!("listed again")), at(1));
+        assert_eq!(own.of("b".into(), |_| None), None);
+        assert_eq!(own.of("a".into(), |_| at(2)), at(2));
+    }
+
+    #[test]
     fn a_node_is_not_reached_at_its_pods_gateway() {
         let at = |name: &str, last: u8| (name.to_owned(), Ipv4Addr::new(192, 0, 2, last));
         let all = [
@@ -533,6 +588,7 @@ mod tests {
         let node = read(
             &NodeIdentity::new("n".into()),
             Path::new("/no/such/path"),
+            &OwnAddress::default(),
             &BTreeSet::new(),
         );
         let status = node.status.unwrap();

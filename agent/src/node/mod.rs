@@ -118,8 +118,9 @@ impl NodeResources {
         let going_down = self.going_down.subscribe();
         let devices = devices.clone();
         let routes = self.routes.clone();
+        let own_address = node_info::OwnAddress::default();
         Arc::new(move || {
-            let node = node_info::read(&identity, &lib, &pressures.borrow());
+            let node = node_info::read(&identity, &lib, &own_address, &pressures.borrow());
             let node = node_info::with_devices(node, &devices.borrow());
             let node = node_info::with_service_maps(node, &warning(&dataplane.fill()));
             let node = node_info::with_routes(node, &routes.borrow());

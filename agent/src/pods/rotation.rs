@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use crate::runtime::logs::files::{self, Limits};
-use crate::runtime::{RunningContainer, Runtime};
+use crate::runtime::{OpenLog, Runtime};
 
 /// Between two looks; the kubelet's `containerLogMonitorInterval`.
 const INTERVAL: Duration = Duration::from_secs(10);
@@ -25,15 +25,10 @@ pub async fn run(runtime: Arc<dyn Runtime>, limits: Limits, shutdown: Cancellati
             () = shutdown.cancelled() => return,
             () = tokio::time::sleep(INTERVAL) => {}
         }
-        match runtime.running(None).await {
-            Ok(containers) => {
-                for container in containers {
-                    if let Err(words) = rotate(&*runtime, &container, limits).await {
-                        warn!(run = %container.run, "the log is not rotated: {words}");
-                    }
-                }
+        for log in runtime.open_logs() {
+            if let Err(words) = rotate(&*runtime, &log, limits).await {
+                warn!(run = %log.run, "the log is not rotated: {words}");
             }
-            Err(error) => warn!(%error, "no log is rotated"),
         }
     }
 }
@@ -42,22 +37,21 @@ pub async fn run(runtime: Arc<dyn Runtime>, limits: Limits, shutdown: Cancellati
 ///
 /// # Errors
 /// In words: what failed. The log goes on in any case.
-pub async fn rotate(
-    runtime: &dyn Runtime,
-    container: &RunningContainer,
-    limits: Limits,
-) -> Result<(), String> {
-    let log = &container.log_path;
-    // Absent: renamed by a look whose request to the shim failed.
-    let is_due = std::fs::metadata(log).map_or(true, |file| file.len() > limits.bytes_max);
-    if !is_due {
+pub async fn rotate(runtime: &dyn Runtime, open: &OpenLog, limits: Limits) -> Result<(), String> {
+    let log = &open.path;
+    let bytes = std::fs::metadata(log).ok().map(|file| file.len());
+    if bytes.is_some_and(|bytes| bytes <= limits.bytes_max) {
         return Ok(());
     }
     let before = files::rotated(log).map_err(|error| error.to_string())?;
+    // Absent: not made yet, or renamed by a look whose request to the shim failed.
+    if bytes.is_none() && before.is_empty() {
+        return Ok(());
+    }
     let to = files::next_name(log, &before, Timestamp::now());
-    let rotated = runtime.rotate_log(&container.run, log, &to).await;
+    let rotated = runtime.rotate_log(&open.run, log, &to).await;
     rotated.map_err(|error| error.to_string())?;
-    debug!(run = %container.run, to = %to.display(), "log rotated");
+    debug!(run = %open.run, to = %to.display(), "log rotated");
     let all = files::rotated(log).map_err(|error| error.to_string())?;
     for old in files::surplus(&all, limits) {
         std::fs::remove_file(old).map_err(|error| format!("{}: {error}", old.display()))?;

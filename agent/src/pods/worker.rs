@@ -32,6 +32,7 @@ use super::state::{Action, EVICTED, Input, Phase, PodState, ProbeKind, Role, Run
 use super::timeline::Timeline;
 use super::{Node, configs, launch, prepare, processes, records, status};
 use crate::ids::{ContainerRun, PodUid};
+use crate::paths::Paths;
 use crate::runtime::{Exit, ObservedContainer};
 use crate::shutdown;
 use crate::view::View;
@@ -462,7 +463,8 @@ impl Worker {
                         tokio::spawn(watch_usage(limited, inputs.clone()));
                     }
                     if volumes::token::wanted(&pod) {
-                        tokio::spawn(look_at_tokens(inputs.clone()));
+                        let look = look_at_tokens(pod, uid, node.paths.clone(), inputs.clone());
+                        tokio::spawn(look);
                     }
                     stored.store(Some(Arc::new(ready)));
                     Input::SandboxReady(network)
@@ -660,11 +662,15 @@ impl Worker {
     }
 }
 
-/// Has the tokens looked at until the worker ends. Pods of one moment ask at different ones.
-async fn look_at_tokens(inputs: Inputs) {
-    loop {
+/// Looks at the tokens until the worker ends, and has volumes made again when one is due. Pods of one
+/// moment look at different ones.
+async fn look_at_tokens(pod: Arc<Pod>, uid: PodUid, paths: Paths, inputs: Inputs) {
+    while !inputs.is_closed() {
         let jitter = TOKEN_INTERVAL.mul_f64(rand::random::<f64>() / 4.0);
         tokio::time::sleep(TOKEN_INTERVAL + jitter).await;
+        if !volumes::token::any_due(&pod, &paths, &uid).await {
+            continue;
+        }
         if inputs.send(Box::new(Message::Tokens)).await.is_err() {
             return;
         }

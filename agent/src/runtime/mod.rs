@@ -105,8 +105,15 @@ pub struct RunningContainer {
     pub run: ContainerRun,
     /// Init's pid in the host's pid namespace.
     pub pid: u32,
-    /// Its CRI log.
-    pub log_path: PathBuf,
+}
+
+/// A CRI log that is written now.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OpenLog {
+    /// By which run.
+    pub run: ContainerRun,
+    /// The file; absent while the run is being made, or after a rotation that broke off.
+    pub path: PathBuf,
 }
 
 /// A sandbox found on this machine.
@@ -201,6 +208,9 @@ pub trait Runtime: Send + Sync + 'static {
     /// its stdin. A reader that takes nothing for 5 s is dropped. Dropping the session does not
     /// touch the container.
     async fn attach(&self, run: &ContainerRun, stdin: bool) -> Result<ExecSession, RuntimeError>;
+    /// The logs of the runs that this agent has started or found and that have not ended. From memory,
+    /// no file is looked at: somebody asks for all of them every ten seconds.
+    fn open_logs(&self) -> Vec<OpenLog>;
     /// Moves the run's log aside to `to` (same file system) and has the shim go on in a new one.
     /// No line is lost or split: the shim writes to the old file until it has opened the new.
     ///

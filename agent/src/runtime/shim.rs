@@ -38,8 +38,8 @@ pub(crate) use self::link::{receive, register};
 use self::records::{Intent, SandboxIntent};
 use self::sandbox::Sandbox;
 use super::{
-    ContainerSpec, ExecSession, ExecSpec, ObservedContainer, ObservedSandbox, RunningContainer,
-    Runtime, RuntimeError, RuntimeEvent, SandboxSpec, seccomp, spec,
+    ContainerSpec, ExecSession, ExecSpec, ObservedContainer, ObservedSandbox, OpenLog,
+    RunningContainer, Runtime, RuntimeError, RuntimeEvent, SandboxSpec, seccomp, spec,
 };
 use crate::ids::{ContainerRun, PodUid};
 use crate::paths::Paths;
@@ -212,10 +212,8 @@ impl ShimRuntime {
             return Ok(time);
         }
         let start = self.prepare(container)?;
-        if !container.tty
-            && let Some(sandbox) = self.sandbox(&run.pod)
-        {
-            hold(&sandbox, run);
+        if let Some(sandbox) = self.sandbox(&run.pod) {
+            hold(&sandbox, run, &container.log_path, container.tty);
         }
         // Without a turn after all this time it starts as well.
         let _turn = timeout(TURN_WAIT, self.turns.acquire()).await;
@@ -270,10 +268,10 @@ impl ShimRuntime {
             .ok()?
             .map(|e| records::exit(&e));
         let started = records::started(&directory).ok()?;
-        match &exit {
-            Some(_) => sandbox.mark_told(&run),
-            None if started.as_ref().is_some_and(|s| !s.tty) => hold(sandbox, &run),
-            None => {}
+        match (&exit, &started) {
+            (Some(_), _) => sandbox.mark_told(&run),
+            (None, Some(s)) => hold(sandbox, &run, Path::new(&s.log_path), s.tty),
+            (None, None) => {}
         }
         Some(ObservedContainer {
             started_at: started.as_ref().map(|s| records::time(s.started_ns)),
@@ -437,6 +435,11 @@ impl Runtime for ShimRuntime {
         exec::attach(link, records::key(run), stdin, &directory).await
     }
 
+    fn open_logs(&self) -> Vec<OpenLog> {
+        let sandboxes: Vec<_> = lock(&self.sandboxes).values().cloned().collect();
+        sandboxes.iter().flat_map(|s| s.open_logs()).collect()
+    }
+
     async fn rotate_log(
         &self,
         run: &ContainerRun,
@@ -470,8 +473,7 @@ impl Runtime for ShimRuntime {
                 if let Some(started) = started.filter(|_| !ended)
                     && let Ok(pid) = u32::try_from(started.pid)
                 {
-                    let log_path = started.log_path.into();
-                    running.push(RunningContainer { run, pid, log_path });
+                    running.push(RunningContainer { run, pid });
                 }
             }
         }
@@ -514,8 +516,8 @@ impl Runtime for ShimRuntime {
 }
 
 /// Without it the container runs as well; only a shim's sudden end could cost its last words.
-fn hold(sandbox: &Sandbox, run: &ContainerRun) {
-    if let Err(error) = sandbox.hold(run) {
+fn hold(sandbox: &Sandbox, run: &ContainerRun, log_path: &Path, tty: bool) {
+    if let Err(error) = sandbox.hold(run, log_path, tty) {
         tracing::warn!(%run, %error, "hold the container's output");
     }
 }

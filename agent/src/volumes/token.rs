@@ -19,6 +19,8 @@ use gantry_api::k8s_openapi::api::core::v1::{Pod, ServiceAccountTokenProjection}
 use jiff::Timestamp;
 
 use super::{VolumeError, payload};
+use crate::ids::PodUid;
+use crate::paths::Paths;
 
 /// `expirationSeconds` where nothing is said.
 const LIFE_S: i64 = 3600;
@@ -131,6 +133,26 @@ pub(super) async fn gather(
         tokens.insert((volume.to_owned(), path), token);
     }
     Ok(tokens)
+}
+
+/// Whether a token of the pod has to be asked for: reads its files and nothing else.
+pub async fn any_due(pod: &Pod, paths: &Paths, uid: &PodUid) -> bool {
+    let root = paths.pod_lib(uid).join("volumes");
+    let now_s = Timestamp::now().as_second();
+    for (volume, projection) in projections(pod) {
+        let file = payload::check_path(&projection.path).ok().and_then(|path| {
+            let directory = super::directory(&root, "projected", volume).ok()?;
+            Some(directory.join("..data").join(path))
+        });
+        let held = match file {
+            Some(file) => tokio::fs::read_to_string(file).await.ok(),
+            None => None,
+        };
+        if held.is_none_or(|held| is_due(&held, now_s)) {
+            return true;
+        }
+    }
+    false
 }
 
 fn request(pod: &Pod, projection: &ServiceAccountTokenProjection) -> TokenRequest {

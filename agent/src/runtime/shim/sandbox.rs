@@ -28,7 +28,7 @@ use super::link::{Link, News, lock};
 use super::records;
 use crate::ids::{ContainerRun, PodUid};
 use crate::open_files;
-use crate::runtime::{RuntimeError, RuntimeEvent};
+use crate::runtime::{OpenLog, RuntimeError, RuntimeEvent};
 
 /// A shim is ready in milliseconds; a machine that needs longer than this is in trouble.
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,11 +44,18 @@ pub(super) struct Sandbox {
     link: watch::Receiver<Option<Arc<Link>>>,
     /// Runs whose exit was told, as an event or by a list: nobody hears of it twice.
     told: Arc<Mutex<HashSet<String>>>,
-    /// The FIFOs of runs that have not ended.
-    held: Arc<Mutex<HashMap<String, [OwnedFd; 2]>>>,
+    /// Runs that have not ended.
+    held: Arc<Mutex<HashMap<String, Held>>>,
     /// Set when the shim is about to be told to end: its end is then no accident.
     ending: Arc<AtomicBool>,
     task: tokio::task::AbortHandle,
+}
+
+/// What is kept of a run until it ends.
+struct Held {
+    log_path: PathBuf,
+    /// Open only to be open; none with a terminal.
+    _fifos: Option<[OwnedFd; 2]>,
 }
 
 impl Drop for Sandbox {
@@ -114,16 +121,38 @@ impl Sandbox {
         self.ending.store(true, Ordering::Relaxed);
     }
 
-    /// Keeps a run's FIFOs open, making them where they are missing: what is in a FIFO is gone when
-    /// nobody has it open, as when a container ends while its shim is being replaced.
-    pub(super) fn hold(&self, run: &ContainerRun) -> io::Result<()> {
+    /// Notes a run and keeps its FIFOs open, making them where they are missing: what is in a FIFO is gone
+    /// when nobody has it open, as when a container ends while its shim is being replaced.
+    pub(super) fn hold(&self, run: &ContainerRun, log_path: &Path, tty: bool) -> io::Result<()> {
         let directory = self.directory.join(records::key(run));
-        let fifos = [
-            open_fifo(&directory.join(wire::STDOUT_FILE))?,
-            open_fifo(&directory.join(wire::STDERR_FILE))?,
-        ];
-        lock(&self.held).insert(records::key(run), fifos);
-        Ok(())
+        let fifos = || {
+            Ok([
+                open_fifo(&directory.join(wire::STDOUT_FILE))?,
+                open_fifo(&directory.join(wire::STDERR_FILE))?,
+            ])
+        };
+        let (fifos, outcome) = match (!tty).then(fifos).transpose() {
+            Ok(fifos) => (fifos, Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        let held = Held {
+            log_path: log_path.to_owned(),
+            _fifos: fifos,
+        };
+        lock(&self.held).insert(records::key(run), held);
+        outcome
+    }
+
+    /// The logs of the runs that have not ended.
+    pub(super) fn open_logs(&self) -> Vec<OpenLog> {
+        let held = lock(&self.held);
+        let logs = held.iter().filter_map(|(key, held)| {
+            Some(OpenLog {
+                run: records::run_of(&self.pod, key)?,
+                path: held.log_path.clone(),
+            })
+        });
+        logs.collect()
     }
 
     /// No event will be sent for this run's exit any more.
@@ -145,7 +174,7 @@ struct Keeper {
     shim: PathBuf,
     rt: PathBuf,
     told: Arc<Mutex<HashSet<String>>>,
-    held: Arc<Mutex<HashMap<String, [OwnedFd; 2]>>>,
+    held: Arc<Mutex<HashMap<String, Held>>>,
     events: mpsc::Sender<RuntimeEvent>,
 }
 
