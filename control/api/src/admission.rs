@@ -25,8 +25,8 @@ use k8s_openapi::api::apps::v1::{
 use k8s_openapi::api::batch::v1::{CronJob, Job};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Event, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod,
-    ReplicationController, Secret, Service, ServiceAccount,
+    ConfigMap, Event, LimitRange, Namespace, Node, PersistentVolume, PersistentVolumeClaim, Pod,
+    ReplicationController, ResourceQuota, Secret, Service, ServiceAccount,
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
@@ -222,6 +222,26 @@ impl Served for Secret {
 impl Served for Event {
     fn validate(&self) -> Vec<FieldError> {
         validation::event(self)
+    }
+}
+
+impl Served for ResourceQuota {
+    fn validate(&self) -> Vec<FieldError> {
+        validation::resource_quota(self)
+    }
+
+    fn validate_update(&self, old: &Self) -> Vec<FieldError> {
+        validation::resource_quota_update(self, old)
+    }
+}
+
+impl Served for LimitRange {
+    fn set_defaults(&mut self) {
+        defaults::limit_range(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::limit_range(self)
     }
 }
 
@@ -571,6 +591,8 @@ fn served(kind: &Kind) -> Result<&'static dyn Pipeline, Status> {
         "Namespace" => of!(Namespace),
         "Node" => of!(Node),
         "Pod" => of!(Pod),
+        "ResourceQuota" => of!(ResourceQuota),
+        "LimitRange" => of!(LimitRange),
         "Secret" => of!(Secret),
         "Service" => of!(Service),
         "ServiceAccount" => of!(ServiceAccount),

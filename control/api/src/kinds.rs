@@ -64,6 +64,7 @@ const fn grouped(
 pub static KINDS: &[Kind] = &[
     core("ConfigMap", "configmaps", "configmap", &["cm"], true),
     core("Event", "events", "event", &["ev"], true),
+    core("LimitRange", "limitranges", "limitrange", &["limits"], true),
     Kind {
         has_status: true,
         ..core("Namespace", "namespaces", "namespace", &["ns"], false)
@@ -106,6 +107,16 @@ pub static KINDS: &[Kind] = &[
             "persistentvolume",
             &["pv"],
             false,
+        )
+    },
+    Kind {
+        has_status: true,
+        ..core(
+            "ResourceQuota",
+            "resourcequotas",
+            "resourcequota",
+            &["quota"],
+            true,
         )
     },
     core("Secret", "secrets", "secret", &[], true),

@@ -36,6 +36,7 @@ pub mod kinds;
 pub mod manifest;
 pub mod merge;
 pub mod network_policy;
+pub mod pod_resources;
 pub mod quantity;
 pub mod selector;
 pub mod service_manager;

@@ -120,6 +120,29 @@ impl Quantity {
         self.nanos % NANOS == 0
     }
 
+    /// Whether the value is zero.
+    #[must_use]
+    pub fn is_zero(self) -> bool {
+        self.nanos == 0
+    }
+
+    /// The value as a float, for ratios.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "a ratio needs no 64 digits")]
+    pub fn as_f64(self) -> f64 {
+        self.nanos as f64 / NANOS as f64
+    }
+
+    /// What is left of it without `other`, in the format of `self`; below zero where there is less.
+    #[must_use]
+    pub fn minus(self, other: Self) -> Self {
+        let nanos = (self.nanos - other.nanos).clamp(-MAX_NANOS, MAX_NANOS);
+        Self {
+            nanos,
+            format: self.format,
+        }
+    }
+
     /// The sum, in the format of `self`; saturates.
     #[must_use]
     pub fn plus(self, other: Self) -> Self {

@@ -5,6 +5,7 @@
 //! `<unknown>`, so an object of any age and origin has a row.
 
 mod pod;
+mod policy;
 mod storage;
 mod workload;
 
@@ -167,6 +168,8 @@ fn names(kind: &Kind) -> (&'static [&'static str], &'static [&'static str]) {
             &["NAME", "VALUE", "GLOBAL-DEFAULT", "AGE", "PREEMPTIONPOLICY"],
             &[],
         ),
+        "ResourceQuota" => (&["NAME", "REQUEST", "LIMIT", "AGE"], &[]),
+        "LimitRange" => (&["NAME", "CREATED AT"], &[]),
         "ControllerRevision" => (&["NAME", "CONTROLLER", "REVISION", "AGE"], &[]),
         "ServiceAccount" => (&["NAME", "AGE"], &[]),
         "EndpointSlice" => (&["NAME", "ADDRESSTYPE", "PORTS", "ENDPOINTS", "AGE"], &[]),
@@ -207,6 +210,11 @@ pub fn row(kind: &Kind, object: &Value, now: Timestamp, wide: bool, namespace: b
         "PersistentVolume" => cells.extend(storage::volume(object, age, wide)),
         "StorageClass" => cells.extend(storage::class(object, age)),
         "PriorityClass" => cells.extend(storage::priority(object, age)),
+        "ResourceQuota" => cells.extend(policy::quota(object, age)),
+        "LimitRange" => cells.extend([
+            own(),
+            text(object, "/metadata/creationTimestamp").to_owned(),
+        ]),
         "ControllerRevision" => cells.extend(workload::revision(object, age)),
         "Service" => cells.extend(service(object, age, wide)),
         "Node" => cells.extend(node(object, age, wide)),

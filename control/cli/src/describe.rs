@@ -5,6 +5,7 @@
 
 mod network_policy;
 mod pod;
+mod policy;
 mod storage;
 mod text;
 mod workload;
@@ -117,11 +118,13 @@ async fn describe(session: &Session, kind: &Kind, object: &Value) -> Result<Stri
         "PersistentVolumeClaim" => storage::claim(object, &mut text),
         "PersistentVolume" => storage::volume(object, &mut text),
         "NetworkPolicy" => network_policy::describe(object, &mut text),
+        "ResourceQuota" => policy::quota(object, &mut text),
+        "LimitRange" => policy::limit_range(object, &mut text),
         "ConfigMap" => config_map(object, &mut text),
         "Secret" => secret(object, &mut text),
         _ => generic(kind, object, &mut text),
     }
-    if kind.kind != "Event" {
+    if !["Event", "LimitRange", "ResourceQuota"].contains(&kind.kind) {
         event_lines(&events, now, &mut text);
     }
     Ok(text.finish())

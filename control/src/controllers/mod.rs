@@ -32,6 +32,7 @@ mod pod_garbage;
 pub(crate) mod pods;
 pub(crate) mod queue;
 mod replicaset;
+mod resource_quota;
 mod revision;
 mod service_account;
 mod stateful_set;
@@ -130,6 +131,8 @@ struct Caches {
     leases: Arc<Cache<Lease>>,
     /// Owners and dependents of every kind.
     graph: Arc<garbage::Graph>,
+    /// What changes in namespaces with quotas.
+    quota_changes: Arc<resource_quota::Changes>,
 }
 
 impl Caches {
@@ -153,6 +156,7 @@ impl Caches {
             nodes: Cache::new(|_| None),
             leases: Cache::new(|_| None),
             graph: garbage::Graph::new(),
+            quota_changes: resource_quota::Changes::new(),
         }
     }
 
@@ -176,6 +180,7 @@ impl Caches {
             Arc::clone(&self.nodes) as Arc<dyn Sink>,
             Arc::clone(&self.leases) as Arc<dyn Sink>,
             Arc::clone(&self.graph) as Arc<dyn Sink>,
+            Arc::clone(&self.quota_changes) as Arc<dyn Sink>,
         ]
     }
 }
@@ -246,6 +251,7 @@ pub async fn run(
     load_balancer::start(&context, &mut tasks, &shutdown);
     pod_cidr::start(&context, &mut tasks, &shutdown);
     pod_garbage::start(&context, &mut tasks, &shutdown);
+    resource_quota::start(&context, &mut tasks, &shutdown);
     let feeding = Arc::clone(&context);
     let stop = shutdown.clone();
     tasks.spawn(async move { feeding.informer.run(&stop).await });

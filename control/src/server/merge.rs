@@ -96,7 +96,10 @@ impl Registry {
                 Err(status) => return Err(status),
                 Ok(mut written) => {
                     // The second look, at the merged object, repeats what the first one found.
-                    written.warnings = warnings.into_inner().unwrap_or_default();
+                    let mut all = warnings.into_inner().unwrap_or_default();
+                    written.warnings.retain(|warning| !all.contains(warning));
+                    all.append(&mut written.warnings);
+                    written.warnings = all;
                     return Ok(written);
                 }
             }

@@ -8,6 +8,7 @@
 //! Invariants: no request but `Join` is served without an identity; a slow or dead client holds memory only for
 //! one stream window; a stop ends every stream within [`STREAM_END_DEADLINE`].
 
+pub(crate) mod admit;
 mod allocation;
 mod commit;
 mod event;

@@ -6,7 +6,8 @@
 //!                              ├─► admission ─► rules.rs ─► allocation.rs ─► store.commit
 //!  scheduler, controllers,     │   fields,      metadata,    cluster IPs,     compare-and-set
 //!  feed ── types ──► this file ┘   defaults,    deletion     node ports       durable
-//!                                  validation
+//!                                  validation,               quotas (admit/)
+//!                                  admit/
 //! ```
 //! Reads come from the store's memory: a value read here is the latest durable one. A write that
 //! names a `resourceVersion` is a compare-and-set; one that does not is decided again on the newest
@@ -25,6 +26,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::admit;
 use super::allocation::Allocator;
 use super::event::Events;
 use super::object;
@@ -88,6 +90,7 @@ pub struct Registry {
 pub(super) struct Inner {
     pub(super) store: Store,
     pub(super) allocator: Allocator,
+    pub(super) gates: admit::Gates,
     pub(super) events: Events,
     pub(super) patience: OnceLock<Patience>,
     pub(super) access: rbac::Access,
@@ -120,6 +123,7 @@ impl Registry {
         let inner = Inner {
             store,
             allocator,
+            gates: admit::Gates::default(),
             events,
             patience: OnceLock::new(),
             access: rbac::Access::default(),

@@ -53,6 +53,8 @@ pub(super) struct Decision {
     outcome: Outcome,
     /// The Service to allocate for, filled in place.
     allocate: bool,
+    /// What it uses more than before is charged to the quotas of its namespace.
+    charge: bool,
     /// Further keys that must exist.
     required: Vec<String>,
     warnings: Vec<String>,
@@ -63,6 +65,7 @@ impl From<Outcome> for Decision {
         Decision {
             outcome,
             allocate: false,
+            charge: false,
             required: Vec::new(),
             warnings: Vec::new(),
         }
@@ -107,9 +110,10 @@ impl Registry {
     ) -> Result<Written, Status> {
         let Prepared {
             mut object,
-            warnings,
+            mut warnings,
         } = prepared;
         self.admit(kind, &mut object)?;
+        warnings.extend(self.admit_by_namespace(kind, &mut object)?);
         let generate = metadata_text(&object, "generateName").to_owned();
         let drawn = metadata_text(&object, "name").is_empty() && !generate.is_empty();
         let uid = uuid::Uuid::new_v4().to_string();
@@ -148,18 +152,23 @@ impl Registry {
         let name = metadata_text(new, "name");
         let namespace = metadata_text(new, "namespace");
         let key: Arc<str> = kind.store_key(namespace, name).into();
+        let gate = self.quota_gate(kind, namespace).await?;
         for _ in 0..ATTEMPT_COUNT_MAX {
             let mut object = new.clone();
             let mut txn = Txn::new().require_absent(Arc::clone(&key));
-            let mut space_key: Option<Arc<str>> = None;
             if kind.namespaced {
                 let space = self.open_namespace(kind, namespace, name)?;
                 // At this revision: a namespace that begins to go takes no new content.
                 txn = txn.require_at(Arc::clone(&space.key), space.mod_revision);
-                space_key = Some(Arc::clone(&space.key));
             }
             if self.inner.store.get(&key).is_some() {
                 return Err(Status::already_exists(kind, name));
+            }
+            if gate.is_some() {
+                txn = self.charge(kind, None, &object)?.in_txn(txn);
+            }
+            if kind.kind == "ResourceQuota" {
+                self.fill_quota(&mut object, true)?;
             }
             let claim = self.claim(kind, &key, &mut object)?;
             if dry_run {
@@ -169,10 +178,11 @@ impl Registry {
             let txn = txn.put(Arc::clone(&key), object::encode(&object)?);
             match self.commit(txn, claim, &key).await {
                 Ok(revision) => return Ok(with_revision(object, revision)),
-                Err(StoreError::Conflict { key, .. }) if Some(&key) == space_key.as_ref() => {}
-                Err(StoreError::Conflict { .. }) => {
+                Err(StoreError::Conflict { key: at, .. }) if at == key => {
                     return Err(Status::already_exists(kind, name));
                 }
+                // The namespace, or what is left of a quota, has changed: decided again.
+                Err(StoreError::Conflict { .. }) => {}
                 Err(error) => return Err(store_status(&error)),
             }
         }
@@ -211,7 +221,14 @@ impl Registry {
             set_namespace(kind, namespace, &mut new)?;
             set_name(name, &mut new)?;
             rules::check_identity(kind, old, &new)?;
-            replace(kind, old, new, part, options.strict)
+            let mut decision = replace(kind, old, new, part, options.strict)?;
+            if let Outcome::Put(new) = &mut decision.outcome
+                && part != Part::Status
+            {
+                decision.warnings.extend(self.admit_change(kind, old, new)?);
+                decision.charge = true;
+            }
+            Ok(decision)
         })
         .await
     }
@@ -306,6 +323,25 @@ impl Registry {
         Err(busy(kind, name))
     }
 
+    /// The transaction of a change, with what it uses more charged; a quota with a new count.
+    async fn charged(
+        &self,
+        kind: &'static Kind,
+        old: &Value,
+        object: &mut Value,
+        txn: Txn,
+    ) -> Result<(Option<tokio::sync::MutexGuard<'_, ()>>, Txn), Status> {
+        let namespace = metadata_text(object, "namespace");
+        let gate = self.quota_gate(kind, namespace).await?;
+        if gate.is_none() {
+            return Ok((None, txn));
+        }
+        if kind.kind == "ResourceQuota" {
+            self.fill_quota(object, false)?;
+        }
+        Ok((gate, self.charge(kind, Some(old), object)?.in_txn(txn)))
+    }
+
     /// Carries out one decision. The outer error is the store's, the inner one is final.
     async fn write(
         &self,
@@ -339,6 +375,15 @@ impl Registry {
                 Ok(Ok(written(old, false)))
             }
             Outcome::Put(mut object) => {
+                let charged = match decision.charge {
+                    true => self.charged(kind, &old, &mut object, txn).await,
+                    false => Ok((None, txn)),
+                };
+                // The gate stays closed until the commit is done.
+                let (_gate, txn) = match charged {
+                    Ok(charged) => charged,
+                    Err(status) => return Ok(Err(status)),
+                };
                 let claim = if decision.allocate {
                     match self.claim(kind, key, &mut object) {
                         Ok(claim) => claim,
@@ -397,6 +442,7 @@ pub(super) fn replace(
     Ok(Decision {
         outcome: rules::finish_update(kind, old, new)?,
         allocate: is_service,
+        charge: false,
         required: Vec::new(),
         warnings: prepared.warnings,
     })

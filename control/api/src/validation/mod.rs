@@ -6,9 +6,11 @@
 mod batch;
 mod job_policy;
 mod lifecycle;
+mod limit_range;
 pub mod names;
 mod network_policy;
 mod pod;
+mod quota;
 mod resources;
 mod security;
 mod service;
@@ -18,8 +20,10 @@ mod volume;
 mod workload;
 
 pub use batch::{cron_job, job, job_update};
+pub use limit_range::limit_range;
 pub use network_policy::network_policy;
 pub use pod::{MIRROR_ANNOTATION, no_ephemeral, pod, pod_spec, pod_update};
+pub use quota::{resource_quota, resource_quota_update};
 pub use service::{direct_return, endpoint_slice, least_connections, service, service_update};
 pub use sets::{
     daemon_set, daemon_set_update, replication_controller, stateful_set, stateful_set_update,

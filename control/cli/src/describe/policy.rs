@@ -1,0 +1,146 @@
+//! `describe` of what limits others, in kubectl's words.
+
+use super::text::{Text, field, items};
+use serde_json::Value;
+
+/// What a scope means.
+fn scope_help(scope: &str) -> &'static str {
+    match scope {
+        "Terminating" => {
+            "Matches all pods that have an active deadline. These pods have a limited lifespan on a node before being actively terminated by the system."
+        }
+        "NotTerminating" => {
+            "Matches all pods that do not have an active deadline. These pods usually include long running pods whose container command is not expected to terminate."
+        }
+        "BestEffort" => {
+            "Matches all pods that do not have resource requirements set. These pods have a best effort quality of service."
+        }
+        "NotBestEffort" => {
+            "Matches all pods that have at least one resource requirement set. These pods have a burstable or guaranteed quality of service."
+        }
+        _ => "",
+    }
+}
+
+pub(super) fn quota(object: &Value, text: &mut Text) {
+    text.line(0, "Name", field(object, "/metadata/name"));
+    text.line(0, "Namespace", field(object, "/metadata/namespace"));
+    let plain = items(object, "/spec/scopes")
+        .iter()
+        .filter_map(Value::as_str);
+    let mut scopes: Vec<String> = plain.map(str::to_owned).collect();
+    for expression in items(object, "/spec/scopeSelector/matchExpressions") {
+        let values = items(expression, "/values").iter();
+        let values: Vec<&str> = values.filter_map(Value::as_str).collect();
+        let (name, operator) = (
+            field(expression, "/scopeName"),
+            field(expression, "/operator"),
+        );
+        let shown = match (operator, values.is_empty()) {
+            ("Exists", _) => name.to_owned(),
+            (operator, true) => format!("{name} {operator}"),
+            (operator, false) => format!("{name} {operator} [{}]", values.join(", ")),
+        };
+        scopes.push(shown);
+    }
+    if !scopes.is_empty() {
+        text.line(0, "Scopes", &scopes.join(", "));
+        for scope in &scopes {
+            let help = scope_help(scope);
+            if !help.is_empty() {
+                text.raw(&format!(" * {help}\n"));
+            }
+        }
+    }
+    let mut rows = vec![
+        ["Resource", "Used", "Hard"].map(str::to_owned).to_vec(),
+        ["--------", "----", "----"].map(str::to_owned).to_vec(),
+    ];
+    let hard = object.pointer("/status/hard").and_then(Value::as_object);
+    for (name, most) in hard.into_iter().flatten() {
+        let used = object
+            .pointer("/status/used")
+            .and_then(|used| used.get(name));
+        rows.push(vec![
+            name.clone(),
+            used.and_then(Value::as_str).unwrap_or_default().to_owned(),
+            most.as_str().unwrap_or_default().to_owned(),
+        ]);
+    }
+    text.table(0, &rows);
+}
+
+pub(super) fn limit_range(object: &Value, text: &mut Text) {
+    text.line(0, "Name", field(object, "/metadata/name"));
+    text.line(0, "Namespace", field(object, "/metadata/namespace"));
+    let header = [
+        "Type",
+        "Resource",
+        "Min",
+        "Max",
+        "Default Request",
+        "Default Limit",
+        "Max Limit/Request Ratio",
+    ];
+    let rule: Vec<String> = header.iter().map(|name| "-".repeat(name.len())).collect();
+    let mut rows = vec![header.map(str::to_owned).to_vec(), rule];
+    for item in items(object, "/spec/limits") {
+        let lists = [
+            "min",
+            "max",
+            "defaultRequest",
+            "default",
+            "maxLimitRequestRatio",
+        ]
+        .map(|list| item.get(list).and_then(Value::as_object));
+        let mut names: Vec<&String> = lists
+            .iter()
+            .flatten()
+            .flat_map(|list| list.keys())
+            .collect();
+        names.sort();
+        names.dedup();
+        for name in names {
+            let amount = |list: &Option<&serde_json::Map<String, Value>>| {
+                let amount = list.and_then(|list| list.get(name)).and_then(Value::as_str);
+                amount.unwrap_or("-").to_owned()
+            };
+            let mut row = vec![field(item, "/type").to_owned(), name.clone()];
+            row.extend(lists.iter().map(amount));
+            rows.push(row);
+        }
+    }
+    text.table(0, &rows);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn quotas_and_ranges_are_tables() {
+        let object = json!({"metadata": {"name": "q", "namespace": "n"},
+            "spec": {"scopes": ["BestEffort"]},
+            "status": {"hard": {"pods": "4"}, "used": {"pods": "1"}}});
+        let mut text = Text::default();
+        quota(&object, &mut text);
+        let shown = text.finish();
+        assert!(
+            shown.contains("Scopes:     BestEffort\n * Matches all pods that do"),
+            "{shown}"
+        );
+        assert!(shown.contains("pods       1      4"), "{shown}");
+        let object = json!({"metadata": {"name": "l", "namespace": "n"}, "spec": {"limits": [
+            {"type": "Container", "max": {"cpu": "2"}, "default": {"cpu": "1", "memory": "1Gi"}}]}});
+        let mut text = Text::default();
+        limit_range(&object, &mut text);
+        let shown = text.finish();
+        let row = shown
+            .lines()
+            .find(|l| l.contains("memory"))
+            .unwrap_or_default();
+        let cells: Vec<&str> = row.split_whitespace().collect();
+        assert_eq!(cells, ["Container", "memory", "-", "-", "-", "1Gi", "-"]);
+    }
+}
