@@ -18,7 +18,7 @@ use crate::field::{FieldError, Path};
 use crate::kinds::Kind;
 use crate::merge;
 use crate::status::Status;
-use crate::{defaults, support, validation};
+use crate::{defaults, pod_security, support, validation};
 use k8s_openapi::api::apps::v1::{
     ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet,
 };
@@ -251,7 +251,11 @@ impl Served for Lease {
     }
 }
 
-impl Served for Namespace {}
+impl Served for Namespace {
+    fn validate(&self) -> Vec<FieldError> {
+        pod_security::validate(self.metadata.labels.as_ref())
+    }
+}
 
 impl Served for Node {}
 

@@ -37,6 +37,7 @@ pub mod manifest;
 pub mod merge;
 pub mod network_policy;
 pub mod pod_resources;
+pub mod pod_security;
 pub mod quantity;
 pub mod selector;
 pub mod service_manager;

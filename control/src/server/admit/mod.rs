@@ -1,8 +1,9 @@
 //! Admission that depends on the namespace that an object is for: what it may use, and what it may do.
 //!
 //! ```text
-//!  fields, defaults, rules ─► account, priority, class ─► limits ─► quotas, charged in the transaction
-//!     (gantry-api)             (pod_admission.rs)     (limit_range.rs)  that writes (charge.rs)
+//!  fields, defaults, rules ─► account, priority, class ─► limits ─► level of security ─► quotas, charged in
+//!     (gantry-api)             (pod_admission.rs)     (limit_range.rs)  (pod_security/)     the transaction that
+//!                                                                                           writes (charge.rs)
 //! ```
 //! Each step is a pure decision over the object and what the namespace says; this file only looks up and
 //! carries over. What a namespace does not have costs one look into the store's memory.
@@ -12,11 +13,16 @@
 
 mod charge;
 mod limit_range;
+mod pod_security;
 pub(crate) mod quota;
 
 pub(super) use charge::Gates;
 
-use gantry_api::k8s_openapi::api::core::v1::{LimitRange, PersistentVolumeClaim, Pod};
+use std::collections::BTreeMap;
+
+use gantry_api::k8s_openapi::api::core::v1::{
+    LimitRange, Namespace, PersistentVolumeClaim, Pod, PodTemplateSpec,
+};
 use gantry_api::kinds::Kind;
 use gantry_api::status::Status;
 use gantry_api::validation::MIRROR_ANNOTATION;
@@ -58,7 +64,7 @@ impl Registry {
         }
         let namespace = metadata_text(object, "namespace").to_owned();
         self.limit(kind, &namespace, None, object)?;
-        Ok(Vec::new())
+        self.secure(kind, &namespace, object)
     }
 
     /// A changed object, judged by what its namespace says. Returns what its author should know.
@@ -71,12 +77,79 @@ impl Registry {
         old: &Value,
         new: &mut Value,
     ) -> Result<Vec<String>, Status> {
+        if kind.kind == "Namespace" {
+            return self.rise(old, new);
+        }
         if !kind.namespaced || is_mirror(old) {
             return Ok(Vec::new());
         }
         let namespace = metadata_text(old, "namespace").to_owned();
         self.limit(kind, &namespace, Some(old), new)?;
-        Ok(Vec::new())
+        let template = pod_security::template(kind.kind, new);
+        let is_judged = match template {
+            Some(_) => pod_security::template(kind.kind, old) != template,
+            None => kind.kind == "Pod" && pod_security::is_significant(old, new),
+        };
+        match is_judged {
+            true => self.secure(kind, &namespace, new),
+            false => Ok(Vec::new()),
+        }
+    }
+
+    /// The namespace's level of security: a pod that does more is refused, of a template the author is told.
+    fn secure(
+        &self,
+        kind: &'static Kind,
+        namespace: &str,
+        object: &Value,
+    ) -> Result<Vec<String>, Status> {
+        let template = pod_security::template(kind.kind, object);
+        let pod = match (template, kind.kind) {
+            (Some(template), _) => template,
+            (None, "Pod") => object,
+            (None, _) => return Ok(Vec::new()),
+        };
+        let labels = match self.get::<Namespace>("", namespace)? {
+            Some(space) => space.metadata.labels.unwrap_or_default(),
+            // It is told so when the object is to be written.
+            None => return Ok(Vec::new()),
+        };
+        let policy = pod_security::Policy::of(&labels);
+        if policy.is_idle() {
+            return Ok(Vec::new());
+        }
+        let pod: PodTemplateSpec = serde_json::from_value(pod.clone())
+            .map_err(|error| Status::internal(format!("cannot read back a pod: {error}")))?;
+        let Some(spec) = &pod.spec else {
+            return Ok(Vec::new());
+        };
+        let metadata = pod.metadata.unwrap_or_default();
+        let outcome = pod_security::judge(&policy, &metadata, spec, template.is_some());
+        let name = metadata_text(object, "name");
+        if let Some(audit) = outcome.audit {
+            tracing::info!(namespace, kind = kind.kind, name, "{audit}");
+        }
+        if let Some(refusal) = outcome.refusal {
+            return Err(Status::forbidden(kind, name, &refusal));
+        }
+        Ok(outcome.warning.into_iter().collect())
+    }
+
+    /// A namespace with another level: existing pods that it would refuse stay, and are named.
+    fn rise(&self, old: &Value, new: &Value) -> Result<Vec<String>, Status> {
+        let policy = |object: &Value| {
+            let labels = object["metadata"]["labels"].clone();
+            let labels: BTreeMap<String, String> =
+                serde_json::from_value(labels).unwrap_or_default();
+            pod_security::Policy::of(&labels)
+        };
+        let enforce = policy(new).enforce;
+        if enforce == policy(old).enforce || enforce.level <= policy(old).enforce.level {
+            return Ok(Vec::new());
+        }
+        let name = metadata_text(new, "name");
+        let pods: Vec<Pod> = self.of_namespace(name)?;
+        Ok(pod_security::existing(name, enforce, &pods))
     }
 
     /// LimitRanges: a new pod gets what it leaves out; what breaks a limit is refused. Of a change only

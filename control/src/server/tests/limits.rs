@@ -1,4 +1,4 @@
-//! What a namespace may use, and what it gets where it says nothing, over TLS.
+//! What a namespace may use, and what its pods may do, over TLS.
 
 use super::*;
 use gantry_api::k8s_openapi::api::core::v1::ResourceQuota;
@@ -314,6 +314,107 @@ async fn a_limit_range_completes_and_refuses() {
         refused
             .message
             .contains("min value 2 is greater than max value 1"),
+        "{refused}"
+    );
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn levels_of_security_refuse_warn_and_name_what_runs() {
+    let cluster = Cluster::start().await;
+    let mut admin = cluster.admin().await;
+    let prefix = "pod-security.kubernetes.io";
+    namespace(
+        &mut admin,
+        "open",
+        json!({format!("{prefix}/warn"): "baseline"}),
+    )
+    .await;
+    let mut bad = pod("open", "bad", json!({}));
+    bad["spec"]["hostNetwork"] = json!(true);
+    let reply = admin.apply(write("pods", &bad)).await.unwrap().into_inner();
+    assert_eq!(
+        reply.warnings,
+        ["would violate PodSecurity \"baseline:latest\": host namespaces (hostNetwork=true)"]
+    );
+    // The level rises: what runs stays, and is named.
+    let labels = json!({format!("{prefix}/enforce"): "baseline"});
+    let patch = PatchRequest {
+        key: key("namespaces", "", "open"),
+        r#type: patch_request::Type::Merge.into(),
+        patch: json!({"metadata": {"labels": labels}}).to_string().into(),
+        ..PatchRequest::default()
+    };
+    let reply = admin.patch(patch).await.unwrap().into_inner();
+    assert_eq!(
+        reply.warnings,
+        [
+            "existing pods in namespace \"open\" violate the new PodSecurity enforce level \"baseline:latest\"",
+            "bad: host namespaces",
+        ]
+    );
+    bad["metadata"]["name"] = json!("more");
+    let refused = status(admin.create(write("pods", &bad)).await);
+    assert_eq!(refused.reason, Reason::Forbidden);
+    assert_eq!(
+        refused.message,
+        "pods \"more\" is forbidden: violates PodSecurity \"baseline:latest\": host namespaces \
+         (hostNetwork=true)"
+    );
+    // Of a template the author is told, also by a change of it.
+    let mut deployment = json!({"apiVersion": "apps/v1", "kind": "Deployment",
+        "metadata": {"name": "d", "namespace": "open"},
+        "spec": {"selector": {"matchLabels": {"a": "b"}}, "template": {
+            "metadata": {"labels": {"a": "b"}},
+            "spec": {"containers": [{"name": "c", "image": "x:1"}]}}}});
+    let reply = admin
+        .apply(write("deployments", &deployment))
+        .await
+        .unwrap();
+    assert_eq!(reply.into_inner().warnings, Vec::<String>::new());
+    deployment["spec"]["template"]["spec"]["containers"][0]["securityContext"] =
+        json!({"privileged": true});
+    let reply = admin
+        .apply(write("deployments", &deployment))
+        .await
+        .unwrap();
+    let warnings = reply.into_inner().warnings;
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(
+        warnings[0].contains("privileged (container \"c\""),
+        "{warnings:?}"
+    );
+    deployment["metadata"]["labels"] = json!({"x": "y"});
+    let reply = admin
+        .apply(write("deployments", &deployment))
+        .await
+        .unwrap();
+    assert_eq!(reply.into_inner().warnings, Vec::<String>::new());
+
+    // A container added to a pod that runs is judged as the pod.
+    created(&mut admin, "pods", &pod("open", "fine", json!({}))).await;
+    let debug = PatchRequest {
+        key: key("pods", "open", "fine"),
+        r#type: patch_request::Type::Strategic.into(),
+        patch: json!({"spec": {"ephemeralContainers": [{"name": "d", "image": "x:1",
+            "securityContext": {"privileged": true}}]}})
+        .to_string()
+        .into(),
+        subresource: "ephemeralcontainers".to_owned(),
+        ..PatchRequest::default()
+    };
+    let refused = status(admin.patch(debug).await);
+    assert!(
+        refused.message.contains("privileged (container \"d\""),
+        "{refused}"
+    );
+    let wrong = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "w",
+        "labels": {format!("{prefix}/enforce"): "strict"}}});
+    let refused = status(admin.create(write("namespaces", &wrong)).await);
+    assert!(
+        refused
+            .message
+            .contains("must be one of privileged, baseline, restricted"),
         "{refused}"
     );
     cluster.stop().await;
