@@ -30,6 +30,7 @@ use k8s_openapi::api::core::v1::{
 };
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Role, RoleBinding};
 use k8s_openapi::api::scheduling::v1::PriorityClass;
 use k8s_openapi::api::storage::v1::StorageClass;
@@ -242,6 +243,12 @@ impl Served for LimitRange {
 
     fn validate(&self) -> Vec<FieldError> {
         validation::limit_range(self)
+    }
+}
+
+impl Served for PodDisruptionBudget {
+    fn validate(&self) -> Vec<FieldError> {
+        validation::disruption_budget(self)
     }
 }
 
@@ -597,6 +604,7 @@ fn served(kind: &Kind) -> Result<&'static dyn Pipeline, Status> {
         "Pod" => of!(Pod),
         "ResourceQuota" => of!(ResourceQuota),
         "LimitRange" => of!(LimitRange),
+        "PodDisruptionBudget" => of!(PodDisruptionBudget),
         "Secret" => of!(Secret),
         "Service" => of!(Service),
         "ServiceAccount" => of!(ServiceAccount),

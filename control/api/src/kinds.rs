@@ -182,6 +182,16 @@ pub static KINDS: &[Kind] = &[
         ..grouped("batch", "CronJob", "cronjobs", "cronjob", &["cj"])
     },
     Kind {
+        has_status: true,
+        ..grouped(
+            "policy",
+            "PodDisruptionBudget",
+            "poddisruptionbudgets",
+            "poddisruptionbudget",
+            &["pdb"],
+        )
+    },
+    Kind {
         namespaced: false,
         ..grouped(
             "scheduling.k8s.io",

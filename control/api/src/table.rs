@@ -170,6 +170,16 @@ fn names(kind: &Kind) -> (&'static [&'static str], &'static [&'static str]) {
         ),
         "ResourceQuota" => (&["NAME", "REQUEST", "LIMIT", "AGE"], &[]),
         "LimitRange" => (&["NAME", "CREATED AT"], &[]),
+        "PodDisruptionBudget" => (
+            &[
+                "NAME",
+                "MIN AVAILABLE",
+                "MAX UNAVAILABLE",
+                "ALLOWED DISRUPTIONS",
+                "AGE",
+            ],
+            &[],
+        ),
         "ControllerRevision" => (&["NAME", "CONTROLLER", "REVISION", "AGE"], &[]),
         "ServiceAccount" => (&["NAME", "AGE"], &[]),
         "EndpointSlice" => (&["NAME", "ADDRESSTYPE", "PORTS", "ENDPOINTS", "AGE"], &[]),
@@ -211,6 +221,7 @@ pub fn row(kind: &Kind, object: &Value, now: Timestamp, wide: bool, namespace: b
         "StorageClass" => cells.extend(storage::class(object, age)),
         "PriorityClass" => cells.extend(storage::priority(object, age)),
         "ResourceQuota" => cells.extend(policy::quota(object, age)),
+        "PodDisruptionBudget" => cells.extend(policy::disruption_budget(object, age)),
         "LimitRange" => cells.extend([
             own(),
             text(object, "/metadata/creationTimestamp").to_owned(),

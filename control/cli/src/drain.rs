@@ -2,19 +2,21 @@
 //!
 //! ```text
 //!  cordon ─► what is there ─► a pod that must not go without a flag? ─► nothing is touched, exit code 1
-//!                        └─► each pod: deleted with its grace period ─► gone ─► "evicted"
+//!                        └─► each pod, side by side: evicted ─► gone ─► "evicted"
+//!                               ▲      │ its PodDisruptionBudget has no room
+//!                               └ 5 s ─┘ until --timeout
 //! ```
-//! Flags and words are kubectl's. There are no PodDisruptionBudgets here: nothing holds an eviction back.
-//! Pods of DaemonSets, static pods and pods that have ended hold nothing up.
+//! Flags and words are kubectl's. `--disable-eviction` deletes instead: no budget is asked. Pods of DaemonSets, static pods and pods that have ended hold nothing up.
 
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use futures_util::{StreamExt as _, stream};
 use gantry_api::kinds::{Kind, resolve};
-use gantry_api::proto::{DeleteRequest, ListRequest};
+use gantry_api::proto::{DeleteRequest, ListRequest, WriteRequest};
 use gantry_api::status::Reason;
 use gantry_api::validation::MIRROR_ANNOTATION;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::Global;
 use crate::connection::{Session, key};
@@ -23,6 +25,11 @@ use crate::delete::wait_gone;
 use crate::failure::Failure;
 use crate::names;
 use crate::output;
+
+/// Until an eviction that was refused is asked for again.
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
+/// Pods of a node that leave at once: each waits for its own end.
+const LEAVING_COUNT_MAX: usize = 128;
 
 #[derive(Args, Debug)]
 pub(crate) struct Drain {
@@ -37,6 +44,9 @@ pub(crate) struct Drain {
     /// Also end pods that nothing will start again
     #[arg(long)]
     force: bool,
+    /// Delete pods instead of evicting them: no disruption budget is asked
+    #[arg(long)]
+    disable_eviction: bool,
     /// Seconds between SIGTERM and SIGKILL; -1: the pod's own
     #[arg(long, default_value_t = -1, allow_negative_numbers = true)]
     grace_period: i64,
@@ -239,14 +249,63 @@ impl Drain {
         for warning in &plan.warnings {
             eprintln!("{warning}");
         }
-        let mut leaving = Vec::new();
-        for pod in &plan.evict {
-            output::print(&format!("evicting pod {}{suffix}\n", pod.path()))?;
-            if suffix.is_empty() && self.evict(session, pod).await? {
-                leaving.push(pod);
+        if !suffix.is_empty() {
+            for pod in &plan.evict {
+                output::print(&format!("evicting pod {}{suffix}\n", pod.path()))?;
+            }
+            return Ok(());
+        }
+        // Side by side: one that a budget holds back keeps nobody else.
+        let leave = |pod| self.leave(session, pod, deadline);
+        let mut leaving =
+            stream::iter(plan.evict.iter().map(leave)).buffer_unordered(LEAVING_COUNT_MAX);
+        let mut failures = Vec::new();
+        while let Some(left) = leaving.next().await {
+            match left {
+                Ok(()) => {}
+                Err(failure @ Failure::ClosedPipe) => return Err(failure),
+                Err(failure) => failures.push(message(&failure)),
             }
         }
-        for pod in leaving {
+        match failures.as_slice() {
+            [] => Ok(()),
+            [one] => Err(Failure::local(one.clone())),
+            many => Err(Failure::local(format!("[{}]", many.join(", ")))),
+        }
+    }
+
+    /// One pod, until it is gone.
+    async fn leave(
+        &self,
+        session: &Session,
+        pod: &Found,
+        deadline: Option<Instant>,
+    ) -> Result<(), Failure> {
+        loop {
+            output::print(&format!("evicting pod {}\n", pod.path()))?;
+            let is_leaving = match self.evict(session, pod).await {
+                Err(failure) if failure.reason() == Some(Reason::TooManyRequests) => {
+                    let (name, namespace) = (&pod.name, &pod.namespace);
+                    eprintln!(
+                        "error when evicting pods/{name:?} -n {namespace:?} (will retry after 5s): {}",
+                        message(&failure)
+                    );
+                    wait_to_retry(deadline, self.timeout).await?;
+                    continue;
+                }
+                Err(failure) => {
+                    let (name, namespace) = (&pod.name, &pod.namespace);
+                    let text = format!(
+                        "error when evicting pods/{name:?} -n {namespace:?}: {}",
+                        message(&failure)
+                    );
+                    return Err(Failure::local(text));
+                }
+                Ok(is_leaving) => is_leaving,
+            };
+            if !is_leaving {
+                return Ok(());
+            }
             wait_gone(
                 session,
                 pod_kind()?,
@@ -256,21 +315,39 @@ impl Drain {
                 deadline,
             )
             .await?;
-            output::print(&format!("pod/{} evicted\n", pod.name))?;
+            return output::print(&format!("pod/{} evicted\n", pod.name));
         }
-        Ok(())
     }
 
     /// Whether it is there and leaves.
     async fn evict(&self, session: &Session, pod: &Found) -> Result<bool, Failure> {
-        let request = DeleteRequest {
-            key: Some(key(pod_kind()?, &pod.namespace, &pod.name)),
-            grace_period_s: Some(self.grace_period).filter(|seconds| *seconds >= 0),
-            uid: pod.uid.clone(),
-            ..DeleteRequest::default()
+        let grace_period_s = Some(self.grace_period).filter(|seconds| *seconds >= 0);
+        let key = Some(key(pod_kind()?, &pod.namespace, &pod.name));
+        let asked = if self.disable_eviction {
+            let request = DeleteRequest {
+                key,
+                grace_period_s,
+                uid: pod.uid.clone(),
+                ..DeleteRequest::default()
+            };
+            session.delete(request).await.map(|_| ())
+        } else {
+            let eviction = eviction(pod, grace_period_s);
+            let request = WriteRequest {
+                key,
+                json: eviction.to_string().into(),
+                subresource: "eviction".to_owned(),
+                ..WriteRequest::default()
+            };
+            let created = session
+                .objects
+                .clone()
+                .create(session.request(request))
+                .await;
+            created.map(|_| ()).map_err(Failure::from)
         };
-        match session.delete(request).await {
-            Ok(_) => Ok(true),
+        match asked {
+            Ok(()) => Ok(true),
             // Gone already, or another one of that name: not of this node any more.
             Err(failure)
                 if matches!(failure.reason(), Some(Reason::NotFound | Reason::Conflict)) =>
@@ -280,6 +357,37 @@ impl Drain {
             Err(failure) => Err(failure),
         }
     }
+}
+
+fn eviction(pod: &Found, grace_period_s: Option<i64>) -> Value {
+    let mut options = json!({"preconditions": {"uid": pod.uid}});
+    if let Some(seconds) = grace_period_s {
+        options["gracePeriodSeconds"] = json!(seconds);
+    }
+    json!({"apiVersion": "policy/v1", "kind": "Eviction",
+        "metadata": {"name": pod.name, "namespace": pod.namespace}, "deleteOptions": options})
+}
+
+/// What the server said, without the words around it.
+fn message(failure: &Failure) -> String {
+    match failure {
+        Failure::Server { status, .. } => status.message.clone(),
+        Failure::Local(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+/// Waits a while, if there is still that much time.
+async fn wait_to_retry(deadline: Option<Instant>, timeout: Duration) -> Result<(), Failure> {
+    let at = Instant::now() + RETRY_PAUSE;
+    if let Some(deadline) = deadline.filter(|deadline| *deadline < at) {
+        tokio::time::sleep_until(deadline.into()).await;
+        return Err(Failure::local(format!(
+            "global timeout reached: {timeout:?}"
+        )));
+    }
+    tokio::time::sleep_until(at.into()).await;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -301,6 +409,17 @@ mod tests {
 
     fn names(plan: &Plan) -> Vec<&str> {
         plan.evict.iter().map(|pod| pod.name.as_str()).collect()
+    }
+
+    #[test]
+    fn an_eviction_is_of_this_very_pod() {
+        let found = Found::of(&pod("web", "ReplicaSet", json!({})));
+        let own = eviction(&found, None);
+        assert_eq!(own["metadata"], json!({"name": "web", "namespace": "n"}));
+        let options = json!({"preconditions": {"uid": "web"}});
+        assert_eq!(own["deleteOptions"], options);
+        let short = eviction(&found, Some(3));
+        assert_eq!(short["deleteOptions"]["gracePeriodSeconds"], 3);
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub(crate) mod api_service;
 mod cron_job;
 mod daemon_set;
 mod deployment;
+mod disruption;
 mod endpointslice;
 mod ephemeral_volume;
 mod garbage;
@@ -60,6 +61,7 @@ use gantry_api::k8s_openapi::api::core::v1::{
     Pod, ReplicationController, Service, ServiceAccount,
 };
 use gantry_api::k8s_openapi::api::discovery::v1::EndpointSlice;
+use gantry_api::k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use gantry_api::k8s_openapi::api::storage::v1::StorageClass;
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{
     LabelSelector, OwnerReference, Time,
@@ -129,6 +131,7 @@ struct Caches {
     namespaces: Arc<Cache<Namespace>>,
     nodes: Arc<Cache<Node>>,
     leases: Arc<Cache<Lease>>,
+    budgets: Arc<Cache<PodDisruptionBudget>>,
     /// Owners and dependents of every kind.
     graph: Arc<garbage::Graph>,
     /// What changes in namespaces with quotas.
@@ -155,6 +158,7 @@ impl Caches {
             namespaces: Cache::new(|_| None),
             nodes: Cache::new(|_| None),
             leases: Cache::new(|_| None),
+            budgets: Cache::new(|_| None),
             graph: garbage::Graph::new(),
             quota_changes: resource_quota::Changes::new(),
         }
@@ -179,6 +183,7 @@ impl Caches {
             Arc::clone(&self.namespaces) as Arc<dyn Sink>,
             Arc::clone(&self.nodes) as Arc<dyn Sink>,
             Arc::clone(&self.leases) as Arc<dyn Sink>,
+            Arc::clone(&self.budgets) as Arc<dyn Sink>,
             Arc::clone(&self.graph) as Arc<dyn Sink>,
             Arc::clone(&self.quota_changes) as Arc<dyn Sink>,
         ]
@@ -251,6 +256,7 @@ pub async fn run(
     load_balancer::start(&context, &mut tasks, &shutdown);
     pod_cidr::start(&context, &mut tasks, &shutdown);
     pod_garbage::start(&context, &mut tasks, &shutdown);
+    disruption::start(&context, &mut tasks, &shutdown);
     resource_quota::start(&context, &mut tasks, &shutdown);
     let feeding = Arc::clone(&context);
     let stop = shutdown.clone();

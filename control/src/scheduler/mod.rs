@@ -32,6 +32,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::{Node, Pod, PodCondition};
+use gantry_api::k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::status::{Reason, Status};
 use tokio::task::JoinSet;
@@ -41,7 +42,7 @@ use tokio_util::sync::CancellationToken;
 pub(crate) use self::filter::{Suits, node_satisfies, suits};
 use self::nodes::Nodes;
 use self::pending::{Pending, Wake};
-use self::preempt::Preemption;
+use self::preempt::{Budget, Preemption};
 use self::request::PodRequest;
 use self::score::Decision;
 use self::volumes::{Volumes, Waits};
@@ -313,12 +314,24 @@ impl Scheduler {
                 }
                 Decision::Unschedulable(message, blocked) => {
                     self.pending.file_unschedulable(&request.uid, blocked, now);
-                    let preemption = preempt::choose(self.nodes.states(), &request);
+                    let budgets = self.budgets();
+                    let preemption = preempt::choose(self.nodes.states(), &request, &budgets);
                     if let Some(preemption) = preemption {
                         self.preempt(&request, preemption);
                     }
                     self.report(request, message, now);
                 }
+            }
+        }
+    }
+
+    /// Which pods are not to go. Asked for only where some have to: budgets change more often than that.
+    fn budgets(&self) -> Vec<Budget> {
+        match self.registry.list::<PodDisruptionBudget>(None) {
+            Ok((_, budgets)) => budgets.iter().filter_map(Budget::of).collect(),
+            Err(status) => {
+                tracing::error!(%status, "cannot read the disruption budgets");
+                Vec::new()
             }
         }
     }

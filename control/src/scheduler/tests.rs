@@ -410,7 +410,7 @@ proptest::proptest! {
             gone.iter().for_each(|victim| state.subtract(victim));
             filter::check(&state, &pod).is_ok()
         };
-        match super::preempt::choose(nodes.states(), &pod) {
+        match super::preempt::choose(nodes.states(), &pod, &[]) {
             Some(found) => {
                 proptest::prop_assert!(found.victims.iter().all(|v| v.priority < priority));
                 proptest::prop_assert!(fits_without(&found.victims, &found.node));
@@ -426,6 +426,48 @@ proptest::proptest! {
             },
         }
         pod.never_preempts = true;
-        proptest::prop_assert!(super::preempt::choose(nodes.states(), &pod).is_none());
+        proptest::prop_assert!(super::preempt::choose(nodes.states(), &pod, &[]).is_none());
     }
+}
+
+#[test]
+fn pods_without_a_budget_go_first_and_a_node_with_them_wins() {
+    let pod = |name: &str, app: &str, priority: i32| {
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": name, "namespace": "default", "uid": name, "labels": {"app": app}},
+            "spec": {"priority": priority, "containers": [{"name": "c",
+                "resources": {"requests": {"cpu": "1"}}}]}}))
+        .unwrap();
+        PodRequest::of(&pod).unwrap()
+    };
+    let budget = |allowed: i32| {
+        let budget =
+            serde_json::from_value(json!({"metadata": {"name": "b", "namespace": "default"},
+            "spec": {"selector": {"matchLabels": {"app": "db"}}},
+            "status": {"disruptionsAllowed": allowed, "currentHealthy": 1, "desiredHealthy": 1,
+                "expectedPods": 1}}))
+            .unwrap();
+        [super::preempt::Budget::of(&budget).unwrap()]
+    };
+    let important = pod("important", "x", 100);
+    // On one node: the one without a budget, although it matters more.
+    let mut nodes = cluster(&[node("n1", "2")]);
+    nodes.assume(Arc::new(pod("db", "db", 0)), "n1");
+    nodes.assume(Arc::new(pod("web", "web", 10)), "n1");
+    let victims = |nodes: &Nodes, allowed: i32| -> Vec<String> {
+        let choice = super::preempt::choose(nodes.states(), &important, &budget(allowed)).unwrap();
+        choice.victims.iter().map(|v| v.uid.to_string()).collect()
+    };
+    assert_eq!(victims(&nodes, 0), ["web"]);
+    assert_eq!(victims(&nodes, 1), ["db"]);
+    // Of two nodes: the one without a protected victim.
+    let mut nodes = cluster(&[node("n1", "1"), node("n2", "1")]);
+    nodes.assume(Arc::new(pod("db", "db", 0)), "n1");
+    nodes.assume(Arc::new(pod("web", "web", 10)), "n2");
+    assert_eq!(victims(&nodes, 0), ["web"]);
+    assert_eq!(victims(&nodes, 1), ["db"]);
+    // Where nothing else helps, the budget is overruled.
+    let mut nodes = cluster(&[node("n1", "1")]);
+    nodes.assume(Arc::new(pod("db", "db", 0)), "n1");
+    assert_eq!(victims(&nodes, 0), ["db"]);
 }

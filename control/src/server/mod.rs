@@ -12,6 +12,7 @@ pub(crate) mod admit;
 mod allocation;
 mod commit;
 mod event;
+mod eviction;
 pub mod identity;
 mod merge;
 mod object;
@@ -46,6 +47,7 @@ use crate::joining::Joining;
 use identity::{Authenticator, Service};
 use objects::ObjectsService;
 
+pub(crate) use eviction::covers;
 pub use object::{decode, present, to_value};
 pub use registry::Registry;
 pub use rules::Part;

@@ -13,7 +13,7 @@ use gantry_api::proto::{
     kinds_reply,
 };
 use gantry_api::status::Status;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response};
 
@@ -27,7 +27,7 @@ use super::table::Renderer;
 use super::tokens::{self, Tokens};
 use super::view::{View, kind_of_key};
 use super::write::{WriteOptions, Written};
-use super::{resize, scale, watch};
+use super::{eviction, resize, scale, watch};
 
 /// What one write may take: a store that does not answer within it has failed.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -44,6 +44,9 @@ const TOKEN_REVIEW: Attributes<'_> = Attributes {
 
 /// The subresource that adds ephemeral containers to a pod.
 const EPHEMERAL: &str = "ephemeralcontainers";
+
+/// The subresource that deletes a pod if its disruption budget allows.
+const EVICTION: &str = "eviction";
 
 /// The service over one registry.
 pub(super) struct ObjectsService {
@@ -162,6 +165,9 @@ impl ObjectsService {
                 unchanged: false,
             });
         }
+        if request.subresource == EVICTION {
+            return self.evict(who, request).await;
+        }
         let write = Write::new(request, &[])?;
         let (kind, namespace) = (write.target.kind, &write.target.namespace);
         let judge = Judge::new(&self.registry, who);
@@ -174,6 +180,32 @@ impl ObjectsService {
         self.registry
             .create_value(kind, namespace, write.object, &write.options)
             .await
+    }
+
+    /// `pods/eviction`: a deletion that asks the pod's disruption budget.
+    async fn evict(&self, who: &Identity, request: WriteRequest) -> Result<Written, Status> {
+        let eviction = decode::parse(&request.json)?;
+        let target = Target::new(request.key, &eviction)?;
+        if target.kind.kind != "Pod" {
+            let resource = target.kind.qualified_resource();
+            let text = format!("{resource} have no {EVICTION} subresource");
+            return Err(Status::not_served(text));
+        }
+        let what = target.attributes("create").sub(EVICTION);
+        self.registry.authorize(who, &what)?;
+        let name = target.required_name()?;
+        let (options, dry_run) = eviction::options(target.kind, name, &eviction)?;
+        let dry_run = dry_run || request.dry_run;
+        let evicted = self
+            .registry
+            .evict(&target.namespace, name, &options, dry_run);
+        let written = evicted.await?;
+        Ok(Written {
+            object: json!({"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Success",
+                "code": 201}),
+            created: true,
+            ..written
+        })
     }
 
     async fn update_object(

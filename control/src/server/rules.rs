@@ -128,7 +128,8 @@ pub(crate) fn generated_name(prefix: &str) -> String {
 /// Whether the kind counts changes of its wanted state in `metadata.generation`.
 fn has_generation(kind: &Kind) -> bool {
     let core = ["Pod", "ReplicationController"];
-    kind.has_status && (["apps", "batch"].contains(&kind.group) || core.contains(&kind.kind))
+    kind.has_status
+        && (["apps", "batch", "policy"].contains(&kind.group) || core.contains(&kind.kind))
 }
 
 /// Gives a new object what only the server sets. The name is already there.

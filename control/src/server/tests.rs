@@ -24,6 +24,7 @@ use crate::server::registry::{DeleteOptions, Registry};
 use crate::server::{identity, rbac};
 
 mod authorization;
+mod evictions;
 mod limits;
 
 type Client = ObjectsClient<Channel>;

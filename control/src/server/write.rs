@@ -53,6 +53,8 @@ pub(super) struct Decision {
     outcome: Outcome,
     /// The Service to allocate for, filled in place.
     allocate: bool,
+    /// What else is written, at the revision that was read.
+    also: Vec<(Arc<str>, Revision, bytes::Bytes)>,
     /// What it uses more than before is charged to the quotas of its namespace.
     charge: bool,
     /// Further keys that must exist.
@@ -65,6 +67,7 @@ impl From<Outcome> for Decision {
         Decision {
             outcome,
             allocate: false,
+            also: Vec::new(),
             charge: false,
             required: Vec::new(),
             warnings: Vec::new(),
@@ -253,6 +256,26 @@ impl Registry {
         .await
     }
 
+    /// Deletes a pod as its disruption budget allows, which is counted down with it.
+    pub(super) async fn evict_value(
+        &self,
+        namespace: &str,
+        name: &str,
+        options: &DeleteOptions,
+        dry_run: bool,
+    ) -> Result<Written, Status> {
+        let kind = kind_named("pods")?;
+        let now = Timestamp::now();
+        self.mutate(kind, namespace, name, dry_run, |old| {
+            rules::check_uid(kind, old, options.uid.as_deref().unwrap_or_default())?;
+            Ok(Decision {
+                also: self.disrupt(old, now)?,
+                ..rules::prepare_delete(kind, old, options, now)?.into()
+            })
+        })
+        .await
+    }
+
     pub(super) async fn bind_value(
         &self,
         namespace: &str,
@@ -363,6 +386,9 @@ impl Registry {
         for required in decision.required {
             txn = txn.require_exists(required);
         }
+        for (key, revision, bytes) in decision.also {
+            txn = txn.require_at(Arc::clone(&key), revision).put(key, bytes);
+        }
         match decision.outcome {
             Outcome::Unchanged => Ok(Ok(written(old, true))),
             Outcome::Remove => {
@@ -442,6 +468,7 @@ pub(super) fn replace(
     Ok(Decision {
         outcome: rules::finish_update(kind, old, new)?,
         allocate: is_service,
+        also: Vec::new(),
         charge: false,
         required: Vec::new(),
         warnings: prepared.warnings,

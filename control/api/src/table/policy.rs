@@ -1,6 +1,6 @@
 //! Rows of what limits others: quotas, disruption budgets, autoscalers.
 
-use super::text;
+use super::{number, text};
 use serde_json::Value;
 
 /// Requests and limits side by side, as `used/hard`.
@@ -27,6 +27,25 @@ pub(super) fn quota(object: &Value, age: String) -> Vec<String> {
         text(object, "/metadata/name").to_owned(),
         requests.join(", "),
         limits.join(", "),
+        age,
+    ]
+}
+
+/// A count, a percentage, or `N/A`.
+pub(super) fn count(value: Option<&Value>) -> String {
+    match value {
+        Some(Value::String(text)) => text.clone(),
+        Some(Value::Number(number)) => number.to_string(),
+        _ => "N/A".to_owned(),
+    }
+}
+
+pub(super) fn disruption_budget(object: &Value, age: String) -> Vec<String> {
+    vec![
+        text(object, "/metadata/name").to_owned(),
+        count(object.pointer("/spec/minAvailable")),
+        count(object.pointer("/spec/maxUnavailable")),
+        number(object, "/status/disruptionsAllowed").to_string(),
         age,
     ]
 }

@@ -53,6 +53,19 @@ fn a_policy_shows_whom_it_is_about() {
 }
 
 #[test]
+fn quotas_and_budgets_show_what_is_left() {
+    let quota = json!({"metadata": {"name": "q", "creationTimestamp": "2026-01-01T00:55:00Z"},
+        "status": {"hard": {"pods": "4", "limits.cpu": "2"}, "used": {"pods": "1"}}});
+    assert_eq!(
+        cells("quota", &quota, false),
+        ["q", "pods: 1/4", "limits.cpu: 0/2", "5m"]
+    );
+    let budget = json!({"metadata": {"name": "b", "creationTimestamp": "2026-01-01T00:55:00Z"},
+        "spec": {"maxUnavailable": "25%"}, "status": {"disruptionsAllowed": 1}});
+    assert_eq!(cells("pdb", &budget, false), ["b", "N/A", "25%", "1", "5m"]);
+}
+
+#[test]
 fn pod_status_follows_the_containers() {
     let running = |ready| json!({"ready": ready, "restartCount": 0, "state": {"running": {}}});
     let state = |state: Value| {

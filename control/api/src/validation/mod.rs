@@ -4,6 +4,7 @@
 //! (`pkg/apis/*/validation/validation.go`). `admission` calls them; nothing else needs to.
 
 mod batch;
+mod disruption;
 mod job_policy;
 mod lifecycle;
 mod limit_range;
@@ -20,6 +21,7 @@ mod volume;
 mod workload;
 
 pub use batch::{cron_job, job, job_update};
+pub use disruption::disruption_budget;
 pub use limit_range::limit_range;
 pub use network_policy::network_policy;
 pub use pod::{MIRROR_ANNOTATION, no_ephemeral, pod, pod_spec, pod_update};

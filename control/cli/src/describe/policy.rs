@@ -1,6 +1,6 @@
 //! `describe` of what limits others, in kubectl's words.
 
-use super::text::{Text, field, items};
+use super::text::{Text, field, items, number, scalar};
 use serde_json::Value;
 
 /// What a scope means.
@@ -111,6 +111,30 @@ pub(super) fn limit_range(object: &Value, text: &mut Text) {
         }
     }
     text.table(0, &rows);
+}
+
+pub(super) fn disruption_budget(object: &Value, text: &mut Text) {
+    text.line(0, "Name", field(object, "/metadata/name"));
+    text.line(0, "Namespace", field(object, "/metadata/namespace"));
+    for (label, pointer) in [
+        ("Min available", "/spec/minAvailable"),
+        ("Max unavailable", "/spec/maxUnavailable"),
+    ] {
+        let shown = object.pointer(pointer).map(scalar);
+        text.line(0, label, &shown.unwrap_or_default());
+    }
+    let selector = gantry_api::table::label_selector_text(object.pointer("/spec/selector"));
+    text.line(0, "Selector", &selector);
+    text.head(0, "Status");
+    for (label, name) in [
+        ("Allowed disruptions", "disruptionsAllowed"),
+        ("Current", "currentHealthy"),
+        ("Desired", "desiredHealthy"),
+        ("Total", "expectedPods"),
+    ] {
+        let count = number(object, &format!("/status/{name}"));
+        text.line(4, label, &count.to_string());
+    }
 }
 
 #[cfg(test)]

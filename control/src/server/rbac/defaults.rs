@@ -259,6 +259,7 @@ fn edit() -> Vec<Value> {
         ),
         rule(&WRITE, "batch", &["cronjobs", "jobs"]),
         rule(&WRITE, "networking.k8s.io", &["networkpolicies"]),
+        rule(&WRITE, "policy", &["poddisruptionbudgets"]),
         rule(&ALL, "coordination.k8s.io", &["leases"]),
     ]
 }
@@ -321,6 +322,11 @@ fn view() -> Vec<Value> {
             &["cronjobs", "cronjobs/status", "jobs", "jobs/status"],
         ),
         rule(&READ, "networking.k8s.io", &["networkpolicies"]),
+        rule(
+            &READ,
+            "policy",
+            &["poddisruptionbudgets", "poddisruptionbudgets/status"],
+        ),
         rule(&READ, "metrics.k8s.io", &["pods", "nodes"]),
     ]
 }
