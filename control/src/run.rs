@@ -102,6 +102,7 @@ impl Control {
             node_prefix_len: arguments.node_cidr_prefix,
             node_grace_period: Duration::from_secs(arguments.node_grace_period_s),
             ca_certificate: control.certificates.ca().to_owned(),
+            autoscale_interval: controllers::Settings::default().autoscale_interval,
             load_balancer_pool: AddressPool::new(arguments.load_balancer_pool.clone()),
         };
         let place = ApiPlace {
@@ -110,8 +111,10 @@ impl Control {
             advertise: arguments.advertise_address,
         };
         let remover: Arc<dyn controllers::VolumeRemover> = Arc::new(control.feed.clone());
+        let usage: Arc<dyn controllers::UsageSource> = Arc::new(control.feed.clone());
         let tasks = &mut control.tasks;
-        spawn_loops(tasks, &control.registry, settings, remover, place, stop);
+        let nodes = Nodes { remover, usage };
+        spawn_loops(tasks, &control.registry, settings, nodes, place, stop);
         Ok(control)
     }
 
@@ -256,12 +259,18 @@ fn feed_settings(arguments: &Arguments, tokens: Tokens) -> feed::Settings {
     }
 }
 
+/// What controllers ask of nodes.
+struct Nodes {
+    remover: Arc<dyn controllers::VolumeRemover>,
+    usage: Arc<dyn controllers::UsageSource>,
+}
+
 /// The loops that act on what the API takes.
 fn spawn_loops(
     tasks: &mut JoinSet<Result<(), ServeError>>,
     registry: &Registry,
     settings: controllers::Settings,
-    remover: Arc<dyn controllers::VolumeRemover>,
+    nodes: Nodes,
     place: ApiPlace,
     stop: &CancellationToken,
 ) {
@@ -282,7 +291,7 @@ fn spawn_loops(
     });
     let (own, token) = (registry.clone(), stop.clone());
     tasks.spawn(async move {
-        controllers::run(own, settings, remover, token).await;
+        controllers::run(own, settings, nodes.remover, nodes.usage, token).await;
         Ok(())
     });
 }

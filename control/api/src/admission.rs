@@ -22,6 +22,7 @@ use crate::{defaults, pod_security, support, validation};
 use k8s_openapi::api::apps::v1::{
     ControllerRevision, DaemonSet, Deployment, ReplicaSet, StatefulSet,
 };
+use k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use k8s_openapi::api::batch::v1::{CronJob, Job};
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{
@@ -243,6 +244,16 @@ impl Served for LimitRange {
 
     fn validate(&self) -> Vec<FieldError> {
         validation::limit_range(self)
+    }
+}
+
+impl Served for HorizontalPodAutoscaler {
+    fn set_defaults(&mut self) {
+        defaults::horizontal_pod_autoscaler(self);
+    }
+
+    fn validate(&self) -> Vec<FieldError> {
+        validation::horizontal_pod_autoscaler(self)
     }
 }
 
@@ -605,6 +616,7 @@ fn served(kind: &Kind) -> Result<&'static dyn Pipeline, Status> {
         "ResourceQuota" => of!(ResourceQuota),
         "LimitRange" => of!(LimitRange),
         "PodDisruptionBudget" => of!(PodDisruptionBudget),
+        "HorizontalPodAutoscaler" => of!(HorizontalPodAutoscaler),
         "Secret" => of!(Secret),
         "Service" => of!(Service),
         "ServiceAccount" => of!(ServiceAccount),

@@ -4,10 +4,12 @@
 //! Gantry does not honour yet (`enableServiceLinks`, …) get no default, so that an object never
 //! claims more than was asked for. Source: Kubernetes' `pkg/apis/{core,apps}/v1/defaults.go`.
 
+mod autoscaler;
 mod limits;
 mod storage;
 mod workload;
 
+pub use autoscaler::horizontal_pod_autoscaler;
 pub use limits::limit_range;
 pub use storage::{persistent_volume, persistent_volume_claim, priority_class, storage_class};
 pub use workload::{cron_job, daemon_set, job, replication_controller, stateful_set};

@@ -172,6 +172,18 @@ pub static KINDS: &[Kind] = &[
         &[],
     ),
     Kind {
+        version: "v2",
+        has_status: true,
+        in_all: true,
+        ..grouped(
+            "autoscaling",
+            "HorizontalPodAutoscaler",
+            "horizontalpodautoscalers",
+            "horizontalpodautoscaler",
+            &["hpa"],
+        )
+    },
+    Kind {
         has_status: true,
         in_all: true,
         ..grouped("batch", "Job", "jobs", "job", &[])

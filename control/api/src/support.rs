@@ -530,6 +530,23 @@ pub static NETWORK_POLICY_SPEC: &[Rule] = &[
     yes("policyTypes"),
 ];
 
+/// Fields of a HorizontalPodAutoscaler's spec.
+pub static HORIZONTAL_POD_AUTOSCALER_SPEC: &[Rule] = &[
+    yes("behavior"),
+    yes("maxReplicas"),
+    listed("metrics"),
+    yes("metrics[].containerResource"),
+    no("metrics[].external", &[], ONLY_MEASURED),
+    no("metrics[].object", &[], ONLY_MEASURED),
+    no("metrics[].pods", &[], ONLY_MEASURED),
+    yes("metrics[].resource"),
+    yes("metrics[].type"),
+    yes("minReplicas"),
+    yes("scaleTargetRef"),
+];
+
+const ONLY_MEASURED: &str = "there is no metrics adapter: cpu and memory, of pods or containers, as the agents measure them";
+
 const TCP_OR_UDP: &[&str] = &["\"TCP\"", "\"UDP\""];
 const NO_SCTP: &str = "SCTP is not tracked; a policy without ports speaks of every protocol";
 
@@ -562,6 +579,7 @@ static VOLUME_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(PERSISTENT_VO
 static CLAIM_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(PERSISTENT_VOLUME_CLAIM_SPEC));
 static JOB_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(JOB_SPEC));
 static CRON_JOB_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(CRON_JOB_SPEC));
+static SCALER_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(HORIZONTAL_POD_AUTOSCALER_SPEC));
 static POLICY_TABLE: LazyLock<Table> = LazyLock::new(|| Table::new(NETWORK_POLICY_SPEC));
 
 /// The table of a workload's spec.
@@ -575,6 +593,7 @@ fn workload_table(kind: &Kind) -> Option<&'static Table> {
         "CronJob" => &CRON_JOB_TABLE,
         "PersistentVolume" => &VOLUME_TABLE,
         "PersistentVolumeClaim" => &CLAIM_TABLE,
+        "HorizontalPodAutoscaler" => &SCALER_TABLE,
         _ => return None,
     })
 }
@@ -796,7 +815,7 @@ fn judge(table: &Table, at: &str, value: &Value, path: &Path, level: Level, out:
 #[must_use]
 pub fn matrix() -> String {
     let mut text = String::from("| Field | Gantry | Note |\n|---|---|---|\n");
-    let parts: [(&str, &[Rule]); 14] = [
+    let parts: [(&str, &[Rule]); 15] = [
         ("pod.spec", POD_SPEC),
         ("pod.spec.containers[]", CONTAINER),
         ("pod.spec.containers[].*Probe", PROBE),
@@ -811,6 +830,10 @@ pub fn matrix() -> String {
         ("persistentvolume.spec", PERSISTENT_VOLUME_SPEC),
         ("persistentvolumeclaim.spec", PERSISTENT_VOLUME_CLAIM_SPEC),
         ("networkpolicy.spec", NETWORK_POLICY_SPEC),
+        (
+            "horizontalpodautoscaler.spec",
+            HORIZONTAL_POD_AUTOSCALER_SPEC,
+        ),
     ];
     for (prefix, rules) in parts {
         for rule in rules.iter().filter(|r| r.level != Level::Listed) {

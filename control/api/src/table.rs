@@ -10,6 +10,7 @@ mod storage;
 mod workload;
 
 pub use pod::{PodSummary, summarize as pod_summary};
+pub use policy::{metric_status, metric_text};
 
 use crate::kinds::Kind;
 use crate::proto::{TableColumn, TableRow};
@@ -170,6 +171,18 @@ fn names(kind: &Kind) -> (&'static [&'static str], &'static [&'static str]) {
         ),
         "ResourceQuota" => (&["NAME", "REQUEST", "LIMIT", "AGE"], &[]),
         "LimitRange" => (&["NAME", "CREATED AT"], &[]),
+        "HorizontalPodAutoscaler" => (
+            &[
+                "NAME",
+                "REFERENCE",
+                "TARGETS",
+                "MINPODS",
+                "MAXPODS",
+                "REPLICAS",
+                "AGE",
+            ],
+            &[],
+        ),
         "PodDisruptionBudget" => (
             &[
                 "NAME",
@@ -221,6 +234,7 @@ pub fn row(kind: &Kind, object: &Value, now: Timestamp, wide: bool, namespace: b
         "StorageClass" => cells.extend(storage::class(object, age)),
         "PriorityClass" => cells.extend(storage::priority(object, age)),
         "ResourceQuota" => cells.extend(policy::quota(object, age)),
+        "HorizontalPodAutoscaler" => cells.extend(policy::autoscaler(object, age)),
         "PodDisruptionBudget" => cells.extend(policy::disruption_budget(object, age)),
         "LimitRange" => cells.extend([
             own(),

@@ -120,6 +120,11 @@ async fn describe(session: &Session, kind: &Kind, object: &Value) -> Result<Stri
         "NetworkPolicy" => network_policy::describe(object, &mut text),
         "ResourceQuota" => policy::quota(object, &mut text),
         "LimitRange" => policy::limit_range(object, &mut text),
+        "HorizontalPodAutoscaler" => {
+            common(object, true, &mut text);
+            labels(object, &mut text);
+            policy::autoscaler(object, &mut text);
+        }
         "PodDisruptionBudget" => policy::disruption_budget(object, &mut text),
         "ConfigMap" => config_map(object, &mut text),
         "Secret" => secret(object, &mut text),

@@ -11,6 +11,7 @@
 mod apply;
 mod attach;
 mod auth;
+mod autoscale;
 mod connection;
 mod cordon;
 mod cp;
@@ -106,6 +107,8 @@ enum Verb {
     PortForward(port_forward::PortForward),
     /// Set the number of replicas
     Scale(scale::Scale),
+    /// Let the number of replicas follow what pods use
+    Autoscale(autoscale::Autoscale),
     /// Make this machine the first of a cluster
     Init(node::Init),
     /// Make this machine a node of a cluster
@@ -200,6 +203,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Cp(verb) => verb.run(&global).await.map(done),
         Verb::PortForward(verb) => verb.run(&global).await.map(done),
         Verb::Scale(verb) => verb.run(&global).await.map(done),
+        Verb::Autoscale(verb) => verb.run(&global).await.map(done),
         Verb::Init(verb) => verb.run(&global).await.map(done),
         Verb::Join(verb) => verb.run(),
         Verb::Reset(verb) => verb.run().map(done),

@@ -187,6 +187,7 @@ mod tests {
                 "replicasets:",
                 "daemonsets:",
                 "statefulsets:",
+                "horizontalpodautoscalers:",
                 "jobs:",
                 "cronjobs:"
             ]

@@ -15,6 +15,7 @@
 //! back-off and starves nobody.
 
 pub(crate) mod api_service;
+mod autoscale;
 mod cron_job;
 mod daemon_set;
 mod deployment;
@@ -54,6 +55,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use gantry_api::k8s_openapi::api::apps::v1::{DaemonSet, Deployment, ReplicaSet, StatefulSet};
+use gantry_api::k8s_openapi::api::autoscaling::v2::HorizontalPodAutoscaler;
 use gantry_api::k8s_openapi::api::batch::v1::{CronJob, Job};
 use gantry_api::k8s_openapi::api::coordination::v1::Lease;
 use gantry_api::k8s_openapi::api::core::v1::{
@@ -74,6 +76,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::server::registry::{Registry, Resource};
+pub use autoscale::UsageSource;
 pub use load_balancer::{AddressPool, PoolRange};
 pub(crate) use node_health::is_ready as node_is_ready;
 pub(crate) use volume_binder::{PROVISIONER, satisfies as volume_satisfies};
@@ -96,6 +99,8 @@ pub struct Settings {
     pub node_grace_period: Duration,
     /// The CA's certificate (PEM), for pods to check the API with; empty: not published.
     pub ca_certificate: String,
+    /// How often autoscalers look at what pods use.
+    pub autoscale_interval: Duration,
     /// Addresses for Services of type LoadBalancer; empty: they stay pending.
     pub load_balancer_pool: AddressPool,
 }
@@ -107,6 +112,7 @@ impl Default for Settings {
             node_prefix_len: 24,
             node_grace_period: Duration::from_secs(40),
             ca_certificate: String::new(),
+            autoscale_interval: Duration::from_secs(15),
             load_balancer_pool: AddressPool::default(),
         }
     }
@@ -132,6 +138,7 @@ struct Caches {
     nodes: Arc<Cache<Node>>,
     leases: Arc<Cache<Lease>>,
     budgets: Arc<Cache<PodDisruptionBudget>>,
+    scalers: Arc<Cache<HorizontalPodAutoscaler>>,
     /// Owners and dependents of every kind.
     graph: Arc<garbage::Graph>,
     /// What changes in namespaces with quotas.
@@ -159,6 +166,7 @@ impl Caches {
             nodes: Cache::new(|_| None),
             leases: Cache::new(|_| None),
             budgets: Cache::new(|_| None),
+            scalers: Cache::new(|_| None),
             graph: garbage::Graph::new(),
             quota_changes: resource_quota::Changes::new(),
         }
@@ -184,6 +192,7 @@ impl Caches {
             Arc::clone(&self.nodes) as Arc<dyn Sink>,
             Arc::clone(&self.leases) as Arc<dyn Sink>,
             Arc::clone(&self.budgets) as Arc<dyn Sink>,
+            Arc::clone(&self.scalers) as Arc<dyn Sink>,
             Arc::clone(&self.graph) as Arc<dyn Sink>,
             Arc::clone(&self.quota_changes) as Arc<dyn Sink>,
         ]
@@ -225,6 +234,7 @@ pub async fn run(
     registry: Registry,
     settings: Settings,
     remover: Arc<dyn VolumeRemover>,
+    usage: Arc<dyn UsageSource>,
     shutdown: CancellationToken,
 ) {
     let caches = Caches::new();
@@ -257,6 +267,7 @@ pub async fn run(
     pod_cidr::start(&context, &mut tasks, &shutdown);
     pod_garbage::start(&context, &mut tasks, &shutdown);
     disruption::start(&context, &mut tasks, &shutdown);
+    autoscale::start(&context, usage, &mut tasks, &shutdown);
     resource_quota::start(&context, &mut tasks, &shutdown);
     let feeding = Arc::clone(&context);
     let stop = shutdown.clone();

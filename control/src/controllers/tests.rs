@@ -1,6 +1,7 @@
 //! The controllers and the scheduler together, on a real registry and store, with a fake agent that
 //! makes every bound pod ready and lets deleted ones go.
 
+mod autoscaling;
 mod claims;
 mod daemon_sets;
 mod deployments;
@@ -27,6 +28,7 @@ struct Cluster {
     registry: Registry,
     stop: CancellationToken,
     disks: Arc<claims::FakeDisks>,
+    meters: Arc<autoscaling::FakeMeters>,
     _directory: tempfile::TempDir,
 }
 
@@ -52,8 +54,9 @@ impl Cluster {
         registry.ensure_defaults().await.unwrap();
         let stop = CancellationToken::new();
         let disks = Arc::new(claims::FakeDisks::default());
-        let (own, remover) = (registry.clone(), Arc::clone(&disks));
-        tokio::spawn(run(own, controllers, remover, stop.clone()));
+        let meters = Arc::new(autoscaling::FakeMeters::new(registry.clone()));
+        let (own, remover, usage) = (registry.clone(), Arc::clone(&disks), Arc::clone(&meters));
+        tokio::spawn(run(own, controllers, remover, usage, stop.clone()));
         tokio::spawn(crate::scheduler::run(registry.clone(), stop.clone()));
         let agent = fake_agent(registry.clone());
         let ended = stop.clone();
@@ -67,6 +70,7 @@ impl Cluster {
             registry,
             stop,
             disks,
+            meters,
             _directory: directory,
         }
     }
@@ -209,6 +213,7 @@ async fn fake_agent(registry: Registry) {
                 let address = std::net::Ipv4Addr::from(0x0af4_0000 + next_address).to_string();
                 next_address += 1;
                 status.phase = Some("Running".to_owned());
+                status.start_time = Some(Time(Timestamp::now()));
                 status.pod_ip = Some(address.clone());
                 status.pod_ips = Some(vec![PodIP { ip: address }]);
                 let conditions = status.conditions.get_or_insert_default();

@@ -8,10 +8,10 @@
 //! | programmed Services | `list services` in the namespace, or everywhere; drops: `get nodes/stats` |
 //! | flows, explanations | `get pods/flows` in the namespace, or everywhere |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::future::{BoxFuture, join_all};
 use gantry_api::k8s_openapi::api::core::v1::Node;
 use gantry_api::proto;
 use gantry_api::proto::open_tunnel::Target;
@@ -25,6 +25,7 @@ use tonic::{Request, Response};
 
 use super::pods::or_default;
 use super::{Feed, explain};
+use crate::controllers::UsageSource;
 use crate::server::identity::Identity;
 use crate::server::rbac::{Attributes, Verdict, caller};
 
@@ -205,6 +206,39 @@ fn fill_in(usage: &mut proto::NodeUsage, node: &Node) {
     let positive = |amount: i64| u64::try_from(amount).unwrap_or(0);
     usage.allocatable_cpu_millicores = of("cpu").map_or(0, |q| positive(q.milli()));
     usage.allocatable_memory_bytes = of("memory").map_or(0, |q| positive(q.units()));
+}
+
+impl UsageSource for Feed {
+    fn usage<'a>(&'a self, nodes: &'a BTreeSet<String>) -> BoxFuture<'a, Vec<proto::PodUsage>> {
+        let stats = NodeStats::new(self.clone());
+        Box::pin(async move {
+            let mut known = match stats.nodes("") {
+                Ok(known) => known,
+                Err(status) => {
+                    tracing::warn!(%status, "cannot read the nodes to ask for what their pods use");
+                    return Vec::new();
+                }
+            };
+            known.retain(|node| {
+                node.metadata
+                    .name
+                    .as_ref()
+                    .is_some_and(|n| nodes.contains(n))
+            });
+            let answers = join_all(known.iter().map(|node| stats.ask(node))).await;
+            let mut pods = Vec::new();
+            for (node, answer) in known.iter().zip(answers) {
+                match answer {
+                    Ok(usage) => pods.extend(usage.pods),
+                    Err(status) => {
+                        let name = node.metadata.name.as_deref().unwrap_or_default();
+                        tracing::debug!(node = name, %status, "no figures for autoscalers");
+                    }
+                }
+            }
+            pods
+        })
+    }
 }
 
 #[tonic::async_trait]

@@ -1,6 +1,6 @@
 //! Rows of what limits others: quotas, disruption budgets, autoscalers.
 
-use super::{number, text};
+use super::{list, number, or_none, text};
 use serde_json::Value;
 
 /// Requests and limits side by side, as `used/hard`.
@@ -46,6 +46,90 @@ pub(super) fn disruption_budget(object: &Value, age: String) -> Vec<String> {
         count(object.pointer("/spec/minAvailable")),
         count(object.pointer("/spec/maxUnavailable")),
         number(object, "/status/disruptionsAllowed").to_string(),
+        age,
+    ]
+}
+
+/// Metrics that a row shows.
+const METRICS_SHOWN_MAX: usize = 2;
+
+/// One metric as `cpu: 12%/80%`; what is not known yet is `<unknown>`.
+#[must_use]
+pub fn metric_text(spec: &Value, current: Option<&Value>) -> String {
+    let source = match text(spec, "/type") {
+        "ContainerResource" => "containerResource",
+        _ => "resource",
+    };
+    let name = text(spec, &format!("/{source}/name"));
+    let target = spec.pointer(&format!("/{source}/target"));
+    let now = current.and_then(|current| current.pointer(&format!("/{source}/current")));
+    let percent = |value: Option<&Value>| {
+        let percent = value?.get("averageUtilization")?.as_i64()?;
+        Some(format!("{percent}%"))
+    };
+    let amount = |value: Option<&Value>| {
+        let amount = value?.get("averageValue")?.as_str()?;
+        Some(amount.to_owned())
+    };
+    let (now, wanted) = match percent(target) {
+        Some(wanted) => (percent(now), Some(wanted)),
+        None => (amount(now), amount(target)),
+    };
+    let unknown = || "<unknown>".to_owned();
+    let container = text(spec, "/containerResource/container");
+    let name = match container {
+        "" => name.to_owned(),
+        container => format!("{name} of {container}"),
+    };
+    format!(
+        "{name}: {}/{}",
+        now.unwrap_or_else(unknown),
+        wanted.unwrap_or_else(unknown)
+    )
+}
+
+/// The status of the metric at the same place in the spec.
+#[must_use]
+pub fn metric_status<'a>(object: &'a Value, spec: &Value) -> Option<&'a Value> {
+    let of = |metric: &Value| {
+        let at = |pointer| text(metric, pointer).to_owned();
+        [
+            at("/type"),
+            at("/resource/name"),
+            at("/containerResource/name"),
+            at("/containerResource/container"),
+        ]
+    };
+    let mut all = list(object, "/status/currentMetrics").iter();
+    all.find(|metric| of(metric) == of(spec))
+}
+
+pub(super) fn autoscaler(object: &Value, age: String) -> Vec<String> {
+    let metrics = list(object, "/spec/metrics");
+    let shown: Vec<String> = metrics
+        .iter()
+        .take(METRICS_SHOWN_MAX)
+        .map(|spec| metric_text(spec, metric_status(object, spec)))
+        .collect();
+    let mut targets = or_none(&shown.join(", "));
+    if metrics.len() > METRICS_SHOWN_MAX {
+        targets = format!("{targets} + {} more...", metrics.len() - METRICS_SHOWN_MAX);
+    }
+    let least = match number(object, "/spec/minReplicas") {
+        0 => "<unset>".to_owned(),
+        least => least.to_string(),
+    };
+    vec![
+        text(object, "/metadata/name").to_owned(),
+        format!(
+            "{}/{}",
+            text(object, "/spec/scaleTargetRef/kind"),
+            text(object, "/spec/scaleTargetRef/name")
+        ),
+        targets,
+        least,
+        number(object, "/spec/maxReplicas").to_string(),
+        number(object, "/status/currentReplicas").to_string(),
         age,
     ]
 }

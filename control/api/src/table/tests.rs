@@ -66,6 +66,30 @@ fn quotas_and_budgets_show_what_is_left() {
 }
 
 #[test]
+fn an_autoscaler_shows_what_it_aims_at() {
+    let metric = |name: &str, target: Value| json!({"type": "Resource", "resource": {"name": name, "target": target}});
+    let scaler = json!({"metadata": {"name": "s", "creationTimestamp": "2026-01-01T00:55:00Z"},
+        "spec": {"minReplicas": 2, "maxReplicas": 9,
+            "scaleTargetRef": {"kind": "Deployment", "name": "web"}, "metrics": [
+            metric("cpu", json!({"averageUtilization": 80})),
+            metric("memory", json!({"averageValue": "64Mi"}))]},
+        "status": {"currentReplicas": 3, "currentMetrics": [
+            {"type": "Resource", "resource": {"name": "cpu", "current": {"averageUtilization": 12}}}]}});
+    assert_eq!(
+        cells("hpa", &scaler, false),
+        [
+            "s",
+            "Deployment/web",
+            "cpu: 12%/80%, memory: <unknown>/64Mi",
+            "2",
+            "9",
+            "3",
+            "5m"
+        ]
+    );
+}
+
+#[test]
 fn pod_status_follows_the_containers() {
     let running = |ready| json!({"ready": ready, "restartCount": 0, "state": {"running": {}}});
     let state = |state: Value| {

@@ -3,6 +3,7 @@
 //! Pure functions from a defaulted object to [`FieldError`]s; the texts are Kubernetes'
 //! (`pkg/apis/*/validation/validation.go`). `admission` calls them; nothing else needs to.
 
+mod autoscaler;
 mod batch;
 mod disruption;
 mod job_policy;
@@ -20,6 +21,7 @@ mod storage;
 mod volume;
 mod workload;
 
+pub use autoscaler::horizontal_pod_autoscaler;
 pub use batch::{cron_job, job, job_update};
 pub use disruption::disruption_budget;
 pub use limit_range::limit_range;

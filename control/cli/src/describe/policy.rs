@@ -1,6 +1,7 @@
 //! `describe` of what limits others, in kubectl's words.
 
-use super::text::{Text, field, items, number, scalar};
+use super::text::{Text, conditions, field, items, number, scalar};
+use gantry_api::table;
 use serde_json::Value;
 
 /// What a scope means.
@@ -135,6 +136,78 @@ pub(super) fn disruption_budget(object: &Value, text: &mut Text) {
         let count = number(object, &format!("/status/{name}"));
         text.line(4, label, &count.to_string());
     }
+}
+
+pub(super) fn autoscaler(object: &Value, text: &mut Text) {
+    text.line(
+        0,
+        "CreationTimestamp",
+        field(object, "/metadata/creationTimestamp"),
+    );
+    let target = field(object, "/spec/scaleTargetRef/kind");
+    let name = field(object, "/spec/scaleTargetRef/name");
+    text.line(0, "Reference", &format!("{target}/{name}"));
+    text.line(0, "Metrics", "( current / target )");
+    for metric in items(object, "/spec/metrics") {
+        let of = match field(metric, "/containerResource/container") {
+            "" => {
+                let name = field(metric, "/resource/name");
+                format!("resource {name} on pods")
+            }
+            container => {
+                let name = field(metric, "/containerResource/name");
+                format!("resource {name} of container {container:?} on pods")
+            }
+        };
+        let percent = "/target/averageUtilization";
+        let is_percent = ["/resource", "/containerResource"]
+            .iter()
+            .any(|source| metric.pointer(&format!("{source}{percent}")).is_some());
+        let label = match is_percent {
+            true => format!("{of}  (as a percentage of request)"),
+            false => of,
+        };
+        let shown = table::metric_text(metric, table::metric_status(object, metric));
+        let (_, values) = shown.split_once(": ").unwrap_or_default();
+        text.line(2, &label, &values.replace('/', " / "));
+    }
+    text.line(
+        0,
+        "Min replicas",
+        &number(object, "/spec/minReplicas").to_string(),
+    );
+    text.line(
+        0,
+        "Max replicas",
+        &number(object, "/spec/maxReplicas").to_string(),
+    );
+    for (label, rules) in [("Scale Up", "scaleUp"), ("Scale Down", "scaleDown")] {
+        let Some(rules) = object.pointer(&format!("/spec/behavior/{rules}")) else {
+            continue;
+        };
+        text.head(0, &format!("Behavior {label}"));
+        if let Some(window) = rules.get("stabilizationWindowSeconds") {
+            let window = format!("{} seconds", scalar(window));
+            text.line(2, "Stabilization Window", &window);
+        }
+        text.line(2, "Select Policy", field(rules, "/selectPolicy"));
+        let policies = items(rules, "/policies").iter().map(|policy| {
+            let (kind, value) = (field(policy, "/type"), number(policy, "/value"));
+            let period = number(policy, "/periodSeconds");
+            format!("Type: {kind}  Value: {value}  Period: {period} seconds")
+        });
+        text.lines(2, "Policies", &policies.collect::<Vec<_>>());
+    }
+    text.line(
+        0,
+        &format!("{target} pods"),
+        &format!(
+            "{} current / {} desired",
+            number(object, "/status/currentReplicas"),
+            number(object, "/status/desiredReplicas")
+        ),
+    );
+    conditions(object, &["Type", "Status", "Reason", "Message"], text);
 }
 
 #[cfg(test)]

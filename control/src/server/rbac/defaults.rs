@@ -260,6 +260,7 @@ fn edit() -> Vec<Value> {
         rule(&WRITE, "batch", &["cronjobs", "jobs"]),
         rule(&WRITE, "networking.k8s.io", &["networkpolicies"]),
         rule(&WRITE, "policy", &["poddisruptionbudgets"]),
+        rule(&WRITE, "autoscaling", &["horizontalpodautoscalers"]),
         rule(&ALL, "coordination.k8s.io", &["leases"]),
     ]
 }
@@ -322,6 +323,14 @@ fn view() -> Vec<Value> {
             &["cronjobs", "cronjobs/status", "jobs", "jobs/status"],
         ),
         rule(&READ, "networking.k8s.io", &["networkpolicies"]),
+        rule(
+            &READ,
+            "autoscaling",
+            &[
+                "horizontalpodautoscalers",
+                "horizontalpodautoscalers/status",
+            ],
+        ),
         rule(
             &READ,
             "policy",
