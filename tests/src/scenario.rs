@@ -26,6 +26,7 @@ mod main_job;
 mod names;
 mod network_policy;
 pub mod nodes;
+mod policies;
 mod probes;
 mod reboot;
 mod resources;
@@ -95,6 +96,7 @@ pub const ALL: &[Scenario] = &[
     scenario("bad-pods", bad_pods::bad_pods),
     scenario("leaks", leaks::leaks),
     scenario("workloads", workloads::workloads),
+    scenario("policies", policies::policies),
     scenario("rolling-update", rolling_update::rolling_update),
     for_every_kernel("device-plugins", device_plugins::device_plugins),
     for_every_kernel("csi-volumes", csi_volumes::csi_volumes),

@@ -61,6 +61,7 @@ scenarios! {
     bad_pods: a_pod_that_goes_wrong_says_why_and_its_neighbour_notices_nothing,
     leaks: fifty_pods_execs_and_probes_leave_nothing_in_agent_and_kernel,
     workloads: claims_are_mounted_kept_and_deleted_and_every_pod_has_its_token,
+    policies: what_holds_a_namespace_back_is_said_and_an_autoscaler_and_a_drain_heed_it,
     rolling_update: no_request_is_lost_and_events_say_who_was_waited_for,
     device_plugins: a_pod_gets_its_device_keeps_it_and_nobody_else_opens_it,
     csi_volumes: volumes_of_a_driver_are_staged_published_and_taken_back,
