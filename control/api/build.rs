@@ -8,6 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/gantry/v1/images.proto",
         "proto/gantry/v1/joining.proto",
         "proto/gantry/v1/access.proto",
+        "proto/gantry/v1/store.proto",
     ];
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;

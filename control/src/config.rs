@@ -3,11 +3,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use ipnet::Ipv4Net;
 
 use crate::controllers::PoolRange;
 use crate::controllers::api_service::API_SERVICE_KEY;
+use crate::restore::RestoreArguments;
 
 /// What makes a configuration unusable: exit code 64.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -21,8 +22,18 @@ pub struct ConfigError {
 /// Gantry's control plane: API server, store, scheduler, controllers and the agents' feed in one
 /// process on one port.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "gantry-control", version, about, max_term_width = 100)]
+#[command(
+    name = "gantry-control",
+    version,
+    about,
+    max_term_width = 100,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Arguments {
+    /// Something else than to serve
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
     /// Where the store and the certificates are kept
     #[arg(long, value_name = "DIR", default_value = "/var/lib/gantry-control")]
     pub data_dir: PathBuf,
@@ -96,6 +107,13 @@ pub struct Arguments {
         default_value = "info"
     )]
     pub log: String,
+}
+
+/// What else the program does.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Make the store of a stopped control plane what a backup says
+    Restore(RestoreArguments),
 }
 
 /// A directory and the node whose agent's credentials go there.
@@ -264,6 +282,19 @@ mod tests {
             Arguments::server_url(arguments.listen),
             "https://127.0.0.1:6443"
         );
+    }
+
+    #[test]
+    fn a_restore_is_no_start() {
+        let arguments = parse(&["restore", "file", "--data-dir", "d"]).unwrap();
+        let Some(Command::Restore(restore)) = arguments.command else {
+            panic!("{arguments:?}")
+        };
+        assert_eq!(
+            (restore.file, restore.data_dir),
+            ("file".into(), "d".into())
+        );
+        assert!(parse(&["--listen", "127.0.0.1:1", "restore", "file"]).is_err());
     }
 
     #[test]

@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use clap::Parser as _;
 use gantry_api::service_manager::ServiceManager;
-use gantry_control::config::Arguments;
+use gantry_control::config::{Arguments, Command};
+use gantry_control::restore;
 use gantry_control::run::{Control, StartError};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -29,6 +30,16 @@ fn main() -> ExitCode {
     };
     if let Err(code) = check(&arguments) {
         return code;
+    }
+    if let Some(Command::Restore(arguments)) = &arguments.command {
+        return match restore::run(arguments) {
+            Ok(words) => {
+                // Nobody reading it is fine: it is done.
+                let _ = std::io::stdout().write_all(words.as_bytes());
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(&error.to_string(), EXIT_FAILED),
+        };
     }
     // Every TLS user of this process takes the same provider; a second call could only repeat it.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();

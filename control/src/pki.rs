@@ -11,6 +11,7 @@
 //! Every start checks each of them and makes only what is missing, about to expire, of another CA or
 //! (the server's) lacks a name. Files with keys are 0600 and appear whole or not at all.
 
+mod carried;
 mod file;
 mod node;
 mod san;
@@ -29,6 +30,7 @@ use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension};
 use crate::server::identity::{MASTERS_GROUP, NODE_USER_PREFIX, NODES_GROUP};
 use file::{read_if_there, write_atomic};
 
+pub use carried::{carried_files, differing_file, write_carried};
 pub use node::{NodeKey, REQUEST_BYTES_MAX, key_hash};
 pub use san::{ServerName, local_names};
 

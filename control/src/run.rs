@@ -23,12 +23,13 @@ use crate::controllers::AddressPool;
 use crate::controllers::api_service::ApiPlace;
 use crate::controllers::{self, api_service};
 use crate::feed::{self, Feed};
+use crate::hold::{self, Hold};
 use crate::joining::Joining;
 use crate::pki::{Authority, PkiError};
 use crate::scheduler;
 use crate::server::registry::{Patience, Registry, Settings};
 use crate::server::{ServeError, Server, Tokens};
-use crate::store::{OpenError, Store};
+use crate::store::{OpenError, RestoreError, STORE_FILE, Store};
 
 /// What a drain may take: open streams get a little time to end by themselves.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -49,6 +50,9 @@ pub enum StartError {
     /// The store.
     #[error(transparent)]
     Store(#[from] OpenError),
+    /// A backup was not restored.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     /// The certificates.
     #[error(transparent)]
     Pki(#[from] PkiError),
@@ -97,10 +101,18 @@ impl Control {
         stop: &CancellationToken,
     ) -> Result<Control, StartError> {
         let mut control = Control::open(arguments, stop).await?;
+        let grace = Duration::from_secs(arguments.node_grace_period_s);
+        let (hold, end) = Hold::of(control.registry.store());
+        let holding = hold::run(control.registry.store().clone(), grace, end, stop.clone());
+        control.tasks.spawn(async move {
+            holding.await;
+            Ok(())
+        });
         let settings = controllers::Settings {
             cluster_cidr: arguments.cluster_cidr,
             node_prefix_len: arguments.node_cidr_prefix,
-            node_grace_period: Duration::from_secs(arguments.node_grace_period_s),
+            node_grace_period: grace,
+            hold,
             ca_certificate: control.certificates.ca().to_owned(),
             autoscale_interval: controllers::Settings::default().autoscale_interval,
             load_balancer_pool: AddressPool::new(arguments.load_balancer_pool.clone()),
@@ -165,7 +177,9 @@ impl Control {
         let (ca, serving) = (certificates.ca(), certificates.serving());
         let life = Duration::from_secs(arguments.node_certificate_life_s);
         let joining = Joining::new(registry.clone(), feed.clone(), certificates.clone(), life);
-        let server = Server::new(&registry, &feed, ca, serving, &tokens)?.with_joining(&joining);
+        let server = Server::new(&registry, &feed, ca, serving, &tokens)?
+            .with_joining(&joining)
+            .with_maintenance(&registry, &arguments.data_dir);
         let mut tasks = JoinSet::new();
         let (end, ended) = watch::channel(false);
         let token = stop.clone();
@@ -279,9 +293,11 @@ fn spawn_loops(
         own.run_maintenance(token).await;
         Ok(())
     });
-    let (own, token) = (registry.clone(), stop.clone());
+    let (own, hold, token) = (registry.clone(), settings.hold.clone(), stop.clone());
     tasks.spawn(async move {
-        scheduler::run(own, token).await;
+        if token.run_until_cancelled(hold.over()).await.is_some() {
+            scheduler::run(own, token).await;
+        }
         Ok(())
     });
     let (own, token) = (registry.clone(), stop.clone());
@@ -296,18 +312,27 @@ fn spawn_loops(
     });
 }
 
-fn open_store(data_dir: &Path) -> Result<Store, StartError> {
-    use std::os::unix::fs::DirBuilderExt as _;
-    let failed = |source| StartError::DataDir {
+fn data_dir_error(data_dir: &Path) -> impl Fn(std::io::Error) -> StartError {
+    |source| StartError::DataDir {
         path: data_dir.to_owned(),
         source,
-    };
+    }
+}
+
+/// Makes the directory if it is not there; nobody else may look into it.
+pub(crate) fn make_data_dir(data_dir: &Path) -> Result<(), StartError> {
+    use std::os::unix::fs::DirBuilderExt as _;
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
         .create(data_dir)
-        .map_err(failed)?;
-    let store = Store::open(&data_dir.join("store.redb"))?;
+        .map_err(data_dir_error(data_dir))
+}
+
+fn open_store(data_dir: &Path) -> Result<Store, StartError> {
+    let failed = data_dir_error(data_dir);
+    make_data_dir(data_dir)?;
+    let store = Store::open(&data_dir.join(STORE_FILE))?;
     // The file's name must survive a power cut as well as its content.
     std::fs::File::open(data_dir)
         .and_then(|directory| directory.sync_all())

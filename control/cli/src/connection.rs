@@ -9,6 +9,7 @@ use gantry_api::proto::images_client::ImagesClient;
 use gantry_api::proto::objects_client::ObjectsClient;
 use gantry_api::proto::pods_client::PodsClient;
 use gantry_api::proto::stats_client::StatsClient;
+use gantry_api::proto::store_client::StoreClient;
 use gantry_api::proto::{
     DeleteRequest, GetRequest, ListRequest, ObjectKey, PatchRequest, TableReply, WriteReply,
     patch_request,
@@ -28,6 +29,7 @@ pub(crate) struct Session {
     pub(crate) stats: StatsClient<Channel>,
     pub(crate) images: ImagesClient<Channel>,
     pub(crate) access: AccessClient<Channel>,
+    pub(crate) store: StoreClient<Channel>,
     /// `-n`, or the context's namespace.
     pub(crate) namespace: String,
     /// Whether `-n` was given.
@@ -60,6 +62,7 @@ impl Session {
             pods: PodsClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
             stats: StatsClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
             access: AccessClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
+            store: StoreClient::new(channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX),
             images: ImagesClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX),
             namespace_given: namespace.is_some(),
             namespace: namespace.unwrap_or_else(|| access.namespace.clone()),

@@ -12,6 +12,7 @@ mod apply;
 mod attach;
 mod auth;
 mod autoscale;
+mod backup;
 mod connection;
 mod cordon;
 mod cp;
@@ -118,6 +119,9 @@ enum Verb {
     /// Tokens with which machines join the cluster
     #[command(subcommand)]
     Token(token::Token),
+    /// Everything that the control plane holds, in one file, and back
+    #[command(subcommand)]
+    Backup(backup::Backup),
     /// Give nodes no new pods
     Cordon(cordon::Cordon),
     /// Give nodes new pods again
@@ -208,6 +212,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Join(verb) => verb.run(),
         Verb::Reset(verb) => verb.run().map(done),
         Verb::Token(verb) => verb.run(&global).await.map(done),
+        Verb::Backup(verb) => verb.run(&global).await.map(done),
         Verb::Cordon(verb) => verb.run(&global).await.map(done),
         Verb::Uncordon(verb) => verb.run(&global).await.map(done),
         Verb::Drain(verb) => verb.run(&global).await.map(done),
@@ -274,6 +279,8 @@ mod tests {
             "cordon node-1 node-2",
             "uncordon -l rack=7",
             "drain node-1 --ignore-daemonsets --delete-emptydir-data --force --timeout=5m --grace-period=10",
+            "backup save /backups/today",
+            "backup restore /backups/today --data-dir /srv/control",
             "svc drops --node n --all",
             "flows -f -A",
             "explain connect shop/client web.shop:http --udp -o json",

@@ -75,6 +75,7 @@ use ipnet::Ipv4Net;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::hold::Hold;
 use crate::server::registry::{Registry, Resource};
 pub use autoscale::UsageSource;
 pub use load_balancer::{AddressPool, PoolRange};
@@ -103,6 +104,8 @@ pub struct Settings {
     pub autoscale_interval: Duration,
     /// Addresses for Services of type LoadBalancer; empty: they stay pending.
     pub load_balancer_pool: AddressPool,
+    /// After a restore: nobody is evicted, and nobody counts as lost, before it is over.
+    pub hold: Hold,
 }
 
 impl Default for Settings {
@@ -114,6 +117,7 @@ impl Default for Settings {
             ca_certificate: String::new(),
             autoscale_interval: Duration::from_secs(15),
             load_balancer_pool: AddressPool::default(),
+            hold: Hold::default(),
         }
     }
 }

@@ -33,6 +33,9 @@ use crate::server::registry::{DISRUPTION_TARGET, DeleteOptions};
 /// How long a node that was never seen is waited for.
 const QUARANTINE: Duration = Duration::from_secs(40);
 
+/// Between two looks whether the hold after a restore is over.
+const HELD_PAUSE: Duration = Duration::from_secs(1);
+
 /// What is known of a node that does not exist.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Missing {
@@ -83,6 +86,9 @@ impl Controller for PodGarbage {
 
     /// `key` names a node.
     async fn reconcile(&self, key: &ObjectKey) -> Result<Option<Duration>, Status> {
+        if self.context.settings.hold.is_on() {
+            return Ok(Some(HELD_PAUSE));
+        }
         let caches = &self.context.caches;
         let orphans = caches.pods.on_node(&key.name);
         {

@@ -179,6 +179,9 @@ pub(super) fn start(context: &Arc<Context>, tasks: &mut JoinSet<()>, shutdown: &
                 _ = ticks.tick() => {}
                 () = shutdown.cancelled() => return,
             }
+            if eviction.context.settings.hold.is_on() {
+                continue;
+            }
             // What was deleted by the last look is seen as deleted by this one.
             let written = eviction.context.registry.store().revision();
             eviction.context.informer.caught_up(written).await;

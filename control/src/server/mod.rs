@@ -14,6 +14,7 @@ mod commit;
 mod event;
 mod eviction;
 pub mod identity;
+mod maintenance;
 mod merge;
 mod object;
 mod objects;
@@ -32,6 +33,7 @@ mod view;
 mod watch;
 mod write;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,6 +47,7 @@ use tonic::service::interceptor::InterceptedService;
 use crate::feed::Feed;
 use crate::joining::Joining;
 use identity::{Authenticator, Service};
+use maintenance::MaintenanceService;
 use objects::ObjectsService;
 
 pub(crate) use eviction::covers;
@@ -152,6 +155,17 @@ impl Server {
         self.router = self
             .router
             .add_service(InterceptedService::new(joining.server(), admit));
+        self
+    }
+
+    /// Lets administrators take backups; the cluster's keys are below `data_dir`.
+    #[must_use]
+    pub fn with_maintenance(mut self, registry: &Registry, data_dir: &Path) -> Server {
+        let service = MaintenanceService::server(registry.clone(), data_dir.to_owned());
+        let admit = self.authenticator.for_service(Service::Objects);
+        self.router = self
+            .router
+            .add_service(InterceptedService::new(service, admit));
         self
     }
 

@@ -22,10 +22,12 @@ use crate::run::{Control, StartError};
 use crate::server::WriteOptions;
 use crate::server::registry::{DeleteOptions, Registry};
 use crate::server::{identity, rbac};
+use crate::store::Store;
 
 mod authorization;
 mod evictions;
 mod limits;
+mod backups;
 
 type Client = ObjectsClient<Channel>;
 

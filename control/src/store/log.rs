@@ -114,6 +114,88 @@ impl Log for RedbLog {
     }
 }
 
+/// A store that is there, locked as long as this lives.
+pub(super) struct Held {
+    _database: Database,
+    pub(super) lineage: Lineage,
+    pub(super) revision: Revision,
+}
+
+/// Locks the store at `path` against a control plane and reads which history it is; `None` without one.
+pub(super) fn hold(path: &Path) -> Result<Option<Held>, OpenError> {
+    if !path.exists() {
+        return Ok(None);
+    }
+    let shown = path.display().to_string();
+    let database = redb::Builder::new()
+        .set_cache_size(CACHE_BYTES)
+        .open(path)
+        .map_err(|error| open_error(&shown, error))?;
+    let (lineage, revision) = read_history(&database).map_err(|reason| OpenError::Corrupt {
+        path: shown,
+        reason,
+    })?;
+    Ok(Some(Held {
+        _database: database,
+        lineage,
+        revision,
+    }))
+}
+
+/// A new file on its way to become a store: a restore fills it.
+pub(super) struct Filling {
+    database: Database,
+}
+
+impl Filling {
+    /// Creates the file.
+    pub(super) fn create(path: &Path) -> Result<Filling, String> {
+        let database = redb::Builder::new()
+            .set_cache_size(CACHE_BYTES)
+            .create(path)
+            .map_err(|error| error.to_string())?;
+        Ok(Filling { database })
+    }
+
+    /// Adds entries; durable when this returns.
+    pub(super) fn put(&self, entries: &[Entry]) -> Result<(), String> {
+        let put = || -> Result<(), redb::Error> {
+            let txn = self.database.begin_write()?;
+            {
+                let mut log = txn.open_table(LOG)?;
+                let mut row = Vec::new();
+                for entry in entries {
+                    encode_put(entry, &mut row);
+                    log.insert((entry.mod_revision, &*entry.key), row.as_slice())?;
+                }
+            }
+            txn.commit()?;
+            Ok(())
+        };
+        put().map_err(|error| error.to_string())
+    }
+
+    /// Makes it a store: of this history, at this revision, with no older one to watch from.
+    pub(super) fn finish(self, lineage: &Lineage, revision: Revision) -> Result<(), String> {
+        let finish = || -> Result<(), redb::Error> {
+            let txn = self.database.begin_write()?;
+            {
+                txn.open_table(LOG)?;
+                let mut numbers = txn.open_table(NUMBERS)?;
+                numbers.insert("format", FORMAT)?;
+                numbers.insert("lineage-counter", lineage.counter)?;
+                numbers.insert("revision", revision)?;
+                numbers.insert("compacted", revision)?;
+                let mut texts = txn.open_table(TEXTS)?;
+                texts.insert("lineage-id", &*lineage.id)?;
+            }
+            txn.commit()?;
+            Ok(())
+        };
+        finish().map_err(|error| error.to_string())
+    }
+}
+
 fn open_error(path: &str, error: DatabaseError) -> OpenError {
     let path = path.to_owned();
     match error {
@@ -161,14 +243,10 @@ fn read_content(database: &Database) -> Result<Content, String> {
             "its format is {format}, this program reads {FORMAT}"
         ));
     }
-    let texts = txn.open_table(TEXTS).map_err(|e| text(&e))?;
-    let id = texts.get("lineage-id").map_err(|e| text(&e))?;
+    let (lineage, revision) = read_history(database)?;
     let mut content = Content {
-        lineage: Lineage {
-            counter: number("lineage-counter")?,
-            id: id.map(|v| v.value().to_owned()).unwrap_or_default(),
-        },
-        revision: number("revision")?,
+        lineage,
+        revision,
         compacted: number("compacted")?,
         entries: BTreeMap::new(),
         history: Vec::new(),
@@ -180,6 +258,25 @@ fn read_content(database: &Database) -> Result<Content, String> {
         content.replay(revision, key, row_value.value())?;
     }
     Ok(content)
+}
+
+/// Which history a file holds, and how far.
+fn read_history(database: &Database) -> Result<(Lineage, Revision), String> {
+    let read = || -> Result<(Lineage, Revision), redb::Error> {
+        let txn = database.begin_read()?;
+        let numbers = txn.open_table(NUMBERS)?;
+        let number = |name: &str| -> Result<u64, redb::Error> {
+            Ok(numbers.get(name)?.map_or(0, |v| v.value()))
+        };
+        let texts = txn.open_table(TEXTS)?;
+        let id = texts.get("lineage-id")?;
+        let lineage = Lineage {
+            counter: number("lineage-counter")?,
+            id: id.map(|v| v.value().to_owned()).unwrap_or_default(),
+        };
+        Ok((lineage, number("revision")?))
+    };
+    read().map_err(|error| error.to_string())
 }
 
 impl Content {
@@ -232,16 +329,19 @@ impl Content {
 fn encode_row(change: &Change, row: &mut Vec<u8>) {
     row.clear();
     match change {
-        Change::Put { entry, .. } => {
-            row.push(TAG_PUT);
-            row.extend_from_slice(&entry.create_revision.to_le_bytes());
-            row.extend_from_slice(&entry.value);
-        }
+        Change::Put { entry, .. } => encode_put(entry, row),
         Change::Delete { previous, .. } => {
             row.push(TAG_DELETE);
             row.extend_from_slice(&previous.create_revision.to_le_bytes());
         }
     }
+}
+
+fn encode_put(entry: &Entry, row: &mut Vec<u8>) {
+    row.clear();
+    row.push(TAG_PUT);
+    row.extend_from_slice(&entry.create_revision.to_le_bytes());
+    row.extend_from_slice(&entry.value);
 }
 
 fn decode_row(row: &[u8]) -> Option<(u8, Revision, &[u8])> {

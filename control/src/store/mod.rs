@@ -21,8 +21,10 @@
 //! [`Backend`] is the seam for another store (etcd): it orders and persists transactions, and feeds
 //! the same index. Keys are Kubernetes' own: `/registry/<plural>/<namespace>/<name>`.
 
+pub mod backup;
 mod index;
 mod log;
+mod restore;
 mod writer;
 
 #[cfg(test)]
@@ -35,6 +37,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 pub use index::{HISTORY_BYTES_MAX, HISTORY_CHANGE_COUNT_MAX, Watch};
+pub use restore::{BACKUP_PREFIX, RESTORED_KEY, RestoreError, Restored, STORE_FILE, restore};
 
 use index::Index;
 use log::RedbLog;

@@ -1,0 +1,60 @@
+//! `gantry-control restore FILE`: the store of a stopped control plane becomes what a backup says.
+//!
+//! [`crate::store::restore`] does the store; here are the directory, the keys that came along, and the words.
+
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+
+use crate::pki::{differing_file, write_carried};
+use crate::run::{StartError, make_data_dir};
+use crate::store::{self, RestoreError, Restored};
+
+/// Arguments of `gantry-control restore`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct RestoreArguments {
+    /// What `gantry backup save` has written
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+
+    /// The data directory of the control plane, which must not run; made if it is not there
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/gantry-control")]
+    pub data_dir: PathBuf,
+}
+
+/// Restores; returns what to tell.
+pub fn run(arguments: &RestoreArguments) -> Result<String, StartError> {
+    let RestoreArguments { file, data_dir } = arguments;
+    make_data_dir(data_dir)?;
+    let restored = store::restore(file, data_dir, |files| take_files(data_dir, &files))?;
+    Ok(words(&restored, data_dir))
+}
+
+fn take_files(data_dir: &Path, files: &[(String, Bytes)]) -> Result<(), RestoreError> {
+    let failed = |error: crate::pki::PkiError| RestoreError::Io {
+        action: "put the keys of the backup into",
+        path: data_dir.join("pki"),
+        reason: error.to_string(),
+    };
+    if let Some(name) = differing_file(data_dir, files).map_err(failed)? {
+        let path = data_dir.join("pki").join(name);
+        return Err(RestoreError::OtherCluster { path });
+    }
+    write_carried(data_dir, files).map_err(failed)
+}
+
+fn words(restored: &Restored, data_dir: &Path) -> String {
+    let header = &restored.header;
+    let before = restored.before.as_ref().map_or(String::new(), |path| {
+        format!("\nthe store that was there is kept as {}", path.display())
+    });
+    format!(
+        "restored {} objects of revision {} (taken {}) into {}{before}\n\
+         start gantry-control: pods that run are adopted; nobody is placed or evicted before every node has \
+         spoken, or was silent for the grace period\n",
+        restored.entries,
+        header.revision,
+        header.taken,
+        data_dir.display(),
+    )
+}
