@@ -39,6 +39,7 @@ use tonic::service::interceptor::InterceptedService;
 
 mod joining;
 mod policies;
+mod restores;
 
 const WAIT: Duration = Duration::from_secs(20);
 
@@ -148,6 +149,7 @@ impl Control {
         self.registry.get::<Pod>("default", name).unwrap()
     }
 
+    /// Bound to the node; with "" to none.
     async fn create_pod(&self, name: &str, node: &str) -> PodUid {
         let pod: Pod = serde_json::from_value(json!({
             "metadata": {"name": name, "namespace": "default", "labels": {"app": "web"}},
@@ -157,10 +159,10 @@ impl Control {
         .unwrap();
         let pod = self.registry.create(&pod).await.unwrap();
         let uid = pod.metadata.uid.unwrap();
-        self.registry
-            .bind("default", name, &uid, node)
-            .await
-            .unwrap();
+        if !node.is_empty() {
+            let bind = self.registry.bind("default", name, &uid, node);
+            bind.await.unwrap();
+        }
         PodUid::new(&uid).unwrap()
     }
 }
@@ -361,6 +363,7 @@ impl Agent {
         let mut config = feed::Config::new(server.into(), credentials.into(), node.into(), &paths);
         config.beat = Duration::from_millis(200);
         config.backoff_max = Duration::from_millis(300);
+        config.linger = Duration::from_secs(3);
         let identity = node_info::NodeIdentity::new(node.into());
         let own = node_info::OwnAddress::default();
         let info =

@@ -31,6 +31,7 @@ mod probes;
 mod reboot;
 mod resources;
 mod restarts;
+mod restore;
 mod rolling_update;
 mod security;
 mod see;
@@ -80,6 +81,7 @@ pub const ALL: &[Scenario] = &[
     for_every_kernel("isolation", isolation::isolation),
     for_every_kernel("agent-kill", kills::agent_kill),
     scenario("control-kill", kills::control_kill),
+    scenario("restore", restore::restore),
     scenario("probes-and-restarts", probes::probes_and_restarts),
     scenario("bad-input", bad_input::bad_input),
     scenario("logs-and-exec", streams::logs_and_exec),

@@ -45,6 +45,7 @@ scenarios! {
     isolation: capabilities_seccomp_and_masks_hold_for_init_and_exec,
     agent_kill: killing_the_agent_changes_nothing_and_loses_nothing,
     control_kill: killing_the_control_plane_loses_nothing_acknowledged,
+    restore: pods_go_on_with_the_same_processes_when_a_backup_takes_the_stores_place,
     probes_and_restarts: probes_gate_and_restart_and_policies_hold,
     bad_input: bad_input_gets_a_clear_error,
     logs_and_exec: logs_follow_and_exec_returns_the_exit_code,

@@ -94,6 +94,9 @@ pub(super) struct Content {
     common: Digest,
     private: Digest,
     view: View,
+    /// Pods of an earlier history that the control plane does not know: no part of the content, but of the
+    /// view until their time is over.
+    lingering: BTreeMap<PodUid, Arc<Pod>>,
 }
 
 fn is_private(key: &str) -> bool {
@@ -125,7 +128,43 @@ impl Content {
 
     /// The state as readers see it; cheap: the maps are shared.
     pub(super) fn view(&self) -> Arc<View> {
-        Arc::new(self.view.clone())
+        let mut view = self.view.clone();
+        if !self.lingering.is_empty() {
+            let pods = Arc::make_mut(&mut view.pods);
+            for (uid, pod) in &self.lingering {
+                pods.entry(uid.clone()).or_insert_with(|| pod.clone());
+            }
+        }
+        Arc::new(view)
+    }
+
+    /// Another history has taken the place of the one that `before` is of: of its pods those that the
+    /// control plane does not know (`unknown`) stay in the view. Returns how many.
+    pub(super) fn let_linger(&mut self, before: &View, unknown: &[String]) -> usize {
+        let unknown = unknown.iter().filter_map(|uid| PodUid::new(uid).ok());
+        let known = |uid: &PodUid| self.view.pods.contains_key(uid);
+        self.lingering = unknown
+            .filter(|uid| !known(uid))
+            .filter_map(|uid| before.pods.get(&uid).map(|pod| (uid, pod.clone())))
+            .collect();
+        self.lingering.len()
+    }
+
+    /// The time of those pods is over. Returns whether there were any.
+    pub(super) fn end_lingering(&mut self) -> bool {
+        !std::mem::take(&mut self.lingering).is_empty()
+    }
+
+    /// The pods that this node has, for Hello.
+    pub(super) fn held_pods(&self) -> Vec<proto::HeldPod> {
+        let lingering = self.lingering.iter();
+        let pods = self.view.pods.iter().chain(lingering);
+        pods.map(|(uid, pod)| proto::HeldPod {
+            uid: uid.as_str().to_owned(),
+            namespace: pod.metadata.namespace.clone().unwrap_or_default(),
+            name: pod.metadata.name.clone().unwrap_or_default(),
+        })
+        .collect()
     }
 
     /// Takes the cluster's settings; they are no part of the digest.

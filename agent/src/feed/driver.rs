@@ -51,6 +51,8 @@ pub(super) struct Driver {
     pub(super) content: Content,
     pub(super) lineage: Option<proto::Lineage>,
     pub(super) incarnation: u64,
+    /// When the pods that a restored control plane does not know have to end.
+    pub(super) lingers_until: Option<tokio::time::Instant>,
     /// The next stream asks for everything.
     pub(super) resync: bool,
 }

@@ -77,10 +77,13 @@ pub struct Config {
     pub beat: Duration,
     /// The longest wait between two dials.
     pub backoff_max: Duration,
+    /// How long pods run on that a restored control plane does not know.
+    pub linger: Duration,
 }
 
 impl Config {
-    /// The standard intervals: a beat every 5 s, at most 10 s between dials.
+    /// The standard intervals: a beat every 5 s, at most 10 s between dials, 5 minutes for pods that a
+    /// restored control plane does not know.
     pub fn new(server: String, credentials: PathBuf, node: String, paths: &Paths) -> Self {
         let (lib, run) = (paths.lib.clone(), paths.run.clone());
         let (beat, backoff_max) = (Duration::from_secs(5), Duration::from_secs(10));
@@ -92,6 +95,7 @@ impl Config {
             run,
             beat,
             backoff_max,
+            linger: Duration::from_secs(300),
         }
     }
 }
@@ -532,6 +536,7 @@ pub fn run(
         content: loaded.content,
         lineage: loaded.lineage,
         incarnation,
+        lingers_until: None,
         // What the disk held has to be offered to readers as a whole once more.
         resync: false,
     };

@@ -29,6 +29,7 @@ use super::reports::Seen;
 use super::{Link, lock, settings_of, tunnel};
 use crate::credentials;
 use crate::ids::PodUid;
+use crate::view::View;
 
 /// Messages between the loop and the connection: more wait in their source, where the newest wins.
 const UP_QUEUE: usize = 16;
@@ -155,6 +156,8 @@ impl Driver {
             info: Some(proto::NodeInfo {
                 node_json: serde_json::to_vec(node).unwrap_or_default().into(),
             }),
+            held_pods: self.content.held_pods(),
+            held_lineage: self.lineage.clone(),
         }
     }
 
@@ -253,6 +256,7 @@ impl Driver {
                 return Err(Ended::Renewed);
             }
             let up = stream.up.clone();
+            let lingers_until = self.lingers_until.filter(|_| stream.applied > 0);
             // Every arm is cancel safe: `message` and `tick` keep their place, `notified` keeps one
             // permit, a reserved slot is given back.
             tokio::select! {
@@ -264,6 +268,7 @@ impl Driver {
                 () = shared.wake.notified() => {}
                 _ = beat.tick() => stream.beat_due = true,
                 _ = sync.tick() => self.sync_log().await,
+                () = until(lingers_until) => self.end_lingering(stream),
                 _ = up.reserve(), if full => {}
                 Some(_) = stream.tunnels.join_next() => {}
             }
@@ -416,6 +421,9 @@ impl Driver {
         // the file whole again.
         self.resync = !self.write(record, sync).await;
 
+        // Of another history, not merely asked for as a whole.
+        let before = is_other(self.lineage.as_ref(), stream.welcome.lineage.as_ref())
+            .then(|| self.content.view());
         let secrets_changed = prepared.changes_secrets();
         for key in self.content.apply(prepared) {
             tracing::error!(key, "an item of the feed is not understood and left out");
@@ -427,10 +435,40 @@ impl Driver {
             lock(&self.shared.reports).new_lineage();
             lock(&self.shared.outbox).programmed = 0; // a number of the old history
         }
+        if let Some(before) = before {
+            self.let_linger(&before, &stream.welcome.unknown_pods);
+        }
         self.lineage.clone_from(&stream.welcome.lineage);
         (stream.full, stream.same_lineage) = (false, true);
         self.publish(stream, &changed);
         Ok(())
+    }
+
+    /// The history is another one. What runs and is not known in it may be newer than its beginning: time
+    /// for whoever restored it to see that.
+    fn let_linger(&mut self, before: &View, unknown: &[String]) {
+        let count = self.content.let_linger(before, unknown);
+        let linger = self.config.linger;
+        self.lingers_until = (count > 0).then(|| Instant::now() + linger);
+        if count > 0 {
+            tracing::warn!(
+                node = self.config.node,
+                count,
+                ?linger,
+                "pods run that the restored control plane does not know: they end after this time"
+            );
+        }
+    }
+
+    fn end_lingering(&mut self, stream: &mut Stream) {
+        self.lingers_until = None;
+        if self.content.end_lingering() {
+            tracing::warn!(
+                node = self.config.node,
+                "ending the pods that the restored control plane does not know"
+            );
+            self.publish(stream, &BTreeSet::new());
+        }
     }
 
     /// False: the record is not on disk.
@@ -477,6 +515,18 @@ impl Driver {
             changed
         });
         self.shared.persist.notify_one(); // final records of pods that left the view may go
+    }
+}
+
+fn is_other(ours: Option<&proto::Lineage>, theirs: Option<&proto::Lineage>) -> bool {
+    matches!((ours, theirs), (Some(ours), Some(theirs)) if ours.id != theirs.id)
+}
+
+/// Returns at this time; never without one. Cancel safe.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

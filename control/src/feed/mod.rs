@@ -24,6 +24,8 @@
 //! 9. A floor is the answer to a wait, never remembered: of a drain, or of a Service's first backend
 //!    ([`programmed`]).
 //!
+//! 10. A node with the pods of an earlier lineage is asked before anybody decides about them ([`adopt`]).
+//!
 //! Resume: same lineage and a revision within the tombstones (or an equal digest) goes on by cursor;
 //! else everything is sent. Digests by bucket, which would narrow that, may come later. The private
 //! part goes by inventory: a Secret enters a node's view by a binding. So do policies and their peers
@@ -44,6 +46,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::server::{Registry, Tokens};
 
+mod adopt;
 mod explain;
 mod floor;
 mod follow;

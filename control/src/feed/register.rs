@@ -31,7 +31,8 @@ fn node_kind() -> Result<&'static Kind, Status> {
 }
 
 impl Inner {
-    /// Registers or refreshes the node; returns the session's number.
+    /// Registers or refreshes the node and adopts what it runs; returns the session's number and the pods
+    /// that the store does not know.
     ///
     /// * `joined` – the digest of the agent's key, of a node that has joined: it is refreshed only, for
     ///   who deleted it took its certificate back.
@@ -39,7 +40,7 @@ impl Inner {
         &self,
         hello: &proto::Hello,
         joined: Option<&str>,
-    ) -> Result<u64, Status> {
+    ) -> Result<(u64, Vec<String>), Status> {
         let info = hello
             .info
             .as_ref()
@@ -50,12 +51,14 @@ impl Inner {
         let node = self.write_node(hello, joined, &machine).await?;
         self.write_node_status(&hello.node, &machine["status"])
             .await?;
+        let unknown = self.adopt(hello).await?;
         let uid = node["metadata"]["uid"].as_str().unwrap_or_default();
         let lease = self.renew_lease(&hello.node, Some(uid)).await?;
         let revision = lease.metadata.resource_version.unwrap_or_default();
-        revision
+        let revision = revision
             .parse()
-            .map_err(|_| Status::internal(format!("the lease has resourceVersion {revision:?}")))
+            .map_err(|_| Status::internal(format!("the lease has resourceVersion {revision:?}")))?;
+        Ok((revision, unknown))
     }
 
     async fn write_node(

@@ -185,13 +185,14 @@ impl Session {
         let conditions = serde_json::from_slice::<Value>(info)
             .map(|mut node| node["status"]["conditions"].take())
             .unwrap_or_default();
-        let session = inner
-            .register(&hello, joined)
-            .await
-            .map_err(|status| Leave {
-                reason: format!("registration of node {node}: {status}"),
-                retry_after: Duration::from_secs(1),
-            })?;
+        let (session, unknown_pods) =
+            inner
+                .register(&hello, joined)
+                .await
+                .map_err(|status| Leave {
+                    reason: format!("registration of node {node}: {status}"),
+                    retry_after: Duration::from_secs(1),
+                })?;
         {
             let mut state = link.state();
             if state.boot_id != hello.boot_id {
@@ -239,6 +240,7 @@ impl Session {
             dns_service_ip: settings.dns_service_ip.to_string(),
             service_cidr: settings.service_cidr.to_string(),
             cluster_cidr: settings.cluster_cidr.to_string(),
+            unknown_pods,
             ..Default::default()
         };
         welcome.set_mode(mode);
