@@ -9,6 +9,7 @@ use ipnet::Ipv4Net;
 use crate::controllers::PoolRange;
 use crate::controllers::api_service::API_SERVICE_KEY;
 use crate::restore::RestoreArguments;
+use crate::store::seal::KEY_FILE;
 
 /// What makes a configuration unusable: exit code 64.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -37,6 +38,11 @@ pub struct Arguments {
     /// Where the store and the certificates are kept
     #[arg(long, value_name = "DIR", default_value = "/var/lib/gantry-control")]
     pub data_dir: PathBuf,
+
+    /// The key that opens the store's Secrets; made at the first start
+    /// [default: pki/store.key in the data directory]
+    #[arg(long, value_name = "FILE")]
+    pub store_key: Option<PathBuf>,
 
     /// The one address and port of the API (gRPC over TLS)
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:6443")]
@@ -219,6 +225,12 @@ impl Arguments {
             return error("--san", san, "must be a DNS name or an address".to_owned());
         }
         Ok(())
+    }
+
+    /// The key file of the store.
+    pub fn store_key(&self) -> PathBuf {
+        let given = self.store_key.clone();
+        given.unwrap_or_else(|| self.data_dir.join(KEY_FILE))
     }
 
     /// The resolver's cluster IP: the tenth address of the service range, as Kubernetes has it.

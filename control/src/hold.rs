@@ -157,7 +157,7 @@ mod tests {
         assert!(silent(100, std::iter::empty(), &BTreeMap::new()).is_empty());
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_silent_node_is_waited_for_no_longer_than_the_grace() {
         let dir = tempfile::tempdir().unwrap_or_else(|error| panic!("{error}"));
         let path = dir.path().join("store.redb");
@@ -172,13 +172,13 @@ mod tests {
         let (hold, sender) = Hold::of(&store);
         assert!(hold.is_on());
         let stop = CancellationToken::new();
-        let grace = Duration::from_secs(40);
+        let grace = Duration::from_millis(1_500);
         let began = Instant::now();
         tokio::spawn(run(store.clone(), grace, sender, stop.clone()));
         hold.over().await;
         let held = began.elapsed();
         assert!(
-            held >= grace && held < grace + Duration::from_secs(2),
+            held >= grace && held < grace + Duration::from_secs(10),
             "{held:?}"
         );
         assert!(
@@ -189,7 +189,7 @@ mod tests {
         stop.cancel();
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn the_last_word_ends_the_hold() {
         let dir = tempfile::tempdir().unwrap_or_else(|error| panic!("{error}"));
         let path = dir.path().join("store.redb");
@@ -216,16 +216,15 @@ mod tests {
             stop.clone(),
         ));
         for node in ["a", "b"] {
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            tokio::time::sleep(Duration::from_millis(600)).await;
             assert!(hold.is_on(), "{node} has not spoken");
             store
                 .commit(lease(node))
                 .await
                 .unwrap_or_else(|error| panic!("{error}"));
         }
-        let began = Instant::now();
-        hold.over().await;
-        assert!(began.elapsed() < Duration::from_secs(1));
+        let over = tokio::time::timeout(Duration::from_secs(20), hold.over());
+        assert!(over.await.is_ok(), "long before the grace is over");
         stop.cancel();
     }
 }

@@ -28,7 +28,8 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension};
 
 use crate::server::identity::{MASTERS_GROUP, NODE_USER_PREFIX, NODES_GROUP};
-use file::{read_if_there, write_atomic};
+pub(crate) use file::read_if_there;
+use file::write_atomic;
 
 pub use carried::{carried_files, differing_file, write_carried};
 pub use node::{NodeKey, REQUEST_BYTES_MAX, key_hash};
@@ -45,6 +46,15 @@ const ADMIN_USER: &str = "kubernetes-admin";
 const PRIVATE: u32 = 0o600;
 /// Files without a secret.
 const PUBLIC: u32 = 0o644;
+
+/// Writes a file that only its owner may read, in a directory that is made if it is not there: it appears
+/// whole or not at all.
+pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<(), PkiError> {
+    if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+        file::ensure_directory(parent)?;
+    }
+    write_atomic(path, content, PRIVATE)
+}
 
 /// Why the certificates are not to be had.
 #[derive(Debug, thiserror::Error)]

@@ -8,7 +8,8 @@ use bytes::Bytes;
 
 use crate::pki::{differing_file, write_carried};
 use crate::run::{StartError, make_data_dir};
-use crate::store::{self, RestoreError, Restored};
+use crate::store::seal::KEY_FILE;
+use crate::store::{self, Keys, RestoreError, Restored};
 
 /// Arguments of `gantry-control restore`.
 #[derive(Clone, Debug, clap::Args)]
@@ -20,13 +21,29 @@ pub struct RestoreArguments {
     /// The data directory of the control plane, which must not run; made if it is not there
     #[arg(long, value_name = "DIR", default_value = "/var/lib/gantry-control")]
     pub data_dir: PathBuf,
+
+    /// The key file that the restored store's Secrets are sealed by; made if it is not there
+    /// [default: pki/store.key in the data directory]
+    #[arg(long, value_name = "FILE")]
+    pub store_key: Option<PathBuf>,
+
+    /// The key file that opens the backup, if it is another one
+    #[arg(long, value_name = "FILE")]
+    pub backup_key: Option<PathBuf>,
 }
 
 /// Restores; returns what to tell.
 pub fn run(arguments: &RestoreArguments) -> Result<String, StartError> {
-    let RestoreArguments { file, data_dir } = arguments;
+    let RestoreArguments { file, data_dir, .. } = arguments;
     make_data_dir(data_dir)?;
-    let restored = store::restore(file, data_dir, |files| take_files(data_dir, &files))?;
+    let store = arguments.store_key.clone();
+    let store = store.unwrap_or_else(|| data_dir.join(KEY_FILE));
+    let backup = arguments
+        .backup_key
+        .clone()
+        .unwrap_or_else(|| store.clone());
+    let keys = Keys { backup, store };
+    let restored = store::restore(file, data_dir, &keys, |files| take_files(data_dir, &files))?;
     Ok(words(&restored, data_dir))
 }
 

@@ -135,7 +135,8 @@ impl Control {
         arguments: &Arguments,
         stop: &CancellationToken,
     ) -> Result<Control, StartError> {
-        let store = open_store(&arguments.data_dir)?;
+        let store_key = arguments.store_key();
+        let store = open_store(&arguments.data_dir, &store_key)?;
         let authority = Authority::open(&arguments.data_dir)?;
         let listener = listen(arguments.listen).await?;
         let address = listener.local_addr().map_err(|source| StartError::Listen {
@@ -179,7 +180,7 @@ impl Control {
         let joining = Joining::new(registry.clone(), feed.clone(), certificates.clone(), life);
         let server = Server::new(&registry, &feed, ca, serving, &tokens)?
             .with_joining(&joining)
-            .with_maintenance(&registry, &arguments.data_dir);
+            .with_maintenance(&registry, &arguments.data_dir, &store_key);
         let mut tasks = JoinSet::new();
         let (end, ended) = watch::channel(false);
         let token = stop.clone();
@@ -329,10 +330,10 @@ pub(crate) fn make_data_dir(data_dir: &Path) -> Result<(), StartError> {
         .map_err(data_dir_error(data_dir))
 }
 
-fn open_store(data_dir: &Path) -> Result<Store, StartError> {
+fn open_store(data_dir: &Path, store_key: &Path) -> Result<Store, StartError> {
     let failed = data_dir_error(data_dir);
     make_data_dir(data_dir)?;
-    let store = Store::open(&data_dir.join(STORE_FILE))?;
+    let store = Store::open_sealed(&data_dir.join(STORE_FILE), store_key)?;
     // The file's name must survive a power cut as well as its content.
     std::fs::File::open(data_dir)
         .and_then(|directory| directory.sync_all())

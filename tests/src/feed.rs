@@ -63,6 +63,10 @@ fn tokens(dir: &Path) -> Tokens {
     Tokens::new(&key, "https://kubernetes.default.svc.cluster.local")
 }
 
+fn open(dir: &Path) -> Store {
+    Store::open_sealed(&dir.join("store.redb"), &dir.join("store.key")).unwrap()
+}
+
 /// One run of a control plane. Dropping it without `stop` is a crash of its connections.
 struct Control {
     registry: Registry,
@@ -74,7 +78,7 @@ struct Control {
 
 impl Control {
     async fn start(dir: &Path, address: &str, user: &str, group: &str) -> Self {
-        let store = Store::open(&dir.join("store.redb")).unwrap();
+        let store = open(dir);
         let settings = registry::Settings {
             service_cidr: "10.96.0.0/16".parse().unwrap(),
             reserved_addresses: vec![("10.96.0.10".parse().unwrap(), "the resolver".to_owned())],

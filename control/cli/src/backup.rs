@@ -24,6 +24,9 @@ pub(crate) enum Backup {
         /// The file; one that is there is replaced when the new one is whole
         #[arg(value_name = "FILE")]
         file: PathBuf,
+        /// Secrets and the cluster's keys can be read by everybody who has the file, without the store's key
+        #[arg(long)]
+        in_clear: bool,
     },
     /// Make the stopped control plane of this machine what a backup says
     Restore {
@@ -33,24 +36,51 @@ pub(crate) enum Backup {
         /// The data directory of gantry-control [default: /var/lib/gantry-control]
         #[arg(long, value_name = "DIR")]
         data_dir: Option<PathBuf>,
+        /// The key file that the restored store's Secrets are sealed by; made if it is not there
+        /// [default: pki/store.key in the data directory]
+        #[arg(long, value_name = "FILE")]
+        store_key: Option<PathBuf>,
+        /// The key file that opens the backup, if it is another one
+        #[arg(long, value_name = "FILE")]
+        backup_key: Option<PathBuf>,
     },
 }
 
 impl Backup {
     pub(crate) async fn run(&self, global: &Global) -> Result<(), Failure> {
         match self {
-            Self::Save { file } => {
-                let done = save(global, file).await?;
+            Self::Save { file, in_clear } => {
+                let done = save(global, file, *in_clear).await?;
+                let care = match in_clear {
+                    true => {
+                        "Secrets and the cluster's keys are in it in clear: keep it as safe as the control plane"
+                    }
+                    false => {
+                        "Secrets and the cluster's keys are sealed by the store's key (pki/store.key): keep a \
+                              copy of that elsewhere, without it nothing is restored"
+                    }
+                };
                 output::print(&format!(
-                    "{}: {} objects at revision {}, {} bytes. The keys of the cluster and all Secrets are in it: \
-                     keep it as safe as the control plane itself\n",
+                    "{}: {} objects at revision {}, {} bytes. {care}\n",
                     file.display(),
                     done.entries,
                     done.revision,
                     done.bytes
                 ))
             }
-            Self::Restore { file, data_dir } => restore(file, data_dir.as_deref()),
+            Self::Restore {
+                file,
+                data_dir,
+                store_key,
+                backup_key,
+            } => {
+                let places = [
+                    ("--data-dir", data_dir),
+                    ("--store-key", store_key),
+                    ("--backup-key", backup_key),
+                ];
+                restore(file, &places)
+            }
         }
     }
 }
@@ -60,7 +90,7 @@ fn failed<'a>(action: &'a str, path: &'a Path) -> impl Fn(std::io::Error) -> Fai
 }
 
 /// Writes beside the target, syncs, renames.
-async fn save(global: &Global, path: &Path) -> Result<BackupDone, Failure> {
+async fn save(global: &Global, path: &Path, in_clear: bool) -> Result<BackupDone, Failure> {
     let session = Session::open(global).await?;
     let name = path
         .file_name()
@@ -68,7 +98,7 @@ async fn save(global: &Global, path: &Path) -> Result<BackupDone, Failure> {
     let mut draft_name = name.to_owned();
     draft_name.push(".new");
     let draft = path.with_file_name(draft_name);
-    let result = receive(&session, &draft).await;
+    let result = receive(&session, &draft, in_clear).await;
     let done = match result {
         Ok(done) => done,
         Err(failure) => {
@@ -86,7 +116,7 @@ async fn save(global: &Global, path: &Path) -> Result<BackupDone, Failure> {
     Ok(done)
 }
 
-async fn receive(session: &Session, draft: &Path) -> Result<BackupDone, Failure> {
+async fn receive(session: &Session, draft: &Path, in_clear: bool) -> Result<BackupDone, Failure> {
     let write = failed("write", draft);
     let mut file = OpenOptions::new()
         .write(true)
@@ -101,7 +131,7 @@ async fn receive(session: &Session, draft: &Path) -> Result<BackupDone, Failure>
     let mut stream = session
         .store
         .clone()
-        .backup(session.request(BackupRequest {}))
+        .backup(session.request(BackupRequest { in_clear }))
         .await?
         .into_inner();
     let mut bytes = 0;
@@ -120,14 +150,16 @@ async fn receive(session: &Session, draft: &Path) -> Result<BackupDone, Failure>
     Ok(done)
 }
 
-fn restore(file: &Path, data_dir: Option<&Path>) -> Result<(), Failure> {
+fn restore(file: &Path, places: &[(&str, &Option<PathBuf>)]) -> Result<(), Failure> {
     let own = std::env::current_exe()
         .map_err(|error| Failure::local(format!("where is this program? {error}")))?;
     let control = own.with_file_name("gantry-control");
     let mut command = Command::new(&control);
     command.arg("restore").arg(file);
-    if let Some(data_dir) = data_dir {
-        command.arg("--data-dir").arg(data_dir);
+    for (flag, place) in places {
+        if let Some(place) = place {
+            command.arg(flag).arg(place);
+        }
     }
     let status = command.status().map_err(|error| {
         let control = control.display();

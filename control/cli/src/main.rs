@@ -38,6 +38,7 @@ mod port_forward;
 mod rollout;
 mod run;
 mod scale;
+mod store;
 mod streams;
 mod svc;
 mod token;
@@ -122,6 +123,9 @@ enum Verb {
     /// Everything that the control plane holds, in one file, and back
     #[command(subcommand)]
     Backup(backup::Backup),
+    /// The control plane's store: look into it, compact it, change its key
+    #[command(subcommand)]
+    Store(store::Store),
     /// Give nodes no new pods
     Cordon(cordon::Cordon),
     /// Give nodes new pods again
@@ -213,6 +217,7 @@ async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
         Verb::Reset(verb) => verb.run().map(done),
         Verb::Token(verb) => verb.run(&global).await.map(done),
         Verb::Backup(verb) => verb.run(&global).await.map(done),
+        Verb::Store(verb) => verb.run(&global).await.map(done),
         Verb::Cordon(verb) => verb.run(&global).await.map(done),
         Verb::Uncordon(verb) => verb.run(&global).await.map(done),
         Verb::Drain(verb) => verb.run(&global).await.map(done),
@@ -280,7 +285,13 @@ mod tests {
             "uncordon -l rack=7",
             "drain node-1 --ignore-daemonsets --delete-emptydir-data --force --timeout=5m --grace-period=10",
             "backup save /backups/today",
-            "backup restore /backups/today --data-dir /srv/control",
+            "backup save /backups/today --in-clear",
+            "backup restore /backups/today --data-dir /srv/control --store-key k --backup-key l",
+            "store get /registry/pods/ --keys-only",
+            "store get",
+            "store status",
+            "store compact",
+            "store rotate-key",
             "svc drops --node n --all",
             "flows -f -A",
             "explain connect shop/client web.shop:http --udp -o json",

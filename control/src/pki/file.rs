@@ -17,7 +17,7 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> P
 }
 
 /// The text of the file; `None` when there is none.
-pub(super) fn read_if_there(path: &Path) -> Result<Option<String>, PkiError> {
+pub(crate) fn read_if_there(path: &Path) -> Result<Option<String>, PkiError> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),

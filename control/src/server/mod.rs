@@ -158,10 +158,20 @@ impl Server {
         self
     }
 
-    /// Lets administrators take backups; the cluster's keys are below `data_dir`.
+    /// Lets administrators look at the store and take backups; the cluster's keys are below `data_dir`, the
+    /// store's is in `store_key`.
     #[must_use]
-    pub fn with_maintenance(mut self, registry: &Registry, data_dir: &Path) -> Server {
-        let service = MaintenanceService::server(registry.clone(), data_dir.to_owned());
+    pub fn with_maintenance(
+        mut self,
+        registry: &Registry,
+        data_dir: &Path,
+        store_key: &Path,
+    ) -> Server {
+        let places = maintenance::Places {
+            data_dir: data_dir.to_owned(),
+            store_key: store_key.to_owned(),
+        };
+        let service = MaintenanceService::server(registry.clone(), places);
         let admit = self.authenticator.for_service(Service::Objects);
         self.router = self
             .router

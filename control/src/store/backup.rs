@@ -4,12 +4,14 @@
 //!  "gantry backup 1\n"   frame*   sha256 of everything before
 //!  frame: length (4 bytes, little endian, of what follows), tag, payload
 //!    H  first: JSON, see [`Header`]
+//!    K  second, unless everything is in clear: the key of what is sealed, itself wrapped ([`super::seal`]); JSON
 //!    F  a file of the control plane: length of its name (2), name, content
 //!    E  an object: create revision (8), mod revision (8), length of its key (2), key, value
+//!    G, S  the same, with content and value sealed: files, and what the store seals
 //!    Z  last: JSON, see [`Totals`]
 //! ```
 //! Writer and reader hold one frame at a time. A file that was cut short, to which something was added or
-//! of which a bit has changed is told by the digest; nothing of it may be used before [`Reader::next`] has
+//! of which a bit has changed is told by the digest; nothing of it may be used before [`Reader::read`] has
 //! returned `None`.
 
 use std::io::Read;
@@ -18,6 +20,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::seal::{DataKey, KeyError, KeyFile, SEALED_PREFIX, Wrapped, WrappingKey, place};
 use super::{Entry, KEY_BYTES_MAX, Lineage, Revision, VALUE_BYTES_MAX};
 
 const MAGIC: &[u8; 16] = b"gantry backup 1\n";
@@ -28,8 +31,11 @@ const ENTRY_HEADER_BYTES: usize = 18;
 const FRAME_BYTES_MAX: usize = 1 + ENTRY_HEADER_BYTES + KEY_BYTES_MAX + VALUE_BYTES_MAX + 4_096;
 
 const TAG_HEADER: u8 = b'H';
+const TAG_KEY: u8 = b'K';
 const TAG_FILE: u8 = b'F';
+const TAG_SEALED_FILE: u8 = b'G';
 const TAG_ENTRY: u8 = b'E';
+const TAG_SEALED_ENTRY: u8 = b'S';
 const TAG_END: u8 = b'Z';
 
 /// Of what a backup is.
@@ -46,6 +52,12 @@ pub struct Header {
 }
 
 impl Header {
+    /// For what the key of a backup is wrapped: for no other one.
+    fn purpose(&self) -> String {
+        let (id, revision, taken) = (&self.lineage_id, self.revision, &self.taken);
+        format!("backup of {id} at revision {revision}, {taken}")
+    }
+
     /// Of which history it is.
     pub fn lineage(&self) -> Lineage {
         Lineage {
@@ -84,6 +96,8 @@ pub struct Writer {
     digest: Sha256,
     totals: Totals,
     bytes: u64,
+    /// `None`: everything in clear.
+    key: Option<DataKey>,
 }
 
 /// What a finished backup is.
@@ -96,13 +110,24 @@ pub struct Finished {
 }
 
 impl Writer {
-    /// Begins with the header.
-    pub fn new(header: &Header) -> Writer {
+    /// A backup whose files and Secrets are sealed by a new key, which is wrapped by `by`.
+    pub fn sealed(header: &Header, by: &WrappingKey) -> Result<Writer, KeyError> {
+        let key = DataKey::make()?;
+        let wrapped = key.wrap(by, &header.purpose())?;
+        let mut writer = Writer::in_clear(header);
+        writer.frame(TAG_KEY, &[&json(&wrapped)]);
+        writer.key = Some(key);
+        Ok(writer)
+    }
+
+    /// A backup that everybody can read.
+    pub fn in_clear(header: &Header) -> Writer {
         let mut writer = Writer {
             buffer: Vec::new(),
             digest: Sha256::new(),
             totals: Totals::default(),
             bytes: 0,
+            key: None,
         };
         writer.put(MAGIC);
         writer.frame(TAG_HEADER, &[&json(header)]);
@@ -127,26 +152,45 @@ impl Writer {
     }
 
     /// Adds an object.
-    pub fn entry(&mut self, entry: &Entry) {
-        let key = entry.key.as_bytes();
+    pub fn entry(&mut self, entry: &Entry) -> Result<(), KeyError> {
+        let key = self.key.as_ref();
+        let key = key.filter(|_| entry.key.starts_with(SEALED_PREFIX));
+        let sealed = key
+            .map(|key| key.seal(&place(&entry.key, entry.mod_revision), &entry.value))
+            .transpose()?;
+        let (tag, value) = match &sealed {
+            Some(sealed) => (TAG_SEALED_ENTRY, sealed.as_slice()),
+            None => (TAG_ENTRY, &*entry.value),
+        };
+        let name = entry.key.as_bytes();
         self.totals.entries += 1;
         self.frame(
-            TAG_ENTRY,
+            tag,
             &[
                 &entry.create_revision.to_le_bytes(),
                 &entry.mod_revision.to_le_bytes(),
-                &length_of(key),
-                key,
-                &entry.value,
+                &length_of(name),
+                name,
+                value,
             ],
         );
+        Ok(())
     }
 
     /// Adds a file of the control plane.
-    pub fn file(&mut self, name: &str, content: &[u8]) {
+    pub fn file(&mut self, name: &str, content: &[u8]) -> Result<(), KeyError> {
+        let key = self.key.as_ref();
+        let sealed = key
+            .map(|key| key.seal(&place(name, 0), content))
+            .transpose()?;
+        let (tag, content) = match &sealed {
+            Some(sealed) => (TAG_SEALED_FILE, sealed.as_slice()),
+            None => (TAG_FILE, content),
+        };
         self.totals.files += 1;
         let name = name.as_bytes();
-        self.frame(TAG_FILE, &[&length_of(name), name, content]);
+        self.frame(tag, &[&length_of(name), name, content]);
+        Ok(())
     }
 
     /// Bytes that wait to be taken.
@@ -200,6 +244,14 @@ pub enum Damage {
         /// Where.
         at: u64,
     },
+    /// There is no key file at all.
+    #[error(
+        "it is sealed by key {0}, and there is no key file: give the one that the control plane had then with --backup-key"
+    )]
+    NoKey(String),
+    /// Its key cannot be opened.
+    #[error(transparent)]
+    Key(#[from] KeyError),
 }
 
 /// Reads a backup, frame by frame.
@@ -210,11 +262,15 @@ pub struct Reader<R> {
     totals: Totals,
     header: Header,
     ended: bool,
+    keys: Option<KeyFile>,
+    key: Option<DataKey>,
 }
 
 impl<R: Read> Reader<R> {
     /// Reads the header.
-    pub fn new(mut source: R) -> Result<Reader<R>, Damage> {
+    ///
+    /// * `keys` – opens what is sealed; not needed for a backup in clear.
+    pub fn new(mut source: R, keys: Option<KeyFile>) -> Result<Reader<R>, Damage> {
         let mut magic = [0; MAGIC.len()];
         match source.read_exact(&mut magic) {
             Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
@@ -239,6 +295,8 @@ impl<R: Read> Reader<R> {
                 taken: String::new(),
             },
             ended: false,
+            keys,
+            key: None,
         };
         let (tag, payload) = reader.frame()?;
         let header = serde_json::from_slice(&payload).ok();
@@ -284,18 +342,20 @@ impl<R: Read> Reader<R> {
     }
 
     /// The next frame; `None` when the backup has ended and is whole.
-    #[expect(
-        clippy::should_implement_trait,
-        reason = "an iterator of results would invite to go on after an error"
-    )]
-    pub fn next(&mut self) -> Result<Option<Frame>, Damage> {
+    pub fn read(&mut self) -> Result<Option<Frame>, Damage> {
         if self.ended {
             return Ok(None);
         }
-        let (tag, payload) = self.frame()?;
+        let (mut tag, mut payload) = self.frame()?;
+        if tag == TAG_KEY && self.key.is_none() && self.totals == Totals::default() {
+            self.unwrap_key(&payload)?;
+            (tag, payload) = self.frame()?;
+        }
         let frame = match tag {
             TAG_ENTRY => decode_entry(&payload).map(Frame::Entry),
+            TAG_SEALED_ENTRY => self.open_entry(&payload),
             TAG_FILE => decode_file(&payload),
+            TAG_SEALED_FILE => self.open_file(&payload),
             TAG_END => {
                 self.end(&payload)?;
                 return Ok(None);
@@ -308,6 +368,36 @@ impl<R: Read> Reader<R> {
             Frame::File { .. } => self.totals.files += 1,
         }
         Ok(Some(frame))
+    }
+
+    fn unwrap_key(&mut self, payload: &[u8]) -> Result<(), Damage> {
+        let wrapped: Wrapped =
+            serde_json::from_slice(payload).map_err(|_| self.changed("the key cannot be read"))?;
+        let Some(keys) = &self.keys else {
+            return Err(Damage::NoKey(wrapped.by));
+        };
+        let what = ("the backup", "--backup-key");
+        let key = DataKey::unwrap(&wrapped, keys, &self.header.purpose(), what)?;
+        self.key = Some(key);
+        Ok(())
+    }
+
+    fn open_entry(&self, payload: &Bytes) -> Option<Frame> {
+        let mut entry = decode_entry(payload)?;
+        let place = place(&entry.key, entry.mod_revision);
+        entry.value = self.key.as_ref()?.open(&place, &entry.value)?.into();
+        Some(Frame::Entry(entry))
+    }
+
+    fn open_file(&self, payload: &Bytes) -> Option<Frame> {
+        let Frame::File { name, content } = decode_file(payload)? else {
+            return None;
+        };
+        let content = self.key.as_ref()?.open(&place(&name, 0), &content)?;
+        Some(Frame::File {
+            name,
+            content: content.into(),
+        })
     }
 
     fn end(&mut self, payload: &[u8]) -> Result<(), Damage> {
@@ -378,12 +468,16 @@ mod tests {
         }
     }
 
-    fn write(entries: &[Entry]) -> Vec<u8> {
-        let mut writer = Writer::new(&header());
-        writer.file("ca.crt", b"certificate");
+    /// In clear, and sealed if there are keys.
+    fn write(entries: &[Entry], keys: Option<&KeyFile>) -> Vec<u8> {
+        let mut writer = match keys {
+            Some(keys) => Writer::sealed(&header(), keys.first()).unwrap(),
+            None => Writer::in_clear(&header()),
+        };
+        writer.file("ca.key", b"certain words").unwrap();
         let mut all = Vec::new();
         for entry in entries {
-            writer.entry(entry);
+            writer.entry(entry).unwrap();
             all.extend_from_slice(&writer.take());
         }
         let (rest, finished) = writer.finish();
@@ -393,26 +487,65 @@ mod tests {
         all
     }
 
-    fn read(bytes: &[u8]) -> Result<Vec<Frame>, Damage> {
-        let mut reader = Reader::new(bytes)?;
+    fn read(bytes: &[u8], keys: Option<&KeyFile>) -> Result<Vec<Frame>, Damage> {
+        let mut reader = Reader::new(bytes, keys.cloned())?;
         let mut frames = Vec::new();
-        while let Some(frame) = reader.next()? {
+        while let Some(frame) = reader.read()? {
             frames.push(frame);
         }
         Ok(frames)
     }
 
+    fn keys() -> (tempfile::TempDir, KeyFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = KeyFile::make(&dir.path().join("store.key")).unwrap();
+        (dir, keys)
+    }
+
+    fn contains(bytes: &[u8], words: &[u8]) -> bool {
+        bytes.windows(words.len()).any(|window| window == words)
+    }
+
+    #[test]
+    fn files_and_secrets_are_sealed_and_open_by_the_right_key_only() {
+        let (_dir, keys) = keys();
+        let secret = entry("/registry/secrets/a/b", b"hunter two");
+        let map = entry("/registry/configmaps/a/b", b"for everybody");
+        let sealed = write(&[secret.clone(), map.clone()], Some(&keys));
+        for words in [&b"hunter"[..], b"certain words"] {
+            assert!(!contains(&sealed, words));
+            assert!(contains(&write(std::slice::from_ref(&secret), None), words));
+        }
+        assert!(contains(&sealed, b"for everybody"));
+        let frames = read(&sealed, Some(&keys.rotate().unwrap())).unwrap();
+        assert_eq!(frames[1..], [Frame::Entry(secret), Frame::Entry(map)]);
+        let (_other_dir, other) = self::keys();
+        let error = read(&sealed, Some(&other)).unwrap_err().to_string();
+        assert!(
+            error.contains(&keys.first().id()) && error.contains("--backup-key"),
+            "{error}"
+        );
+        let error = read(&sealed, None).unwrap_err().to_string();
+        assert!(
+            error.contains(&keys.first().id()) && error.contains("--backup-key"),
+            "{error}"
+        );
+    }
+
     fn objects() -> impl Strategy<Value = Vec<(String, Vec<u8>)>> {
         let value = prop::collection::vec(any::<u8>(), 0..200);
-        prop::collection::vec(("/[a-z]{1,30}", value), 0..12)
+        let key = prop_oneof!["/[a-z]{1,30}", "/registry/secrets/[a-z]{1,30}"];
+        prop::collection::vec((key, value), 0..12)
     }
 
     proptest! {
         #[test]
-        fn what_was_written_is_read(objects in objects()) {
+        fn what_was_written_is_read(objects in objects(), sealed in any::<bool>()) {
             let entries: Vec<Entry> = objects.iter().map(|(k, v)| entry(k, v)).collect();
-            let frames = read(&write(&entries)).unwrap();
-            let file = Frame::File { name: "ca.crt".to_owned(), content: Bytes::from_static(b"certificate") };
+            let (_dir, keys) = keys();
+            let keys = sealed.then_some(&keys);
+            let frames = read(&write(&entries, keys), keys).unwrap();
+            let file = Frame::File { name: "ca.key".to_owned(), content: Bytes::from_static(b"certain words") };
             prop_assert_eq!(&frames[0], &file);
             let expected: Vec<Frame> = entries.into_iter().map(Frame::Entry).collect();
             prop_assert_eq!(&frames[1..], &expected[..]);
@@ -422,9 +555,13 @@ mod tests {
         #[test]
         fn damage_anywhere_is_told(
             objects in objects(), at in any::<prop::sample::Index>(), bit in 0..8_u32, more in 1..9_usize,
+            sealed in any::<bool>(),
         ) {
             let entries: Vec<Entry> = objects.iter().map(|(k, v)| entry(k, v)).collect();
-            let whole = write(&entries);
+            let (_dir, keys) = keys();
+            let keys = sealed.then_some(&keys);
+            let whole = write(&entries, keys);
+            let read = |bytes: &[u8]| read(bytes, keys);
             let place = at.index(whole.len());
             prop_assert!(read(&whole[..place]).is_err(), "cut at {}", place);
             let mut flipped = whole.clone();
@@ -437,10 +574,10 @@ mod tests {
 
         #[test]
         fn nonsense_is_no_backup(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
-            prop_assert!(read(&bytes).is_err());
+            prop_assert!(read(&bytes, None).is_err());
             let mut begun = MAGIC.to_vec();
             begun.extend_from_slice(&bytes);
-            prop_assert!(read(&begun).is_err());
+            prop_assert!(read(&begun, None).is_err());
         }
     }
 }

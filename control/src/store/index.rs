@@ -77,6 +77,16 @@ impl Index {
         self.read().revision
     }
 
+    pub(super) fn oldest(&self) -> Revision {
+        self.read().compacted
+    }
+
+    /// Forgets all of the history.
+    pub(super) fn compact(&self) -> Dropped {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        state.forget(|_| true)
+    }
+
     pub(super) fn get(&self, key: &str) -> Option<Arc<Entry>> {
         self.read().entries.get(key).cloned()
     }
@@ -151,16 +161,21 @@ impl State {
     /// Drops whole transactions from the front until the window is within its bounds; the latest
     /// transaction always stays.
     fn trim(&mut self) -> Dropped {
+        self.forget(|state| {
+            let is_large = state.history.len() > HISTORY_CHANGE_COUNT_MAX
+                || state.history_bytes > HISTORY_BYTES_MAX;
+            let oldest = state.history.front().map(|c| c.revision());
+            is_large && oldest != Some(state.revision)
+        })
+    }
+
+    /// Drops whole transactions from the front as long as `more` says so.
+    fn forget(&mut self, more: impl Fn(&State) -> bool) -> Dropped {
         let mut dropped = Dropped::default();
-        while self.history.len() > HISTORY_CHANGE_COUNT_MAX
-            || self.history_bytes > HISTORY_BYTES_MAX
-        {
+        while more(self) {
             let Some(oldest) = self.history.front().map(|c| c.revision()) else {
                 break;
             };
-            if oldest == self.revision {
-                break;
-            }
             while let Some(change) = self.history.front().filter(|c| c.revision() == oldest) {
                 self.history_bytes -= change.value_bytes();
                 superseded_by(change, &mut dropped.superseded);

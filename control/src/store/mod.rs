@@ -25,6 +25,7 @@ pub mod backup;
 mod index;
 mod log;
 mod restore;
+pub mod seal;
 mod writer;
 
 #[cfg(test)]
@@ -37,7 +38,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 pub use index::{HISTORY_BYTES_MAX, HISTORY_CHANGE_COUNT_MAX, Watch};
-pub use restore::{BACKUP_PREFIX, RESTORED_KEY, RestoreError, Restored, STORE_FILE, restore};
+pub use restore::{BACKUP_PREFIX, Keys, RESTORED_KEY, RestoreError, Restored, STORE_FILE, restore};
 
 use index::Index;
 use log::RedbLog;
@@ -291,6 +292,9 @@ pub enum OpenError {
         /// What the system said.
         reason: String,
     },
+    /// What is sealed in it cannot be opened.
+    #[error("the store's Secrets cannot be read: {0}")]
+    Key(#[from] seal::KeyError),
     /// The file is not a store of this version.
     #[error("{path} is damaged or of another version: {reason}; restore it from a backup")]
     Corrupt {
@@ -309,6 +313,28 @@ trait Backend: Send + Sync {
 
     /// Finishes what is queued, refuses the rest, closes the log.
     async fn close(&self);
+
+    /// See [`Store::rotate_key`].
+    async fn rotate_key(&self) -> Result<String, String>;
+
+    /// See [`Store::compact`].
+    async fn compact(&self) -> Result<Revision, String>;
+
+    /// See [`Store::report`].
+    async fn report(&self) -> Result<Report, String>;
+}
+
+/// What a store says of itself, for people.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// The file, or the servers.
+    pub place: String,
+    /// Its size.
+    pub bytes: u64,
+    /// The id of the key that seals Secrets; `None`: they are in clear.
+    pub sealed_by: Option<String>,
+    /// Some are still sealed by an older key, or in clear.
+    pub is_resealing: bool,
 }
 
 /// A handle to the store; clones share it.
@@ -320,11 +346,19 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the embedded store, creating the file if it does not exist. Blocks while it reads the
-    /// whole log into memory.
+    /// Opens the embedded store without a key, creating the file if it does not exist: nothing is
+    /// sealed, and a store in which something is cannot be opened. Blocks while it reads the whole log
+    /// into memory.
     pub fn open(path: &Path) -> Result<Store, OpenError> {
         let path = path.to_owned();
-        Store::open_with(Box::new(move || RedbLog::open(&path)))
+        Store::open_with(Box::new(move || RedbLog::open(&path, None)))
+    }
+
+    /// The same with the key file `keys`: Secrets are sealed. It is made with a first key if it does not
+    /// exist and nothing was sealed yet.
+    pub fn open_sealed(path: &Path, keys: &Path) -> Result<Store, OpenError> {
+        let (path, keys) = (path.to_owned(), keys.to_owned());
+        Store::open_with(Box::new(move || RedbLog::open(&path, Some(&keys))))
     }
 
     fn open_with(opener: writer::LogOpener) -> Result<Store, OpenError> {
@@ -380,6 +414,27 @@ impl Store {
     pub async fn commit(&self, txn: Txn) -> Result<Revision, StoreError> {
         check_limits(&txn)?;
         self.backend.commit(txn).await
+    }
+
+    /// Makes a new key, by which Secrets are sealed from now on; those of older keys follow while the
+    /// store works. Returns its id. The older keys stay in the key file.
+    pub async fn rotate_key(&self) -> Result<String, String> {
+        self.backend.rotate_key().await
+    }
+
+    /// Forgets the history: watches that are behind are told [`Compacted`]. Gives the space back.
+    pub async fn compact(&self) -> Result<Revision, String> {
+        self.backend.compact().await
+    }
+
+    /// What the store says of itself.
+    pub async fn report(&self) -> Result<Report, String> {
+        self.backend.report().await
+    }
+
+    /// The lowest revision after which a watch can start.
+    pub fn oldest(&self) -> Revision {
+        self.index.oldest()
     }
 
     /// Finishes what is queued and closes the log; later commits get [`StoreError::Closed`], and

@@ -19,6 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::backup::{Damage, Frame, Header, Reader};
 use super::log::{Filling, Held, hold};
+use super::seal::KeyFile;
 use super::{Entry, Lineage, OpenError, Revision};
 
 /// The store's file below the data directory.
@@ -44,7 +45,7 @@ pub enum RestoreError {
         /// The file.
         path: PathBuf,
         /// What is wrong with it.
-        reason: Damage,
+        reason: Box<Damage>,
     },
     /// The control plane runs.
     #[error("gantry-control runs on {path}: stop it first; nothing was changed")]
@@ -72,6 +73,15 @@ pub enum RestoreError {
     },
 }
 
+/// The key files of a restore; they may be the same.
+#[derive(Clone, Debug)]
+pub struct Keys {
+    /// Opens the backup. It need not be there for one in clear.
+    pub backup: PathBuf,
+    /// Seals the restored store; made if it is not there.
+    pub store: PathBuf,
+}
+
 /// What a restore has made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Restored {
@@ -95,16 +105,17 @@ fn failed(action: &'static str, path: &Path, reason: impl std::fmt::Display) -> 
     }
 }
 
-fn open(file: &Path) -> Result<Reader<BufReader<File>>, RestoreError> {
+fn open(file: &Path, keys: &Keys) -> Result<Reader<BufReader<File>>, RestoreError> {
     let source = File::open(file).map_err(|error| failed("read", file, error))?;
-    Reader::new(BufReader::with_capacity(READ_BUFFER_BYTES, source))
+    let opening = KeyFile::read(&keys.backup).map_err(|reason| bad(file, reason.into()))?;
+    Reader::new(BufReader::with_capacity(READ_BUFFER_BYTES, source), opening)
         .map_err(|reason| bad(file, reason))
 }
 
 fn bad(file: &Path, reason: Damage) -> RestoreError {
     RestoreError::Backup {
         path: file.to_owned(),
-        reason,
+        reason: Box::new(reason),
     }
 }
 
@@ -114,9 +125,10 @@ fn bad(file: &Path, reason: Damage) -> RestoreError {
 pub fn restore(
     file: &Path,
     data_dir: &Path,
+    keys: &Keys,
     files: impl FnOnce(Vec<(String, bytes::Bytes)>) -> Result<(), RestoreError>,
 ) -> Result<Restored, RestoreError> {
-    let carried = verify(file)?;
+    let carried = verify(file, keys)?;
     let path = data_dir.join(STORE_FILE);
     let held = match hold(&path) {
         Ok(held) => held,
@@ -128,11 +140,21 @@ pub fn restore(
         }
     };
     let fresh = data_dir.join("store.redb.new");
-    let mut reader = open(file)?;
+    let mut reader = open(file, keys)?;
     let header = reader.header().clone();
     let (lineage, revision) = next_history(&header, held.as_ref(), unix_seconds());
-    let entries = fill(file, &mut reader, &fresh, &lineage, revision)?;
     files(carried)?;
+    remove(&fresh)?;
+    let wrong = |reason: String| failed("write", &fresh, reason);
+    let filling = Filling::create(&fresh, &keys.store).map_err(wrong)?;
+    let entries = fill(
+        &mut reader,
+        &filling,
+        revision,
+        |reason| bad(file, reason),
+        wrong,
+    )?;
+    filling.finish(&lineage, revision).map_err(wrong)?;
     let before = keep(&path, data_dir)?;
     match before {
         Some(_) => fs::rename(&fresh, &path),
@@ -153,10 +175,10 @@ pub fn restore(
 }
 
 /// Reads all of the backup; returns the control plane's files in it.
-fn verify(file: &Path) -> Result<Vec<(String, bytes::Bytes)>, RestoreError> {
-    let mut reader = open(file)?;
+fn verify(file: &Path, keys: &Keys) -> Result<Vec<(String, bytes::Bytes)>, RestoreError> {
+    let mut reader = open(file, keys)?;
     let mut files = Vec::new();
-    while let Some(frame) = reader.next().map_err(|reason| bad(file, reason))? {
+    while let Some(frame) = reader.read().map_err(|reason| bad(file, reason))? {
         if let Frame::File { name, content } = frame {
             files.push((name, content));
         }
@@ -180,24 +202,26 @@ fn unix_seconds() -> u64 {
     now.map_or(0, |since| since.as_secs())
 }
 
-/// Writes the new file; how many objects it has.
-fn fill(
-    file: &Path,
-    reader: &mut Reader<BufReader<File>>,
-    fresh: &Path,
-    lineage: &Lineage,
-    revision: Revision,
-) -> Result<u64, RestoreError> {
-    match fs::remove_file(fresh) {
+/// Removes what an earlier restore may have left.
+fn remove(path: &Path) -> Result<(), RestoreError> {
+    match fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(failed("remove", fresh, error));
+            Err(failed("remove", path, error))
         }
-        _ => {}
+        _ => Ok(()),
     }
-    let wrong = |reason: String| failed("write", fresh, reason);
-    let filling = Filling::create(fresh).map_err(wrong)?;
+}
+
+/// Writes the objects; how many there are.
+fn fill(
+    reader: &mut Reader<BufReader<File>>,
+    filling: &Filling,
+    revision: Revision,
+    unreadable: impl Fn(Damage) -> RestoreError,
+    unwritable: impl Fn(String) -> RestoreError,
+) -> Result<u64, RestoreError> {
     let (mut batch, mut bytes, mut entries) = (Vec::new(), 0, 0);
-    while let Some(frame) = reader.next().map_err(|reason| bad(file, reason))? {
+    while let Some(frame) = reader.read().map_err(&unreadable)? {
         let Frame::Entry(entry) = frame else {
             continue;
         };
@@ -205,19 +229,19 @@ fn fill(
         entries += 1;
         batch.push(entry);
         if bytes >= BATCH_BYTES {
-            filling.put(&batch).map_err(wrong)?;
+            filling.put(&batch).map_err(&unwritable)?;
             (bytes, batch) = (0, Vec::new());
         }
     }
-    let header = reader.header();
     batch.push(Entry {
         key: RESTORED_KEY.into(),
-        value: serde_json::to_vec(header).unwrap_or_default().into(),
+        value: serde_json::to_vec(reader.header())
+            .unwrap_or_default()
+            .into(),
         create_revision: revision,
         mod_revision: revision,
     });
-    filling.put(&batch).map_err(wrong)?;
-    filling.finish(lineage, revision).map_err(wrong)?;
+    filling.put(&batch).map_err(&unwritable)?;
     Ok(entries)
 }
 
@@ -227,12 +251,7 @@ fn keep(path: &Path, data_dir: &Path) -> Result<Option<PathBuf>, RestoreError> {
         return Ok(None);
     }
     let before = data_dir.join("store.redb.before-restore");
-    match fs::remove_file(&before) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(failed("remove", &before, error));
-        }
-        _ => {}
-    }
+    remove(&before)?;
     fs::hard_link(path, &before).map_err(|error| failed("keep a copy as", &before, error))?;
     Ok(Some(before))
 }

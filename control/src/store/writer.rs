@@ -21,7 +21,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::index::{Dropped, Index};
 use super::log::{Batch, Content, Log};
-use super::{Backend, Change, Entry, OpenError, Precondition, Revision, StoreError, Txn};
+use super::{Backend, Change, Entry, OpenError, Precondition, Report, Revision, StoreError, Txn};
 
 /// Most transactions per fsync: more raises the wait of each (3 ms at 256 on the measured machine).
 const BATCH_TXN_COUNT_MAX: usize = 256;
@@ -41,6 +41,8 @@ type Answer = oneshot::Sender<Result<Revision, StoreError>>;
 enum Job {
     Commit(Txn, Answer),
     Close(oneshot::Sender<()>),
+    /// Something that is not a transaction, between two batches.
+    Aside(Box<dyn FnOnce(&mut Writer) + Send>),
 }
 
 /// The embedded backend: a queue in front of the writer thread.
@@ -64,6 +66,7 @@ impl Embedded {
             opener,
             mode: Mode::Writing(log),
             dropped,
+            reseal_failed: false,
         };
         std::thread::Builder::new()
             .name("store-writer".to_owned())
@@ -73,6 +76,23 @@ impl Embedded {
                 reason: error.to_string(),
             })?;
         Ok(Embedded { queue })
+    }
+}
+
+impl Embedded {
+    /// Has the writer do something between two batches.
+    async fn aside<T: Send + 'static>(
+        &self,
+        act: impl FnOnce(&mut Writer) -> Result<T, String> + Send + 'static,
+    ) -> Result<T, String> {
+        let (answer, answered) = oneshot::channel();
+        let job = Job::Aside(Box::new(move |writer| {
+            // A caller that went away misses only the answer.
+            let _ = answer.send(act(writer));
+        }));
+        let closed = || StoreError::Closed.to_string();
+        self.queue.send(job).await.map_err(|_| closed())?;
+        answered.await.map_err(|_| closed())?
     }
 }
 
@@ -91,6 +111,18 @@ impl Backend for Embedded {
             // An error means that the thread is gone already, which is what was asked for.
             let _ = closed.await;
         }
+    }
+
+    async fn rotate_key(&self) -> Result<String, String> {
+        self.aside(|writer| writer.log()?.rotate()).await
+    }
+
+    async fn compact(&self) -> Result<Revision, String> {
+        self.aside(Writer::compact).await
+    }
+
+    async fn report(&self) -> Result<Report, String> {
+        self.aside(|writer| Ok(writer.log()?.report())).await
     }
 }
 
@@ -112,13 +144,15 @@ struct Writer {
     mode: Mode,
     /// Left the history window since the last append; goes with the next one.
     dropped: Dropped,
+    /// The last step of sealing anew has failed: not tried again by itself.
+    reseal_failed: bool,
 }
 
 impl Writer {
     fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
-        while let Some(job) = jobs.blocking_recv() {
+        while let Some(job) = self.wait(&mut jobs) {
             let mut txns = Vec::new();
-            let mut closing = None;
+            let (mut closing, mut aside) = (None, None);
             let mut bytes = 0;
             let mut next = Some(job);
             while let Some(job) = next.take() {
@@ -128,13 +162,17 @@ impl Writer {
                         txns.push((txn, answer));
                     }
                     Job::Close(done) => closing = Some(done),
+                    Job::Aside(act) => aside = Some(act),
                 }
-                if closing.is_none() && txns.len() < BATCH_TXN_COUNT_MAX && bytes < BATCH_BYTES_MAX
-                {
+                let is_full = txns.len() >= BATCH_TXN_COUNT_MAX || bytes >= BATCH_BYTES_MAX;
+                if closing.is_none() && aside.is_none() && !is_full {
                     next = jobs.try_recv().ok();
                 }
             }
             self.commit_batch(txns);
+            if let Some(act) = aside {
+                act(&mut self);
+            }
             if let Some(done) = closing {
                 drop(jobs);
                 // Closes the file and its lock before the answer.
@@ -143,6 +181,57 @@ impl Writer {
                 return;
             }
         }
+    }
+
+    /// The next job. While rows wait to be sealed anew, a few are each time before it, more as long as
+    /// nothing else is to be done.
+    fn wait(&mut self, jobs: &mut mpsc::Receiver<Job>) -> Option<Job> {
+        while self.reseal() {
+            match jobs.try_recv() {
+                Ok(job) => return Some(job),
+                Err(mpsc::error::TryRecvError::Empty) => {}
+                Err(mpsc::error::TryRecvError::Disconnected) => return None,
+            }
+        }
+        jobs.blocking_recv()
+    }
+
+    /// Whether it has done some, and there may be more.
+    fn reseal(&mut self) -> bool {
+        let Mode::Writing(log) = &mut self.mode else {
+            return false;
+        };
+        if self.reseal_failed || !log.is_resealing() {
+            return false;
+        }
+        let Err(reason) = log.reseal() else {
+            return true;
+        };
+        // Nothing is lost: they are as readable as before. The next rotation or start goes on.
+        tracing::error!(%reason, "Secrets were not sealed by the new key yet");
+        self.reseal_failed = true;
+        false
+    }
+
+    fn log(&mut self) -> Result<&mut dyn Log, String> {
+        self.reseal_failed = false;
+        match &mut self.mode {
+            Mode::Writing(log) => Ok(&mut **log),
+            Mode::Stopped { reason, .. } => Err(format!("its log cannot be written: {reason}")),
+        }
+    }
+
+    /// Forgets the history, in memory and then on disk.
+    fn compact(&mut self) -> Result<Revision, String> {
+        self.ensure_writing().map_err(|error| error.to_string())?;
+        let mut dropped = self.index.compact();
+        dropped.superseded.append(&mut self.dropped.superseded);
+        self.dropped = dropped;
+        let revision = self.index.revision();
+        self.append(Vec::new(), revision)
+            .map_err(|error| error.to_string())?;
+        self.log()?.compact()?;
+        Ok(revision)
     }
 
     fn commit_batch(&mut self, txns: Vec<(Txn, Answer)>) {

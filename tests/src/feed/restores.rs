@@ -4,24 +4,33 @@
 use std::io::Write as _;
 
 use gantry_control::store::backup::{Header, Writer};
-use gantry_control::store::{BACKUP_PREFIX, RESTORED_KEY, restore};
+use gantry_control::store::{BACKUP_PREFIX, Keys, RESTORED_KEY};
 
 use super::*;
 
 /// A backup of the store as it is now, in `file`.
 fn save(store: &Store, file: &Path) {
     let (revision, entries) = store.list(BACKUP_PREFIX);
-    let mut writer = Writer::new(&Header {
+    let mut writer = Writer::in_clear(&Header {
         lineage_counter: store.lineage().counter,
         lineage_id: store.lineage().id.clone(),
         revision,
         taken: "now".to_owned(),
     });
     for entry in entries {
-        writer.entry(&entry);
+        writer.entry(&entry).unwrap();
     }
     let mut file = std::fs::File::create(file).unwrap();
     file.write_all(&writer.finish().0).unwrap();
+}
+
+/// Puts it in the place of the store in `dir`.
+fn restore(file: &Path, dir: &Path) {
+    let keys = Keys {
+        backup: dir.join("store.key"),
+        store: dir.join("store.key"),
+    };
+    gantry_control::store::restore(file, dir, &keys, |_| Ok(())).unwrap();
 }
 
 fn uids(view: &View) -> Vec<String> {
@@ -103,8 +112,8 @@ async fn after_a_restore_what_runs_is_adopted_and_what_is_not_known_runs_on_for_
     let watched = lacking(&agent, &[&bound, &later, &ended, &new], stop.clone());
     control.stop().await;
 
-    restore(&file, dir.path(), |_| Ok(())).unwrap();
-    let restored = Store::open(&dir.path().join("store.redb")).unwrap();
+    restore(&file, dir.path());
+    let restored = open(dir.path());
     let first = restored.get(RESTORED_KEY).unwrap().mod_revision;
     for name in ["later", "ended"] {
         let entry = restored
@@ -196,7 +205,7 @@ async fn after_a_restore_a_pod_of_another_node_ends_at_the_first_commit() {
     control.stop().await;
 
     // The node was silent for too long: the pod went elsewhere.
-    restore(&file, dir.path(), |_| Ok(())).unwrap();
+    restore(&file, dir.path());
     let control = Control::admin(dir.path(), "127.0.0.1:0").await;
     let bind = control.registry.bind("default", "p", uid.as_str(), "n2");
     bind.await.unwrap();

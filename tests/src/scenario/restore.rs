@@ -55,9 +55,17 @@ pub(super) fn restore(cluster: &mut Cluster) -> Result<()> {
         "a running control plane was restored: {refused:?}"
     );
     cluster.kill_control()?;
-    // The machine is lost but for the pods: an empty directory.
+    // The machine is lost but for the pods, and for the key, of which the operator has a copy.
+    let key = directory.path().join("store.key");
+    std::fs::copy(Path::new(DATA).join("pki/store.key"), &key)?;
+    let key = key.to_str().context("the path is no text")?;
     std::fs::remove_dir_all(DATA)?;
-    let said = cluster.ok(&["backup", "restore", &file])?;
+    let refused = cluster.gantry(&["backup", "restore", &file])?;
+    ensure!(
+        refused.code != 0 && refused.stderr.contains("--backup-key"),
+        "restored without the key: {refused:?}"
+    );
+    let said = cluster.ok(&["backup", "restore", &file, "--backup-key", key])?;
     ensure!(
         said.contains("restored") && Path::new(DATA).exists(),
         "{said}"

@@ -11,10 +11,14 @@ use crate::restore::{self, RestoreArguments};
 use crate::store::RESTORED_KEY;
 
 async fn save(cluster: &Cluster, file: &Path) -> BackupDone {
+    save_as(cluster, file, false).await
+}
+
+async fn save_as(cluster: &Cluster, file: &Path, in_clear: bool) -> BackupDone {
     let administrator = cluster.authority().client("tester", "system:masters", 1);
     let channel = cluster.channel(Some(&administrator.unwrap()));
     let mut stream = StoreClient::new(channel)
-        .backup(BackupRequest {})
+        .backup(BackupRequest { in_clear })
         .await
         .unwrap()
         .into_inner();
@@ -29,10 +33,21 @@ async fn save(cluster: &Cluster, file: &Path) -> BackupDone {
     done
 }
 
+/// With the key file of the directory.
 fn restore_into(data_dir: PathBuf, file: &Path) -> Result<String, String> {
+    restore_with(data_dir, file, None)
+}
+
+fn restore_with(
+    data_dir: PathBuf,
+    file: &Path,
+    backup_key: Option<PathBuf>,
+) -> Result<String, String> {
     let arguments = RestoreArguments {
         file: file.to_owned(),
         data_dir,
+        store_key: None,
+        backup_key,
     };
     restore::run(&arguments).map_err(|error| error.to_string())
 }
@@ -71,14 +86,16 @@ async fn a_backup_taken_while_others_write_is_of_one_revision() {
     let stop = CancellationToken::new();
     let writing = tokio::spawn(writer(cluster.registry().clone(), stop.clone()));
     let file = cluster.dir.path().join("backup");
+    let key = cluster.dir.path().join("data/pki/store.key");
     for round in 0..5 {
         tokio::time::sleep(Duration::from_millis(60)).await;
         let before = cluster.registry().store().revision();
         let done = save(&cluster, &file).await;
         assert!(done.revision >= before);
         let data_dir = cluster.dir.path().join(format!("restored-{round}"));
-        restore_into(data_dir.clone(), &file).unwrap();
-        let store = Store::open(&data_dir.join("store.redb")).unwrap();
+        restore_with(data_dir.clone(), &file, Some(key.clone())).unwrap();
+        let keys = data_dir.join("pki/store.key");
+        let store = Store::open_sealed(&data_dir.join("store.redb"), &keys).unwrap();
         let (_, entries) = store.list("/registry/");
         assert_eq!(entries.len() as u64, done.entries);
         assert!(entries.iter().all(|e| e.mod_revision <= done.revision));
@@ -144,7 +161,10 @@ async fn a_restored_control_plane_is_the_same_cluster_in_a_new_history() {
 
     // Into an empty one, on another machine: the same CA, so nodes and users come back.
     let elsewhere = tempfile::tempdir().unwrap();
-    restore_into(elsewhere.path().join("data"), &file).unwrap();
+    let refusal = restore_into(elsewhere.path().join("data"), &file).unwrap_err();
+    assert!(refusal.contains("--backup-key"), "{refusal}");
+    let key = Some(dir.path().join("data/pki/store.key"));
+    restore_with(elsewhere.path().join("data"), &file, key).unwrap();
     let cluster = Cluster::start_in(elsewhere).await;
     assert_eq!(cluster.authority().certificate(), ca);
     assert_eq!(read(cluster.registry(), "kept"), 1);
@@ -190,6 +210,9 @@ async fn what_cannot_be_restored_changes_nothing() {
     let other = Cluster::start().await;
     let other = other.stop().await;
     let refusal = restore_into(other.path().join("data"), &file).unwrap_err();
+    assert!(refusal.contains("--backup-key"), "another key: {refusal}");
+    let key = Some(data_dir.join("pki/store.key"));
+    let refusal = restore_with(other.path().join("data"), &file, key).unwrap_err();
     assert!(refusal.contains("another cluster"), "{refusal}");
 
     let cluster = Cluster::start_in(dir).await;
@@ -209,7 +232,7 @@ async fn only_administrators_take_backups() {
         let mut client = StoreClient::new(cluster.channel(Some(&credentials)));
         let refusal = status(
             client
-                .backup(BackupRequest {})
+                .backup(BackupRequest::default())
                 .await
                 .map(|_| tonic::Response::new(())),
         );
@@ -270,4 +293,140 @@ async fn the_scheduler_waits_until_every_node_has_spoken() {
     assert!(registry.store().get(RESTORED_KEY).is_none());
     stop.cancel();
     control.drain().await.unwrap();
+}
+
+fn secret(name: &str, words: &str) -> gantry_api::k8s_openapi::api::core::v1::Secret {
+    let value =
+        json!({"metadata": {"name": name, "namespace": "default"}, "stringData": {"w": words}});
+    serde_json::from_value(value).unwrap()
+}
+
+/// How Secrets are written in JSON: base64.
+fn contains_words(file: &Path, words: &str) -> bool {
+    use base64::Engine as _;
+    let words = base64::engine::general_purpose::STANDARD.encode(words);
+    let bytes = std::fs::read(file).unwrap();
+    bytes
+        .windows(words.len())
+        .any(|window| window == words.as_bytes())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn secrets_are_in_no_file_unless_asked_and_another_key_refuses_the_start() {
+    use gantry_api::proto::{
+        RotateKeyRequest, StoreCompactRequest, StoreReadRequest, StoreStatusRequest,
+    };
+    const WORDS: &str = "a password of thirty-odd letters";
+    let cluster = Cluster::start().await;
+    let registry = cluster.registry();
+    registry.create(&secret("s", WORDS)).await.unwrap();
+    let (sealed, clear) = (
+        cluster.dir.path().join("sealed"),
+        cluster.dir.path().join("clear"),
+    );
+    save_as(&cluster, &sealed, false).await;
+    save_as(&cluster, &clear, true).await;
+    assert!(
+        contains_words(&clear, WORDS),
+        "the test knows what to look for"
+    );
+    assert!(!contains_words(&sealed, WORDS));
+    let ca_key = std::fs::read_to_string(cluster.dir.path().join("data/pki/ca.key")).unwrap();
+    let ca_line = ca_key.lines().nth(1).unwrap().as_bytes().to_vec();
+    let has_ca = |file: &Path| {
+        std::fs::read(file)
+            .unwrap()
+            .windows(ca_line.len())
+            .any(|w| w == ca_line)
+    };
+    assert!(has_ca(&clear) && !has_ca(&sealed));
+
+    let administrator = cluster
+        .authority()
+        .client("tester", "system:masters", 1)
+        .unwrap();
+    let mut client = StoreClient::new(cluster.channel(Some(&administrator)));
+    let before = client
+        .status(StoreStatusRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    let rotated = client
+        .rotate_key(RotateKeyRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    assert!(before.sealed_by.len() == 8 && rotated.key != before.sealed_by);
+    loop {
+        let now = client
+            .status(StoreStatusRequest {})
+            .await
+            .unwrap()
+            .into_inner();
+        assert_eq!(now.sealed_by, rotated.key);
+        if !now.is_resealing {
+            break;
+        }
+    }
+    let compacted = client
+        .compact(StoreCompactRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    let now = client
+        .status(StoreStatusRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(
+        (now.oldest, now.revision),
+        (compacted.revision, compacted.revision)
+    );
+    let mut entries = client
+        .read(StoreReadRequest {
+            prefix: "/registry/secrets/".to_owned(),
+            keys_only: false,
+        })
+        .await
+        .unwrap()
+        .into_inner();
+    let entry = entries.message().await.unwrap().unwrap();
+    assert_eq!(entry.key, "/registry/secrets/default/s");
+    assert!(entries.message().await.unwrap().is_none());
+
+    let dir = cluster.stop().await;
+    let (store, key) = (
+        dir.path().join("data/store.redb"),
+        dir.path().join("data/pki/store.key"),
+    );
+    assert!(!contains_words(&store, WORDS));
+    // The old backup opens by the old key, which is still in the file.
+    restore_into(dir.path().join("data"), &sealed).unwrap();
+    assert!(!contains_words(&store, WORDS));
+    let right = std::fs::read(&key).unwrap();
+    let refused = |words: &str| {
+        let (arguments, words) = (arguments(dir.path(), "127.0.0.1:0"), words.to_owned());
+        async move {
+            let stop = CancellationToken::new();
+            let error = Control::open(&arguments, &stop)
+                .await
+                .err()
+                .unwrap()
+                .to_string();
+            assert!(error.contains(&words), "{error}");
+        }
+    };
+    std::fs::write(&key, "/v3+/v3+/v3+/v3+/v3+/v3+/v3+/v3+/v3+/v3+/v0=\n").unwrap();
+    refused("give the right file with --store-key").await;
+    std::fs::remove_file(&key).unwrap();
+    refused("put it back").await;
+    assert!(!key.exists(), "no new key is made over sealed Secrets");
+    std::fs::write(&key, right).unwrap();
+    let cluster = Cluster::start_in(dir).await;
+    let read = cluster
+        .registry()
+        .get::<gantry_api::k8s_openapi::api::core::v1::Secret>("default", "s");
+    let data = read.unwrap().unwrap().data.unwrap();
+    assert_eq!(data["w"].0, WORDS.as_bytes());
+    cluster.stop().await;
 }

@@ -101,7 +101,7 @@ fn open_weathered(path: PathBuf, weather: &Arc<Weather>) -> Store {
         let database = redb::Builder::new()
             .create_with_backend(WeatheredFile { file, weather })
             .map_err(|e| failed(e.to_string()))?;
-        log::RedbLog::load(database).map_err(failed)
+        log::RedbLog::load(database, &path, None)
     }))
     .unwrap()
 }

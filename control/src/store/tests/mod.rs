@@ -1,6 +1,7 @@
 mod crash;
 mod fault;
 mod properties;
+mod sealing;
 
 use std::path::Path;
 use std::sync::Arc;
