@@ -34,8 +34,8 @@ const EVERY_KERNEL: &str = "every-kernel";
 /// The scenarios of several machines that `cargo xtask test` runs.
 const SHORT: &str = "short";
 const ALL: &str = "all";
-/// Machines among which the scenarios of one machine are shared out.
-const SHARDS: usize = 1;
+/// Machines among which the scenarios of one machine are shared out: each waits half of its time.
+const SHARDS: usize = 2;
 
 /// What `vm-test` takes.
 #[derive(Clone, clap::Args)]
@@ -275,7 +275,6 @@ impl Booted {
         if arguments.keep {
             bail!("--keep is for several machines: --nodes 2 or more, and one of their scenarios");
         }
-        // A scenario waits half of its time: two machines that share the scenarios use two processors.
         let parallel = std::thread::available_parallelism().map_or(1, usize::from);
         let shards = if scenario == ALL || scenario == EVERY_KERNEL {
             parallel.min(SHARDS)
