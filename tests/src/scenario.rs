@@ -178,6 +178,19 @@ fn cgroup_file(
     v2: &str,
     v1: (&str, &str),
 ) -> Result<String> {
+    let path = cgroup_path(cluster, pod, container, v2, v1)?;
+    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+    Ok(text.trim().to_owned())
+}
+
+/// Where that file is.
+fn cgroup_path(
+    cluster: &Cluster,
+    pod: &str,
+    container: &str,
+    v2: &str,
+    v1: (&str, &str),
+) -> Result<PathBuf> {
     let object = cluster.get(&["pod", pod])?;
     let uid = object["metadata"]["uid"].as_str().context("no uid")?;
     let qos = object["status"]["qosClass"]
@@ -186,14 +199,9 @@ fn cgroup_file(
         .to_lowercase();
     let below = format!("gantry/{qos}/pod{uid}/{container}");
     let unified = PathBuf::from("/sys/fs/cgroup").join(&below).join(v2);
-    let path = if unified.exists() {
-        unified
-    } else {
-        PathBuf::from("/sys/fs/cgroup")
-            .join(v1.0)
-            .join(&below)
-            .join(v1.1)
-    };
-    let text = std::fs::read_to_string(&path).with_context(|| path.display().to_string())?;
-    Ok(text.trim().to_owned())
+    if unified.exists() {
+        return Ok(unified);
+    }
+    let of_controller = PathBuf::from("/sys/fs/cgroup").join(v1.0);
+    Ok(of_controller.join(&below).join(v1.1))
 }

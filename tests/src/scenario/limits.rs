@@ -1,11 +1,11 @@
 //! requests, limits and device rules, in the kernel's files.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
-use super::{cgroup_file, sleeper};
+use super::{cgroup_file, cgroup_path, sleeper};
 use crate::cluster::Cluster;
 
-/// requests and limits are in the kernel's files; a fork bomb and an OOM end at them.
+/// requests and limits are in the kernel's files; a busy loop, a fork bomb and an OOM end at them.
 pub(super) fn limits(cluster: &mut Cluster) -> Result<()> {
     cluster.apply_ok(&sleeper(
         "limited",
@@ -33,7 +33,8 @@ pub(super) fn limits(cluster: &mut Cluster) -> Result<()> {
     ensure!(cpu == "25000 100000" || cpu == "25000", "cpu limit: {cpu}");
     let pids = cgroup_file(cluster, "limited", "", "pids.max", ("pids", "pids.max"))?;
     ensure!(pids == "4096", "pid limit of the pod: {pids}");
-    // The file is 100 MB on a tmpfs that counts for the container.
+    throttled(cluster)?;
+    fork_bomb(cluster)?;
     cluster.apply_ok(
         "apiVersion: v1
 kind: Pod
@@ -57,6 +58,42 @@ spec:
         ended["reason"] == "OOMKilled" && ended["exitCode"] == 137,
         "{ended}"
     );
+    Ok(())
+}
+
+/// A busy loop in the container is held at its share of a processor.
+fn throttled(cluster: &Cluster) -> Result<()> {
+    let count = || -> Result<u64> {
+        let stat = cgroup_file(cluster, "limited", "main", "cpu.stat", ("cpu", "cpu.stat"))?;
+        let line = stat.lines().find_map(|l| l.strip_prefix("nr_throttled "));
+        Ok(line.context("no nr_throttled in cpu.stat")?.parse()?)
+    };
+    let before = count()?;
+    let busy = "timeout 5 sh -c 'while :; do :; done'; true";
+    cluster.ok(&["exec", "limited", "--", "sh", "-c", busy])?;
+    let times = count()? - before;
+    ensure!(
+        times >= 10,
+        "it was throttled {times} times in five seconds"
+    );
+    Ok(())
+}
+
+/// All processes of a pod count for its limit: with forty in the kernel's file, a fork bomb ends there.
+fn fork_bomb(cluster: &Cluster) -> Result<()> {
+    const MAX: u64 = 40;
+    let file = |name: &str| cgroup_path(cluster, "limited", "", name, ("pids", name));
+    let limit = file("pids.max")?;
+    std::fs::write(&limit, MAX.to_string()).with_context(|| limit.display().to_string())?;
+    let bomb = "for i in $(seq 100); do sleep 20 >/dev/null 2>&1 & done 2>&1";
+    let said = cluster.gantry(&["exec", "limited", "--", "sh", "-c", bomb])?;
+    let current = std::fs::read_to_string(file("pids.current")?)?;
+    let current: u64 = current.trim().parse()?;
+    ensure!(
+        (MAX - 2..=MAX).contains(&current) && said.stdout.contains("fork"),
+        "{current} processes with a limit of {MAX}: {said:?}"
+    );
+    cluster.ok(&["delete", "pod", "limited", "--timeout=60s"])?;
     Ok(())
 }
 
