@@ -32,6 +32,8 @@ const QUEUE: usize = 1_024;
 /// Longer than any frame of an interface without offloads; a length beyond it is no frame.
 const FRAME_MAX: usize = 65_550;
 const ETHERNET_LEN: usize = 14;
+/// Addresses that are remembered; a guest that makes up more is flooded to, as by any switch.
+const LEARNED_MAX: usize = 4_096;
 
 /// Where one machine is plugged in.
 #[derive(Clone, Copy, Debug)]
@@ -78,6 +80,9 @@ impl Fabric {
         let [d0, d1, d2, d3, d4, d5, source @ ..] = *header;
         let destination = [d0, d1, d2, d3, d4, d5];
         if source[0] & 1 == 0 {
+            if self.learned.len() >= LEARNED_MAX {
+                self.learned.clear();
+            }
             self.learned.insert((plug.segment, source), from);
         }
         let mut out = match router::route(frame, plug.segment, &self.hosts) {

@@ -44,6 +44,19 @@ fn an_unknown_address_is_flooded_in_its_segment_and_then_learned() {
 }
 
 #[test]
+fn a_guest_that_makes_up_addresses_takes_no_memory() {
+    let mut fabric = Fabric::new(vec![plug(0, 1), plug(1, 1)]);
+    for number in 0..20_000_u32 {
+        let [_, _, a, b] = number.to_be_bytes();
+        ports(&mut fabric, 0, &frame(BROADCAST, [0x52, 0x54, 9, 9, a, b]));
+    }
+    assert!(fabric.learned.len() <= LEARNED_MAX);
+    // Who speaks is found all the same.
+    ports(&mut fabric, 1, &frame(BROADCAST, mac(1)));
+    assert_eq!(ports(&mut fabric, 0, &frame(mac(1), mac(0))), [1]);
+}
+
+#[test]
 fn packets_cross_segments_through_the_router_only() {
     let mut fabric = Fabric::new(vec![plug(0, 1), plug(1, 2)]);
     assert_eq!(ports(&mut fabric, 0, &frame(mac(1), mac(0))), [0; 0]);
