@@ -80,6 +80,10 @@ pub fn archive(recipe: &Recipe) -> Result<PathBuf> {
 
 fn packages_to_tar(recipe: &Recipe, files: &Path) -> Result<()> {
     let mut mmdebstrap = run::program("mmdebstrap", ["--quiet", "--variant=extract"]);
+    if !run::is_root() {
+        // The others want a user's range of ids; what is only unpacked needs none.
+        mmdebstrap.arg("--mode=chrootless");
+    }
     mmdebstrap.arg(format!("--include={}", recipe.packages.join(",")));
     let noise = [
         "usr/share/doc",
