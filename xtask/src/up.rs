@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::{build, census, down, image, netfilter, port, report, run, setup};
+use crate::{build, census, down, image, netfilter, port, report, run, setup, vm};
 
 /// Requests from the host, and again from the client pod.
 const REQUEST_COUNT: usize = 300;
@@ -32,18 +32,37 @@ pub struct Arguments {
     /// Leave everything running and return
     #[arg(long)]
     pub detach: bool,
+    /// In three virtual machines instead of on this one: without root, and nothing of it is changed
+    #[arg(long, conflicts_with = "detach")]
+    pub vm: bool,
 }
 
-/// The built binaries and the cluster they run.
+/// The built binaries, and the credentials of the cluster they run.
 pub struct Cluster {
-    bin: PathBuf,
+    pub bin: PathBuf,
+    pub kubeconfig: PathBuf,
 }
 
 /// Runs the main job.
 pub fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.vm {
+        return vm::up(|cluster| {
+            cluster.web()?;
+            let step = report::step(&format!("{REQUEST_COUNT} requests from a pod"));
+            let pod = cluster.requests_from_pod();
+            let pod = pod.context("requests from the client pod")?;
+            answers(&[("client", &pod)])?;
+            drop(step);
+            report::step("how each pod started");
+            cluster.timelines()
+        });
+    }
     if !run::is_root() {
         setup::explain(setup::For::Up);
-        bail!("pods need root. As root, run:\n  cargo xtask up");
+        bail!(
+            "pods need root. As root, run:\n  cargo xtask up\nor, without root, in virtual \
+             machines:\n  cargo xtask up --vm"
+        );
     }
     let step = report::step("setting up this machine");
     setup::ensure(setup::For::Up)?;
@@ -51,7 +70,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     let step = report::step("building (release)");
     let bin = build::binaries(build::Profile::Release, "up")?;
     drop(step);
-    let cluster = Cluster { bin };
+    let cluster = Cluster {
+        bin,
+        kubeconfig: KUBECONFIG.into(),
+    };
     refuse_second()?;
     let interrupted = interrupts()?;
     let done = main_job(&cluster, interrupted);
@@ -136,27 +158,7 @@ fn main_job(cluster: &Cluster, interrupted: &AtomicBool) -> Result<()> {
         bail!("interrupted");
     }
     cluster.import(&[image::NGINX, image::BUSYBOX])?;
-    let step = report::step("applying tests/fixtures/manifests/web.yaml");
-    let manifest = run::root().join("tests/fixtures/manifests/web.yaml");
-    run::shown(cluster.gantry(["apply", "-f"]).arg(&manifest))?;
-    run::shown(&mut cluster.gantry([
-        "-n",
-        "web",
-        "rollout",
-        "status",
-        "deployment/web",
-        "--timeout=120s",
-    ]))?;
-    run::shown(&mut cluster.gantry([
-        "-n",
-        "web",
-        "wait",
-        "--for=condition=Ready",
-        "pod/client",
-        "--timeout=60s",
-    ]))?;
-    run::shown(&mut cluster.gantry(["-n", "web", "get", "pods,services", "-o", "wide"]))?;
-    drop(step);
+    cluster.web()?;
     let step = report::step(&format!(
         "{REQUEST_COUNT} requests from the host and from a pod"
     ));
@@ -164,7 +166,7 @@ fn main_job(cluster: &Cluster, interrupted: &AtomicBool) -> Result<()> {
     let pod = cluster
         .requests_from_pod()
         .context("requests from the client pod")?;
-    answers(&host, &pod)?;
+    answers(&[("host", &host), ("client", &pod)])?;
     drop(step);
     report::step("how each pod started");
     cluster.timelines()?;
@@ -175,20 +177,49 @@ fn main_job(cluster: &Cluster, interrupted: &AtomicBool) -> Result<()> {
             "the number of netfilter rules has changed: something added {rules_after} - {rules_before}"
         );
     }
+    try_next("target/up/env");
+    Ok(())
+}
+
+/// What a person may type now.
+pub fn try_next(env: &str) {
     println!("\nTry next:");
-    println!("  . target/up/env");
+    println!("  . {env}");
     println!("  gantry get pods -A -o wide");
     println!("  gantry -n web logs deploy/web -f");
     println!("  gantry -n web exec -it client -- sh -c 'wget -qO- http://web'");
-    Ok(())
 }
 
 impl Cluster {
     /// The command line, with this cluster's credentials.
     pub fn gantry<'a>(&self, arguments: impl IntoIterator<Item = &'a str>) -> Command {
         let mut command = Command::new(self.bin.join("gantry"));
-        command.args(arguments).env("KUBECONFIG", KUBECONFIG);
+        command.args(arguments).env("KUBECONFIG", &self.kubeconfig);
         command
+    }
+
+    /// Three nginx behind a Service, and a pod to ask from: until all of it is ready.
+    fn web(&self) -> Result<()> {
+        let _step = report::step("applying tests/fixtures/manifests/web.yaml");
+        let manifest = run::root().join("tests/fixtures/manifests/web.yaml");
+        run::shown(self.gantry(["apply", "-f"]).arg(&manifest))?;
+        run::shown(&mut self.gantry([
+            "-n",
+            "web",
+            "rollout",
+            "status",
+            "deployment/web",
+            "--timeout=240s",
+        ]))?;
+        run::shown(&mut self.gantry([
+            "-n",
+            "web",
+            "wait",
+            "--for=condition=Ready",
+            "pod/client",
+            "--timeout=120s",
+        ]))?;
+        run::shown(&mut self.gantry(["-n", "web", "get", "pods,services", "-o", "wide"]))
     }
 
     fn start(&self) -> Result<()> {
@@ -212,7 +243,7 @@ impl Cluster {
             .is_ok()
                 && Path::new(KUBECONFIG).exists()
         })?;
-        self.write_env()?;
+        self.write_env(&directory().join("env"))?;
         self.spawn("gantry-agent", &["run", "--node-name", &node], "agent.log")?;
         self.answers("agent.log", || {
             let node = run::captured(&mut self.gantry(["get", "node", &node, "-o", "json"]));
@@ -263,13 +294,14 @@ impl Cluster {
     }
 
     /// A shell file: `. target/up/env; gantry get pods -A`.
-    fn write_env(&self) -> Result<()> {
+    pub fn write_env(&self, path: &Path) -> Result<()> {
         let text = format!(
-            "# . target/up/env\nexport PATH='{}':\"$PATH\"\nexport KUBECONFIG='{KUBECONFIG}'\n",
-            self.bin.display()
+            "# . {}\nexport PATH='{}':\"$PATH\"\nexport KUBECONFIG='{}'\n",
+            path.display(),
+            self.bin.display(),
+            self.kubeconfig.display()
         );
-        let path = directory().join("env");
-        std::fs::write(&path, text).with_context(|| path.display().to_string())
+        std::fs::write(path, text).with_context(|| path.display().to_string())
     }
 
     fn import(&self, recipes: &[image::Recipe]) -> Result<()> {
@@ -402,27 +434,23 @@ fn resolve(name: &str) -> Result<Ipv4Addr> {
     bail!("{RESOLVER} does not answer: is the agent running? see target/up/agent.log")
 }
 
-fn answers(host: &BTreeMap<String, usize>, pod: &BTreeMap<String, usize>) -> Result<()> {
-    let mut rows = vec![vec![
-        "pod".to_owned(),
-        "host".to_owned(),
-        "client".to_owned(),
-    ]];
-    let names: std::collections::BTreeSet<&String> = host.keys().chain(pod.keys()).collect();
-    let count = |hits: &BTreeMap<String, usize>, name: &String| {
-        hits.get(name).copied().unwrap_or(0).to_string()
-    };
+/// Who answered whom: a column for each client.
+fn answers(clients: &[(&str, &BTreeMap<String, usize>)]) -> Result<()> {
+    let head = std::iter::once("pod").chain(clients.iter().map(|(name, _)| *name));
+    let mut rows = vec![head.map(str::to_owned).collect::<Vec<_>>()];
+    let names = clients.iter().flat_map(|(_, hits)| hits.keys());
+    let names: std::collections::BTreeSet<&String> = names.collect();
     for name in &names {
-        rows.push(vec![(*name).clone(), count(host, name), count(pod, name)]);
+        let counts = clients.iter().map(|(_, hits)| hits.get(*name).copied());
+        let counts = counts.map(|count| count.unwrap_or(0).to_string());
+        rows.push(std::iter::once((*name).clone()).chain(counts).collect());
     }
     print!("{}", report::table(&rows));
-    let total = |hits: &BTreeMap<String, usize>| hits.values().sum::<usize>();
-    if total(host) != REQUEST_COUNT || total(pod) != REQUEST_COUNT {
-        bail!(
-            "of {REQUEST_COUNT} requests, {} from the host and {} from the pod were answered",
-            total(host),
-            total(pod)
-        );
+    for (client, hits) in clients {
+        let total: usize = hits.values().sum();
+        if total != REQUEST_COUNT {
+            bail!("of {REQUEST_COUNT} requests from the {client}, {total} were answered");
+        }
     }
     if names.len() < 3 {
         bail!("only {} of 3 pods answered", names.len());

@@ -210,10 +210,11 @@ pub fn run(installation: &Installation, place: &Place, wanted: &str) -> Result<(
     let is_wanted = |scenario: &&NodeScenario| match wanted {
         "all" => true,
         "short" => scenario.is_short,
+        "none" => false,
         names => names.split(',').any(|name| scenario.name == name),
     };
     let scenarios: Vec<&NodeScenario> = ALL.iter().filter(is_wanted).collect();
-    if scenarios.is_empty() {
+    if scenarios.is_empty() && wanted != "none" {
         bail!("{wanted}: no such scenario");
     }
     let began = Instant::now();
@@ -221,6 +222,10 @@ pub fn run(installation: &Installation, place: &Place, wanted: &str) -> Result<(
     let took = began.elapsed().as_secs_f64();
     println!("vm: ok nodes-start {took:.1} s");
     for scenario in scenarios {
+        if place.keep && scenario.stage == Stage::Last {
+            println!("vm: skipped {}: the cluster is kept", scenario.name);
+            continue;
+        }
         if scenario.stage != Stage::WorkersOnly && !nodes.node_1_has_agent {
             nodes.join_node_1().context("node-1 joins")?;
         }

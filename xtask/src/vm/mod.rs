@@ -5,6 +5,7 @@
 //! initramfs.rs our binaries, their libraries, images ──► cpio.rs ──► initrd
 //! guest.rs     qemu (KVM after a timed probe, else TCG) ──► console lines ──► verdicts
 //! nodes.rs     several of them on switch.rs (router.rs, pcap.rs); asks.rs: faults that they ask for
+//! alone.rs     one run at a time, which another command can end
 //! ```
 //! No root, no tap, no change to the host. The guest's init is `gantry-vm-init` of `tests/`: it
 //! mounts a pure cgroup v2, runs the scenarios and prints one line for each:
@@ -15,8 +16,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use crate::up::{self, Cluster};
 use crate::{build, image, report, run, setup};
 
+mod alone;
 mod asks;
 mod cpio;
 mod guest;
@@ -34,6 +37,8 @@ const EVERY_KERNEL: &str = "every-kernel";
 /// The scenarios of several machines that `cargo xtask test` runs.
 const SHORT: &str = "short";
 const ALL: &str = "all";
+/// Only a cluster.
+const NONE: &str = "none";
 /// Machines among which the scenarios of one machine are shared out: each waits half of its time.
 const SHARDS: usize = 2;
 
@@ -53,9 +58,13 @@ pub struct Arguments {
     /// Print the names of all scenarios, and run none
     #[arg(long)]
     pub list: bool,
-    /// Leave the cluster up at the end, and print how to reach its API from this host
+    /// Leave the cluster up at the end, and print how to reach its API from this host; runs only scenarios that are
+    /// named
     #[arg(long)]
     pub keep: bool,
+    /// End the run that is on (with --keep: the cluster)
+    #[arg(long, conflicts_with_all = ["keep", "list"])]
+    pub stop: bool,
     /// Which of Debian's kernels: the start of its version
     #[arg(long, value_name = "VERSION", default_value = "6.1")]
     pub kernel_version: String,
@@ -79,6 +88,7 @@ impl Arguments {
             scenario: None,
             list: false,
             keep: false,
+            stop: false,
             kernel_version: "6.1".into(),
             kernel_matrix: Vec::new(),
             kernel: None,
@@ -109,6 +119,12 @@ impl Outcome {
 
 /// Runs and fails when anything failed.
 pub fn task(arguments: &Arguments) -> Result<()> {
+    if arguments.stop {
+        return alone::stop();
+    }
+    if arguments.keep && arguments.kernel_matrix.len() > 1 {
+        bail!("--keep leaves one cluster up: name one kernel, --kernel-version VERSION");
+    }
     setup::ensure(setup::For::Vm)?;
     let built = Built::new()?;
     let known = built.scenarios()?;
@@ -118,10 +134,12 @@ pub fn task(arguments: &Arguments) -> Result<()> {
         }
         return Ok(());
     }
+    let _alone = alone::take()?;
     let mut outcome = Outcome::default();
     if arguments.kernel_matrix.is_empty() {
         let booted = built.boots(arguments)?;
-        let wanted = arguments.scenario.as_deref().unwrap_or(ALL);
+        let all = if arguments.keep { NONE } else { ALL };
+        let wanted = arguments.scenario.as_deref().unwrap_or(all);
         outcome.add(booted.run(arguments, wanted, &known)?);
     }
     for version in &arguments.kernel_matrix {
@@ -154,11 +172,47 @@ pub fn task(arguments: &Arguments) -> Result<()> {
 /// What `cargo xtask test` runs: one machine, then several.
 pub fn of_test() -> Result<Outcome> {
     let arguments = Arguments::of_test();
+    let _alone = alone::take()?;
     let built = Built::new()?;
     let booted = built.boots(&arguments)?;
     let mut outcome = booted.one(&arguments, EVERY_KERNEL)?;
-    outcome.add(booted.several(&arguments, SHORT)?);
+    outcome.add(booted.several(&arguments, SHORT, None)?);
     Ok(outcome)
+}
+
+/// A cluster of three machines, for people without root: `job` runs, and the cluster stays until Ctrl-C.
+pub fn up(job: impl Fn(&Cluster) -> Result<()>) -> Result<()> {
+    let step = report::step("setting up this machine");
+    setup::ensure(setup::For::Vm)?;
+    drop(step);
+    let _alone = alone::take()?;
+    let step = report::step("building");
+    let built = Built::new()?;
+    drop(step);
+    let arguments = Arguments {
+        keep: true,
+        ..Arguments::of_test()
+    };
+    let cluster = Cluster {
+        bin: built.bin.clone(),
+        kubeconfig: kubeconfig(),
+    };
+    let then = || {
+        job(&cluster)?;
+        up::try_next("target/vm/env");
+        Ok(())
+    };
+    let booted = built.boots(&arguments)?;
+    let outcome = booted.several(&arguments, NONE, Some(&then))?;
+    if outcome.failed > 0 {
+        bail!("the consoles are in {}", directory().display());
+    }
+    Ok(())
+}
+
+/// The administrator's credentials of a cluster that is kept.
+fn kubeconfig() -> PathBuf {
+    directory().join("admin.kubeconfig")
 }
 
 fn directory() -> PathBuf {
@@ -243,17 +297,22 @@ impl Booted {
         match (kind, wanted) {
             (Some("one"), _) | (_, EVERY_KERNEL) => self.one(arguments, wanted),
             (_, ALL) if arguments.nodes == 1 => self.one(arguments, wanted),
-            (Some(_), _) | (_, ALL | SHORT) if arguments.nodes > 1 => {
-                self.several(arguments, wanted)
+            (Some(_), _) | (_, ALL | SHORT | NONE) if arguments.nodes > 1 => {
+                self.several(arguments, wanted, None)
             }
-            (Some(_), _) | (_, SHORT) => bail!("{wanted} needs several machines: --nodes 3"),
+            (Some(_), _) | (_, SHORT | NONE) => bail!("{wanted} needs several machines: --nodes 3"),
             (None, _) => bail!(
                 "{wanted}: no such scenario, or one of one machine and one of several (see --list)"
             ),
         }
     }
 
-    fn several(&self, arguments: &Arguments, scenarios: &str) -> Result<Outcome> {
+    fn several(
+        &self,
+        arguments: &Arguments,
+        scenarios: &str,
+        then: Option<nodes::Then>,
+    ) -> Result<Outcome> {
         let count = usize::from(arguments.nodes);
         let accelerator = self.accelerator;
         let _step = report::step(&format!(
@@ -267,6 +326,7 @@ impl Booted {
             routed: usize::from(arguments.routed),
             scenarios,
             keep: arguments.keep,
+            then,
             console: arguments.console,
         })
     }
@@ -276,10 +336,10 @@ impl Booted {
             bail!("--keep is for several machines: --nodes 2 or more, and one of their scenarios");
         }
         let parallel = std::thread::available_parallelism().map_or(1, usize::from);
-        let shards = if scenario == ALL || scenario == EVERY_KERNEL {
-            parallel.min(SHARDS)
-        } else {
-            1
+        let names = scenario.split(',').count();
+        let shards = match scenario {
+            ALL | EVERY_KERNEL => parallel.min(SHARDS),
+            _ => parallel.min(SHARDS).min(names),
         };
         let accelerator = self.accelerator;
         let each = match shards {

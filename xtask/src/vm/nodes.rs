@@ -14,7 +14,7 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::Ipv4Addr;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -28,7 +28,8 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use super::asks::{self, Ask};
 use super::router::Host;
 use super::switch::{Plug, Switch};
-use super::{LIMIT, Outcome, directory, guest, verdict};
+use super::{LIMIT, Outcome, directory, guest, kubeconfig, verdict};
+use crate::up::Cluster;
 use crate::{report, run};
 
 /// Bytes of a worker's disk; sparse.
@@ -37,6 +38,9 @@ const DISK: u64 = 4 << 30;
 const MEMORY: [&str; 2] = ["2560", "1536"];
 /// Where the machine with the control plane is in the network that leads to the host.
 const HOST_SIDE: &str = "10.0.9.15";
+
+/// What is done with a cluster that is up.
+pub type Then<'a> = &'a dyn Fn() -> Result<()>;
 
 /// Which machines, and what they boot.
 pub struct Plan<'a> {
@@ -54,6 +58,8 @@ pub struct Plan<'a> {
     pub scenarios: &'a str,
     /// The cluster stays up at the end.
     pub keep: bool,
+    /// With `keep`: what this host does with the cluster first.
+    pub then: Option<Then<'a>>,
     /// Every console is shown.
     pub console: bool,
 }
@@ -100,7 +106,10 @@ pub fn run(plan: &Plan) -> Result<Outcome> {
         );
     }
     if plan.keep && outcome.ended {
-        machines.wait_to_be_told();
+        if let Some(then) = plan.then {
+            then()?;
+        }
+        machines.wait_to_be_told(&heard);
     }
     Ok(outcome)
 }
@@ -136,6 +145,8 @@ impl<'a> Machines<'a> {
         let signals = SignalFd::with_flags(&told, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
         // Not in target/: a socket's path has 107 bytes at most.
         let sockets = std::env::temp_dir().join(format!("gantry-vm-{}", std::process::id()));
+        // Of a process that had this id, and was killed.
+        let _ = std::fs::remove_dir_all(&sockets);
         std::fs::DirBuilder::new()
             .mode(0o700)
             .create(&sockets)
@@ -235,10 +246,7 @@ impl<'a> Machines<'a> {
         let mut out = None;
         while !outcome.ended {
             // Whether one has ended by itself is asked here: of that there is no line.
-            let ended = self.running.iter_mut().position(|child| {
-                let status = child.as_mut().map(|child| child.try_wait());
-                status.is_some_and(|status| status.is_ok_and(|status| status.is_some()))
-            });
+            let ended = self.ended();
             let left = LIMIT.saturating_sub(began.elapsed());
             let wait = left.min(Duration::from_millis(500));
             if self.told_to_end() {
@@ -326,25 +334,53 @@ impl<'a> Machines<'a> {
             Some((before, _)) => format!("{before}server: https://127.0.0.1:{port}"),
             None => line.to_owned(),
         });
-        let path = directory().join("admin.kubeconfig");
-        std::fs::write(&path, lines.collect::<Vec<_>>().join("\n") + "\n")?;
-        println!(
-            "==> the cluster is up. From another terminal:\n    export KUBECONFIG={}\n    {}/gantry get nodes -o wide",
-            path.display(),
-            run::target().join("test/bin").display()
-        );
+        let cluster = Cluster {
+            bin: run::target().join("test/bin"),
+            kubeconfig: kubeconfig(),
+        };
+        let text = lines.collect::<Vec<_>>().join("\n") + "\n";
+        let mut file = File::options();
+        // It is the administrator's.
+        let file = file.write(true).create(true).truncate(true).mode(0o600);
+        let path = &cluster.kubeconfig;
+        let mut file = file
+            .open(path)
+            .with_context(|| path.display().to_string())?;
+        file.write_all(text.as_bytes())?;
+        let env = directory().join("env");
+        cluster.write_env(&env)?;
+        if self.plan.then.is_none() {
+            println!(
+                "==> the cluster is up. From another terminal:\n    . {}\n    gantry get nodes -o wide",
+                env.display()
+            );
+        }
         Ok(())
     }
 
-    /// Until Ctrl-C or SIGTERM.
-    fn wait_to_be_told(&self) {
+    /// Until Ctrl-C or SIGTERM, or until no machine is left that could be asked. Consoles are written on.
+    fn wait_to_be_told(&mut self, heard: &Receiver<Heard>) {
         println!(
-            "    Ctrl-C ends the machines; their consoles are in {}",
+            "    Ctrl-C or `cargo xtask vm-test --stop` ends the machines; their consoles are in {}",
             directory().display()
         );
         while !self.told_to_end() {
-            std::thread::sleep(Duration::from_millis(200));
+            if let Ok(Heard::Line(index, line)) = heard.recv_timeout(Duration::from_millis(200)) {
+                let _ = writeln!(self.logs[index], "{line}");
+            }
+            if let Some(index) = self.ended() {
+                println!("FAILED vm node-{}: ended by itself", index + 1);
+                return;
+            }
         }
+    }
+
+    /// A machine that has ended and was not told to.
+    fn ended(&mut self) -> Option<usize> {
+        self.running.iter_mut().position(|child| {
+            let status = child.as_mut().map(|child| child.try_wait());
+            status.is_some_and(|status| status.is_ok_and(|status| status.is_some()))
+        })
     }
 
     fn told_to_end(&self) -> bool {
