@@ -82,6 +82,40 @@ pub fn measurer() -> Result<PathBuf> {
     Ok(run::target().join("release"))
 }
 
+/// Builds the agent's own tests and returns the program.
+pub fn agent_tests() -> Result<PathBuf> {
+    ebpf::build(&run::root(), ebpf::Variant::Logging)?;
+    let mut cargo = run::cargo();
+    // The features that `cargo test --workspace` has, so that nothing is built twice.
+    cargo.args([
+        "test",
+        "--workspace",
+        "--no-run",
+        "--message-format=json-render-diagnostics",
+    ]);
+    let output = cargo.stderr(std::process::Stdio::inherit()).output()?;
+    anyhow::ensure!(
+        output.status.success(),
+        "cargo test --no-run: {}",
+        output.status
+    );
+    let text = String::from_utf8_lossy(&output.stdout);
+    let messages = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let of_agent = |message: serde_json::Value| {
+        let target = &message["target"];
+        let is_lib = target["kind"].as_array()?.iter().any(|kind| kind == "lib");
+        let is_it =
+            target["name"] == "gantry_agent" && is_lib && message["profile"]["test"] == true;
+        is_it.then(|| message["executable"].as_str().map(PathBuf::from))?
+    };
+    messages
+        .filter_map(of_agent)
+        .next()
+        .context("cargo names no tests of gantry-agent")
+}
+
 /// Builds what starts with every pod, small and static, and returns the directory that holds it.
 ///
 /// The shim's pages are shared between all pods. The runtime helper is executed for every container

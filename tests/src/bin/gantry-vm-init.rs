@@ -196,8 +196,37 @@ fn installation() -> Result<Installation> {
     Installation::find().map_err(anyhow::Error::msg)
 }
 
+/// The agent's own tests of its programs: each loads, and does to packets and sockets what is claimed.
+const PROGRAMS: &str = "ebpf-programs";
+const TESTS: &str = "/usr/lib/gantry-tests";
+
+/// Runs them; what fails is on the console above the verdict.
+fn programs() -> Result<String> {
+    let mut tests = Command::new(TESTS);
+    // What needs a wire's speed cannot be judged on an emulated machine.
+    tests.args(["dataplane::", "--skip", "bandwidth", "--test-threads", "2"]);
+    let output = tests.arg("--show-output").output().context(TESTS)?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    for line in text.lines().filter(|line| !line.ends_with("... ok")) {
+        match line.strip_prefix("skipped: ") {
+            Some(reason) => println!("vm: skipped {PROGRAMS}: {reason}"),
+            None => println!("{line}"),
+        }
+    }
+    for line in String::from_utf8_lossy(&output.stderr).lines() {
+        println!("{line}");
+    }
+    let result = text.lines().find(|line| line.starts_with("test result: "));
+    let result = result.context("no result")?.to_owned();
+    anyhow::ensure!(output.status.success(), "{result}");
+    let passed = result.split_whitespace().nth(3).unwrap_or("0");
+    anyhow::ensure!(passed != "0", "no test ran: {result}");
+    Ok(format!("{passed} tests"))
+}
+
 /// All scenarios: on how many machines, and the name.
 fn list() {
+    println!("one {PROGRAMS}");
     for scenario in scenario::ALL {
         println!("one {}", scenario.name);
     }
@@ -224,6 +253,17 @@ fn run() -> Result<()> {
         .unwrap_or("all");
     if let Some(place) = Place::parse(&command_line) {
         return machines::run(&installation, &place, wanted);
+    }
+    if wanted == PROGRAMS {
+        let began = Instant::now();
+        match programs() {
+            Ok(words) => {
+                let took = began.elapsed().as_secs_f64();
+                println!("vm: ok {PROGRAMS} {took:.1} s, {words}");
+            }
+            Err(error) => println!("vm: FAILED {PROGRAMS}: {error:#}"),
+        }
+        return Ok(());
     }
     let is_wanted = |scenario: &&scenario::Scenario| match wanted {
         "all" => true,

@@ -11,15 +11,30 @@ use anyhow::{Context, Result};
 use super::cpio::Archive;
 use crate::{build, run};
 
+/// What goes into the archive.
+pub struct Contents<'a> {
+    /// The guest's first process.
+    pub init: &'a Path,
+    /// The directory of our binaries.
+    pub bin: &'a Path,
+    /// OCI archives.
+    pub images: &'a [PathBuf],
+    /// Kernel modules, in load order.
+    pub modules: &'a [PathBuf],
+    /// The agent's own tests, if they are to run.
+    pub tests: Option<&'a Path>,
+}
+
 /// Writes the archive. The guest finds: `/init`, `/usr/lib/gantry/*` (binaries),
-/// `/images/*.tar`, `/modules/NN-NAME.ko`, `/bin/busybox`.
-pub fn write(
-    to: &Path,
-    init: &Path,
-    bin: &Path,
-    images: &[PathBuf],
-    modules: &[PathBuf],
-) -> Result<()> {
+/// `/images/*.tar`, `/modules/NN-NAME.ko`, `/bin/busybox`; `/usr/lib/gantry-tests` and `/bin/ip` if wanted.
+pub fn write(to: &Path, contents: &Contents) -> Result<()> {
+    let Contents {
+        init,
+        bin,
+        images,
+        modules,
+        tests,
+    } = *contents;
     let file = File::create(to).with_context(|| to.display().to_string())?;
     let mut archive = Archive::new(BufWriter::new(file));
     for directory in [
@@ -45,6 +60,11 @@ pub fn write(
     for binary in build::BINARIES.iter().chain(&["gantry-shim"]) {
         let inside = format!("usr/lib/gantry/{binary}");
         add_binary(&mut archive, &bin.join(binary), &inside, &mut libraries)?;
+    }
+    if let Some(tests) = tests {
+        add_binary(&mut archive, tests, "usr/lib/gantry-tests", &mut libraries)?;
+        let ip = run::which("ip").context("no ip (package iproute2)")?;
+        add_binary(&mut archive, &ip, "bin/ip", &mut libraries)?;
     }
     // Without it, the scenarios that want it say that they are skipped.
     if let Some(strace) = run::which("strace") {

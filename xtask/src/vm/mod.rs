@@ -32,6 +32,8 @@ mod switch;
 
 /// All scenarios, boot to power-off: up to a minute a scenario under TCG, with room for a loaded machine.
 const LIMIT: Duration = Duration::from_secs(3_600);
+/// The agent's own tests of its programs, in the guest.
+const PROGRAMS: &str = "ebpf-programs";
 /// The scenarios of one machine that depend on the kernel.
 const EVERY_KERNEL: &str = "every-kernel";
 /// The scenarios of several machines that `cargo xtask test` runs.
@@ -68,7 +70,7 @@ pub struct Arguments {
     /// Which of Debian's kernels: the start of its version
     #[arg(long, value_name = "VERSION", default_value = "6.1")]
     pub kernel_version: String,
-    /// One after the other on these of Debian's kernels: `every-kernel`, then several machines
+    /// One after the other on these of Debian's kernels: `ebpf-programs`, `every-kernel`, then several machines
     #[arg(long, value_name = "VERSIONS", value_delimiter = ',')]
     pub kernel_matrix: Vec<String>,
     /// A kernel image instead of Debian's (its modules are expected to be built in)
@@ -126,7 +128,7 @@ pub fn task(arguments: &Arguments) -> Result<()> {
         bail!("--keep leaves one cluster up: name one kernel, --kernel-version VERSION");
     }
     setup::ensure(setup::For::Vm)?;
-    let built = Built::new()?;
+    let mut built = Built::new()?;
     let known = built.scenarios()?;
     if arguments.list {
         for (kind, name) in &known {
@@ -135,6 +137,13 @@ pub fn task(arguments: &Arguments) -> Result<()> {
         return Ok(());
     }
     let _alone = alone::take()?;
+    let of_matrix = arguments.scenario.is_none() && !arguments.kernel_matrix.is_empty();
+    let named = arguments.scenario.as_deref().unwrap_or_default();
+    if of_matrix || named == PROGRAMS {
+        built.tests = Some(build::agent_tests()?);
+    } else if named.split(',').any(|name| name == PROGRAMS) {
+        bail!("{PROGRAMS} runs alone: --scenario {PROGRAMS}");
+    }
     let mut outcome = Outcome::default();
     if arguments.kernel_matrix.is_empty() {
         let booted = built.boots(arguments)?;
@@ -151,7 +160,7 @@ pub fn task(arguments: &Arguments) -> Result<()> {
         let booted = built.boots(&of_version)?;
         let sets: &[&str] = match &arguments.scenario {
             Some(one) => &[one],
-            None => &[EVERY_KERNEL, ALL],
+            None => &[PROGRAMS, EVERY_KERNEL, ALL],
         };
         for wanted in sets {
             outcome.add(booted.run(&of_version, wanted, &known)?);
@@ -224,6 +233,8 @@ struct Built {
     bin: PathBuf,
     init: PathBuf,
     images: [PathBuf; 2],
+    /// The agent's own tests, for [`PROGRAMS`].
+    tests: Option<PathBuf>,
 }
 
 /// A kernel and an initramfs.
@@ -242,6 +253,7 @@ impl Built {
                 image::archive(&image::NGINX)?,
                 image::archive(&image::BUSYBOX)?,
             ],
+            tests: None,
         })
     }
 
@@ -264,7 +276,14 @@ impl Built {
             None => kernel::debian(&directory(), &arguments.kernel_version)?,
         };
         let initrd = directory().join("initrd");
-        initramfs::write(&initrd, &self.init, &self.bin, &self.images, &modules)?;
+        let contents = initramfs::Contents {
+            init: &self.init,
+            bin: &self.bin,
+            images: &self.images,
+            modules: &modules,
+            tests: self.tests.as_deref(),
+        };
+        initramfs::write(&initrd, &contents)?;
         let accelerator = if guest::kvm_works(&kernel)? {
             "kvm"
         } else {
