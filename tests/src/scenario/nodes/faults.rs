@@ -55,7 +55,7 @@ fn all_answer(cluster: &Cluster, at: SocketAddr, names: &[String]) -> Result<()>
 }
 
 /// Id, address and restarts of a pod's container: what must not change.
-fn identity(cluster: &Cluster, name: &str) -> Result<[Value; 3]> {
+pub(super) fn identity(cluster: &Cluster, name: &str) -> Result<[Value; 3]> {
     let status = cluster.get(&["pod", name])?["status"].clone();
     let container = &status["containerStatuses"][0];
     Ok([

@@ -13,6 +13,7 @@ use crate::cluster::Cluster;
 use crate::machines::Nodes;
 
 mod churn;
+mod drain;
 mod faults;
 mod hundred;
 mod leave;
@@ -69,6 +70,12 @@ pub const ALL: &[NodeScenario] = &[
         outside::fail_over,
     ),
     scenario(
+        "nodes-direct-return",
+        Stage::WorkersOnly,
+        false,
+        outside::direct_return,
+    ),
+    scenario(
         "nodes-main-job",
         Stage::EveryMachine,
         true,
@@ -82,6 +89,7 @@ pub const ALL: &[NodeScenario] = &[
         true,
         update::rolling_update,
     ),
+    scenario("nodes-drain", Stage::EveryMachine, false, drain::drain),
     scenario(
         "nodes-partition",
         Stage::EveryMachine,

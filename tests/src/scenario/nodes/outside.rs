@@ -82,6 +82,34 @@ pub(super) fn outside(nodes: &mut Nodes) -> Result<()> {
     delete(cluster, "pod", &["a", "b", "witness"])
 }
 
+/// With direct return a node without a pod of the Service sends the packet on as it is: the pod, on another
+/// node, sees the client's address, and answers past the node that was asked.
+pub(super) fn direct_return(nodes: &mut Nodes) -> Result<()> {
+    let direct = service("direct", "witness", "  type: NodePort\n").replacen(
+        "metadata: {name: direct}",
+        "metadata: {name: direct, annotations: {gantry.dev/direct-server-return: \"true\"}}",
+        1,
+    );
+    let cluster = &nodes.cluster;
+    cluster.apply_ok(&(WITNESS.to_owned() + &direct))?;
+    cluster.wait_ready("default", "witness")?;
+    let port = node_port(cluster, "direct")?;
+    let other = SocketAddr::new(nodes.address(3).into(), port);
+    cluster.wait("the other node to answer", LIMIT, |_| {
+        Ok(ask(other, PATIENCE).is_ok_and(|who| who == "witness"))
+    })?;
+    for _ in 0..10 {
+        ask(other, PATIENCE)?;
+    }
+    let log = cluster.ok(&["logs", "witness"])?;
+    let (client, asked) = (nodes.address(1).to_string(), nodes.address(3).to_string());
+    let by = |address: &str| log.lines().filter(|line| line.contains(address)).count();
+    ensure!(by(&client) >= 10, "{client} is in too few lines: {log}");
+    ensure!(by(&asked) == 0, "the node that was asked is in {log}");
+    delete(cluster, "service", &["direct"])?;
+    delete(cluster, "pod", &["witness"])
+}
+
 /// The pod on the node that has the address goes; the address moves to the other node.
 pub(super) fn fail_over(nodes: &mut Nodes) -> Result<()> {
     let local = "  type: LoadBalancer\n  externalTrafficPolicy: Local\n";
