@@ -17,7 +17,9 @@ use gantry_agent::feed::{self, Reporter};
 use gantry_agent::images::{ImageStore, Registries, drop_in, keep_disk_free};
 use gantry_agent::join::{self, CaHash};
 use gantry_agent::network::reserve_ports;
-use gantry_agent::network::{NetworkConfig, PodNetworks, Routes, follow_routes, follow_uplinks};
+use gantry_agent::network::{
+    NetworkConfig, PodNetworks, Routes, follow_near, follow_routes, follow_uplinks,
+};
 use gantry_agent::node::{NodeResources, flags::NetworkFlags, flags::ResourceFlags};
 use gantry_agent::paths::Paths;
 use gantry_agent::pods::{self, PodWorkers, hold::Hold, tunnels::PodTunnels};
@@ -380,6 +382,7 @@ async fn agent(run: Run) -> Result<()> {
     );
     target.follow(&node_name, link.view.clone());
 
+    let follow_near = follow_near(dataplane.clone(), routes.clone(), shutdown.clone());
     let network = PodNetworks::new(
         paths.clone(),
         NetworkConfig {
@@ -471,6 +474,7 @@ async fn agent(run: Run) -> Result<()> {
     tasks.spawn(workers.run(shutdown.clone()));
     tasks.spawn(uplinks);
     tasks.spawn(follow_routes);
+    tasks.spawn(follow_near);
     tasks.spawn(packet_size);
     tasks.spawn(look_after_backends(
         follower.clone(),

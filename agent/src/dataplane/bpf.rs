@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,17 +27,16 @@ use ebpf_maps::counter::COUNTER_NAMES;
 use ebpf_maps::device::{BLOCK, CHARACTER, DeviceRuleKey, READ, WRITE};
 use ebpf_maps::drop::DROP_NAMES;
 use ebpf_maps::services::Addr;
-use ebpf_maps::uplink::{NODE_OTHER, NODE_OWN};
 use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto;
 use gantry_cni::uplinks::Uplink;
-use imbl::OrdMap;
 use tokio::sync::Mutex;
 
 use super::failures::FailureMap;
 use super::flows::{FlowWatch, Flows};
 use super::hooks::{self, DEVICE_HOOK, SERVICE_HOOKS};
 use super::load::{self, Loaded, program_fd, take_map, unexpected};
+use super::nodes::{Near, Nodes, node_rows};
 use super::pods::PodPrograms;
 use super::policies::Policies;
 use super::repair::Repair;
@@ -59,7 +58,7 @@ use crate::services::ejection::{Ejections, Failures, Standing, Target, WATCHED_C
 use crate::services::gone::lost;
 use crate::services::host_port::{host_ports, is_host_ports};
 use crate::services::index::{
-    Backend, BackendSet, Surroundings, index, ip_of, parse_address, resolver_service, resolver_sets,
+    Backend, BackendSet, Surroundings, addr_of, index, ip_of, resolver_service, resolver_sets,
 };
 use crate::services::plan::{Limits, Plan, Table};
 use crate::services::shown::{Entry, Fill, show, show_left_out};
@@ -117,6 +116,9 @@ struct State {
     /// The Services of the backends that are watched.
     pub(super) owners: BTreeMap<Target, BTreeSet<ServiceName>>,
     node_addresses: BTreeMap<Addr, u32>,
+    /// Other nodes' addresses that answer pods by the way that they are asked; all, if nobody has said
+    /// which. Until then each stays what the maps have.
+    near: Option<Near>,
     /// Whole or partial failures, by Service; planned again at each apply.
     stuck: BTreeMap<ServiceName, String>,
     /// Parts of Services that make no sense; planned again when the Service changes.
@@ -132,7 +134,7 @@ struct State {
 struct Last {
     shared: Shared,
     rev: u64,
-    nodes: Arc<OrdMap<String, Arc<proto::NodeRoute>>>,
+    nodes: Arc<Nodes>,
     settings: Arc<Settings>,
     pods: Arc<BTreeMap<PodUid, Arc<Pod>>>,
 }
@@ -215,6 +217,7 @@ impl BpfDataplane {
             ejections: Ejections::default(),
             owners: BTreeMap::new(),
             node_addresses,
+            near: None,
             stuck: BTreeMap::new(),
             faults: BTreeMap::new(),
             has_counted: false,
@@ -525,6 +528,19 @@ impl Dataplane for BpfDataplane {
         self.uplinks().set(uplinks)
     }
 
+    async fn set_near(&self, near: Option<&BTreeSet<IpAddr>>) -> Result<(), DataplaneError> {
+        let near: Near = near.map(|all| all.iter().map(|it| addr_of(*it)).collect());
+        let mut state = self.state.lock().await;
+        if state.near.as_ref() == Some(&near) {
+            return Ok(());
+        }
+        state.near = Some(near);
+        match state.last.as_ref().map(|last| last.nodes.clone()) {
+            Some(nodes) => state.apply_nodes(&nodes),
+            None => Ok(()),
+        }
+    }
+
     fn detach_pod(&self, pod: &PodUid) -> Result<(), DataplaneError> {
         self.pods().detach(pod)?;
         self.policies().detach(pod)
@@ -590,7 +606,10 @@ impl Dataplane for BpfDataplane {
         if !state.last.as_ref().is_some_and(is_same) {
             self.masquerade(view)?;
         }
-        state.apply_nodes(view)?;
+        let is_same = |last: &Last| Arc::ptr_eq(&last.nodes, &view.nodes);
+        if !state.last.as_ref().is_some_and(is_same) {
+            state.apply_nodes(&view.nodes)?;
+        }
         state.whole = false;
         state.last = Some(Last {
             shared: Shared::of(view),
@@ -819,24 +838,13 @@ impl State {
         self.announcements.addresses()
     }
 
-    fn apply_nodes(&mut self, view: &View) -> Result<(), DataplaneError> {
-        if self
-            .last
-            .as_ref()
-            .is_some_and(|last| Arc::ptr_eq(&last.nodes, &view.nodes))
-        {
-            return Ok(());
-        }
-        let mut wanted: BTreeMap<Addr, u32> = BTreeMap::new();
-        for (name, node) in view.nodes.iter() {
-            let is_own = *name == self.surroundings.node;
-            let owner = if is_own { NODE_OWN } else { NODE_OTHER };
-            let addresses = node.addresses.iter();
-            for addr in addresses.filter_map(|bytes| parse_address(bytes)) {
-                let row = wanted.entry(addr).or_insert(owner);
-                *row = owner.max(*row);
-            }
-        }
+    fn apply_nodes(&mut self, nodes: &Nodes) -> Result<(), DataplaneError> {
+        let wanted = node_rows(
+            nodes,
+            &self.surroundings.node,
+            self.near.as_ref(),
+            &self.node_addresses,
+        );
         for addr in self.node_addresses.keys() {
             if !wanted.contains_key(addr) {
                 self.tables.set_node_address(addr, None)?;

@@ -1,6 +1,7 @@
 //! A data plane that only remembers, for the tests of those who call it.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
@@ -46,6 +47,10 @@ impl FakeDataplane {
 impl Dataplane for FakeDataplane {
     async fn apply(&self, _view: &View) -> Result<Vec<StuckService>, DataplaneError> {
         Ok(Vec::new())
+    }
+
+    async fn set_near(&self, _near: Option<&BTreeSet<IpAddr>>) -> Result<(), DataplaneError> {
+        Ok(())
     }
 
     fn apply_policies(&self, _view: &View) -> Result<Vec<StuckPod>, DataplaneError> {

@@ -24,6 +24,7 @@ mod flows;
 mod full;
 mod hooks;
 mod load;
+mod nodes;
 mod pods;
 mod policies;
 mod repair;
@@ -41,7 +42,7 @@ pub mod fake;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::{IpAddr, SocketAddr};
 
 use async_trait::async_trait;
@@ -301,6 +302,10 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Makes these interfaces, and no others, the ways by which clients outside of the nodes reach
     /// Services. Idempotent. Blocks for the time of a few system calls.
     fn set_uplinks(&self, uplinks: &[Uplink]) -> Result<(), DataplaneError>;
+
+    /// Pods' own addresses are sent to these of other nodes only, because their answers come by the way that
+    /// they are asked; none: to all of them. Idempotent.
+    async fn set_near(&self, near: Option<&BTreeSet<IpAddr>>) -> Result<(), DataplaneError>;
 
     /// A privileged container's cgroup: its processes may open every device. Needed where the
     /// device guard is attached (pure cgroup v2). Idempotent.

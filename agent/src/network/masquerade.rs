@@ -5,7 +5,9 @@
 //!  NEVER  both of them, the cluster's and all other nodes' prefixes, the Services', what the
 //!         administrator names; link-local, multicast, broadcast
 //! ```
-//! The nodes' own addresses are in NODE_ADDRESSES, where the programs look too. Private addresses
+//! The nodes' own addresses are in NODE_ADDRESSES, where the programs look too: a node that is reached
+//! directly is sent the pods' own addresses. One behind the tunnel is not: its answers would come by the
+//! tunnel, to packets that went by the uplink, and be refused there as forged. Private addresses
 //! (RFC 1918) are masqueraded like all others: a host on the node's own network knows no way back to a
 //! pod either. Whoever has made routes to pods names the networks with `--non-masquerade-cidrs`.
 //!

@@ -30,7 +30,7 @@ pub use census::{Census, census, remove_all};
 pub use forwarding::reserve_ports;
 pub use pod_networks::{NetworkConfig, PodNetworks, third_party_plugins};
 pub use resolv::{ResolvConf, node_resolv_conf, resolv_conf, resolv_conf_warnings};
-pub use routes::{Routes, Routing, RoutingConfig, follow_routes};
+pub use routes::{Routes, Routing, RoutingConfig, follow_near, follow_routes};
 pub use uplinks::follow_uplinks;
 
 use std::collections::HashSet;

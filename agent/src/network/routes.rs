@@ -19,10 +19,10 @@ mod shown;
 #[cfg(test)]
 mod tests;
 
-pub use follow::follow_routes;
+pub use follow::{follow_near, follow_routes};
 pub use shown::{ReachedNode, Routes};
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -83,6 +83,9 @@ pub struct RoutingPlan {
     pub wanted: Wanted,
     /// How each node is reached.
     pub reached: Vec<ReachedNode>,
+    /// Addresses of nodes whose answers to our pods come by the way that they are asked: the node of a
+    /// direct route, of the route's family. None: others than we know the ways.
+    pub near: Option<BTreeSet<IpAddr>>,
     /// What is not reached and why, a sentence each.
     pub problems: Vec<String>,
     /// The size of packets that every way carries; none: nothing is known of it.
@@ -128,7 +131,10 @@ impl<'a> Planner<'a> {
             facts,
             own_prefixes,
             own_addresses,
-            plan: RoutingPlan::default(),
+            plan: RoutingPlan {
+                near: Some(BTreeSet::new()),
+                ..RoutingPlan::default()
+            },
             taken: Vec::new(),
             ends: BTreeMap::new(),
         }
@@ -259,6 +265,10 @@ impl<'a> Planner<'a> {
             None => (self.through_tunnel(prefix, peer)?, "vxlan".to_owned()),
         };
         self.taken.push((prefix, peer.name.to_owned()));
+        if let (Way::Link(_), Some(near)) = (route.way, &mut self.plan.near) {
+            let of_family = |it: &&IpAddr| it.is_ipv4() == prefix.addr().is_ipv4();
+            near.extend(peer.addresses.iter().filter(of_family));
+        }
         self.plan.wanted.routes.push(route);
         self.plan.reached.push(ReachedNode {
             node: peer.name.to_owned(),

@@ -23,6 +23,9 @@ pub const ANNOUNCED_COUNT_MAX: u32 = 16_384;
 pub const NODE_OTHER: u32 = 1;
 /// `NODE_ADDRESSES`: an address of this node.
 pub const NODE_OWN: u32 = 2;
+/// `NODE_ADDRESSES`: the address of another node whose answers to a pod would come by another way (the
+/// tunnel), and be refused there as forged: it is sent the node's own address.
+pub const NODE_BEHIND: u32 = 3;
 
 /// Entries of `MASQUERADE`, whose key is a prefix of addresses and its value [`POD`], [`NEVER`] or both.
 pub const MASQUERADE_COUNT_MAX: u32 = 16_384;

@@ -5,8 +5,8 @@
 //!  leaves  of a pod, to nobody that knows pods ─► a port of the node's address, the flow begins
 //!  comes   to a pod's very address, by a route that somebody has made ─► its answers stay as they are
 //! ```
-//! Who knows pods: the other pods and nodes, what the agent was told besides. The node's own packets
-//! and those of its host network have its address anyway. TCP may begin in the middle: the port follows
+//! Who knows pods: the other pods, nodes that are reached directly, what the agent was told besides. The
+//! node's own packets and those of its host network have its address anyway. TCP may begin in the middle: the port follows
 //! from the flow, so a flow that was forgotten mostly gets its own again, and goes on.
 //!
 //! What has no port to exchange (neither TCP nor UDP nor an echo) is told by its addresses and protocol:
@@ -18,7 +18,9 @@ use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use ebpf_maps::flow::{FlowKey, ZONE_FRAGMENTS, ZONE_OUTSIDE};
 use ebpf_maps::services::Addr;
-use ebpf_maps::uplink::{NEVER, POD, SOURCE_PORT_COUNT, SOURCE_PORT_MIN, SWITCH_MASQUERADE};
+use ebpf_maps::uplink::{
+    NEVER, NODE_BEHIND, POD, SOURCE_PORT_COUNT, SOURCE_PORT_MIN, SWITCH_MASQUERADE,
+};
 use ebpf_maps::{counter, drop};
 
 use crate::drop::{packed, unpacked};
@@ -182,7 +184,17 @@ fn id(ctx: &TcContext, packet: &Packet) -> [u16; 2] {
 /// The first one is a pod's address, the other one of somebody who knows no pods.
 #[inline(always)]
 fn is_between(pod: &Addr, other: &Addr) -> bool {
-    kind(pod) & POD != 0 && kind(other) & NEVER == 0 && NODE_ADDRESSES.get_ptr(other).is_none()
+    kind(pod) & POD != 0 && kind(other) & NEVER == 0 && !is_near_node(other)
+}
+
+/// The address of a node whose answers to a pod come back by the way that they were asked.
+#[inline(always)]
+fn is_near_node(addr: &Addr) -> bool {
+    match NODE_ADDRESSES.get_ptr(addr) {
+        // SAFETY: the pointer is an element of the map, checked by the lookup.
+        Some(node) => unsafe { *node != NODE_BEHIND },
+        None => false,
+    }
 }
 
 #[inline(never)]

@@ -4,7 +4,8 @@ use aya::maps::lpm_trie::Key;
 use ebpf_maps::flow::{FlowKey, FlowValue, ZONE_OUTSIDE};
 use ebpf_maps::services::Addr;
 use ebpf_maps::uplink::{
-    NEVER, NODE_OTHER, POD, SOURCE_PORT_COUNT, SOURCE_PORT_MIN, SWITCH_MASQUERADE, UplinkValue,
+    NEVER, NODE_BEHIND, NODE_OTHER, POD, SOURCE_PORT_COUNT, SOURCE_PORT_MIN, SWITCH_MASQUERADE,
+    UplinkValue,
 };
 
 use super::frames::{
@@ -254,6 +255,30 @@ fn only_pods_are_masqueraded_and_only_to_the_outside() {
             "to_netdev",
             &packet(proto, &client, &server, SYN, b""),
         );
+    });
+}
+
+/// Its answers to a pod would come by the tunnel, and be refused there.
+#[test]
+fn a_node_behind_the_tunnel_is_asked_from_the_nodes_own_address() {
+    for_each(|node, family, proto| {
+        let (client, server) = (at(family.pod, 4000), at(family.other, 6443));
+        let mut nodes = node.hash::<Addr, u32>("NODE_ADDRESSES");
+        nodes.insert(addr(family.other), NODE_BEHIND, 0).unwrap();
+        let left = leaves(node, &packet(proto, &client, &server, SYN, b""));
+        assert_checksums(&left);
+        let (from, to) = ends(&left);
+        assert_eq!(from.ip(), family.node.parse::<std::net::IpAddr>().unwrap());
+        assert_eq!(to.to_string(), server);
+        let source = from.to_string();
+        let came = comes(node, &packet(proto, &server, &source, SYN | ACK, b""));
+        assert_eq!(shown(&came), (server.clone(), client.clone()));
+        // A flow goes on as it began when its node becomes a neighbour.
+        nodes.insert(addr(family.other), NODE_OTHER, 0).unwrap();
+        let left = leaves(node, &packet(proto, &client, &server, ACK, b"more"));
+        assert_eq!(shown(&left).0, source);
+        let second = packet(proto, &at(family.pod, 4001), &server, SYN, b"");
+        is_untouched(node, "to_netdev", &second);
     });
 }
 

@@ -11,6 +11,7 @@
 //! restart, and works.
 
 use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,6 +24,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{Facts, Routes, Routing, RoutingConfig, RoutingPlan, plan};
+use crate::dataplane::Dataplane;
 use crate::network::{chain, forwarding};
 use crate::view::View;
 
@@ -96,6 +98,36 @@ pub async fn follow_routes(
                 true
             }
         };
+    }
+}
+
+/// Tells the data plane which nodes are sent the pods' own addresses. Runs until shutdown.
+pub async fn follow_near(
+    dataplane: Arc<dyn Dataplane>,
+    mut routes: watch::Receiver<Routes>,
+    shutdown: CancellationToken,
+) {
+    let mut done: Option<Option<BTreeSet<IpAddr>>> = None;
+    loop {
+        let newest = tokio::select! {
+            // Cancel-safe: both only wait. The first value is from before the first look.
+            () = shutdown.cancelled() => return,
+            changed = routes.changed() => match changed {
+                Ok(()) => routes.borrow_and_update().near.clone(),
+                Err(_) => return,
+            },
+        };
+        if done.as_ref() == Some(&newest) {
+            continue;
+        }
+        match dataplane.set_near(newest.as_ref()).await {
+            Ok(()) => done = Some(newest),
+            Err(error) => {
+                tracing::warn!(%error, "pods may not reach the addresses of other nodes");
+                routes.mark_changed();
+                tokio::time::sleep(RETRY).await;
+            }
+        }
     }
 }
 

@@ -1,5 +1,8 @@
 //! What the node says of its ways to the others: in its Node object and its metrics.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
 use ipnet::IpNet;
 
 use super::RoutingPlan;
@@ -27,6 +30,8 @@ pub struct Routes {
     pub reached: Vec<ReachedNode>,
     /// Why the others are not, a sentence each.
     pub problems: Vec<String>,
+    /// See [`RoutingPlan::near`].
+    pub near: Option<BTreeSet<IpAddr>>,
     /// Bytes that a packet of a pod may have on every way; none: not known yet.
     pub mtu: Option<u32>,
 }
@@ -37,6 +42,7 @@ impl Routes {
         Self {
             reached: plan.reached.clone(),
             problems: plan.problems.iter().cloned().chain(refused).collect(),
+            near: plan.near.clone(),
             mtu: plan.mtu,
         }
     }
@@ -95,6 +101,7 @@ mod tests {
             problems: (0..count)
                 .map(|index| format!("node n{index}: no"))
                 .collect(),
+            near: None,
             mtu: None,
         }
     }

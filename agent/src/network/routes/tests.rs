@@ -140,6 +140,8 @@ fn a_node_on_the_link_is_reached_directly_and_any_other_by_the_tunnel() {
         .map(|it| (it.node.as_str(), it.way.as_str()))
         .collect();
     assert_eq!(ways, [("far", "vxlan"), ("near", "direct (eth0)")]);
+    // Who answers a pod by the tunnel is not asked from the pod's own address.
+    assert_eq!(plan.near, Some([address("192.0.2.2")].into()));
 }
 
 #[test]
@@ -400,6 +402,18 @@ proptest! {
             let is_reached = plan.reached.iter().any(|it| it.node == *name);
             let start = format!("node {name}: ");
             prop_assert!(is_reached || plan.problems.iter().any(|it| it.starts_with(&start)));
+        }
+        // Nobody is near who is not on a link of ours, or is not routed directly.
+        let near = plan.near.clone().unwrap_or_default();
+        prop_assert!(near.iter().all(|it| routes.iter().any(|route| {
+            let via = nodes.values().any(|(_, all)| {
+                let all: Vec<IpAddr> = all.iter().map(|it| IpAddr::from(*it)).collect();
+                all.contains(&route.via) && all.contains(it)
+            });
+            via && matches!(route.way, Way::Link(_))
+        })));
+        for route in routes.iter().filter(|route| matches!(route.way, Way::Link(_))) {
+            prop_assert!(near.contains(&route.via));
         }
         // The tunnel has an end for each that goes there, and is there for nobody else.
         let through = routes.iter().filter(|route| route.way == Way::Tunnel).count();
