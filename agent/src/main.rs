@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use gantry_agent::cgroups::Cgroups;
 use gantry_agent::dataplane::{
     Dataplane, FullMaps, bpf::BpfDataplane, bpf::Options, look_after_backends,
+    look_after_neighbours,
 };
 use gantry_agent::devices::DevicePlugins;
 use gantry_agent::feed::node_info;
@@ -481,6 +482,11 @@ async fn agent(run: Run) -> Result<()> {
         dataplane.clone(),
         link.view.clone(),
         link.reporter.clone(),
+        shutdown.clone(),
+    ));
+    tasks.spawn(look_after_neighbours(
+        dataplane.clone(),
+        link.view.clone(),
         shutdown.clone(),
     ));
     tasks.spawn(health_checks);

@@ -30,7 +30,7 @@ use ebpf_maps::services::Addr;
 use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto;
 use gantry_cni::uplinks::Uplink;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, watch};
 
 use super::failures::FailureMap;
 use super::flows::{FlowWatch, Flows};
@@ -51,7 +51,7 @@ use crate::ids::PodUid;
 use crate::network::masquerade::{self, Masquerade};
 use crate::paths::Paths;
 use crate::policy::StuckPod;
-use crate::services::announce::Announcements;
+use crate::services::announce::{Announcements, Around, Watch};
 use crate::services::arena::QUARANTINE;
 use crate::services::changed::{Shared, changed};
 use crate::services::ejection::{Ejections, Failures, Standing, Target, WATCHED_COUNT_MAX};
@@ -60,6 +60,7 @@ use crate::services::host_port::{host_ports, is_host_ports};
 use crate::services::index::{
     Backend, BackendSet, Surroundings, addr_of, index, ip_of, resolver_service, resolver_sets,
 };
+use crate::services::liveness::Seen;
 use crate::services::plan::{Limits, Plan, Table};
 use crate::services::shown::{Entry, Fill, show, show_left_out};
 use crate::view::{ServiceName, Settings, View};
@@ -93,6 +94,7 @@ pub struct BpfDataplane {
     repair: Repair,
     fill: std::sync::Mutex<Vec<Fill>>,
     uplinks: std::sync::Mutex<UplinkPrograms>,
+    watch: watch::Sender<Option<Watch>>,
     flows: Flows,
     failures: std::sync::Mutex<FailureMap>,
     ejections: [AtomicU64; 2],
@@ -110,6 +112,8 @@ struct State {
     whole: bool,
     surroundings: Surroundings,
     announcements: Announcements,
+    /// What is seen of the other nodes on the link; none: nobody has looked yet.
+    seen: Option<Seen>,
     /// The host ports of this node's pods, as last planned.
     host_ports: Wanted,
     pub(super) ejections: Ejections,
@@ -213,6 +217,7 @@ impl BpfDataplane {
                 ..Surroundings::default()
             },
             announcements: Announcements::default(),
+            seen: None,
             host_ports: Wanted::new(),
             ejections: Ejections::default(),
             owners: BTreeMap::new(),
@@ -236,6 +241,7 @@ impl BpfDataplane {
             repair,
             fill: std::sync::Mutex::default(),
             uplinks: std::sync::Mutex::new(uplinks),
+            watch: watch::channel(None).0,
             flows,
             failures: std::sync::Mutex::new(failures),
             ejections: Default::default(),
@@ -371,6 +377,20 @@ impl BpfDataplane {
         let wanted = self.options.masquerade.as_ref();
         let rows = wanted.map(|wanted| masquerade::rows(wanted, view));
         self.uplinks().masquerade(rows.as_ref())
+    }
+
+    /// Answers for exactly these addresses, and says who is to be watched because of them.
+    fn announce(&self, state: &State, announced: &BTreeSet<Addr>) -> Result<(), DataplaneError> {
+        let watch = Some(state.announcements.watch());
+        self.watch.send_if_modified(|old| {
+            let is_new = *old != watch;
+            *old = watch;
+            is_new
+        });
+        match state.seen {
+            Some(_) => self.uplinks().announce(announced),
+            None => Ok(()),
+        }
     }
 
     /// Plans and performs, and waits out a quarantine if only that is in the way.
@@ -528,6 +548,27 @@ impl Dataplane for BpfDataplane {
         self.uplinks().set(uplinks)
     }
 
+    fn watched_nodes(&self) -> watch::Receiver<Option<Watch>> {
+        self.watch.subscribe()
+    }
+
+    async fn set_seen(&self, seen: &Seen) -> Result<(), DataplaneError> {
+        let mut guard = self.state.lock().await;
+        let state = &mut *guard;
+        let is_back = |before: &Seen| !before.silent.is_subset(&seen.silent);
+        let is_back = state.seen.as_ref().is_some_and(is_back);
+        state.seen = Some(seen.clone());
+        let Some(announced) = state.announced_again() else {
+            return Ok(());
+        };
+        self.announce(state, &announced)?;
+        if is_back {
+            // The link was parted, and who was beyond has told its part that these are its own.
+            self.uplinks().announce_again()?;
+        }
+        Ok(())
+    }
+
     async fn set_near(&self, near: Option<&BTreeSet<IpAddr>>) -> Result<(), DataplaneError> {
         let near: Near = near.map(|all| all.iter().map(|it| addr_of(*it)).collect());
         let mut state = self.state.lock().await;
@@ -599,7 +640,7 @@ impl Dataplane for BpfDataplane {
         state.has_counted |= wanted.values().any(counted);
         let announced = state.announced(view, &wanted);
         self.program(state, wanted, view.rev).await?;
-        self.uplinks().announce(&announced)?;
+        self.announce(state, &announced)?;
         let is_same = |last: &Last| {
             Arc::ptr_eq(&last.settings, &view.settings) && Arc::ptr_eq(&last.nodes, &view.nodes)
         };
@@ -828,14 +869,34 @@ impl State {
     fn announced(&mut self, view: &View, changed: &Wanted) -> BTreeSet<Addr> {
         let last = self.last.as_ref();
         let same_nodes = last.is_some_and(|last| Arc::ptr_eq(&last.nodes, &view.nodes));
-        let node = &self.surroundings.node;
+        let nothing = Seen::default();
+        let around = Around {
+            nodes: &view.nodes,
+            own: &self.surroundings.node,
+            seen: self.seen.as_ref().unwrap_or(&nothing),
+        };
+        let services = Shared::of(view);
         if same_nodes {
-            self.announcements.update(changed.keys(), view, node);
+            self.announcements
+                .update(changed.keys(), &services, &around);
         } else {
             let names = view.services.keys().chain(changed.keys());
-            self.announcements.update(names, view, node);
+            self.announcements.update(names, &services, &around);
         }
         self.announcements.addresses()
+    }
+
+    /// The same for the last view, after something else was seen; none: there is none yet.
+    fn announced_again(&mut self) -> Option<BTreeSet<Addr>> {
+        let (last, seen) = (self.last.as_ref()?, self.seen.as_ref()?);
+        let around = Around {
+            nodes: &last.nodes,
+            own: &self.surroundings.node,
+            seen,
+        };
+        let names = last.shared.names();
+        self.announcements.update(names, &last.shared, &around);
+        Some(self.announcements.addresses())
     }
 
     fn apply_nodes(&mut self, nodes: &Nodes) -> Result<(), DataplaneError> {

@@ -8,12 +8,15 @@ use std::sync::{Mutex, PoisonError};
 use async_trait::async_trait;
 use gantry_api::proto;
 use gantry_cni::uplinks::Uplink;
+use tokio::sync::watch;
 
 use super::{
     BackendChange, Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, StuckService,
 };
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
+use crate::services::announce::Watch;
+use crate::services::liveness::Seen;
 use crate::services::shown::Fill;
 use crate::view::View;
 
@@ -50,6 +53,14 @@ impl Dataplane for FakeDataplane {
     }
 
     async fn set_near(&self, _near: Option<&BTreeSet<IpAddr>>) -> Result<(), DataplaneError> {
+        Ok(())
+    }
+
+    fn watched_nodes(&self) -> watch::Receiver<Option<Watch>> {
+        watch::channel(None).1
+    }
+
+    async fn set_seen(&self, _seen: &Seen) -> Result<(), DataplaneError> {
         Ok(())
     }
 

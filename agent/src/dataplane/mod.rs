@@ -7,6 +7,7 @@
 //!           └ cleanup: remove_all
 //!  connects unanswered ─► failures ─► services::ejection ─► bpf (planned without them)
 //!  View ─► policies (what pods may exchange: policy::{compile, plan}) ─► their maps
+//!  links ────────► neighbours (who answers on them: whose addresses are taken over)
 //!  uplinks ──────► uplinks (the same on the node's interfaces towards the outside)
 //!  flows ◄─ what the programs tell, while somebody watches
 //!  pod networks ─► pods (rows, programs on the host ends of veths: clsact filters or tcx links)
@@ -18,12 +19,14 @@
 mod bandwidth;
 mod bpffs;
 mod clsact;
+mod discovery;
 mod ejection;
 mod failures;
 mod flows;
 mod full;
 mod hooks;
 mod load;
+mod neighbours;
 mod nodes;
 mod pods;
 mod policies;
@@ -50,16 +53,20 @@ use gantry_api::bandwidth::{EGRESS_ANNOTATION, INGRESS_ANNOTATION, bits_per_seco
 use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto;
 use gantry_cni::uplinks::Uplink;
+use tokio::sync::watch;
 
 pub use self::bpf::{BpfDataplane, Options};
 pub use self::cleanup::remove_all;
 pub use self::ejection::look_after_backends;
 pub use self::flows::{FlowNews, FlowWatch};
 pub use self::full::FullMaps;
+pub use self::neighbours::look_after_neighbours;
 pub use self::trial::{SYN, SYN_ACK, Trial, TrialPacket, TrialPod, Tried};
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
+use crate::services::announce::Watch;
 use crate::services::ejection::Standing;
+use crate::services::liveness::Seen;
 use crate::services::shown::Fill;
 use crate::view::{ServiceName, View};
 
@@ -306,6 +313,13 @@ pub trait Dataplane: Send + Sync + 'static {
     /// Pods' own addresses are sent to these of other nodes only, because their answers come by the way that
     /// they are asked; none: to all of them. Idempotent.
     async fn set_near(&self, near: Option<&BTreeSet<IpAddr>>) -> Result<(), DataplaneError>;
+
+    /// The nodes whose load balancer addresses this one may have to take over; none: not known yet.
+    fn watched_nodes(&self) -> watch::Receiver<Option<Watch>>;
+
+    /// What was seen of them. Until it is called for the first time since the agent's start, the addresses
+    /// that are announced stay what they are. Idempotent.
+    async fn set_seen(&self, seen: &Seen) -> Result<(), DataplaneError>;
 
     /// A privileged container's cgroup: its processes may open every device. Needed where the
     /// device guard is attached (pure cgroup v2). Idempotent.

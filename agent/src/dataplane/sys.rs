@@ -51,6 +51,72 @@ pub(super) fn send_frame(socket: BorrowedFd<'_>, ifindex: u32, frame: &[u8]) -> 
     }
 }
 
+/// Lets a socket of AF_PACKET receive the ARP replies of every interface, and nothing else.
+pub(super) fn receive_arp_replies(socket: BorrowedFd<'_>) -> io::Result<()> {
+    /// Where a frame has ARP's operation.
+    const OPERATION: u32 = 20;
+    const REPLY: u32 = 2;
+    let step = |code: u32, jt, jf, k| libc::sock_filter {
+        code: code as u16, // all are below 0x100
+        jt,
+        jf,
+        k,
+    };
+    let mut filter = [
+        step(libc::BPF_LD | libc::BPF_H | libc::BPF_ABS, 0, 0, OPERATION),
+        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, REPLY),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, u32::MAX),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, 0),
+    ];
+    let program = libc::sock_fprog {
+        len: filter.len() as libc::c_ushort,
+        filter: filter.as_mut_ptr(),
+    };
+    set_option(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)?;
+    // SAFETY: made of integers, for which zero is a value.
+    let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    at.sll_family = libc::AF_PACKET as libc::c_ushort;
+    at.sll_protocol = (libc::ETH_P_ARP as u16).to_be();
+    let length = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: the address is borrowed for the call, and as long as it is told.
+    match unsafe { libc::bind(socket.as_raw_fd(), (&raw const at).cast(), length) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Lets a raw ICMPv6 socket receive messages of one type only (RFC 3542, 3.2).
+pub(super) fn receive_only_icmp6(socket: BorrowedFd<'_>, kind: u8) -> io::Result<()> {
+    const ICMP6_FILTER: libc::c_int = 1;
+    // A bit that is set keeps its type out.
+    let mut filter = [u32::MAX; 8];
+    filter[usize::from(kind >> 5)] &= !(1 << (kind & 31));
+    set_option(socket, libc::IPPROTO_ICMPV6, ICMP6_FILTER, &filter)
+}
+
+fn set_option<T>(
+    socket: BorrowedFd<'_>,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &T,
+) -> io::Result<()> {
+    let length = size_of::<T>() as libc::socklen_t;
+    // SAFETY: the value is borrowed for the call, and as long as it is told.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const *value).cast(),
+            length,
+        )
+    };
+    match set {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// Relative to no other program: before all of them.
 const BPF_F_BEFORE: u32 = 1 << 3;
 

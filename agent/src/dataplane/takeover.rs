@@ -30,7 +30,7 @@ const AGAIN: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(1)
 /// Groups that one socket joins: each takes a little of the memory that a socket may have for options.
 const GROUPS_PER_SOCKET: usize = 64;
 /// All hosts of the link, as hardware addresses: of IPv4, and of IPv6 (ff02::1).
-const BROADCAST: Mac = [0xff; 6];
+pub(super) const BROADCAST: Mac = [0xff; 6];
 const ALL_NODES_MAC: Mac = [0x33, 0x33, 0, 0, 0, 1];
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 /// The solicited-node group of an address is this with its last three bytes.
@@ -122,7 +122,7 @@ pub(super) fn tell(uplinks: &Uplinks, addresses: &BTreeSet<Addr>) {
     }
 }
 
-fn packet_socket() -> io::Result<OwnedFd> {
+pub(super) fn packet_socket() -> io::Result<OwnedFd> {
     // Of no protocol: it sends, and nothing is to be received.
     let flags = SockFlag::SOCK_CLOEXEC;
     Ok(socket(AddressFamily::Packet, SockType::Raw, flags, None)?)
@@ -181,7 +181,7 @@ fn advertisement(own: Mac, address: Ipv6Addr) -> Vec<u8> {
 }
 
 /// RFC 1071, over an even number of bytes.
-fn checksum(bytes: &[u8]) -> u16 {
+pub(super) fn checksum(bytes: &[u8]) -> u16 {
     let (pairs, _) = bytes.as_chunks::<2>();
     let sum: u32 = pairs
         .iter()
@@ -192,7 +192,7 @@ fn checksum(bytes: &[u8]) -> u16 {
 }
 
 /// The solicited-node multicast address (RFC 4291, 2.7.1).
-fn group_of(address: IpAddr) -> Option<Ipv6Addr> {
+pub(super) fn group_of(address: IpAddr) -> Option<Ipv6Addr> {
     let IpAddr::V6(address) = address else {
         return None;
     };

@@ -141,6 +141,12 @@ impl UplinkPrograms {
         Ok(())
     }
 
+    /// Tells the link once more of all of them.
+    pub(super) fn announce_again(&self) -> Result<(), DataplaneError> {
+        takeover::tell(&self.rows()?, &self.announced()?);
+        Ok(())
+    }
+
     fn announced(&self) -> Result<BTreeSet<Addr>, DataplaneError> {
         let there: Result<BTreeSet<Addr>, MapError> = self.announced.keys().collect();
         there.map_err(|error| failed("read ANNOUNCED", &error))

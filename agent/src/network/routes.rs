@@ -26,6 +26,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
 
+use gantry_api::proto;
 use gantry_cni::config::BRIDGE_NAME;
 use gantry_cni::netlink::{LOOPBACK_INDEX, Link, ROUTE_PROTOCOL, Route};
 use gantry_cni::routes::{NodeRoute, Wanted, Way};
@@ -474,6 +475,11 @@ fn addresses(all: &[impl AsRef<[u8]>]) -> Vec<IpAddr> {
     all.iter()
         .filter_map(|bytes| parse(bytes.as_ref()))
         .collect()
+}
+
+/// A node's own addresses, in its order.
+pub fn node_addresses(node: &proto::NodeRoute) -> Vec<IpAddr> {
+    addresses(&node.addresses)
 }
 
 fn list(addresses: &[IpAddr]) -> String {

@@ -44,6 +44,13 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// All Services, then.
+    pub fn names(&self) -> impl Iterator<Item = &ServiceName> {
+        self.services.keys()
+    }
+}
+
 /// The Services of `last` or `view` that are not the same in both. Backends of a name that is no
 /// Service are nobody's and name nothing.
 pub fn changed(last: &Shared, view: &View) -> BTreeSet<ServiceName> {

@@ -16,6 +16,7 @@ pub mod ejection;
 pub mod gone;
 pub mod host_port;
 pub mod index;
+pub mod liveness;
 pub mod maglev;
 pub mod plan;
 pub mod shown;

@@ -74,6 +74,10 @@ pub const ALL: &[NodeScenario] = &[
         Stage::WorkersOnly,
         false,
         outside::direct_return,
+        "nodes-lb-power-cut",
+        Stage::WorkersOnly,
+        true,
+        outside::balancer_power_cut,
     ),
     scenario(
         "nodes-main-job",

@@ -164,6 +164,106 @@ pub(super) fn fail_over(nodes: &mut Nodes) -> Result<()> {
     super::delete(cluster, "pod", &[second])
 }
 
+/// The node that has the address loses its power: another one answers within seconds, and it gets its
+/// address back when it has come back, without a pause.
+pub(super) fn balancer_power_cut(nodes: &mut Nodes) -> Result<()> {
+    let manifest = [
+        server("a", 2, "kept"),
+        server("b", 3, "kept"),
+        service("kept", "kept", "  type: LoadBalancer\n"),
+    ];
+    let cluster = &nodes.cluster;
+    cluster.apply_ok(&manifest.concat())?;
+    for pod in ["a", "b"] {
+        cluster.wait_ready("default", pod)?;
+    }
+    let at = balancer(cluster, "kept")?;
+    both_answer(cluster, at)?;
+    let victim = nodes.worker(announcer(at.ip())?)?.clone();
+    let (gone, left) = if victim.name == "node-2" {
+        ("a", "b")
+    } else {
+        ("b", "a")
+    };
+    // What is measured is the address: the only backend stays.
+    delete(cluster, "pod", &[gone])?;
+    cluster.wait("the other pod alone to answer", LIMIT, |_| {
+        Ok((0..20).all(|_| ask(at, PATIENCE).is_ok_and(|who| who == left)))
+    })?;
+    nodes.ask(&format!("power-cut {}", victim.name))?;
+    let cut = Instant::now();
+    while ask(at, Duration::from_millis(300)).is_err() {
+        ensure!(
+            cut.elapsed() < LIMIT,
+            "nobody took {at} over from {}",
+            victim.name
+        );
+        std::thread::sleep(EVERY);
+    }
+    let silence = cut.elapsed();
+    println!(
+        "vm: after {} had lost its power its address was silent for {} ms",
+        victim.name,
+        silence.as_millis()
+    );
+    ensure!(
+        silence <= FAIL_OVER,
+        "it was silent for {} ms",
+        silence.as_millis()
+    );
+    ensure!(
+        announcer(at.ip())? != announcer_of(&victim.name)?,
+        "who answered?"
+    );
+    nodes.ask(&format!("power-on {}", victim.name))?;
+    let (on, mut answered, mut longest) = (Instant::now(), Instant::now(), Duration::ZERO);
+    while announcer(at.ip())? != announcer_of(&victim.name)? {
+        ensure!(
+            on.elapsed() < 2 * LIMIT,
+            "{} never got {at} back",
+            victim.name
+        );
+        if ask(at, Duration::from_millis(500)).is_ok() {
+            longest = longest.max(answered.elapsed());
+            answered = Instant::now();
+        }
+        std::thread::sleep(EVERY);
+    }
+    nodes.wait_up(&victim)?;
+    nodes.wait_ready(&victim.name)?;
+    println!(
+        "vm: it had its address back {} s after its power, and answers came at most {} ms apart",
+        on.elapsed().as_secs(),
+        longest.as_millis()
+    );
+    ensure!(
+        longest <= FAIL_OVER,
+        "a pause of {} ms",
+        longest.as_millis()
+    );
+    let cluster = &nodes.cluster;
+    ask(at, PATIENCE).context("from the machine that is back")?;
+    delete(cluster, "service", &["kept"])?;
+    delete(cluster, "pod", &[left])
+}
+
+/// The number of the machine that answers for an address, by what this machine's kernel has learnt.
+fn announcer(address: IpAddr) -> Result<u8> {
+    let table = std::fs::read_to_string("/proc/net/arp")?;
+    let mut rows = table.lines().map(|line| line.split_whitespace());
+    let row = rows.find(|row| row.clone().next() == Some(&address.to_string()));
+    let mac = row.and_then(|mut row| row.nth(3));
+    let last = mac.and_then(|mac| mac.rsplit(':').next());
+    let last = last.with_context(|| format!("{address} is not in {table}"))?;
+    // Hardware addresses are 52:54:0:0:SEGMENT:(10 + number).
+    Ok(u8::from_str_radix(last, 16)?.wrapping_sub(10))
+}
+
+fn announcer_of(name: &str) -> Result<u8> {
+    let number = name.strip_prefix("node-").context("a machine's name")?;
+    Ok(number.parse()?)
+}
+
 fn node_port(cluster: &Cluster, name: &str) -> Result<u16> {
     let object = cluster.get(&["service", name])?;
     let port = object["spec"]["ports"][0]["nodePort"].as_u64();
