@@ -25,9 +25,9 @@ use crate::server::{identity, rbac};
 use crate::store::Store;
 
 mod authorization;
+mod backups;
 mod evictions;
 mod limits;
-mod backups;
 
 type Client = ObjectsClient<Channel>;
 

@@ -74,6 +74,8 @@ pub const ALL: &[NodeScenario] = &[
         Stage::WorkersOnly,
         false,
         outside::direct_return,
+    ),
+    scenario(
         "nodes-lb-power-cut",
         Stage::WorkersOnly,
         true,
