@@ -101,6 +101,19 @@ pub struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 1_209_600, value_parser = clap::value_parser!(u64).range(5..=31_536_000))]
     pub node_certificate_life_s: u64,
 
+    /// Who asked for what is written here, a line of JSON a request (audit.k8s.io/v1, level Metadata)
+    /// [default: none]
+    #[arg(long, value_name = "FILE")]
+    pub audit_log: Option<PathBuf>,
+
+    /// The audit log is renamed when it is this large
+    #[arg(long, value_name = "MIB", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+    pub audit_log_maxsize: u64,
+
+    /// Renamed audit logs that are kept
+    #[arg(long, value_name = "COUNT", default_value_t = 10, value_parser = clap::value_parser!(u16).range(0..=1000))]
+    pub audit_log_maxbackup: u16,
+
     /// The domain of Service names
     #[arg(long, value_name = "DOMAIN", default_value = "cluster.local")]
     pub cluster_domain: String,

@@ -30,6 +30,8 @@ use crate::scheduler;
 use crate::server::registry::{Patience, Registry, Settings};
 use crate::server::{ServeError, Server, Tokens};
 use crate::store::{OpenError, RestoreError, STORE_FILE, Store};
+use crate::server::{AuditSettings, ServeError, Server, Tokens};
+use crate::store::{OpenError, Store};
 
 /// What a drain may take: open streams get a little time to end by themselves.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -70,6 +72,14 @@ pub enum StartError {
     Listen {
         /// The address.
         address: SocketAddr,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The audit log cannot be opened.
+    #[error("cannot write the audit log {path}: {source}; give another file with --audit-log")]
+    Audit {
+        /// The file.
+        path: PathBuf,
         /// What the system said.
         source: std::io::Error,
     },
@@ -154,6 +164,14 @@ impl Control {
             not_ready_s: arguments.default_not_ready_toleration_seconds,
             unreachable_s: arguments.default_unreachable_toleration_seconds,
         });
+        let registry = match audit_settings(arguments) {
+            None => registry,
+            Some(settings) => {
+                let path = settings.file.clone();
+                let opened = registry.with_audit(settings);
+                opened.map_err(|source| StartError::Audit { path, source })?
+            }
+        };
         registry
             .ensure_defaults()
             .await
@@ -260,8 +278,17 @@ impl Control {
             self.tasks.abort_all();
         }
         self.registry.store().close().await;
+        self.registry.flush_audit().await;
         failure.map_or(Ok(()), |error| Err(error.into()))
     }
+}
+
+fn audit_settings(arguments: &Arguments) -> Option<AuditSettings> {
+    Some(AuditSettings {
+        file: arguments.audit_log.clone()?,
+        bytes_max: arguments.audit_log_maxsize << 20,
+        backup_count: usize::from(arguments.audit_log_maxbackup),
+    })
 }
 
 fn feed_settings(arguments: &Arguments, tokens: Tokens) -> feed::Settings {

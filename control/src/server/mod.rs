@@ -10,6 +10,7 @@
 
 pub(crate) mod admit;
 mod allocation;
+pub(crate) mod audit;
 mod commit;
 mod event;
 mod eviction;
@@ -50,6 +51,7 @@ use identity::{Authenticator, Service};
 use maintenance::MaintenanceService;
 use objects::ObjectsService;
 
+pub use audit::AuditSettings;
 pub(crate) use eviction::covers;
 pub use object::{decode, present, to_value};
 pub use registry::Registry;

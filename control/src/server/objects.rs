@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response};
 
+use super::audit::Call;
 use super::identity::Identity;
 use super::merge::Patch;
 use super::object::{metadata_text, present};
@@ -28,6 +29,9 @@ use super::tokens::{self, Tokens};
 use super::view::{View, kind_of_key};
 use super::write::{WriteOptions, Written};
 use super::{eviction, resize, scale, watch};
+
+/// Events of a watch on their way.
+type Events = Pin<Box<dyn Stream<Item = Result<WatchEvent, tonic::Status>> + Send>>;
 
 /// What one write may take: a store that does not answer within it has failed.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
@@ -337,14 +341,18 @@ fn refuse_subresource(subresource: &str, allowed: &[&str]) -> Result<(), Status>
 
 /// The answer to a write that ends in time.
 async fn answer(
+    call: Option<Call>,
     write: impl Future<Output = Result<Written, Status>> + Send,
 ) -> Result<Response<WriteReply>, tonic::Status> {
-    let written = tokio::time::timeout(WRITE_TIMEOUT, Box::pin(write))
-        .await
-        .map_err(|_| {
-            let text = format!("the write took longer than {WRITE_TIMEOUT:?}; it may still happen");
-            Status::timeout(text)
-        })??;
+    let result = tokio::time::timeout(WRITE_TIMEOUT, Box::pin(write)).await;
+    let result = result.unwrap_or_else(|_| {
+        let text = format!("the write took longer than {WRITE_TIMEOUT:?}; it may still happen");
+        Err(Status::timeout(text))
+    });
+    if let Some(call) = call {
+        call.done(result.as_ref().err().cloned()).await;
+    }
+    let written = result?;
     let json = serde_json::to_vec(&written.object)
         .map_err(|error| Status::internal(format!("cannot encode the answer: {error}")))?;
     Ok(Response::new(WriteReply {
@@ -355,33 +363,46 @@ async fn answer(
     }))
 }
 
-#[tonic::async_trait]
-impl Objects for ObjectsService {
-    type WatchStream = Pin<Box<dyn Stream<Item = Result<WatchEvent, tonic::Status>> + Send>>;
+impl ObjectsService {
+    /// Notes who asks, where there is an audit log.
+    fn call<T>(
+        &self,
+        request: &Request<T>,
+        who: &Identity,
+        verb: &'static str,
+        key: Option<&ObjectKey>,
+    ) -> Option<Call> {
+        Call::new(self.registry.audit(), request, who, verb, key)
+    }
 
-    async fn get(&self, request: Request<GetRequest>) -> Result<Response<Object>, tonic::Status> {
-        let who = caller(&request)?;
-        let (kind, key) = kind_of_key(request.into_inner().key)?;
+    fn write_call(
+        &self,
+        request: &Request<WriteRequest>,
+        who: &Identity,
+        verb: &'static str,
+    ) -> Option<Call> {
+        let asked = request.get_ref();
+        let call = self.call(request, who, verb, asked.key.as_ref())?;
+        Some(call.of_write(&asked.subresource, &asked.json, asked.dry_run))
+    }
+
+    fn get_object(&self, who: &Identity, request: GetRequest) -> Result<Object, Status> {
+        let (kind, key) = kind_of_key(request.key)?;
         let what = Attributes::of("get", kind, &key.namespace, &key.name);
-        self.registry.authorize(&who, &what)?;
+        self.registry.authorize(who, &what)?;
         let entry = self.registry.get_entry(kind, &key.namespace, &key.name);
         let entry = entry.ok_or_else(|| Status::not_found(kind, &key.name))?;
         let json = present(&entry, entry.mod_revision);
-        Ok(Response::new(Object { json }))
+        Ok(Object { json })
     }
 
-    async fn list(
-        &self,
-        request: Request<ListRequest>,
-    ) -> Result<Response<ObjectList>, tonic::Status> {
-        let who = caller(&request)?;
-        let request = request.into_inner();
+    fn list_objects(&self, who: &Identity, request: ListRequest) -> Result<ObjectList, Status> {
         let view = View::new(
             request.key,
             &request.label_selector,
             &request.field_selector,
         )?;
-        self.registry.authorize(&who, &view.attributes("list"))?;
+        self.registry.authorize(who, &view.attributes("list"))?;
         let (revision, entries) = self.registry.store().list(&view.prefix);
         let mut items = Vec::with_capacity(entries.len());
         for entry in &entries {
@@ -389,81 +410,31 @@ impl Objects for ObjectsService {
                 items.push(present(entry, entry.mod_revision));
             }
         }
-        Ok(Response::new(ObjectList {
+        Ok(ObjectList {
             items,
             resource_version: revision.to_string(),
-        }))
+        })
     }
 
-    async fn watch(
-        &self,
-        request: Request<WatchRequest>,
-    ) -> Result<Response<Self::WatchStream>, tonic::Status> {
-        let who = caller(&request)?;
-        let request = request.into_inner();
+    fn watch_objects(&self, who: &Identity, request: &WatchRequest) -> Result<Events, Status> {
         let view = View::new(
             request.key.clone(),
             &request.label_selector,
             &request.field_selector,
         )?;
-        self.registry.authorize(&who, &view.attributes("watch"))?;
-        let stream = watch::open(self.registry.store(), view, &request, self.stop.clone())?;
-        Ok(Response::new(Box::pin(stream)))
+        self.registry.authorize(who, &view.attributes("watch"))?;
+        let stream = watch::open(self.registry.store(), view, request, self.stop.clone())?;
+        Ok(Box::pin(stream))
     }
 
-    async fn create(
-        &self,
-        request: Request<WriteRequest>,
-    ) -> Result<Response<WriteReply>, tonic::Status> {
-        let who = caller(&request)?;
-        answer(self.create_object(&who, request.into_inner())).await
-    }
-
-    async fn update(
-        &self,
-        request: Request<WriteRequest>,
-    ) -> Result<Response<WriteReply>, tonic::Status> {
-        let who = caller(&request)?;
-        answer(self.update_object(&who, request.into_inner())).await
-    }
-
-    async fn apply(
-        &self,
-        request: Request<WriteRequest>,
-    ) -> Result<Response<WriteReply>, tonic::Status> {
-        let who = caller(&request)?;
-        answer(self.apply_object(&who, request.into_inner())).await
-    }
-
-    async fn patch(
-        &self,
-        request: Request<PatchRequest>,
-    ) -> Result<Response<WriteReply>, tonic::Status> {
-        let who = caller(&request)?;
-        answer(self.patch_object(&who, request.into_inner())).await
-    }
-
-    async fn delete(
-        &self,
-        request: Request<DeleteRequest>,
-    ) -> Result<Response<WriteReply>, tonic::Status> {
-        let who = caller(&request)?;
-        answer(self.delete_object(&who, request.into_inner())).await
-    }
-
-    async fn table(
-        &self,
-        request: Request<ListRequest>,
-    ) -> Result<Response<TableReply>, tonic::Status> {
-        let who = caller(&request)?;
-        let request = request.into_inner();
+    fn table_of(&self, who: &Identity, request: ListRequest) -> Result<TableReply, Status> {
         let view = View::new(
             request.key,
             &request.label_selector,
             &request.field_selector,
         )?;
         let verb = if view.is_one { "get" } else { "list" };
-        self.registry.authorize(&who, &view.attributes(verb))?;
+        self.registry.authorize(who, &view.attributes(verb))?;
         let renderer = Renderer::new(view.kind, request.wide, request.with_namespace);
         let (revision, entries) = self.registry.store().list(&view.prefix);
         let mut rows = Vec::with_capacity(entries.len());
@@ -472,11 +443,119 @@ impl Objects for ObjectsService {
                 rows.push(renderer.row(entry)?);
             }
         }
-        Ok(Response::new(TableReply {
+        Ok(TableReply {
             columns: renderer.columns(),
             rows,
             resource_version: revision.to_string(),
-        }))
+        })
+    }
+}
+
+/// Notes how a read ended.
+async fn noted<T>(
+    call: Option<Call>,
+    result: Result<T, Status>,
+) -> Result<Response<T>, tonic::Status> {
+    if let Some(call) = call {
+        call.done(result.as_ref().err().cloned()).await;
+    }
+    Ok(Response::new(result?))
+}
+
+#[tonic::async_trait]
+impl Objects for ObjectsService {
+    type WatchStream = Events;
+
+    async fn get(&self, request: Request<GetRequest>) -> Result<Response<Object>, tonic::Status> {
+        let who = caller(&request)?;
+        let call = self.call(&request, &who, "get", request.get_ref().key.as_ref());
+        let result = self.get_object(&who, request.into_inner());
+        noted(call, result).await
+    }
+
+    async fn list(
+        &self,
+        request: Request<ListRequest>,
+    ) -> Result<Response<ObjectList>, tonic::Status> {
+        let who = caller(&request)?;
+        let call = self.call(&request, &who, "list", request.get_ref().key.as_ref());
+        let result = self.list_objects(&who, request.into_inner());
+        noted(call, result).await
+    }
+
+    async fn watch(
+        &self,
+        request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, tonic::Status> {
+        let who = caller(&request)?;
+        let call = self.call(&request, &who, "watch", request.get_ref().key.as_ref());
+        let result = self.watch_objects(&who, request.get_ref());
+        noted(call, result).await
+    }
+
+    async fn create(
+        &self,
+        request: Request<WriteRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        let who = caller(&request)?;
+        let call = self.write_call(&request, &who, "create");
+        answer(call, self.create_object(&who, request.into_inner())).await
+    }
+
+    async fn update(
+        &self,
+        request: Request<WriteRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        let who = caller(&request)?;
+        let call = self.write_call(&request, &who, "update");
+        answer(call, self.update_object(&who, request.into_inner())).await
+    }
+
+    async fn apply(
+        &self,
+        request: Request<WriteRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        let who = caller(&request)?;
+        let call = self.write_call(&request, &who, "patch");
+        answer(call, self.apply_object(&who, request.into_inner())).await
+    }
+
+    async fn patch(
+        &self,
+        request: Request<PatchRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        let who = caller(&request)?;
+        let asked = request.get_ref();
+        let call = self.call(&request, &who, "patch", asked.key.as_ref());
+        let call = call.map(|call| call.of_write(&asked.subresource, &[], asked.dry_run));
+        answer(call, self.patch_object(&who, request.into_inner())).await
+    }
+
+    async fn delete(
+        &self,
+        request: Request<DeleteRequest>,
+    ) -> Result<Response<WriteReply>, tonic::Status> {
+        let who = caller(&request)?;
+        let asked = request.get_ref();
+        let call = self.call(&request, &who, "delete", asked.key.as_ref());
+        let call = call.map(|call| call.of_write("", &[], asked.dry_run));
+        answer(call, self.delete_object(&who, request.into_inner())).await
+    }
+
+    async fn table(
+        &self,
+        request: Request<ListRequest>,
+    ) -> Result<Response<TableReply>, tonic::Status> {
+        let who = caller(&request)?;
+        let one = request
+            .get_ref()
+            .key
+            .as_ref()
+            .is_some_and(|key| !key.name.is_empty());
+        let verb = if one { "get" } else { "list" };
+        let call = self.call(&request, &who, verb, request.get_ref().key.as_ref());
+        let result = self.table_of(&who, request.into_inner());
+        noted(call, result).await
     }
 
     async fn kinds(

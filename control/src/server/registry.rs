@@ -28,6 +28,7 @@ use serde_json::{Value, json};
 
 use super::admit;
 use super::allocation::Allocator;
+use super::audit::{AuditLog, AuditSettings};
 use super::event::Events;
 use super::object;
 use super::pod_admission;
@@ -93,6 +94,7 @@ pub(super) struct Inner {
     pub(super) gates: admit::Gates,
     pub(super) events: Events,
     pub(super) patience: OnceLock<Patience>,
+    pub(super) audit: OnceLock<AuditLog>,
     pub(super) access: rbac::Access,
 }
 
@@ -126,6 +128,7 @@ impl Registry {
             gates: admit::Gates::default(),
             events,
             patience: OnceLock::new(),
+            audit: OnceLock::new(),
             access: rbac::Access::default(),
         };
         Registry {
@@ -139,6 +142,26 @@ impl Registry {
     pub fn with_patience(self, patience: Patience) -> Registry {
         let _ = self.inner.patience.set(patience); // said before
         self
+    }
+
+    /// Notes every request of users in a file.
+    ///
+    /// # Errors
+    /// The file cannot be opened.
+    pub fn with_audit(self, settings: AuditSettings) -> std::io::Result<Registry> {
+        let _ = self.inner.audit.set(AuditLog::open(settings)?); // said before
+        Ok(self)
+    }
+
+    pub(crate) fn audit(&self) -> Option<&AuditLog> {
+        self.inner.audit.get()
+    }
+
+    /// Waits until what was noted is in the file.
+    pub async fn flush_audit(&self) {
+        if let Some(audit) = self.audit() {
+            audit.flush().await;
+        }
     }
 
     pub(super) fn patience(&self) -> Patience {

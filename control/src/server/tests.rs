@@ -24,6 +24,7 @@ use crate::server::registry::{DeleteOptions, Registry};
 use crate::server::{identity, rbac};
 use crate::store::Store;
 
+mod audit;
 mod authorization;
 mod backups;
 mod evictions;

@@ -10,6 +10,7 @@ use gantry_api::k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding, Ro
 use gantry_api::status::{Details, Reason, Status};
 
 use super::{Attributes, Grant, Policy};
+use crate::server::audit;
 use crate::server::identity::Identity;
 use crate::server::object::decode;
 use crate::server::registry::{Registry, Resource, kind_of};
@@ -137,6 +138,19 @@ impl Registry {
                 Err(status)
             }
         }
+    }
+}
+
+impl Registry {
+    /// As [`Registry::authorize`], and notes it: for services whose requests are noted nowhere else.
+    pub(crate) fn authorize_noted(
+        &self,
+        who: &Identity,
+        what: &Attributes<'_>,
+    ) -> Result<(), Status> {
+        let result = self.authorize(who, what);
+        audit::note(self.audit(), who, what, &result);
+        result
     }
 }
 
