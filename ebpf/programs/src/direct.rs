@@ -19,9 +19,10 @@ use aya_ebpf::bindings::{bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect_neigh};
 use aya_ebpf::programs::TcContext;
 use ebpf_maps::drop;
-use ebpf_maps::flow::{DIRECT_RETURN, Ends, REPLIED};
+use ebpf_maps::flow::{DIRECT_RETURN, Ends, REPLIED, ZONE_OUTSIDE};
 use ebpf_maps::services::Addr;
 
+use crate::conntrack;
 use crate::drop::drop;
 use crate::maps::{FLOWS, UPLINKS};
 use crate::outside::{AF_INET, AF_INET6, age, ifindex, is_found, same};
@@ -55,12 +56,14 @@ pub fn mark(work: &Work) {
 
 /// Sends the packet on as it is, to the node of `work.becomes`.
 #[inline(never)]
-pub fn send(ctx: &TcContext, work: &Work) -> i32 {
+pub fn send(ctx: &TcContext, work: &mut Work) -> i32 {
     let mut way = Way {
         ifindex: 0,
         hop: [0; 4],
     };
     if !find(ctx, work.packet.is_v6, &work.becomes, &mut way) {
+        // The way is another than it was: who sends again begins anew, and leaves from this node's address.
+        conntrack::forget(work, ZONE_OUTSIDE);
         return drop(drop::NO_SOURCE);
     }
     if let Err(reason) = age(ctx, work.packet.is_v6) {

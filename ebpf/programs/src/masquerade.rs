@@ -16,7 +16,7 @@
 
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
-use ebpf_maps::flow::{FlowKey, ZONE_FRAGMENTS, ZONE_OUTSIDE};
+use ebpf_maps::flow::{DIRECT_RETURN, FlowKey, ZONE_FRAGMENTS, ZONE_OUTSIDE};
 use ebpf_maps::services::Addr;
 use ebpf_maps::uplink::{
     NEVER, NODE_BEHIND, POD, SOURCE_PORT_COUNT, SOURCE_PORT_MIN, SWITCH_MASQUERADE,
@@ -149,7 +149,7 @@ pub fn remember_fragments(ctx: &TcContext, work: &mut Work) {
     work.answer.used = conntrack::ticks();
     work.answer.backend_id = 0;
     work.answer.service_id = 0;
-    work.answer.flags = 0;
+    work.answer.flags = work.flow.flags & DIRECT_RETURN;
     work.answer._pad = [0; 3];
     // LRU: it is never full.
     let _ = FLOWS.insert(&work.key, &work.answer, 0);

@@ -135,7 +135,11 @@ fn restore_here(ctx: &TcContext, work: &mut Work) -> Result<(), u32> {
             return Ok(());
         }
         if masquerade::find_fragments(ctx, work) {
-            return nat::rewrite(ctx, work);
+            // What goes on as it is does so here too.
+            return match work.flow.flags & DIRECT_RETURN {
+                0 => nat::rewrite(ctx, work),
+                _ => Ok(()),
+            };
         }
     } else if nat::is_error(&work.packet) {
         return nat::rewrite_error(ctx, work, ZONE_OUTSIDE);
@@ -172,6 +176,9 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
         let is_fragment = work.packet.flags & IS_FRAGMENT != 0;
         if !is_used || !is_fragment || !masquerade::find_fragments(ctx, work) {
             return Ok(Outcome::UNTOUCHED);
+        }
+        if work.flow.flags & DIRECT_RETURN != 0 {
+            return Ok(Outcome::DIRECT);
         }
         nat::rewrite(ctx, work)?;
         return Ok(Outcome::TRANSLATED);
@@ -210,10 +217,10 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
             id => begin(ctx, work, id)?,
         }
     }
+    masquerade::remember_fragments(ctx, work);
     if work.flow.flags & DIRECT_RETURN != 0 {
         return Ok(Outcome::DIRECT);
     }
-    masquerade::remember_fragments(ctx, work);
     event::note_translated(work);
     nat::rewrite(ctx, work)?;
     Ok(Outcome::TRANSLATED)

@@ -16,7 +16,7 @@ use super::bed::ip;
 use super::frames::{TCP, UDP};
 use super::maps::Maps;
 use super::outside::{CLIENT, NODE, OTHER, Outside};
-use super::wires::{Place, Wires, at, tcp_to, udp_to};
+use super::wires::{Place, SHORT, Wires, at, received, tcp_to, udp_to};
 use crate::dataplane::load;
 use crate::dataplane::pods::Attachment;
 use crate::dataplane::uplinks::UplinkPrograms;
@@ -185,4 +185,73 @@ fn a_port_of_another_node_is_not_this_ones_without_direct_return() {
     assert!(connect().is_err());
     serve(&second, 0, FRONTEND_DIRECT_RETURN);
     connect().unwrap();
+}
+
+/// A client of direct return: its socket, the server's, and what it asks.
+fn asks(outside: &Outside, second: &Second, family: usize) -> (UdpSocket, UdpSocket, SocketAddr) {
+    serve(&outside.wires, family, FRONTEND_DIRECT_RETURN);
+    serve(second, family, FRONTEND_DIRECT_RETURN);
+    let backend = at(REMOTE[family], 8080);
+    let server = outside.other.run(|| UdpSocket::bind(backend)).unwrap();
+    let any = at(["0.0.0.0", "::"][family], 0);
+    let client = outside.client.run(|| UdpSocket::bind(any)).unwrap();
+    for socket in [&server, &client] {
+        socket.set_read_timeout(Some(SHORT)).unwrap();
+    }
+    (client, server, at(NODE[family], NODE_PORT))
+}
+
+#[test]
+fn fragments_go_on_as_they_are_too() {
+    let Some(wires) = Wires::attached() else {
+        return;
+    };
+    let Some(outside) = Outside::around(wires, Attachment::Tcx) else {
+        return;
+    };
+    let second = Second::new(&outside);
+    for family in [0, 1] {
+        let (client, server, frontend) = asks(&outside, &second, family);
+        for _ in 0..3 {
+            client.send_to(&[7; 4000], frontend).unwrap();
+            let (length, from) = received(&server, &mut [0; 5000]).unwrap();
+            assert_eq!((length, from.ip()), (4000, at(CLIENT[family], 0).ip()));
+        }
+    }
+}
+
+#[test]
+fn a_client_goes_on_by_this_node_when_the_way_is_no_longer_direct() {
+    let Some(wires) = Wires::attached() else {
+        return;
+    };
+    let Some(outside) = Outside::around(wires, Attachment::Tcx) else {
+        return;
+    };
+    let second = Second::new(&outside);
+    for family in [0, 1] {
+        let (client, server, frontend) = asks(&outside, &second, family);
+        let mut buffer = [0; 16];
+        client.send_to(b"question", frontend).unwrap();
+        let (_, from) = received(&server, &mut buffer).unwrap();
+        assert_eq!(from.ip(), at(CLIENT[family], 0).ip());
+        // The pod is on the link itself: nobody stands between.
+        outside.wires.node.run(|| {
+            let (of, prefix) = [("", "10.244.1.0/24"), ("-6 ", "fd00:244:1::/64")][family];
+            ip(&format!("{of}route del {prefix}"));
+            ip(&format!("{of}route add {prefix} dev eth0"));
+            let (pod, mac) = (REMOTE[family], "02:00:00:00:01:02");
+            ip(&format!(
+                "neigh replace {pod} lladdr {mac} dev eth0 nud permanent"
+            ));
+        });
+        let from = (0..4).find_map(|_| {
+            client.send_to(b"again", frontend).unwrap();
+            received(&server, &mut buffer).ok()
+        });
+        let (_, from) = from.expect("it never gets through again");
+        assert_eq!(from.ip(), at(NODE[family], 0).ip());
+        server.send_to(b"answer", from).unwrap();
+        assert_eq!(received(&client, &mut buffer).unwrap().1, frontend);
+    }
 }
