@@ -370,15 +370,19 @@ fn of_flow(frontend: &Frontend, flow: u32) -> u32 {
     if frontend.flags & FRONTEND_TABLE != 0 || count > RENDEZVOUS_COUNT_MAX {
         // Neighbours in a table are mostly of different backends.
         let mut step = 0;
+        let mut on_trial = 0;
         while step < TABLE_ATTEMPTS {
             let index = flow.wrapping_add(step).checked_rem(count).unwrap_or(0);
-            let own = weighed(base.wrapping_add(index), service_id, flow) as u32;
-            if own != 0 {
-                return own;
+            let own = weighed(base.wrapping_add(index), service_id, flow);
+            if own >> 32 != 0 {
+                return own as u32;
+            }
+            if on_trial == 0 {
+                on_trial = own as u32;
             }
             step += 1;
         }
-        return 0;
+        return on_trial;
     }
     let mut heaviest = 0;
     let mut index = 0;
@@ -395,15 +399,17 @@ fn of_flow(frontend: &Frontend, flow: u32) -> u32 {
     heaviest as u32
 }
 
-/// The weight of the backend in a slot in the upper half, its id in the lower; 0: it belongs to
-/// another Service by now, or is on trial and takes no more.
+/// The weight of the backend in a slot in the upper half, its id in the lower; 0: it belongs to another
+/// Service by now. One that is on trial and takes no more has no weight: it is for those who find nobody
+/// else.
 #[inline(never)]
 fn weighed(slot: u32, service_id: u32, flow: u32) -> u64 {
     match backend_at(slot, service_id) {
         Some((id, backend)) if takes_more(id, backend) => {
-            (u64::from(weight(flow, backend.hash)) << 32) | u64::from(id)
+            (u64::from(weight(flow, backend.hash) | 1) << 32) | u64::from(id)
         }
-        _ => 0,
+        Some((id, _)) => u64::from(id),
+        None => 0,
     }
 }
 

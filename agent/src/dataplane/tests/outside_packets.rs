@@ -3,8 +3,9 @@
 
 use aya::maps::lpm_trie::Key;
 use ebpf_maps::services::{
-    Addr, FRONTEND_DROP, FRONTEND_RESTRICTED, FrontendKey, FrontendValue, SCOPE_OUTSIDE_ADDRESS,
-    SCOPE_OUTSIDE_NODE_PORT, SOURCE_RANGE_BITS, SourceRangeKey,
+    Addr, BACKEND_ON_TRIAL, BackendValue, FRONTEND_DROP, FRONTEND_RESTRICTED, FrontendKey,
+    FrontendValue, SCOPE_OUTSIDE_ADDRESS, SCOPE_OUTSIDE_NODE_PORT, SOURCE_RANGE_BITS,
+    SourceRangeKey, TrafficValue,
 };
 use ebpf_maps::uplink::{NODE_OWN, UplinkValue};
 
@@ -72,6 +73,7 @@ fn node() -> Option<Programs> {
         v4: addr(FAMILIES[0].node),
         v6: addr(FAMILIES[1].node),
         mac: NODE_MAC,
+
         _pad: [0; 2],
     };
     let mut uplinks = programs.hash::<u32, UplinkValue>("UPLINKS");
@@ -193,6 +195,35 @@ fn a_frontend_without_backends_refuses_or_drops_or_keeps_out() {
             Some("no_backend_here"),
             "the client is in the range"
         );
+    });
+}
+
+#[test]
+fn a_connection_finds_a_backend_though_all_of_its_place_are_on_trial() {
+    for_each(|node, family, proto| {
+        let backends: Vec<String> = (1..=12).map(|port| at(family.pod, port)).collect();
+        let backends: Vec<&str> = backends.iter().map(String::as_str).collect();
+        let frontend = at(family.routed, 80);
+        node.serve_as(&frontend, proto, SCOPE_OUTSIDE_ADDRESS, 20, 0, &backends);
+        let mut all = node.array::<BackendValue>("BACKENDS");
+        let mut traffic = node.array::<TrafficValue>("TRAFFIC");
+        // All but the last have had the one connection of their trial.
+        for id in 20..31 {
+            let value = all.get(&id, 0).unwrap();
+            let state = BACKEND_ON_TRIAL;
+            all.set(id, BackendValue { state, ..value }, 0).unwrap();
+            let tried = TrafficValue {
+                chosen: 1,
+                ..TrafficValue::default()
+            };
+            traffic.set(id, tried, 0).unwrap();
+        }
+        for port in 4000..4040 {
+            let client = at(family.client, port);
+            let outcome = comes(node, &packet(proto, &client, &frontend, SYN, b""));
+            assert_eq!((outcome.verdict, outcome.dropped), (PASS, None), "{port}");
+            assert_ne!(shown(&outcome.frame).1, frontend);
+        }
     });
 }
 
