@@ -26,6 +26,7 @@ use aya_ebpf::bindings::{TC_ACT_UNSPEC, bpf_fib_lookup as FibLookup};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
+use ebpf_maps::endpoint::Mac;
 use ebpf_maps::flow::{DIRECT_RETURN, Ends, FlowValue, IS_REPLY, ZONE_OUTSIDE};
 use ebpf_maps::services::{
     AFFINITY_ADDRESS, Addr, FRONTEND_DIRECT_RETURN, FRONTEND_DROP, FRONTEND_RESTRICTED, FRONTEND_TABLE,
@@ -52,6 +53,9 @@ pub const AF_INET6: u8 = 10;
 const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
 const FIB_TOO_LARGE: i64 = 8;
+
+/// `skb->pkt_type`: sent to somebody else.
+const PACKET_OTHERHOST: u32 = 3;
 
 /// Slots of a table that are tried for a backend that takes more.
 const TABLE_ATTEMPTS: u32 = 4;
@@ -204,6 +208,9 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
             TCP | UDP => choose(work),
             _ => NO_FRONTEND,
         };
+        if chosen != NO_FRONTEND && is_for_another(ctx) {
+            return Ok(Outcome::UNTOUCHED);
+        }
         match chosen {
             NO_FRONTEND => {
                 if masquerade::is_used() {
@@ -224,6 +231,21 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
     event::note_translated(work);
     nat::rewrite(ctx, work)?;
     Ok(Outcome::TRANSLATED)
+}
+
+/// Whether it was sent to another host of the link: what a bridge has not learned yet goes to all.
+#[inline(always)]
+fn is_for_another(ctx: &TcContext) -> bool {
+    // SAFETY: the kernel passes a valid context.
+    if unsafe { (*ctx.skb.skb).pkt_type } != PACKET_OTHERHOST {
+        return false;
+    }
+    let (Some(uplink), Some(to)) = (UPLINKS.get_ptr(&ifindex(ctx)), read::<Mac>(ctx, 0)) else {
+        return true;
+    };
+    // SAFETY: the pointer is an element of the map, checked by the lookup.
+    let own = unsafe { (*uplink).mac };
+    (0..own.len()).any(|byte| own[byte] != to[byte])
 }
 
 /// Whether a known flow goes on: see `translate::stands`.

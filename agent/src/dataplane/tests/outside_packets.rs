@@ -199,6 +199,23 @@ fn a_frontend_without_backends_refuses_or_drops_or_keeps_out() {
 }
 
 #[test]
+fn what_is_for_another_host_of_the_link_is_left_to_it() {
+    for_each(|node, family, proto| {
+        let (client, backend) = (at(family.client, 4000), at(family.pod, 8080));
+        for (base, port, backends) in [(10, 80, &[backend.as_str()][..]), (20, 81, &[])] {
+            let frontend = at(family.routed, port);
+            node.serve_as(&frontend, proto, SCOPE_OUTSIDE_ADDRESS, base, 0, backends);
+            let sent = packet(proto, &client, &frontend, SYN, b"data");
+            let sent = frame(CLIENT_MAC, [2, 0, 0, 0, 0, 9], &sent);
+            let outcome = node.run("from_netdev", &sent);
+            assert_eq!((outcome.verdict, outcome.dropped), (PASS, None));
+            assert_eq!(outcome.frame, sent);
+        }
+        assert_eq!(node.flows().len(), 0);
+    });
+}
+
+#[test]
 fn a_connection_finds_a_backend_though_all_of_its_place_are_on_trial() {
     for_each(|node, family, proto| {
         let backends: Vec<String> = (1..=12).map(|port| at(family.pod, port)).collect();
