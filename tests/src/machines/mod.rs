@@ -178,14 +178,20 @@ impl Nodes {
         format!("{}\n{pods}", self.last_words())
     }
 
-    /// After a scenario: no faults, no pods, every node ready.
-    fn tidy(&mut self) -> Result<()> {
+    /// No faults, and every node ready.
+    fn tidy_faults(&mut self) -> Result<()> {
         self.ask("heal")?;
         for worker in self.workers.clone() {
             self.ask(&format!("power-on {}", worker.name))?;
             self.wait_up(&worker)?;
             self.wait_ready(&worker.name)?;
         }
+        Ok(())
+    }
+
+    /// After a scenario: no faults, no pods, every node ready.
+    fn tidy(&mut self) -> Result<()> {
+        self.tidy_faults()?;
         let spaces = self.cluster.ok(&["get", "namespaces", "-o", "name"])?;
         for name in spaces.lines().filter_map(|l| l.rsplit('/').next()) {
             if name != "default" && !name.starts_with("kube-") {
@@ -196,6 +202,18 @@ impl Nodes {
         let left = self.cluster.ok(&["get", "pods", "-A", "--no-headers"])?;
         ensure!(left.trim().is_empty(), "pods are left: {left}");
         Ok(())
+    }
+
+    /// A scenario that has failed leaves what it made: the next one is not to fail of that.
+    fn clear(&self) -> Result<()> {
+        let services = self.cluster.ok(&["get", "services", "-o", "name"])?;
+        let names = services.lines().filter_map(|l| l.rsplit('/').next());
+        for name in names.filter(|name| *name != "kubernetes") {
+            self.cluster.ok(&["delete", "service", name])?;
+        }
+        self.cluster
+            .ok(&["delete", "pods", "--all", "--timeout=240s"])
+            .map(drop)
     }
 
     fn hand_over(&mut self) -> Result<()> {
@@ -237,9 +255,14 @@ pub fn run(installation: &Installation, place: &Place, wanted: &str) -> Result<(
             nodes.ask(&format!("capture {}", scenario.name))?;
             println!("{}", nodes.explain());
         }
+        let cleared = match failed && scenario.stage != Stage::Last {
+            // A machine may be without power.
+            true => nodes.tidy_faults().and_then(|()| nodes.clear()),
+            false => Ok(()),
+        };
         let tidied = match scenario.stage {
             Stage::Last => Ok(()),
-            _ => nodes.tidy().context("afterwards"),
+            _ => cleared.and_then(|()| nodes.tidy()).context("afterwards"),
         };
         if !failed && tidied.is_err() {
             nodes.ask(&format!("capture {}", scenario.name))?;
