@@ -28,10 +28,8 @@ use crate::joining::Joining;
 use crate::pki::{Authority, PkiError};
 use crate::scheduler;
 use crate::server::registry::{Patience, Registry, Settings};
-use crate::server::{ServeError, Server, Tokens};
-use crate::store::{OpenError, RestoreError, STORE_FILE, Store};
 use crate::server::{AuditSettings, ServeError, Server, Tokens};
-use crate::store::{OpenError, Store};
+use crate::store::{OpenError, RestoreError, STORE_FILE, Store};
 
 /// What a drain may take: open streams get a little time to end by themselves.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
