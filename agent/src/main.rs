@@ -337,6 +337,7 @@ async fn agent(run: Run) -> Result<()> {
         node: node_name.clone(),
         resolver: Some(resolver.listen),
         masquerade,
+        xdp: run.network.xdp,
     };
     if let Err(error) = reserve_ports(&paths.run) {
         warn!("pods and node may take the same port to the outside: {error}");

@@ -25,6 +25,8 @@ pub struct Uplink {
     pub index: u32,
     /// Its name.
     pub name: String,
+    /// Its kind: `vxlan`, `veth`; empty for a network card.
+    pub kind: String,
     /// Its hardware address.
     pub mac: [u8; 6],
     /// The addresses it carries, the primary one of each family first.
@@ -48,6 +50,7 @@ pub fn uplinks(links: &[Link], addresses: &[(u32, IpAddr)], node: &[IpAddr]) -> 
             Some(Uplink {
                 index: link.index,
                 name: link.name.clone(),
+                kind: link.kind.clone(),
                 mac: link.mac.filter(|mac| *mac != [0; 6])?,
                 addresses: own,
             })

@@ -43,6 +43,7 @@ use super::repair::Repair;
 use super::tables::Tables;
 use super::trial::{BpfTrial, Trial, TrialPod};
 use super::uplinks::UplinkPrograms;
+use super::xdp::{XdpMode, XdpStanding};
 use super::{
     BackendChange, Counts, Dataplane, DataplaneError, DeviceRule, PodInterface, PodPlaces,
     StuckService, bpffs, sys,
@@ -79,6 +80,8 @@ pub struct Options {
     pub resolver: Option<SocketAddr>,
     /// Pods' packets to the outside leave from the node's own address; none: they do not.
     pub masquerade: Option<Masquerade>,
+    /// Where frames from outside are looked at first.
+    pub xdp: XdpMode,
 }
 
 /// The programs and maps of this node. Dropping it leaves all of them in the kernel.
@@ -191,7 +194,7 @@ impl BpfDataplane {
         let traffic = tables.traffic();
         let traffic = traffic.map_err(|error| DataplaneError::kernel("map TRAFFIC", &error))?;
         let repair = Repair::start(paths, peers, traffic)?;
-        let uplinks = UplinkPrograms::take(&mut ebpf, paths)?;
+        let uplinks = UplinkPrograms::take(&mut ebpf, paths, options.xdp)?;
         let flows = Flows::take(&mut ebpf)?;
         let failures = FailureMap::take(&mut ebpf)?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();
@@ -542,6 +545,10 @@ impl Dataplane for BpfDataplane {
     fn attach_pod(&self, pod: &PodInterface) -> Result<(), DataplaneError> {
         self.policies().attach(&pod.pod);
         self.pods().attach(pod)
+    }
+
+    fn xdp(&self) -> Vec<XdpStanding> {
+        self.uplinks().xdp()
     }
 
     fn set_uplinks(&self, uplinks: &[Uplink]) -> Result<(), DataplaneError> {

@@ -197,6 +197,7 @@ pub(super) fn load_program<'a>(
         Program::CgroupSock(program) => program.load(),
         Program::CgroupDevice(program) => program.load(),
         Program::SchedClassifier(program) => program.load(),
+        Program::Xdp(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     let mut loaded = load();

@@ -8,7 +8,7 @@
 //!  connects unanswered ─► failures ─► services::ejection ─► bpf (planned without them)
 //!  View ─► policies (what pods may exchange: policy::{compile, plan}) ─► their maps
 //!  links ────────► neighbours (who answers on them: whose addresses are taken over)
-//!  uplinks ──────► uplinks (the same on the node's interfaces towards the outside)
+//!  uplinks ──────► uplinks (the same on the node's interfaces towards the outside) ─► xdp (in their drivers)
 //!  flows ◄─ what the programs tell, while somebody watches
 //!  pod networks ─► pods (rows, programs on the host ends of veths: clsact filters or tcx links)
 //! ```
@@ -36,6 +36,7 @@ mod tables;
 mod takeover;
 mod trial;
 mod uplinks;
+mod xdp;
 
 pub mod bpf;
 pub mod cleanup;
@@ -62,6 +63,7 @@ pub use self::flows::{FlowNews, FlowWatch};
 pub use self::full::FullMaps;
 pub use self::neighbours::look_after_neighbours;
 pub use self::trial::{SYN, SYN_ACK, Trial, TrialPacket, TrialPod, Tried};
+pub use self::xdp::{XdpMode, XdpStanding};
 use crate::ids::PodUid;
 use crate::policy::StuckPod;
 use crate::services::announce::Watch;
@@ -320,6 +322,10 @@ pub trait Dataplane: Send + Sync + 'static {
     /// What was seen of them. Until it is called for the first time since the agent's start, the addresses
     /// that are announced stay what they are. Idempotent.
     async fn set_seen(&self, seen: &Seen) -> Result<(), DataplaneError>;
+    /// How each uplink's frames are looked at, and why not as it was wanted.
+    fn xdp(&self) -> Vec<XdpStanding> {
+        Vec::new()
+    }
 
     /// A privileged container's cgroup: its processes may open every device. Needed where the
     /// device guard is attached (pure cgroup v2). Idempotent.

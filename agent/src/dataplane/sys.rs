@@ -116,6 +116,10 @@ fn set_option<T>(
         _ => Ok(()),
     }
 }
+/// `enum bpf_attach_type`
+const BPF_XDP: u32 = 37;
+/// `include/uapi/linux/if_link.h`
+const XDP_FLAGS_DRV_MODE: u32 = 1 << 2;
 
 /// Relative to no other program: before all of them.
 const BPF_F_BEFORE: u32 = 1 << 3;
@@ -232,6 +236,11 @@ pub(super) fn link_create_tcx(
     attach_type: u32,
 ) -> io::Result<OwnedFd> {
     create_link(program, ifindex, attach_type, BPF_F_BEFORE)
+}
+
+/// Attaches a program to an interface of the calling thread's network namespace, in its driver. Linux 5.9.
+pub(super) fn link_create_xdp(program: BorrowedFd<'_>, ifindex: u32) -> io::Result<OwnedFd> {
+    create_link(program, ifindex, BPF_XDP, XDP_FLAGS_DRV_MODE)
 }
 
 fn create_link(

@@ -28,6 +28,8 @@ mod policy_wires;
 mod programs;
 mod translation;
 mod wires;
+mod xdp;
+mod xdp_wires;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  set       UPLINKS ─► to_netdev (egress), from_netdev (ingress), as `pods` attaches its own
+//!                    ─► xdp_netdev, where it is wanted: see `xdp`
 //!            an uplink no longer: pins and filters ─► UPLINKS
 //!  announce  ANNOUNCED: the addresses on no interface that this node answers for ─► takeover
 //!  masquerade  MASQUERADE, then its switch: whose packets leave from the node's own address
@@ -21,13 +22,14 @@ use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{Array, HashMap, Map, MapData, MapError};
 use aya::programs::ProgramFd;
 use ebpf_maps::services::Addr;
-use ebpf_maps::uplink::{SWITCH_MASQUERADE, UplinkValue};
+use ebpf_maps::uplink::{SWITCH_MASQUERADE, UplinkValue, XDP_OFF};
 use gantry_cni::uplinks::Uplink;
 
 use super::clsact::{self, Direction};
 use super::load::{self, absent_is_fine, failed, program_fd, take_map, unexpected};
 use super::pods::{Attachment, Hook, attach_tcx};
 use super::takeover::{self, Takeovers, Uplinks};
+use super::xdp::{Xdp, XdpMode, XdpStanding};
 use super::{DataplaneError, hooks, sys};
 use crate::paths::Paths;
 use crate::policy::prefix::Prefix;
@@ -57,11 +59,17 @@ pub(super) struct UplinkPrograms {
     masquerade: LpmTrie<MapData, Addr, u32>,
     switches: Array<MapData, u32>,
     takeovers: Takeovers,
+    xdp: Xdp,
 }
 
 impl UplinkPrograms {
     /// Takes maps and loaded programs out of the object.
-    pub(super) fn take(ebpf: &mut Ebpf, paths: &Paths) -> Result<Self, DataplaneError> {
+    pub(super) fn take(
+        ebpf: &mut Ebpf,
+        paths: &Paths,
+        xdp: XdpMode,
+    ) -> Result<Self, DataplaneError> {
+        let xdp = Xdp::load(ebpf, paths, xdp);
         let mut programs = Vec::new();
         for hook in &UPLINK_HOOKS {
             let program = program_fd(ebpf, hook.program)?.try_clone();
@@ -85,6 +93,7 @@ impl UplinkPrograms {
             masquerade: masquerade.map_err(|error: MapError| unexpected("MASQUERADE", error))?,
             switches: switches.map_err(|error: MapError| unexpected("SWITCHES", error))?,
             takeovers: Takeovers::default(),
+            xdp,
         })
     }
 
@@ -109,7 +118,10 @@ impl UplinkPrograms {
         }
         let (now, announced) = (self.rows()?, self.announced()?);
         self.takeovers.listen(&now, &announced);
-        let is_new = |(index, value): &(&u32, &UplinkValue)| before.get(*index) != Some(*value);
+        let is_new = |(index, value): &(&u32, &UplinkValue)| {
+            let known = before.get(*index).map(UplinkValue::on_the_link);
+            known != Some(value.on_the_link())
+        };
         let new = now.iter().filter(is_new);
         takeover::tell(
             &new.map(|(index, value)| (*index, *value)).collect(),
@@ -202,6 +214,11 @@ impl UplinkPrograms {
         rows.map_err(|error| failed("read UPLINKS", &error))
     }
 
+    /// How each uplink's frames are looked at.
+    pub(super) fn xdp(&self) -> Vec<XdpStanding> {
+        self.xdp.standings()
+    }
+
     fn attach(&mut self, uplink: &Uplink) -> Result<(), DataplaneError> {
         let of_family = |v6: bool| {
             let first = uplink
@@ -210,11 +227,21 @@ impl UplinkPrograms {
                 .find(|address| address.is_ipv6() == v6);
             first.map_or([0; 4], |address: &IpAddr| addr_of(*address))
         };
+        // Others send by it what has come in their drivers, until it is known that they cannot.
+        let before = self
+            .uplinks
+            .get(&uplink.index, 0)
+            .map_or(XDP_OFF, |row| row.xdp);
         let value = UplinkValue {
             v4: of_family(false),
             v6: of_family(true),
             mac: uplink.mac,
-            _pad: [0; 2],
+            xdp: if self.xdp.keeps(before) {
+                before
+            } else {
+                XDP_OFF
+            },
+            _pad: 0,
         };
         (self.uplinks.insert(uplink.index, value, 0))
             .map_err(|error| failed("write UPLINKS", &error))?;
@@ -237,11 +264,20 @@ impl UplinkPrograms {
                 DataplaneError::kernel(what, &error)
             })?;
         }
+        // The last: what it leaves is theirs.
+        let xdp = self.xdp.attach(uplink);
+        if xdp != value.xdp {
+            (self
+                .uplinks
+                .insert(uplink.index, UplinkValue { xdp, ..value }, 0))
+            .map_err(|error| failed("write UPLINKS", &error))?;
+        }
         Ok(())
     }
 
     fn detach(&mut self, ifindex: u32) -> Result<(), DataplaneError> {
         // Ingress first, the other way round.
+        self.xdp.detach(ifindex);
         for hook in UPLINK_HOOKS.iter().rev() {
             let pin = self.links.join(pin_name(ifindex, hook));
             unpin(&pin).map_err(|error| {
@@ -279,7 +315,7 @@ pub(super) fn remove_filters(paths: &Paths) -> io::Result<()> {
 }
 
 /// Ends a pinned link now: the kernel does it some time later when only the pin goes.
-fn unpin(pin: &Path) -> io::Result<()> {
+pub(super) fn unpin(pin: &Path) -> io::Result<()> {
     match sys::open_pinned(pin).and_then(|link| sys::link_detach(link.as_fd())) {
         // No link, or its interface is gone and the attachment with it.
         Err(error)

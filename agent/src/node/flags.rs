@@ -8,6 +8,7 @@ use ipnet::IpNet;
 
 use super::reservation::{Capacity, Reservation, default_agent, default_system};
 use crate::cgroups::limits::{POD_PIDS_MAX, Policy};
+use crate::dataplane::XdpMode;
 use crate::feed::node_info::PODS_MAX_DEFAULT;
 use crate::network::masquerade::{Masquerade, NEVER_COUNT_MAX};
 use crate::network::{NetworkConfig, Routing, RoutingConfig};
@@ -66,6 +67,9 @@ pub struct NetworkFlags {
     /// pods, nodes and Services
     #[arg(long, value_name = "CIDRS", value_delimiter = ',')]
     pub non_masquerade_cidrs: Vec<IpNet>,
+    /// Services for clients outside: where the node's interfaces look at frames first
+    #[arg(long, value_name = "WHERE", value_enum, default_value_t)]
+    pub xdp: XdpMode,
     /// How the pods of other nodes are reached; the same on all nodes
     #[arg(long, value_name = "WAY", value_enum, default_value_t)]
     pub routing: Routing,

@@ -231,6 +231,7 @@ fn figures(
                 warn!(%error, "no counts of packets");
                 Counts::default()
             }),
+            xdp: dataplane.xdp(),
             routes: routes.borrow().counts(),
             unreached: routes.borrow().problems.len(),
             names: names.as_ref().map(|text| text()).unwrap_or_default(),

@@ -10,7 +10,7 @@ use gantry_api::proto::{ProgrammedBackend, ProgrammedService};
 
 use super::sample::{PodSample, Sample};
 use crate::cgroups::stats::{Pressure, Stats};
-use crate::dataplane::Counts;
+use crate::dataplane::{Counts, XdpStanding};
 use crate::services::index::{ip_of, parse_address};
 use crate::services::shown::Fill;
 
@@ -38,6 +38,8 @@ pub struct AgentFigures {
     pub services: Vec<ProgrammedService>,
     /// What the eBPF programs counted.
     pub counts: Counts,
+    /// How each uplink's frames are looked at.
+    pub xdp: Vec<XdpStanding>,
     /// Prefixes of other nodes' pods that are reached directly, and by the tunnel.
     pub routes: (usize, usize),
     /// Problems with routes to other nodes' pods.
@@ -228,6 +230,7 @@ pub fn render(sample: &Sample, agent: &AgentFigures) -> String {
     node(&mut text, sample, agent);
     services(&mut text, agent);
     counts(&mut text, &agent.counts);
+    xdp(&mut text, &agent.xdp);
     text.push_str(&agent.names);
     text
 }
@@ -411,6 +414,19 @@ fn counts(text: &mut String, counts: &Counts) {
     }
 }
 
+/// Where each uplink's frames are looked at first. Why it is off is in the log.
+fn xdp(text: &mut String, standings: &[XdpStanding]) {
+    let help = "1 for each interface towards the outside and how XDP is on it: off, native.";
+    let mut uplinks = family(text, "gantry_uplink_xdp", "gauge", help);
+    for standing in standings {
+        let labels = [
+            ("interface", standing.interface.as_str()),
+            ("mode", standing.mode),
+        ];
+        uplinks.line(&labels, 1.0);
+    }
+}
+
 /// Services that this node refuses: nobody is ready.
 fn refusing(text: &mut String, agent: &AgentFigures) {
     let help = "1 for each Service that is programmed and has a frontend without backends.";
@@ -479,6 +495,11 @@ mod tests {
                 drops: vec![("policy", 12), ("ttl", 0)],
                 events: vec![("translated", 7)],
             },
+            xdp: vec![XdpStanding {
+                interface: "eth0".into(),
+                mode: "native",
+                reason: None,
+            }],
             services: vec![
                 service("web", vec![frontend(2)]),
                 service("db", vec![frontend(1), frontend(0)]),
@@ -490,6 +511,7 @@ mod tests {
             "gantry_drop_packets_total{reason=\"policy\"} 12",
             "gantry_drop_packets_total{reason=\"ttl\"} 0",
             "gantry_dataplane_events_total{event=\"translated\"} 7",
+            "gantry_uplink_xdp{interface=\"eth0\",mode=\"native\"} 1",
             "gantry_service_without_backends{namespace=\"shop\",service=\"db\"} 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");

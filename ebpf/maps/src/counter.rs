@@ -18,11 +18,14 @@ pub const DEVICE_DENIED: u32 = 6;
 /// Flows of pods to the outside that leave from the node's own address.
 pub const MASQUERADED: u32 = 7;
 
+/// Packets that went on from the network card's driver, before the kernel had made packets of them.
+pub const XDP_SENT: u32 = 8;
+
 /// Entries of `COUNTERS`.
-pub const COUNTER_COUNT: u32 = 8;
+pub const COUNTER_COUNT: u32 = 16;
 
 /// The name of each counter in use, by index, for metrics and reports.
-pub const COUNTER_NAMES: [&str; 8] = [
+pub const COUNTER_NAMES: [&str; 9] = [
     "translated",
     "affinity_hits",
     "no_backend",
@@ -31,4 +34,5 @@ pub const COUNTER_NAMES: [&str; 8] = [
     "reversed",
     "device_denied",
     "masqueraded",
+    "xdp_sent",
 ];

@@ -30,7 +30,7 @@ pub mod services;
 pub mod uplink;
 
 /// Version of the layouts in this crate; part of the directory in which maps are pinned.
-pub const LAYOUT_VERSION: u32 = 4;
+pub const LAYOUT_VERSION: u32 = 5;
 
 /// A marker for types that may be copied to and from a map as bytes.
 macro_rules! plain_old_data {

@@ -27,6 +27,11 @@ pub const NODE_OWN: u32 = 2;
 /// tunnel), and be refused there as forged: it is sent the node's own address.
 pub const NODE_BEHIND: u32 = 3;
 
+/// `UplinkValue::xdp`: no program sees its frames before the kernel has made packets of them.
+pub const XDP_OFF: u8 = 0;
+/// `UplinkValue::xdp`: one does, in the driver.
+pub const XDP_NATIVE: u8 = 1;
+
 /// Entries of `MASQUERADE`, whose key is a prefix of addresses and its value [`POD`], [`NEVER`] or both.
 pub const MASQUERADE_COUNT_MAX: u32 = 16_384;
 /// `MASQUERADE`: addresses of this node's pods.
@@ -56,15 +61,28 @@ pub struct UplinkValue {
     pub v6: Addr,
     /// Its hardware address.
     pub mac: Mac,
+    /// One of the `XDP_` constants: whether what has come in other drivers may be sent by it.
+    pub xdp: u8,
     /// Always 0.
-    pub _pad: [u8; 2],
+    pub _pad: u8,
+}
+
+impl UplinkValue {
+    /// What the hosts of its link know of it.
+    pub const fn on_the_link(&self) -> Self {
+        Self {
+            xdp: XDP_OFF,
+            ..*self
+        }
+    }
 }
 
 const _: () = {
     assert!(size_of::<UplinkValue>() == 40);
     assert!(offset_of!(UplinkValue, v6) == 16);
     assert!(offset_of!(UplinkValue, mac) == 32);
-    assert!(offset_of!(UplinkValue, _pad) == 38);
+    assert!(offset_of!(UplinkValue, xdp) == 38);
+    assert!(offset_of!(UplinkValue, _pad) == 39);
 };
 
 plain_old_data!(UplinkValue);

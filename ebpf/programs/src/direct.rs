@@ -15,8 +15,10 @@
 //! nodes make differently, because one has not heard of a change yet, sends a packet on until its hops
 //! are used up, and the client sends it again.
 
+use core::ffi::c_void;
+
 use aya_ebpf::bindings::{bpf_fib_lookup as FibLookup, bpf_redir_neigh as NextHop};
-use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect_neigh};
+use aya_ebpf::helpers::bpf_redirect_neigh;
 use aya_ebpf::programs::TcContext;
 use ebpf_maps::drop;
 use ebpf_maps::flow::{DIRECT_RETURN, Ends, REPLIED, ZONE_OUTSIDE};
@@ -25,7 +27,7 @@ use ebpf_maps::services::Addr;
 use crate::conntrack;
 use crate::drop::drop;
 use crate::maps::{FLOWS, UPLINKS};
-use crate::outside::{AF_INET, AF_INET6, age, ifindex, is_found, same};
+use crate::outside::{AF_INET, AF_INET6, Hook, age, is_found, same};
 use crate::work::Work;
 
 /// Where packets that become `ends` go.
@@ -36,13 +38,19 @@ struct Way {
 }
 
 /// Whether what becomes `work.becomes` can go on as it is.
+#[inline(always)]
+pub fn can(hook: Hook, work: &Work) -> bool {
+    can_from(hook.ctx, hook.ifindex, work)
+}
+
 #[inline(never)]
-pub fn can(ctx: &TcContext, work: &Work) -> bool {
+fn can_from(ctx: *mut c_void, ifindex: u32, work: &Work) -> bool {
     let mut way = Way {
         ifindex: 0,
         hop: [0; 4],
     };
-    find(ctx, work.packet.is_v6, &work.becomes, &mut way)
+    let hook = Hook { ctx, ifindex };
+    find(hook, work.packet.is_v6, &work.becomes, &mut way)
 }
 
 /// Marks the flow of the packet, which has just begun.
@@ -61,7 +69,7 @@ pub fn send(ctx: &TcContext, work: &mut Work) -> i32 {
         ifindex: 0,
         hop: [0; 4],
     };
-    if !find(ctx, work.packet.is_v6, &work.becomes, &mut way) {
+    if !find(Hook::of(ctx), work.packet.is_v6, &work.becomes, &mut way) {
         // The way is another than it was: who sends again begins anew, and leaves from this node's address.
         conntrack::forget(work, ZONE_OUTSIDE);
         return drop(drop::NO_SOURCE);
@@ -85,32 +93,26 @@ pub fn send(ctx: &TcContext, work: &mut Work) -> i32 {
 
 /// False: not by an uplink, or nobody stands between.
 #[inline(always)]
-fn find(ctx: &TcContext, is_v6: bool, ends: &Ends, way: &mut Way) -> bool {
+fn find(hook: Hook, is_v6: bool, ends: &Ends, way: &mut Way) -> bool {
     // SAFETY: made of integers, for which zero is a value.
     let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
-    lookup.ifindex = ifindex(ctx);
-    if is_v6 {
-        lookup.family = AF_INET6;
-        lookup.__bindgen_anon_3.ipv6_src = ends.source;
-        lookup.__bindgen_anon_4.ipv6_dst = ends.destination;
-    } else {
-        lookup.family = AF_INET;
-        lookup.__bindgen_anon_3.ipv4_src = ends.source[3];
-        lookup.__bindgen_anon_4.ipv4_dst = ends.destination[3];
-    }
-    let size = core::mem::size_of::<FibLookup>() as i32;
-    // SAFETY: the helper takes this hook's context and fills the structure that it is given.
-    let found = unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), &raw mut lookup, size, 0) };
+    let found = hook.look_up(is_v6, ends, 0, &mut lookup);
     if !is_found(found) || UPLINKS.get_ptr(&lookup.ifindex).is_none() {
         return false;
     }
     way.ifindex = lookup.ifindex;
+    way.hop = next_hop(&lookup, is_v6, ends);
+    !same(&way.hop, &ends.destination)
+}
+
+/// Who stands between this node and the destination; the destination itself, if nobody does.
+#[inline(always)]
+pub fn next_hop(found: &FibLookup, is_v6: bool, ends: &Ends) -> Addr {
     // SAFETY: the helper has written the next hop in the place of the destination, of the same family.
     unsafe {
-        way.hop = match is_v6 {
-            true => lookup.__bindgen_anon_4.ipv6_dst,
-            false => [0, 0, ends.destination[2], lookup.__bindgen_anon_4.ipv4_dst],
-        };
+        match is_v6 {
+            true => found.__bindgen_anon_4.ipv6_dst,
+            false => [0, 0, ends.destination[2], found.__bindgen_anon_4.ipv4_dst],
+        }
     }
-    !same(&way.hop, &ends.destination)
 }

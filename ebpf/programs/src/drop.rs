@@ -12,9 +12,10 @@ pub fn drop(reason: u32) -> i32 {
     TC_ACT_SHOT
 }
 
+/// Counts a drop.
 // Called and not inlined: there are many places that drop.
 #[inline(never)]
-fn count(reason: u32) -> u32 {
+pub fn count(reason: u32) -> u32 {
     if let Some(value) = DROPS.get_ptr_mut(reason) {
         // SAFETY: the pointer is this CPU's own element, checked by the lookup; a packet of another
         // hook that interrupts may cost one count, never more.

@@ -43,9 +43,10 @@ mod socket;
 mod spoof;
 mod translate;
 mod work;
+mod xdp;
 
-use aya_ebpf::macros::{cgroup_device, cgroup_sock, cgroup_sock_addr, classifier};
-use aya_ebpf::programs::{DeviceContext, SockAddrContext, SockContext, TcContext};
+use aya_ebpf::macros::{cgroup_device, cgroup_sock, cgroup_sock_addr, classifier, xdp};
+use aya_ebpf::programs::{DeviceContext, SockAddrContext, SockContext, TcContext, XdpContext};
 use ebpf_maps::event::{POINT_FROM_OUTSIDE, POINT_FROM_POD, POINT_TO_OUTSIDE, POINT_TO_POD};
 
 use crate::service::Call;
@@ -142,6 +143,12 @@ pub fn to_pod(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn from_netdev(ctx: TcContext) -> i32 {
     event::told(&ctx, POINT_FROM_OUTSIDE, outside::received)
+}
+
+/// In the driver of an uplink, where it is told to be, before `from_netdev`.
+#[xdp(frags)]
+pub fn xdp_netdev(ctx: XdpContext) -> u32 {
+    xdp::received(&ctx)
 }
 
 /// At the egress of an uplink: what leaves for outside.

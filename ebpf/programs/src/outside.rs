@@ -22,6 +22,8 @@
 //! Fragments have no ports but in the first, which the others follow: one that comes before it goes on
 //! as it is, to nobody, or is dropped where it would show a pod's address.
 
+use core::ffi::c_void;
+
 use aya_ebpf::bindings::{TC_ACT_UNSPEC, bpf_fib_lookup as FibLookup};
 use aya_ebpf::helpers::{bpf_fib_lookup, bpf_redirect, bpf_redirect_neigh};
 use aya_ebpf::maps::lpm_trie::Key;
@@ -39,7 +41,7 @@ use ebpf_maps::{counter, drop};
 use crate::drop::{drop, packed, unpacked};
 use crate::maps::{BACKENDS, FRONTENDS, NODE_ADDRESSES, SOURCE_RANGES, UPLINKS, count, work};
 use crate::packet::{
-    ACK, Frame, ICMP_V6, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP, parse, read,
+    ACK, Context, Frame, ICMP_V6, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP, parse, read,
 };
 use crate::service::{
     Client, Frontend, READ_ATTEMPTS, backend_at, count_chosen, read_frontend, takes_more, usable,
@@ -50,7 +52,7 @@ use crate::{announce, conntrack, direct, event, failing, masquerade, nat, policy
 pub const AF_INET: u8 = 2;
 pub const AF_INET6: u8 = 10;
 /// Answers of `bpf_fib_lookup`: BPF_FIB_LKUP_RET_{SUCCESS,NO_NEIGH,FRAG_NEEDED}.
-const FIB_SUCCESS: i64 = 0;
+pub const FIB_SUCCESS: i64 = 0;
 const FIB_NO_NEIGHBOUR: i64 = 7;
 const FIB_TOO_LARGE: i64 = 8;
 
@@ -61,10 +63,10 @@ const PACKET_OTHERHOST: u32 = 3;
 const TABLE_ATTEMPTS: u32 = 4;
 
 /// Answers of [`choose`] that are no id of a backend.
-const NO_FRONTEND: u32 = u32::MAX;
-const NO_BACKEND: u32 = u32::MAX - 1;
-const NO_BACKEND_HERE: u32 = u32::MAX - 2;
-const NOT_ADMITTED: u32 = u32::MAX - 3;
+pub const NO_FRONTEND: u32 = u32::MAX;
+pub const NO_BACKEND: u32 = u32::MAX - 1;
+pub const NO_BACKEND_HERE: u32 = u32::MAX - 2;
+pub const NOT_ADMITTED: u32 = u32::MAX - 3;
 
 /// What became of a packet. One word, for the reason that `drop::packed` has.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -221,7 +223,7 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
             NO_BACKEND => return Ok(Outcome::REFUSED),
             NO_BACKEND_HERE => return Err(drop::NO_BACKEND_HERE),
             NOT_ADMITTED => return Err(drop::SOURCE_RANGE),
-            id => begin(ctx, work, id)?,
+            id => begin(Hook::of(ctx), work, id)?,
         }
     }
     masquerade::remember_fragments(ctx, work);
@@ -233,24 +235,27 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
     Ok(Outcome::TRANSLATED)
 }
 
-/// Whether it was sent to another host of the link: what a bridge has not learned yet goes to all.
+/// Whether it was sent to another host of the link: an address that a bridge does not know goes to all.
 #[inline(always)]
 fn is_for_another(ctx: &TcContext) -> bool {
     // SAFETY: the kernel passes a valid context.
-    if unsafe { (*ctx.skb.skb).pkt_type } != PACKET_OTHERHOST {
+    let kind = unsafe { (*ctx.skb.skb).pkt_type };
+    kind == PACKET_OTHERHOST && !is_to(ctx, ifindex(ctx))
+}
+
+/// Whether a frame is for the hardware address of this uplink.
+#[inline(always)]
+pub fn is_to(ctx: &impl Context, ifindex: u32) -> bool {
+    let (Some(uplink), Some(to)) = (UPLINKS.get_ptr(&ifindex), read::<Mac>(ctx, 0)) else {
         return false;
-    }
-    let (Some(uplink), Some(to)) = (UPLINKS.get_ptr(&ifindex(ctx)), read::<Mac>(ctx, 0)) else {
-        return true;
     };
     // SAFETY: the pointer is an element of the map, checked by the lookup.
-    let own = unsafe { (*uplink).mac };
-    (0..own.len()).any(|byte| own[byte] != to[byte])
+    same_mac(&to, unsafe { &(*uplink).mac })
 }
 
 /// Whether a known flow goes on: see `translate::stands`.
 #[inline(always)]
-fn stands(flow: &FlowValue, packet: &Packet) -> bool {
+pub fn stands(flow: &FlowValue, packet: &Packet) -> bool {
     let begins = packet.proto == UDP || packet.kind & (SYN | ACK) == SYN;
     flow.flags & IS_REPLY != 0 || !begins || usable(flow.backend_id, flow.service_id).is_some()
 }
@@ -259,7 +264,7 @@ fn stands(flow: &FlowValue, packet: &Packet) -> bool {
 ///
 /// One number comes back, so that the verifier goes on once, however the choice was made.
 #[inline(never)]
-fn choose(work: &mut Work) -> u32 {
+pub fn choose(work: &mut Work) -> u32 {
     let packet = &work.packet;
     let Some((key, mut value)) = frontend_of(packet) else {
         return NO_FRONTEND;
@@ -437,7 +442,7 @@ fn weighed(slot: u32, service_id: u32, flow: u32) -> u64 {
 
 /// Makes the flow known, and `work.becomes` what its packets become.
 #[inline(always)]
-fn begin(ctx: &TcContext, work: &mut Work, backend_id: u32) -> Result<(), u32> {
+pub fn begin(hook: Hook, work: &mut Work, backend_id: u32) -> Result<(), u32> {
     let Some(backend) = BACKENDS.get(backend_id).filter(|_| backend_id != 0) else {
         return Err(drop::BROKEN_SLOT);
     };
@@ -447,11 +452,11 @@ fn begin(ctx: &TcContext, work: &mut Work, backend_id: u32) -> Result<(), u32> {
     let (zone, service_id) = (ZONE_OUTSIDE, backend.service_id);
     count(counter::TRANSLATED);
     count_chosen(backend_id);
-    let Some(uplink) = UPLINKS.get_ptr(&route(ctx, work.packet.is_v6, &work.becomes)) else {
+    let Some(uplink) = UPLINKS.get_ptr(&route(hook, work.packet.is_v6, &work.becomes)) else {
         let has_begun = conntrack::begin(work, zone, backend_id, service_id);
         return has_begun.then_some(()).ok_or(drop::FLOWS_FULL);
     };
-    if work.frontend_flags & FRONTEND_DIRECT_RETURN != 0 && direct::can(ctx, work) {
+    if work.frontend_flags & FRONTEND_DIRECT_RETURN != 0 && direct::can(hook, work) {
         if !conntrack::begin(work, zone, backend_id, service_id) {
             return Err(drop::FLOWS_FULL);
         }
@@ -490,7 +495,7 @@ fn refuse(ctx: &TcContext, work: &Work) -> i32 {
 #[inline(always)]
 fn send_on(ctx: &TcContext, work: &mut Work) -> i32 {
     work.becomes = work.packet.ends();
-    let out = route(ctx, work.packet.is_v6, &work.becomes);
+    let out = route(Hook::of(ctx), work.packet.is_v6, &work.becomes);
     if UPLINKS.get_ptr(&out).is_none() {
         return TC_ACT_UNSPEC;
     }
@@ -519,24 +524,53 @@ pub fn age(ctx: &TcContext, is_v6: bool) -> Result<(), u32> {
     ctx.store(at, &(hops - 1), 0).map_err(|_| drop::MALFORMED)
 }
 
+/// Where a program runs: its context, of whatever kind, and the interface.
+#[derive(Clone, Copy)]
+pub struct Hook {
+    pub ctx: *mut c_void,
+    pub ifindex: u32,
+}
+
+impl Hook {
+    #[inline(always)]
+    pub fn of(ctx: &TcContext) -> Self {
+        Self {
+            ctx: ctx.skb.skb.cast(),
+            ifindex: ifindex(ctx),
+        }
+    }
+
+    /// Asks the node's routes about such packets; with a length, also whether they are too long.
+    #[inline(always)]
+    pub fn look_up(self, is_v6: bool, ends: &Ends, length: u16, lookup: &mut FibLookup) -> i64 {
+        lookup.ifindex = self.ifindex;
+        lookup.__bindgen_anon_1.tot_len = length;
+        if is_v6 {
+            lookup.family = AF_INET6;
+            lookup.__bindgen_anon_3.ipv6_src = ends.source;
+            lookup.__bindgen_anon_4.ipv6_dst = ends.destination;
+        } else {
+            lookup.family = AF_INET;
+            lookup.__bindgen_anon_3.ipv4_src = ends.source[3];
+            lookup.__bindgen_anon_4.ipv4_dst = ends.destination[3];
+        }
+        let size = core::mem::size_of::<FibLookup>() as i32;
+        // SAFETY: the helper takes this hook's context and fills the structure that it is given.
+        unsafe { bpf_fib_lookup(self.ctx, core::ptr::from_mut(lookup), size, 0) }
+    }
+}
+
 /// The interface that the node's routes name for such packets; 0: an own address, or no route.
+#[inline(always)]
+fn route(hook: Hook, is_v6: bool, ends: &Ends) -> u32 {
+    route_from(hook.ctx, hook.ifindex, is_v6, ends)
+}
+
 #[inline(never)]
-fn route(ctx: &TcContext, is_v6: bool, ends: &Ends) -> u32 {
+fn route_from(ctx: *mut c_void, ifindex: u32, is_v6: bool, ends: &Ends) -> u32 {
     // SAFETY: made of integers, for which zero is a value.
     let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
-    lookup.ifindex = ifindex(ctx);
-    if is_v6 {
-        lookup.family = AF_INET6;
-        lookup.__bindgen_anon_3.ipv6_src = ends.source;
-        lookup.__bindgen_anon_4.ipv6_dst = ends.destination;
-    } else {
-        lookup.family = AF_INET;
-        lookup.__bindgen_anon_3.ipv4_src = ends.source[3];
-        lookup.__bindgen_anon_4.ipv4_dst = ends.destination[3];
-    }
-    let size = core::mem::size_of::<FibLookup>() as i32;
-    // SAFETY: the helper takes this hook's context and fills the structure that it is given.
-    let found = unsafe { bpf_fib_lookup(ctx.skb.skb.cast(), &raw mut lookup, size, 0) };
+    let found = Hook { ctx, ifindex }.look_up(is_v6, ends, 0, &mut lookup);
     match is_found(found) {
         true => lookup.ifindex,
         false => 0,
@@ -553,6 +587,12 @@ pub fn is_found(answer: i64) -> bool {
 pub fn ifindex(ctx: &TcContext) -> u32 {
     // SAFETY: the kernel passes a valid context.
     unsafe { (*ctx.skb.skb).ifindex }
+}
+
+/// Equality without a call to memcmp.
+#[inline(always)]
+pub fn same_mac(a: &Mac, b: &Mac) -> bool {
+    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4] && a[5] == b[5]
 }
 
 /// Equality without a call to memcmp.

@@ -14,7 +14,7 @@
 
 use core::mem::size_of;
 
-use aya_ebpf::programs::TcContext;
+use aya_ebpf::programs::{TcContext, XdpContext};
 use ebpf_maps::endpoint::Mac;
 use ebpf_maps::flow::Ends;
 use ebpf_maps::services::{Addr, v4_mapped};
@@ -114,9 +114,79 @@ pub enum Frame {
     Malformed,
 }
 
+/// A frame as a hook lends it: of a packet of the kernel's, or as a network card has left it.
+pub trait Context {
+    /// Where it begins, and where what can be read in its place ends.
+    fn bounds(&self) -> (usize, usize);
+    /// Whether it was in a VLAN: the tag is not in its place.
+    fn is_tagged(&self) -> bool;
+    /// All of its bytes, wherever they lie.
+    fn length(&self) -> u32;
+    /// Moves so many of its first bytes to where they can be read; false: they cannot be.
+    fn pull(&self, length: u32) -> bool;
+    /// A copy of bytes at any offset; none: they are not there, or there is no helper that copies them.
+    fn copied<T>(&self, offset: usize) -> Option<T>;
+}
+
+impl Context for TcContext {
+    #[inline(always)]
+    fn bounds(&self) -> (usize, usize) {
+        (self.data(), self.data_end())
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        // SAFETY: the kernel passes a valid context.
+        unsafe { (*self.skb.skb).vlan_present != 0 }
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        self.len()
+    }
+
+    #[inline(always)]
+    fn pull(&self, length: u32) -> bool {
+        self.pull_data(length).is_ok()
+    }
+
+    #[inline(always)]
+    fn copied<T>(&self, offset: usize) -> Option<T> {
+        self.load(offset).ok()
+    }
+}
+
+/// What needs more than the headers of a usual packet is left to the hooks of the other kind.
+impl Context for XdpContext {
+    #[inline(always)]
+    fn bounds(&self) -> (usize, usize) {
+        (self.data(), self.data_end())
+    }
+
+    #[inline(always)]
+    fn is_tagged(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn length(&self) -> u32 {
+        (self.data_end() - self.data()) as u32
+    }
+
+    #[inline(always)]
+    fn pull(&self, _length: u32) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn copied<T>(&self, _offset: usize) -> Option<T> {
+        None
+    }
+}
+
 /// Reads a frame into `packet`.
 #[inline(never)]
-pub fn parse(ctx: &TcContext, packet: &mut Packet) -> Frame {
+pub fn parse<C: Context>(ctx: &C, packet: &mut Packet) -> Frame {
     let frame = parse_here(ctx, packet);
     if frame != Frame::Ip {
         packet.flags = NO_IP;
@@ -125,14 +195,14 @@ pub fn parse(ctx: &TcContext, packet: &mut Packet) -> Frame {
 }
 
 #[inline(always)]
-fn parse_here(ctx: &TcContext, packet: &mut Packet) -> Frame {
-    // SAFETY: the kernel passes a valid context.
-    if unsafe { (*ctx.skb.skb).vlan_present } != 0 {
+fn parse_here<C: Context>(ctx: &C, packet: &mut Packet) -> Frame {
+    if ctx.is_tagged() {
         return Frame::Other;
     }
-    let (length, wanted) = (ctx.len(), CONTIGUOUS);
+    let (length, wanted) = (ctx.length(), CONTIGUOUS);
     let wanted = if length < wanted { length } else { wanted };
-    if ctx.data() + (wanted as usize) > ctx.data_end() && ctx.pull_data(wanted).is_err() {
+    let (start, end) = ctx.bounds();
+    if start + (wanted as usize) > end && !ctx.pull(wanted) {
         return Frame::Malformed;
     }
     let parsed = match read::<u16>(ctx, 12) {
@@ -156,8 +226,9 @@ pub fn source_mac(ctx: &TcContext) -> Option<Mac> {
 
 /// Bytes of the packet at a constant offset, where they lie.
 #[inline(always)]
-pub fn read<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
-    let (start, end) = (ctx.data() + offset, ctx.data_end());
+pub fn read<T: Copy>(ctx: &impl Context, offset: usize) -> Option<T> {
+    let (start, end) = ctx.bounds();
+    let start = start + offset;
     if start + size_of::<T>() > end {
         return None;
     }
@@ -167,7 +238,7 @@ pub fn read<T: Copy>(ctx: &TcContext, offset: usize) -> Option<T> {
 }
 
 #[inline(always)]
-fn v4(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+fn v4<C: Context>(ctx: &C, packet: &mut Packet) -> Option<()> {
     let version_length: u8 = read(ctx, IP_OFFSET)?;
     let fragment = u16::from_be(read(ctx, IP_OFFSET + 6)?);
     let length = u32::from(version_length & 15) * 4;
@@ -198,13 +269,13 @@ fn v4(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
     } else if length == V4_LENGTH as u32 {
         l4(packet, |at| read(ctx, IP_OFFSET + V4_LENGTH + at));
     } else {
-        l4(packet, |at| ctx.load(length as usize + IP_OFFSET + at).ok());
+        l4(packet, |at| ctx.copied(length as usize + IP_OFFSET + at));
     }
     Some(())
 }
 
 #[inline(always)]
-fn v6(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
+fn v6<C: Context>(ctx: &C, packet: &mut Packet) -> Option<()> {
     let version: u8 = read(ctx, IP_OFFSET)?;
     let mut next: u8 = read(ctx, IP_OFFSET + 6)?;
     if version >> 4 != 6 {
@@ -234,7 +305,7 @@ fn v6(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
             return None;
         }
         followed += 1;
-        let [following, length, high, low] = ctx.load::<[u8; 4]>(offset as usize).ok()?;
+        let [following, length, high, low] = ctx.copied::<[u8; 4]>(offset as usize)?;
         let length = match next {
             FRAGMENT => {
                 flags |= IS_FRAGMENT;
@@ -253,7 +324,7 @@ fn v6(ctx: &TcContext, packet: &mut Packet) -> Option<()> {
     packet.flags = flags;
     packet.l4_offset = offset;
     if flags & NO_L4 == 0 {
-        l4(packet, |at| ctx.load(offset as usize + at).ok());
+        l4(packet, |at| ctx.copied(offset as usize + at));
     }
     Some(())
 }

@@ -1,7 +1,7 @@
 //! A place for one test of the data plane: cgroup, bpffs, namespaces; gone when it is dropped.
 
 use std::fs;
-use std::io::{IoSliceMut, Write};
+use std::io::{self, IoSliceMut, Write};
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg, setsockopt, sockopt};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
-use super::super::{BpfDataplane, Options, load, remove_all};
+use super::super::{BpfDataplane, Options, XdpMode, load, remove_all};
 use crate::paths::Paths;
 use crate::services::index::{addr_of, ip_of};
 use crate::view::{Backends, ServiceName, View};
@@ -80,6 +80,7 @@ impl Bed {
             node: "here".into(),
             resolver,
             masquerade: None,
+            xdp: XdpMode::Off,
         };
         BpfDataplane::start(&self.paths, &self.cgroup_v2, options).unwrap()
     }
@@ -216,6 +217,27 @@ fn loopback_up() {
     let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }
+
+/// Switches an offload of an interface of the calling thread's namespace, by the number of its command in
+/// `include/uapi/linux/ethtool.h`.
+pub(super) fn set_offload(interface: &str, command: u32, on: bool) {
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let mut value = [command, u32::from(on)];
+    // SAFETY: an all-zero ifreq is a valid one.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
+    // SAFETY: the request and the value that it points to live through the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL.into(), &raw mut request) };
+    let error = io::Error::last_os_error();
+    assert_eq!(result, 0, "{interface}: {error}");
+}
+
+/// ETHTOOL_STXCSUM: the sums of what is sent are left to others.
+pub(super) const SUMS: u32 = 0x17;
+const SIOCETHTOOL: u16 = 0x8946;
 
 /// Runs `ip` in the calling thread's network namespace.
 pub(super) fn try_ip(arguments: &str) -> Result<(), String> {

@@ -17,9 +17,9 @@ use super::frames::{TCP, UDP};
 use super::maps::Maps;
 use super::outside::{CLIENT, NODE, OTHER, Outside};
 use super::wires::{Place, SHORT, Wires, at, received, tcp_to, udp_to};
-use crate::dataplane::load;
 use crate::dataplane::pods::Attachment;
 use crate::dataplane::uplinks::UplinkPrograms;
+use crate::dataplane::{XdpMode, load};
 use crate::services::index::addr_of;
 
 /// A pod of the second node.
@@ -45,11 +45,12 @@ impl Second {
     fn new(outside: &Outside) -> Self {
         let place = Place::new();
         let mut ebpf = load::load(&place.paths).unwrap().ebpf;
-        let mut uplinks = UplinkPrograms::take(&mut ebpf, &place.paths).unwrap();
+        let mut uplinks = UplinkPrograms::take(&mut ebpf, &place.paths, XdpMode::Off).unwrap();
         outside.other.run(|| {
             let uplink = Uplink {
                 index: if_nametoindex("eth0").unwrap(),
                 name: "eth0".into(),
+                kind: "veth".into(),
                 mac: [2, 0, 0, 0, 1, 2],
                 addresses: OTHER.map(|text| text.parse().unwrap()).into(),
             };

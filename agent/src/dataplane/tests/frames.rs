@@ -215,6 +215,22 @@ pub(super) fn assert_checksums(frame: &[u8]) {
     }
 }
 
+/// The same frame of TCP or UDP as it is on its way on the machine that sends it: its sum is that of the
+/// pseudo header, and the network card is to add the rest.
+pub(super) fn partial(frame: &[u8]) -> Vec<u8> {
+    let mut partial = frame.to_vec();
+    let (source, destination) = ends(frame);
+    let (header, proto) = match frame[14] >> 4 {
+        4 => (20, frame[23]),
+        _ => (40, frame[20]),
+    };
+    let l4 = 14 + header;
+    let covered = pseudo(source.ip(), destination.ip(), proto, frame.len() - l4);
+    let place = l4 + if proto == TCP { 16 } else { 6 };
+    partial[place..place + 2].copy_from_slice(&(!sum(&[&covered])).to_be_bytes());
+    partial
+}
+
 /// Source and destination of a frame's packet; ports are 0 where there are none.
 pub(super) fn ends(frame: &[u8]) -> (SocketAddr, SocketAddr) {
     ends_of_packet(&frame[14..])

@@ -100,7 +100,8 @@ fn set_uplink(programs: &Programs, v4: &str, v6: &str) {
         v4: addr(v4),
         v6: addr(v6),
         mac: NODE_MAC,
-        _pad: [0; 2],
+        xdp: 0,
+        _pad: 0,
     };
     let mut uplinks = programs.hash::<u32, UplinkValue>("UPLINKS");
     uplinks.insert(OWN_IFINDEX, value, 0).unwrap();

@@ -25,17 +25,17 @@ pub(super) const NODE: [&str; 2] = ["192.0.2.1", "2001:db8::1"];
 pub(super) const OTHER: [&str; 2] = ["192.0.2.2", "2001:db8::2"];
 pub(super) const CLIENT: [&str; 2] = ["192.0.2.100", "2001:db8::100"];
 /// A pod of the other node.
-const REMOTE: [&str; 2] = ["10.244.1.2", "fd00:244:1::2"];
+pub(super) const REMOTE: [&str; 2] = ["10.244.1.2", "fd00:244:1::2"];
 /// Addresses that are routed to the node and on no interface of it.
-const ROUTED: [&str; 2] = ["198.51.100.7", "2001:db8:7::7"];
-const NODE_PORT: u16 = 30_080;
-const MAC: [u8; 6] = [2, 0, 0, 0, 1, 1];
+pub(super) const ROUTED: [&str; 2] = ["198.51.100.7", "2001:db8:7::7"];
+pub(super) const NODE_PORT: u16 = 30_080;
+pub(super) const MAC: [u8; 6] = [2, 0, 0, 0, 1, 1];
 
 pub(super) struct Outside {
     pub wires: Wires,
     pub client: Namespace,
     pub other: Namespace,
-    _lan: Namespace,
+    pub lan: Namespace,
 }
 
 /// Joins a namespace to the link, as its `eth0`.
@@ -59,7 +59,7 @@ pub(super) fn join(lan: &Namespace, namespace: &Namespace, number: u8, addresses
 }
 
 impl Outside {
-    fn new(attachment: Attachment) -> Option<Self> {
+    pub(super) fn new(attachment: Attachment) -> Option<Self> {
         Self::around(Wires::attached()?, attachment)
     }
 
@@ -94,19 +94,20 @@ impl Outside {
             wires,
             client,
             other,
-            _lan: lan,
+            lan,
         };
         *outside.wires.uplinks.attachment() = attachment;
         outside.attach();
         Some(outside)
     }
 
-    fn attach(&mut self) {
+    pub(super) fn attach(&mut self) {
         let (node, uplinks) = (&self.wires.node, &mut self.wires.uplinks);
         node.run(|| {
             let uplink = Uplink {
                 index: if_nametoindex("eth0").unwrap(),
                 name: "eth0".into(),
+                kind: "veth".into(),
                 mac: MAC,
                 addresses: NODE.map(|text| text.parse().unwrap()).into(),
             };
@@ -115,7 +116,7 @@ impl Outside {
     }
 
     /// Serves an address, TCP and UDP, by these backends.
-    fn serve(&self, address: &str, port: u16, scope: u8, backends: &[SocketAddr]) {
+    pub(super) fn serve(&self, address: &str, port: u16, scope: u8, backends: &[SocketAddr]) {
         let shown: Vec<String> = backends.iter().map(ToString::to_string).collect();
         let shown: Vec<&str> = shown.iter().map(String::as_str).collect();
         for proto in [TCP, UDP] {
@@ -126,14 +127,14 @@ impl Outside {
         }
     }
 
-    fn node_port(&self, family: usize, backends: &[SocketAddr]) -> SocketAddr {
+    pub(super) fn node_port(&self, family: usize, backends: &[SocketAddr]) -> SocketAddr {
         let any = ["0.0.0.0", "::"][family];
         self.serve(any, NODE_PORT, SCOPE_OUTSIDE_NODE_PORT, backends);
         at(NODE[family], NODE_PORT)
     }
 
     /// Sets flags of a frontend that is there.
-    fn set_flags(&self, address: SocketAddr, scope: u8, flags: u32) {
+    pub(super) fn set_flags(&self, address: SocketAddr, scope: u8, flags: u32) {
         let mut frontends = self.wires.hash::<FrontendKey, FrontendValue>("FRONTENDS");
         for proto in [TCP, UDP] {
             let key = FrontendKey {
@@ -151,7 +152,7 @@ impl Outside {
 
     /// The client reaches `backend` in `server` by `frontend`, by both protocols, and is answered by
     /// the frontend; what the server sees as its client.
-    fn reaches(
+    pub(super) fn reaches(
         &self,
         frontend: SocketAddr,
         server: &Namespace,
@@ -166,7 +167,7 @@ impl Outside {
         [tcp_seen, udp_seen]
     }
 
-    fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
+    pub(super) fn connect(&self, to: SocketAddr) -> io::Result<TcpStream> {
         self.client.run(|| TcpStream::connect_timeout(&to, SHORT))
     }
 

@@ -73,8 +73,8 @@ fn node() -> Option<Programs> {
         v4: addr(FAMILIES[0].node),
         v6: addr(FAMILIES[1].node),
         mac: NODE_MAC,
-
-        _pad: [0; 2],
+        xdp: 0,
+        _pad: 0,
     };
     let mut uplinks = programs.hash::<u32, UplinkValue>("UPLINKS");
     uplinks.insert(OWN_IFINDEX, value, 0).unwrap();

@@ -15,7 +15,7 @@ use ebpf_maps::services::Addr;
 
 use super::frames::Mac;
 use super::maps::Maps;
-use crate::dataplane::{load, sys};
+use crate::dataplane::{load, sys, xdp};
 use crate::services::index::addr_of;
 
 /// The index of the interface under test.
@@ -65,6 +65,7 @@ impl Programs {
         }
         let mut ebpf = EbpfLoader::new().btf(None).load(load::OBJECT).unwrap();
         load::load_packets(&mut ebpf).unwrap();
+        load::load_program(&mut ebpf, xdp::PROGRAM).unwrap();
         Some(Self { ebpf })
     }
 
@@ -192,17 +193,15 @@ impl Programs {
     /// Instructions that the verifier walked, by program.
     pub(super) fn verified(&self) -> Vec<(String, u32)> {
         let programs = self.ebpf.programs();
-        let classifiers = programs.filter_map(|(name, program)| match program {
-            Program::SchedClassifier(classifier) => Some((name, classifier)),
+        let infos = programs.filter_map(|(name, program)| match program {
+            Program::SchedClassifier(classifier) => Some((name, classifier.info())),
+            Program::Xdp(xdp) => Some((name, xdp.info())),
             _ => None,
         });
-        classifiers
-            .map(|(name, program)| {
-                let info = program.info().unwrap();
-                (
-                    name.to_owned(),
-                    info.verified_instruction_count().unwrap_or(0),
-                )
+        infos
+            .map(|(name, info)| {
+                let count = info.unwrap().verified_instruction_count();
+                (name.to_owned(), count.unwrap_or(0))
             })
             .collect()
     }

@@ -16,7 +16,7 @@ use super::maps::Maps;
 use crate::dataplane::pods::{Attachment, PodPrograms};
 use crate::dataplane::policies::Policies;
 use crate::dataplane::uplinks::UplinkPrograms;
-use crate::dataplane::{Bandwidth, PodInterface, bpffs, hooks, load, remove_all};
+use crate::dataplane::{Bandwidth, PodInterface, XdpMode, bpffs, hooks, load, remove_all};
 use crate::ids::PodUid;
 use crate::paths::Paths;
 
@@ -112,7 +112,7 @@ impl Wires {
         let programs = PodPrograms::take(&mut ebpf, &paths).unwrap();
         let mut policies = Policies::take(&mut ebpf, Some(GATEWAY.parse().unwrap())).unwrap();
         [0, 1].iter().for_each(|pod| policies.open(&uid(*pod)));
-        let uplinks = UplinkPrograms::take(&mut ebpf, &paths).unwrap();
+        let uplinks = UplinkPrograms::take(&mut ebpf, &paths, XdpMode::Off).unwrap();
         Some(Self {
             node,
             pods,

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use aya::maps::MapInfo;
 use aya::programs::{ProgramInfo, SchedClassifier, TestRun, TestRunOptions, loaded_programs};
 use aya::sys::Stats;
-use gantry_agent::dataplane::{Bandwidth, BpfDataplane, Dataplane, Options, PodInterface};
+use gantry_agent::dataplane::{Bandwidth, BpfDataplane, Dataplane, Options, PodInterface, XdpMode};
 use gantry_agent::ids::PodUid;
 use gantry_agent::view::View;
 use gantry_cni::uplinks::Uplink;
@@ -48,6 +48,7 @@ impl Gantry {
             node: NODE.into(),
             resolver: None,
             masquerade: None,
+            xdp: XdpMode::Off,
         };
         let dataplane = BpfDataplane::start(&bed::paths(), &cgroup, options)?;
         let pods = (0..POD_COUNT).map(uid).collect::<Result<Vec<_>>>()?;
@@ -78,6 +79,7 @@ impl Gantry {
             let uplink = Uplink {
                 index: if_nametoindex("eth0")?,
                 name: "eth0".into(),
+                kind: "veth".into(),
                 mac: UPLINK_MAC,
                 addresses: vec![IpAddr::V4(NODE_ADDRESS)],
             };
