@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
 use aya::maps::{HashMap, Map, MapData};
-use gantry_agent::dataplane::{self, BpfDataplane, Dataplane, Options};
+use gantry_agent::dataplane::{self, BpfDataplane, Dataplane, Options, XdpMode};
 use gantry_agent::ids::PodUid;
 use gantry_agent::network::masquerade::Masquerade;
 use gantry_agent::network::{
@@ -401,6 +401,7 @@ impl Node {
             node: name.into(),
             resolver: None,
             masquerade: Some(Masquerade::default()),
+            xdp: XdpMode::Off,
         };
         let (of_paths, of_cgroup) = (paths.clone(), cgroup.clone());
         let dataplane =
