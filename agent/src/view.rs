@@ -46,14 +46,41 @@ pub type Backends = OrdMap<String, Arc<proto::Backend>>;
 pub struct Settings {
     /// This node's pod prefix; none until the control plane has allocated it.
     pub pod_cidr: Option<IpNet>,
+    /// The one of the second family, in a cluster that has two.
+    pub pod_cidr_second: Option<IpNet>,
     /// All nodes' pod prefixes lie within this.
     pub cluster_cidr: Option<IpNet>,
+    /// Those of the second family.
+    pub cluster_cidr_second: Option<IpNet>,
     /// Where cluster IPs come from.
     pub service_cidr: Option<IpNet>,
+    /// Those of the second family.
+    pub service_cidr_second: Option<IpNet>,
     /// `cluster.local`
     pub cluster_domain: String,
     /// The resolver address in the pods' resolv.conf; a frontend that every node serves itself.
     pub dns_service_ip: Option<IpAddr>,
+}
+
+impl Settings {
+    /// This node's pod prefixes, one of each family at most.
+    pub fn pod_cidrs(&self) -> impl Iterator<Item = IpNet> + use<> {
+        self.pod_cidr.into_iter().chain(self.pod_cidr_second)
+    }
+
+    /// Where all nodes' pod prefixes lie.
+    pub fn cluster_cidrs(&self) -> impl Iterator<Item = IpNet> + use<> {
+        self.cluster_cidr
+            .into_iter()
+            .chain(self.cluster_cidr_second)
+    }
+
+    /// Where cluster IPs come from.
+    pub fn service_cidrs(&self) -> impl Iterator<Item = IpNet> + use<> {
+        self.service_cidr
+            .into_iter()
+            .chain(self.service_cidr_second)
+    }
 }
 
 /// Everything this node must know at one revision.

@@ -4,10 +4,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
-use ipnet::Ipv4Net;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use crate::controllers::PoolRange;
 use crate::controllers::api_service::API_SERVICE_KEY;
+use crate::ranges::Ranges;
 use crate::restore::RestoreArguments;
 use crate::store::seal::KEY_FILE;
 
@@ -68,17 +69,22 @@ pub struct Arguments {
     #[arg(long = "san", value_name = "NAME")]
     pub sans: Vec<String>,
 
-    /// Pods get their addresses from here
-    #[arg(long, value_name = "CIDR", default_value = "10.244.0.0/16")]
-    pub cluster_cidr: Ipv4Net,
+    /// Pods get their addresses from here; with an IPv6 range as well they get one of each family
+    #[arg(long, value_name = "CIDR[,CIDR]", default_value = "10.244.0.0/16")]
+    pub cluster_cidr: Ranges,
 
     /// Length of each node's part of the cluster CIDR
     #[arg(long, value_name = "BITS", default_value_t = 24)]
     pub node_cidr_prefix: u8,
 
-    /// Services get their cluster IPs from here
-    #[arg(long, value_name = "CIDR", default_value = "10.96.0.0/16")]
-    pub service_cidr: Ipv4Net,
+    /// The same of the IPv6 one
+    #[arg(long, value_name = "BITS", default_value_t = 64)]
+    pub node_cidr_prefix_v6: u8,
+
+    /// Services get their cluster IPs from here; with an IPv6 range as well they may have one of each
+    /// family
+    #[arg(long, value_name = "CIDR[,CIDR]", default_value = "10.96.0.0/16")]
+    pub service_cidr: Ranges,
 
     /// Services of type LoadBalancer get their addresses from here: addresses that routers or
     /// neighbours bring to the nodes, and that nothing else uses (may be repeated) [default: none]
@@ -184,17 +190,35 @@ impl Arguments {
                 reason,
             })
         };
-        let (cluster, services) = (self.cluster_cidr, self.service_cidr);
-        for (flag, range) in [("--cluster-cidr", cluster), ("--service-cidr", services)] {
+        let both = [
+            ("--cluster-cidr", self.cluster_cidr),
+            ("--service-cidr", self.service_cidr),
+        ];
+        for (flag, range) in both
+            .iter()
+            .flat_map(|(flag, it)| it.all().map(move |it| (flag, it)))
+        {
             if range.addr() != range.network() {
                 let reason = format!("bits are set beyond the prefix: use {}", range.trunc());
                 return error(flag, &range, reason);
             }
         }
-        if cluster.contains(&services) || services.contains(&cluster) {
-            let reason = format!("overlaps with --cluster-cidr {cluster}");
-            return error("--service-cidr", &services, reason);
+        let (clusters, services) = (self.cluster_cidr.all(), self.service_cidr.all());
+        let services: Vec<IpNet> = services.collect();
+        for cluster in clusters {
+            let overlaps = |it: &&IpNet| cluster.contains(*it) || it.contains(&cluster);
+            if let Some(range) = services.iter().find(overlaps) {
+                let reason = format!("overlaps with --cluster-cidr {cluster}");
+                return error("--service-cidr", range, reason);
+            }
         }
+        if let Some(cluster) = self.cluster_cidr.v6 {
+            self.check_v6(cluster)?;
+        } else if let Some(range) = self.service_cidr.v6 {
+            let reason = "pods have no IPv6 addresses: give --cluster-cidr one of each family too";
+            return error("--service-cidr", &range, reason.to_owned());
+        }
+        let (cluster, services) = (self.cluster_cidr.v4, self.service_cidr.v4);
         if !(8..=28).contains(&services.prefix_len()) {
             let reason = "the prefix must be between /8 and /28".to_owned();
             return error("--service-cidr", &services, reason);
@@ -212,9 +236,10 @@ impl Arguments {
             return error("--node-cidr-prefix", &prefix, reason);
         }
         for range in &self.load_balancer_pool {
-            let others = [("--cluster-cidr", cluster), ("--service-cidr", services)];
-            let meets = |net: Ipv4Net| range.overlaps(&net.into());
-            if let Some((flag, net)) = others.into_iter().find(|(_, net)| meets(*net)) {
+            let others = both
+                .iter()
+                .flat_map(|(flag, it)| it.all().map(move |it| (flag, it)));
+            if let Some((flag, net)) = others.into_iter().find(|(_, net)| range.overlaps(net)) {
                 let reason = format!("overlaps with {flag} {net}");
                 return error("--load-balancer-pool", range, reason);
             }
@@ -246,14 +271,41 @@ impl Arguments {
         given.unwrap_or_else(|| self.data_dir.join(KEY_FILE))
     }
 
+    fn check_v6(&self, cluster: Ipv6Net) -> Result<(), ConfigError> {
+        let error = |flag, value: &dyn ToString, reason: String| {
+            Err(ConfigError {
+                flag,
+                value: value.to_string(),
+                reason,
+            })
+        };
+        let prefix = self.node_cidr_prefix_v6;
+        let least = cluster.prefix_len();
+        if prefix < least || prefix > 120 {
+            let reason = format!("must be between {least} (the IPv6 cluster CIDR's own) and 120");
+            return error("--node-cidr-prefix-v6", &prefix, reason);
+        }
+        if prefix - least > 16 {
+            let reason = "would cut the IPv6 cluster CIDR into more than 65,536 parts".to_owned();
+            return error("--node-cidr-prefix-v6", &prefix, reason);
+        }
+        match self.service_cidr.v6 {
+            Some(range) if !(48..=124).contains(&range.prefix_len()) => {
+                let reason = "the IPv6 prefix must be between /48 and /124".to_owned();
+                error("--service-cidr", &range, reason)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The resolver's cluster IP: the tenth address of the service range, as Kubernetes has it.
     pub fn dns_service_ip(&self) -> Ipv4Addr {
-        nth_address(self.service_cidr, 10)
+        nth_address(self.service_cidr.v4, 10)
     }
 
     /// The API's cluster IP: the first of the service range, as Kubernetes has it.
     pub fn api_service_ip(&self) -> Ipv4Addr {
-        nth_address(self.service_cidr, 1)
+        nth_address(self.service_cidr.v4, 1)
     }
 
     /// Cluster IPs that no other Service may take, with whose they are.
@@ -323,6 +375,19 @@ mod tests {
     }
 
     #[test]
+    fn a_cluster_may_have_both_families() {
+        let arguments = parse(&[
+            "--cluster-cidr",
+            "10.244.0.0/16,fd00:10:244::/56",
+            "--service-cidr",
+            "10.96.0.0/16,fd00:10:96::/112",
+        ]);
+        let arguments = arguments.unwrap();
+        assert_eq!(arguments.cluster_cidr.all().count(), 2);
+        assert_eq!(arguments.dns_service_ip().to_string(), "10.96.0.10");
+    }
+
+    #[test]
     fn agents_are_directory_and_node() {
         let arguments = parse(&["--agent-credentials", "/etc/a:b:worker-1.rack"]).unwrap();
         let expected = AgentCredentials {
@@ -342,6 +407,33 @@ mod tests {
             (&["--service-cidr", "10.96.0.1/16"], "use 10.96.0.0/16"),
             (&["--service-cidr", "10.96.0.0/30"], "/28"),
             (&["--node-cidr-prefix", "8"], "between 16"),
+            (&["--cluster-cidr", "fd00::/56"], "IPv4"),
+            (
+                &["--cluster-cidr", "10.0.0.0/16,fd00::1/56"],
+                "use fd00::/56",
+            ),
+            (
+                &["--service-cidr", "10.96.0.0/16,fd96::/112"],
+                "--cluster-cidr",
+            ),
+            (
+                &[
+                    "--node-cidr-prefix-v6",
+                    "56",
+                    "--cluster-cidr",
+                    "10.244.0.0/16,fd00::/64",
+                ],
+                "between 64",
+            ),
+            (
+                &[
+                    "--service-cidr",
+                    "10.96.0.0/16,fd00:0:0:1::/112",
+                    "--cluster-cidr",
+                    "10.244.0.0/16,fd00::/56",
+                ],
+                "overlaps",
+            ),
             (&["--cluster-domain", "Cluster.Local"], "DNS name"),
             (&["--san", "a b"], "DNS name"),
             (

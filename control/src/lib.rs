@@ -20,6 +20,7 @@ pub mod feed;
 pub mod hold;
 pub mod joining;
 pub mod pki;
+pub mod ranges;
 pub mod restore;
 pub mod run;
 pub mod scheduler;

@@ -119,6 +119,7 @@ impl Control {
         let settings = controllers::Settings {
             cluster_cidr: arguments.cluster_cidr,
             node_prefix_len: arguments.node_cidr_prefix,
+            node_prefix_len_v6: arguments.node_cidr_prefix_v6,
             node_grace_period: grace,
             hold,
             ca_certificate: control.certificates.ca().to_owned(),

@@ -358,12 +358,8 @@ impl Zone {
                 _ => found(Vec::new()),
             };
         }
-        let prefixes = [settings.service_cidr, settings.cluster_cidr];
-        if prefixes
-            .iter()
-            .flatten()
-            .any(|prefix| prefix.contains(&address))
-        {
+        let mut prefixes = settings.service_cidrs().chain(settings.cluster_cidrs());
+        if prefixes.any(|prefix| prefix.contains(&address)) {
             return Answer::NoName;
         }
         Answer::Forward

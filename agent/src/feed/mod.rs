@@ -561,10 +561,22 @@ pub fn run(
 
 /// The cluster's settings as Welcome has them; what does not parse counts as not given.
 fn settings_of(welcome: &proto::Welcome) -> Settings {
+    let [pod, cluster, service] = [
+        &welcome.pod_cidr,
+        &welcome.cluster_cidr,
+        &welcome.service_cidr,
+    ]
+    .map(|text| {
+        let mut parts = text.split(',').map(|part| part.trim().parse().ok());
+        [parts.next().flatten(), parts.next().flatten()]
+    });
     Settings {
-        pod_cidr: welcome.pod_cidr.parse().ok(),
-        cluster_cidr: welcome.cluster_cidr.parse().ok(),
-        service_cidr: welcome.service_cidr.parse().ok(),
+        pod_cidr: pod[0],
+        pod_cidr_second: pod[1],
+        cluster_cidr: cluster[0],
+        cluster_cidr_second: cluster[1],
+        service_cidr: service[0],
+        service_cidr_second: service[1],
         cluster_domain: welcome.cluster_domain.clone(),
         dns_service_ip: welcome.dns_service_ip.parse().ok(),
     }

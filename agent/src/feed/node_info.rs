@@ -5,7 +5,7 @@
 //! that eviction defends. Pressure is judged elsewhere ([`crate::pressure`]) and shown here.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -69,6 +69,8 @@ struct Machine {
     disk_bytes: u64,
     hostname: String,
     address: Option<IpAddr>,
+    /// That of IPv6 on the same interface.
+    address_v6: Option<Ipv6Addr>,
     boot_id: String,
     machine_id: String,
     system_uuid: String,
@@ -160,6 +162,9 @@ fn text(path: &str) -> String {
 impl Machine {
     fn read(lib: &Path, own_address: &OwnAddress) -> Self {
         let (memory_bytes, swap_bytes) = memory(&text("/proc/meminfo"));
+        let routes = text("/proc/net/route");
+        let v6 = default_interface(&routes)
+            .and_then(|name| own_v6_address(&text("/proc/net/if_inet6"), name));
         Self {
             cpu_count: cpu_count(),
             memory_bytes,
@@ -167,6 +172,7 @@ impl Machine {
             disk_bytes: disk(lib),
             hostname: text("/proc/sys/kernel/hostname"),
             address: own_address.read(),
+            address_v6: v6,
             boot_id: text("/proc/sys/kernel/random/boot_id"),
             machine_id: text("/etc/machine-id"),
             system_uuid: text("/sys/class/dmi/id/product_uuid"),
@@ -234,6 +240,23 @@ fn first_address(addresses: &[(String, Ipv4Addr)], default: Option<&str>) -> Opt
         .iter()
         .find(|(name, ip)| !is_own(name) && !ip.is_loopback() && !ip.is_link_local());
     on_default.or(other).map(|(_, ip)| IpAddr::V4(*ip))
+}
+
+/// The lasting global IPv6 address of an interface with the lowest number, in `/proc/net/if_inet6`.
+fn own_v6_address(table: &str, interface: &str) -> Option<Ipv6Addr> {
+    /// Where it holds: everywhere.
+    const GLOBAL: &str = "00";
+    /// Temporary, duplicate, deprecated (`IFA_F_*`).
+    const FLEETING: u32 = 0x01 | 0x08 | 0x20;
+    let addresses = table.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace();
+        let address = u128::from_str_radix(fields.next()?, 16).ok()?;
+        let (scope, flags, name) = (fields.nth(2)?, fields.next()?, fields.next()?);
+        let flags = u32::from_str_radix(flags, 16).ok()?;
+        let is_it = name == interface && scope == GLOBAL && flags & FLEETING == 0;
+        is_it.then(|| Ipv6Addr::from(address))
+    });
+    addresses.min()
 }
 
 fn condition(kind: &str, status: bool, reason: &str, message: &str) -> NodeCondition {
@@ -424,6 +447,8 @@ fn node(identity: &NodeIdentity, machine: &Machine, pressures: &BTreeSet<Resourc
         .address
         .or(machine.address)
         .unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    // What an administrator has chosen is alone.
+    let second = machine.address_v6.filter(|_| identity.address.is_none());
     let mut labels = identity.labels.clone();
     labels.insert("kubernetes.io/hostname".into(), identity.name.clone());
     labels.insert("kubernetes.io/arch".into(), arch.into());
@@ -451,10 +476,13 @@ fn node(identity: &NodeIdentity, machine: &Machine, pressures: &BTreeSet<Resourc
             machine.disk_bytes.saturating_sub(reserved.disk_bytes),
             identity,
         )),
-        addresses: Some(vec![
-            named("InternalIP", address.to_string()),
-            named("Hostname", hostname.clone()),
-        ]),
+        addresses: Some(
+            [named("InternalIP", address.to_string())]
+                .into_iter()
+                .chain(second.map(|second| named("InternalIP", second.to_string())))
+                .chain([named("Hostname", hostname.clone())])
+                .collect(),
+        ),
         conditions: Some(conditions(identity, machine, pressures)),
         node_info: Some(NodeSystemInfo {
             architecture: arch.into(),
@@ -506,6 +534,37 @@ mod tests {
         assert_eq!(own.of("a".into(), |_| panic!("listed again")), at(1));
         assert_eq!(own.of("b".into(), |_| None), None);
         assert_eq!(own.of("a".into(), |_| at(2)), at(2));
+    }
+
+    #[test]
+    fn the_second_address_is_a_lasting_one_of_the_same_interface() {
+        let table = "\
+            fe800000000000005054000001fffe0c 02 40 20 80 eth0\n\
+            fd001000000000000000000000010012 02 40 00 80 eth0\n\
+            fd001000000000000000000000010011 02 40 00 01 eth0\n\
+            fd001000000000000000000000020001 03 40 00 80 eth1\n\
+            00000000000000000000000000000001 01 80 10 80 lo\n";
+        let address = |name| own_v6_address(table, name).map(|address| address.to_string());
+        assert_eq!(address("eth0"), Some("fd00:1000::1:12".into()));
+        assert_eq!(address("eth1"), Some("fd00:1000::2:1".into()));
+        assert_eq!(address("lo"), None);
+        let machine = Machine {
+            address: Some([192, 0, 2, 7].into()),
+            address_v6: own_v6_address(table, "eth0"),
+            ..Machine::default()
+        };
+        let addresses = |identity: &NodeIdentity| {
+            let node = node(identity, &machine, &BTreeSet::new());
+            let all = node.status.and_then(|status| status.addresses);
+            all.into_iter()
+                .flatten()
+                .map(|it| it.address)
+                .collect::<Vec<_>>()
+        };
+        let mut identity = NodeIdentity::new("a".into());
+        assert_eq!(addresses(&identity), ["192.0.2.7", "fd00:1000::1:12", "a"]);
+        identity.address = Some([192, 0, 2, 8].into());
+        assert_eq!(addresses(&identity), ["192.0.2.8", "a"]);
     }
 
     #[test]

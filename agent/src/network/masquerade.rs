@@ -51,21 +51,23 @@ pub fn rows(masquerade: &Masquerade, view: &View) -> BTreeMap<Prefix, u32> {
     let settings = &view.settings;
     let mut given: BTreeMap<Prefix, u32> = BTreeMap::new();
     let mut add = |net: IpNet, value: u32| *given.entry(net.into()).or_default() |= value;
-    for own in settings.pod_cidr.iter().chain(&masquerade.standalone) {
-        add(*own, POD | NEVER);
+    for own in settings.pod_cidrs().chain(masquerade.standalone) {
+        add(own, POD | NEVER);
     }
-    let cluster = settings.cluster_cidr.iter().chain(&settings.service_cidr);
+    let cluster = settings.cluster_cidrs().chain(settings.service_cidrs());
     let nowhere = NOWHERE.iter().filter_map(|text| text.parse().ok());
-    let never = cluster.chain(&masquerade.never).copied().chain(nowhere);
+    let never = cluster
+        .chain(masquerade.never.iter().copied())
+        .chain(nowhere);
     never.for_each(|net| add(net, NEVER));
-    let within = settings.cluster_cidr.map(Prefix::from);
+    let within: Vec<Prefix> = settings.cluster_cidrs().map(Prefix::from).collect();
     let parts = view
         .nodes
         .values()
         .flat_map(|node| node.pod_cidr.split(','));
     for net in parts.filter_map(|part| part.trim().parse::<IpNet>().ok()) {
         // Mostly in the cluster's prefix, and then nothing new.
-        if !within.is_some_and(|cluster| cluster.contains(net.into())) {
+        if !within.iter().any(|cluster| cluster.contains(net.into())) {
             add(net, NEVER);
         }
     }

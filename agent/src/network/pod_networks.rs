@@ -183,15 +183,16 @@ impl PodNetworks {
                 self.runner.find_all(&list)?;
                 Ok(Wiring::Chain(list))
             }
-            _ => match self.view.borrow().settings.pod_cidr {
-                Some(prefix) => Ok(Wiring::Bridge {
-                    prefixes: vec![prefix],
-                }),
-                None => Err(NetworkError::NotReady(
-                    "this node has no pod prefix yet: the control plane has not allocated one"
-                        .into(),
-                )),
-            },
+            _ => {
+                let prefixes: Vec<IpNet> = self.view.borrow().settings.pod_cidrs().collect();
+                match prefixes.is_empty() {
+                    false => Ok(Wiring::Bridge { prefixes }),
+                    true => Err(NetworkError::NotReady(
+                        "this node has no pod prefix yet: the control plane has not allocated one"
+                            .into(),
+                    )),
+                }
+            }
         }
     }
 

@@ -122,7 +122,7 @@ impl<'a> Planner<'a> {
         if own_addresses.is_empty() {
             own_addresses.clone_from(&config.addresses);
         }
-        let mut own_prefixes: Vec<IpNet> = view.settings.pod_cidr.into_iter().collect();
+        let mut own_prefixes: Vec<IpNet> = view.settings.pod_cidrs().collect();
         let of_view = own.map(|own| prefixes(&own.pod_cidr)).unwrap_or_default();
         own_prefixes.extend(of_view.into_iter().filter_map(Result::ok));
         own_prefixes.sort();

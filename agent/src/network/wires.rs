@@ -67,8 +67,8 @@ impl Wirer {
     pub(super) fn prefixes(&self) -> Option<Vec<IpNet>> {
         match chain::load(&self.conf_dir) {
             Ok(list) if list.as_ref().is_none_or(chain::NetworkList::is_ours) => {
-                let prefix = self.view.borrow().settings.pod_cidr;
-                prefix.map(|prefix| vec![prefix])
+                let prefixes: Vec<IpNet> = self.view.borrow().settings.pod_cidrs().collect();
+                (!prefixes.is_empty()).then_some(prefixes)
             }
             _ => None,
         }

@@ -305,11 +305,7 @@ pub static SERVICE_SPEC: &[Rule] = &[
     yes("healthCheckNodePort"),
     yes("internalTrafficPolicy"),
     yes("ipFamilies"),
-    warn(
-        "ipFamilyPolicy",
-        &["\"SingleStack\""],
-        "services have one address",
-    ),
+    yes("ipFamilyPolicy"),
     yes("loadBalancerClass"),
     yes("loadBalancerIP"),
     Rule {
@@ -921,10 +917,10 @@ mod tests {
         }));
         assert!(findings.errors.is_empty(), "{:?}", findings.errors);
         assert!(findings.warnings.is_empty(), "{:?}", findings.warnings);
-        let service = json!({"spec": {"ipFamilyPolicy": "PreferDualStack"}});
-        let findings = check(resolve("service").unwrap(), &service);
+        let claim = json!({"spec": {"persistentVolumeReclaimPolicy": "Recycle"}});
+        let findings = check(resolve("persistentvolume").unwrap(), &claim);
         assert!(
-            findings.warnings[0].starts_with("spec.ipFamilyPolicy: "),
+            findings.warnings[0].starts_with("spec.persistentVolumeReclaimPolicy: "),
             "{findings:?}"
         );
     }

@@ -76,6 +76,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::hold::Hold;
+use crate::ranges::Ranges;
 use crate::server::registry::{Registry, Resource};
 pub use autoscale::UsageSource;
 pub use load_balancer::{AddressPool, PoolRange};
@@ -93,9 +94,11 @@ const WORKER_COUNT: usize = 4;
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// Addresses of all pods; every node gets a part of it.
-    pub cluster_cidr: Ipv4Net,
+    pub cluster_cidr: Ranges,
     /// Prefix length of a node's part, in bits.
     pub node_prefix_len: u8,
+    /// The same of its IPv6 part, in a cluster of both families.
+    pub node_prefix_len_v6: u8,
     /// A node whose lease was not renewed for this long is not ready.
     pub node_grace_period: Duration,
     /// The CA's certificate (PEM), for pods to check the API with; empty: not published.
@@ -111,8 +114,9 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            cluster_cidr: Ipv4Net::new_assert(std::net::Ipv4Addr::new(10, 244, 0, 0), 16),
+            cluster_cidr: Ipv4Net::new_assert(std::net::Ipv4Addr::new(10, 244, 0, 0), 16).into(),
             node_prefix_len: 24,
+            node_prefix_len_v6: 64,
             node_grace_period: Duration::from_secs(40),
             ca_certificate: String::new(),
             autoscale_interval: Duration::from_secs(15),

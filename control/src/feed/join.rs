@@ -98,7 +98,7 @@ pub(super) struct NodeFacts {
     pub(super) dead: bool,
     /// Condition Ready is True.
     pub(super) ready: bool,
-    /// spec.podCIDR; empty until allocated.
+    /// spec.podCIDRs, with commas; empty until allocated.
     pub(super) pod_cidr: String,
     /// status.addresses of type InternalIP.
     pub(super) addresses: Vec<Bytes>,
@@ -488,6 +488,14 @@ fn env_blobs(
     }
 }
 
+/// All of them, with commas.
+fn pod_cidrs(spec: &core::NodeSpec) -> String {
+    match spec.pod_cidrs.as_deref() {
+        Some(all) if !all.is_empty() => all.join(","),
+        _ => spec.pod_cidr.clone().unwrap_or_default(),
+    }
+}
+
 impl NodeFacts {
     pub(super) fn new(node: &core::Node) -> Self {
         let status = node.status.as_ref();
@@ -504,11 +512,7 @@ impl NodeFacts {
         Self {
             dead: ready == Some("Unknown"),
             ready: ready == Some("True"),
-            pod_cidr: node
-                .spec
-                .as_ref()
-                .and_then(|spec| spec.pod_cidr.clone())
-                .unwrap_or_default(),
+            pod_cidr: node.spec.as_ref().map(pod_cidrs).unwrap_or_default(),
             addresses: addresses
                 .filter(|address| address.type_ == "InternalIP")
                 .filter_map(|address| address_bytes(&address.address))

@@ -40,10 +40,10 @@ use gantry_api::proto::feed_server::FeedServer;
 use gantry_api::proto::images_server::ImagesServer;
 use gantry_api::proto::pods_server::PodsServer;
 use gantry_api::proto::stats_server::StatsServer;
-use ipnet::Ipv4Net;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use crate::ranges::Ranges;
 use crate::server::{Registry, Tokens};
 
 mod adopt;
@@ -87,9 +87,9 @@ pub struct Settings {
     /// The resolver address in pods' resolv.conf.
     pub dns_service_ip: Ipv4Addr,
     /// Where cluster IPs come from.
-    pub service_cidr: Ipv4Net,
+    pub service_cidr: Ranges,
     /// All nodes' pod prefixes lie within this.
-    pub cluster_cidr: Ipv4Net,
+    pub cluster_cidr: Ranges,
     /// Signs the tokens of pods' service accounts.
     pub tokens: Tokens,
 }

@@ -85,7 +85,8 @@ struct Session {
     writing: BTreeSet<String>,
     floor_waits: Waits,
     /// Welcome carried no pod prefix: the agent has to come back for it.
-    lacks_pod_cidr: bool,
+    /// The pod prefixes that the agent was told.
+    pod_cidr: String,
     /// The node's conditions as the agent gave them last.
     conditions: Value,
 }
@@ -230,7 +231,7 @@ impl Session {
             None => (proto::welcome::Mode::Full, Cursor::default()),
         };
         let settings = &inner.settings;
-        let lacks_pod_cidr = pod_cidr.is_empty();
+        let told = pod_cidr.clone();
         let mut welcome = proto::Welcome {
             session,
             lineage: Some(lineage),
@@ -264,7 +265,7 @@ impl Session {
             event_writes: 0,
             writing: BTreeSet::new(),
             floor_waits: Waits::default(),
-            lacks_pod_cidr,
+            pod_cidr: told,
             conditions,
         };
         this.send(down::Message::Welcome(welcome)).await?;
@@ -317,8 +318,8 @@ impl Session {
                 () = link.private.notified() => dirty = true,
                 () = sleep_until(next_commit), if may_send => {
                     dirty = false;
-                    if self.lacks_pod_cidr && self.inner.pod_cidr(&self.node).is_some() {
-                        return Err(leave("the node has got its pod prefix"));
+                    if self.inner.pod_cidr(&self.node).is_some_and(|now| now != self.pod_cidr) {
+                        return Err(leave("the node has got another pod prefix"));
                     }
                     if self.send_step().await? {
                         next_commit = Instant::now() + PACE;

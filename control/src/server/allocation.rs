@@ -16,11 +16,11 @@
 
 use std::collections::HashMap;
 use std::hash::Hash;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ipnet::Ipv4Net;
+use crate::ranges::Ranges;
 
 /// Ports that Services of type NodePort and LoadBalancer take.
 pub(super) const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
@@ -52,11 +52,13 @@ pub(super) enum AllocationError {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Wanted {
     /// Addresses that must be these.
-    pub(super) addresses: Vec<Ipv4Addr>,
+    pub(super) addresses: Vec<IpAddr>,
     /// Ports that must be these.
     pub(super) ports: Vec<u16>,
-    /// Whether any one address is to be drawn.
+    /// Whether any one IPv4 address is to be drawn.
     pub(super) draw_address: bool,
+    /// The same of IPv6.
+    pub(super) draw_address_v6: bool,
     /// How many ports are to be drawn.
     pub(super) draw_port_count: usize,
 }
@@ -64,13 +66,13 @@ pub(super) struct Wanted {
 /// The summary of what is taken; clones share it.
 #[derive(Clone)]
 pub(super) struct Allocator {
-    range: Ipv4Net,
+    ranges: Ranges,
     taken: Arc<Mutex<Taken>>,
 }
 
 #[derive(Default)]
 struct Taken {
-    addresses: Ledger<Ipv4Addr>,
+    addresses: Ledger<IpAddr>,
     ports: Ledger<u16>,
 }
 
@@ -94,12 +96,14 @@ struct Holder {
 #[must_use = "settle or release it by the outcome of the write"]
 #[derive(Debug)]
 pub(super) struct Claim {
-    /// The addresses drawn, at most one.
-    pub(super) drawn_address: Option<Ipv4Addr>,
+    /// The IPv4 address drawn.
+    pub(super) drawn_address: Option<IpAddr>,
+    /// The IPv6 address drawn.
+    pub(super) drawn_address_v6: Option<IpAddr>,
     /// The ports drawn, as many as asked for.
     pub(super) drawn_ports: Vec<u16>,
     key: Arc<str>,
-    addresses: Vec<Ipv4Addr>,
+    addresses: Vec<IpAddr>,
     ports: Vec<u16>,
 }
 
@@ -179,15 +183,21 @@ impl<N: Copy + Eq + Hash> Ledger<N> {
 
 impl Allocator {
     /// Nothing is taken but what `reserved` names: addresses and the store key of their Service.
-    pub(super) fn new(range: Ipv4Net, reserved: &[(Ipv4Addr, String)]) -> Allocator {
+    pub(super) fn new(ranges: Ranges, reserved: &[(Ipv4Addr, String)]) -> Allocator {
         let mut taken = Taken::default();
         for (address, key) in reserved {
-            taken.addresses.reserve(*address, &key.as_str().into());
+            let address = IpAddr::V4(*address);
+            taken.addresses.reserve(address, &key.as_str().into());
         }
         Allocator {
-            range,
+            ranges,
             taken: Arc::new(Mutex::new(taken)),
         }
+    }
+
+    /// Whether Services may have IPv6 addresses.
+    pub(super) fn has_v6(&self) -> bool {
+        self.ranges.v6.is_some()
     }
 
     fn lock(&self) -> MutexGuard<'_, Taken> {
@@ -199,6 +209,7 @@ impl Allocator {
         let mut taken = self.lock();
         let mut claim = Claim {
             drawn_address: None,
+            drawn_address_v6: None,
             drawn_ports: Vec::new(),
             key: Arc::clone(key),
             addresses: Vec::new(),
@@ -223,7 +234,10 @@ impl Allocator {
                 return Err(AllocationError::OutOfRange {
                     what: "IP",
                     plural: "IPs",
-                    range: self.range.to_string(),
+                    range: match self.ranges.of_family(address.is_ipv4()) {
+                        Some(range) => range.to_string(),
+                        None => self.ranges.to_string(),
+                    },
                 });
             }
             if !taken.claim_address(*address, claim) {
@@ -243,9 +257,16 @@ impl Allocator {
             }
         }
         if wanted.draw_address {
-            let address = self.draw_address(taken).ok_or(AllocationError::Full)?;
+            let address = self.draw_address(taken, true);
+            let address = address.ok_or(AllocationError::Full)?;
             taken.claim_address(address, claim);
             claim.drawn_address = Some(address);
+        }
+        if wanted.draw_address_v6 {
+            let address = self.draw_address(taken, false);
+            let address = address.ok_or(AllocationError::Full)?;
+            taken.claim_address(address, claim);
+            claim.drawn_address_v6 = Some(address);
         }
         for _ in 0..wanted.draw_port_count {
             let port = draw_port(taken).ok_or(AllocationError::Full)?;
@@ -255,30 +276,36 @@ impl Allocator {
         Ok(())
     }
 
-    /// Neither the network's nor the broadcast address, as `Ipv4Net::hosts` sees it.
-    fn is_usable(&self, address: Ipv4Addr) -> bool {
-        self.range.contains(&address)
-            && (self.range.prefix_len() >= 31
-                || (address != self.range.network() && address != self.range.broadcast()))
+    /// Neither the network's nor the broadcast address, as `IpNet::hosts` sees it.
+    fn is_usable(&self, address: IpAddr) -> bool {
+        let range = self.ranges.of_family(address.is_ipv4());
+        range.is_some_and(|range| {
+            let is_short = range.max_prefix_len() - range.prefix_len() <= 1;
+            let is_last = address.is_ipv4() && address == range.broadcast();
+            range.contains(&address) && (is_short || address != range.network() && !is_last)
+        })
     }
 
-    fn draw_address(&self, taken: &Taken) -> Option<Ipv4Addr> {
-        let first = u32::from(self.range.network());
-        let size = 1_u64 << (32 - u32::from(self.range.prefix_len()));
-        let size = u32::try_from(size).unwrap_or(u32::MAX);
+    fn draw_address(&self, taken: &Taken, is_v4: bool) -> Option<IpAddr> {
+        let range = self.ranges.of_family(is_v4)?;
+        // Of an IPv6 range no more than the first 4 billion are given out.
+        let bits = u32::from(range.max_prefix_len() - range.prefix_len()).min(32);
+        let size = u32::try_from(1_u64 << bits).unwrap_or(u32::MAX);
         let reserved = (size / 16).clamp(16, 256).min(size / 2);
-        let free =
-            |address: &Ipv4Addr| self.is_usable(*address) && taken.addresses.is_free(*address);
+        let at = |offset: u32| match range.network() {
+            IpAddr::V4(first) => {
+                IpAddr::from(Ipv4Addr::from(u32::from(first).saturating_add(offset)))
+            }
+            IpAddr::V6(first) => IpAddr::from(Ipv6Addr::from(
+                u128::from(first).saturating_add(u128::from(offset)),
+            )),
+        };
+        let free = |address: &IpAddr| self.is_usable(*address) && taken.addresses.is_free(*address);
         let drawn = (0..DRAW_COUNT_MAX)
-            .map(|_| Ipv4Addr::from(first + rand::random_range(reserved..size)))
+            .map(|_| at(rand::random_range(reserved..size)))
             .find(free);
         // The upper part in order, then the lower one.
-        drawn.or_else(|| {
-            (reserved..size)
-                .chain(0..reserved)
-                .map(|offset| Ipv4Addr::from(first + offset))
-                .find(free)
-        })
+        drawn.or_else(|| (reserved..size).chain(0..reserved).map(at).find(free))
     }
 
     /// Ends a claim whose write was refused.
@@ -292,7 +319,7 @@ impl Allocator {
         &self,
         key: &Arc<str>,
         claim: Option<&Claim>,
-        held: impl FnOnce() -> (Vec<Ipv4Addr>, Vec<u16>),
+        held: impl FnOnce() -> (Vec<IpAddr>, Vec<u16>),
     ) {
         let mut taken = self.lock();
         let (addresses, ports) = held();
@@ -307,7 +334,7 @@ impl Allocator {
     pub(super) fn restore(
         &self,
         key: &Arc<str>,
-        addresses: &[Ipv4Addr],
+        addresses: &[IpAddr],
         ports: &[u16],
     ) -> Vec<String> {
         let mut taken = self.lock();
@@ -327,7 +354,7 @@ impl Allocator {
 }
 
 impl Taken {
-    fn claim_address(&mut self, address: Ipv4Addr, claim: &mut Claim) -> bool {
+    fn claim_address(&mut self, address: IpAddr, claim: &mut Claim) -> bool {
         let is_ours = self.addresses.claim(address, &claim.key);
         claim.addresses.extend(is_ours.then_some(address));
         is_ours
@@ -419,6 +446,40 @@ mod tests {
     }
 
     #[test]
+    fn addresses_of_both_families_are_drawn_from_their_ranges() {
+        let ranges: Ranges = "10.0.0.0/28,fd96::/124".parse().unwrap();
+        let allocator = Allocator::new(ranges, &[]);
+        let both = Wanted {
+            draw_address_v6: true,
+            ..one_address()
+        };
+        let mut seen = std::collections::BTreeSet::new();
+        for n in 0..14 {
+            let claim = allocator.claim(&key(n), &both).unwrap();
+            let drawn = [claim.drawn_address, claim.drawn_address_v6].map(Option::unwrap);
+            assert!(drawn[0].is_ipv4() && drawn[1].is_ipv6());
+            assert!(drawn.iter().all(|address| ranges.contains(*address)));
+            assert!(drawn.into_iter().all(|address| seen.insert(address)));
+        }
+        // One family is full: nothing of the other is taken.
+        assert_eq!(
+            allocator.claim(&key(99), &both).unwrap_err(),
+            AllocationError::Full
+        );
+        assert_eq!(allocator.lock().addresses.holders.len(), 28);
+        let one = Allocator::new("10.0.0.0/28".parse().unwrap(), &[]);
+        let wanted = Wanted {
+            addresses: vec!["fd96::7".parse().unwrap()],
+            ..Wanted::default()
+        };
+        let error = one.claim(&key(1), &wanted).unwrap_err().to_string();
+        assert!(
+            error.ends_with("The range of valid IPs is 10.0.0.0/28"),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn a_refused_claim_takes_nothing() {
         let allocator = Allocator::new("10.96.0.0/16".parse().unwrap(), &[]);
         let wanted = Wanted {
@@ -455,7 +516,7 @@ mod tests {
         #[test]
         fn no_number_has_two_holders(steps in steps()) {
             let allocator = Allocator::new("10.0.0.0/28".parse().unwrap(), &[]);
-            let mut stored: HashMap<usize, (Vec<Ipv4Addr>, Vec<u16>)> = HashMap::new();
+            let mut stored: HashMap<usize, (Vec<IpAddr>, Vec<u16>)> = HashMap::new();
             let mut flying: Vec<(usize, Claim)> = Vec::new();
             for step in steps {
                 match step {
@@ -467,6 +528,7 @@ mod tests {
                                 addresses: addresses.clone(),
                                 ports: ports.iter().copied().take(1).collect(),
                                 draw_address: false,
+                                draw_address_v6: false,
                                 draw_port_count: 1,
                             };
                         }
@@ -489,7 +551,7 @@ mod tests {
                     }
                     _ => {}
                 }
-                let mut owners: HashMap<Ipv4Addr, usize> = HashMap::new();
+                let mut owners: HashMap<IpAddr, usize> = HashMap::new();
                 let of_stored = stored.iter().map(|(s, held)| (*s, &held.0));
                 let of_flying = flying.iter().map(|(s, claim)| (*s, &claim.addresses));
                 for (service, addresses) in of_stored.chain(of_flying) {

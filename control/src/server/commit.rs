@@ -3,7 +3,7 @@
 //! Commits of Services run in tasks of their own, so that a client that hangs up never leaves an
 //! address claim behind whose write may still happen.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use gantry_api::field::FieldError;
@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::allocation::Claim;
 use super::object::{self, metadata_text};
 use super::registry::{Registry, kind_named};
-use super::service;
+use super::{families, service};
 use crate::store::{Entry, Revision, Store, StoreError, Txn};
 
 /// Store keys whose objects hold addresses and ports.
@@ -78,6 +78,8 @@ impl Registry {
         let refuse = |object: &Value, error: FieldError| {
             Status::invalid(kind, metadata_text(object, "name"), &[error])
         };
+        families::settle(object, self.inner.allocator.has_v6())
+            .map_err(|error| refuse(object, error))?;
         let wanted = service::wanted(object).map_err(|error| refuse(object, error))?;
         let claim = self
             .inner
@@ -123,7 +125,7 @@ impl Registry {
 }
 
 /// What the Service at `key` has, if there is one.
-fn held_in_store(store: &Store, key: &str) -> (Vec<Ipv4Addr>, Vec<u16>) {
+fn held_in_store(store: &Store, key: &str) -> (Vec<IpAddr>, Vec<u16>) {
     let entry = store.get(key);
     let value = entry.and_then(|entry| object::to_value(&entry).ok());
     value.as_ref().map(service::held).unwrap_or_default()

@@ -14,6 +14,7 @@ pub(crate) mod audit;
 mod commit;
 mod event;
 mod eviction;
+mod families;
 pub mod identity;
 mod maintenance;
 mod merge;

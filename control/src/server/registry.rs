@@ -21,7 +21,6 @@ use gantry_api::k8s_openapi::api::core::v1::Event;
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use gantry_api::kinds::{self, Kind};
 use gantry_api::status::Status;
-use ipnet::Ipv4Net;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -36,6 +35,7 @@ use super::rbac;
 use super::rules::Part;
 use super::service;
 use super::write::WriteOptions;
+use crate::ranges::Ranges;
 use crate::store::{Revision, Store};
 
 pub use super::object::decode;
@@ -76,7 +76,7 @@ impl<K> Resource for K where
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// Cluster IPs are taken from here.
-    pub service_cidr: Ipv4Net,
+    pub service_cidr: Ranges,
     /// Cluster IPs and whose they are, whatever else is written: the store key of a Service, or words
     /// for what is none, as the node-local resolver.
     pub reserved_addresses: Vec<(Ipv4Addr, String)>,

@@ -1,20 +1,21 @@
 //! What a Service asks of the allocator, and how the answer gets into it. Pure.
 //!
 //! Source: Kubernetes' `pkg/registry/core/service/storage/alloc.go` (patchAllocatedValues,
-//! needsClusterIP, needsNodePort, needsHCNodePort) for one IPv4 family.
+//! needsClusterIP, needsNodePort, needsHCNodePort).
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use gantry_api::field::{FieldError, Path};
 use serde_json::{Value, json};
 
 use super::allocation::{AllocationError, Claim, Wanted};
+use super::families::{self, families, family_of};
 
 fn service_type(service: &Value) -> &str {
     service["spec"]["type"].as_str().unwrap_or("ClusterIP")
 }
 
-fn has_cluster_ip(service: &Value) -> bool {
+pub(super) fn has_cluster_ip(service: &Value) -> bool {
     service_type(service) != "ExternalName"
 }
 
@@ -31,6 +32,18 @@ fn cluster_ip(service: &Value) -> &str {
     let first = &spec["clusterIPs"][0];
     let text = spec["clusterIP"].as_str().filter(|ip| !ip.is_empty());
     text.or(first.as_str()).unwrap_or_default()
+}
+
+/// All of them, in the order of the families; `None` of a headless Service is one.
+pub(super) fn cluster_ips(service: &Value) -> Vec<&str> {
+    let all = service["spec"]["clusterIPs"].as_array();
+    let all = all.into_iter().flatten().filter_map(Value::as_str);
+    let all: Vec<&str> = all.filter(|ip| !ip.is_empty()).collect();
+    match (all.is_empty(), cluster_ip(service)) {
+        (true, "") => Vec::new(),
+        (true, first) => vec![first],
+        (false, _) => all,
+    }
 }
 
 fn ports(service: &Value) -> &[Value] {
@@ -85,8 +98,9 @@ fn health_check_port(service: &Value) -> u16 {
 }
 
 /// The addresses and ports that a stored Service holds.
-pub(crate) fn held(service: &Value) -> (Vec<Ipv4Addr>, Vec<u16>) {
-    let addresses = cluster_ip(service).parse().into_iter().collect();
+pub(crate) fn held(service: &Value) -> (Vec<IpAddr>, Vec<u16>) {
+    let addresses = cluster_ips(service).into_iter();
+    let addresses = addresses.filter_map(|ip| ip.parse().ok()).collect();
     let ports = ports(service).iter().map(node_port);
     let ports = ports.chain([health_check_port(service)]);
     (addresses, ports.filter(|port| *port != 0).collect())
@@ -102,9 +116,8 @@ pub(crate) fn carry_allocated(old: &Value, new: &mut Value) {
     if needs_health_check(old) && needs_health_check(new) && health_check_port(new) == 0 {
         new["spec"]["healthCheckNodePort"] = old["spec"]["healthCheckNodePort"].clone();
     }
-    if has_cluster_ip(old) && has_cluster_ip(new) && cluster_ip(new).is_empty() {
-        let address = cluster_ip(old).to_owned();
-        set_cluster_ip(new, &address);
+    if has_cluster_ip(old) && has_cluster_ip(new) {
+        families::carry(old, new);
     }
     let old_ports = ports(old).to_vec();
     let (had, keeps) = (has_node_ports(old), has_node_ports(new));
@@ -169,26 +182,40 @@ pub(crate) fn check_address_change(old: &Value, new: &Value) -> Result<(), Field
         let path = Path::new("spec").child("healthCheckNodePort");
         return Err(FieldError::invalid(&path, after, "field is immutable"));
     }
-    let (before, after) = (cluster_ip(old), cluster_ip(new));
-    let keeps = has_cluster_ip(old) && has_cluster_ip(new);
-    if !keeps || before.is_empty() || before == after {
+    if !has_cluster_ip(old) || !has_cluster_ip(new) {
         return Ok(());
     }
-    let path = Path::new("spec").child("clusterIPs").index(0);
-    Err(FieldError::invalid(&path, after, "may not change once set"))
+    let (before, after) = (cluster_ips(old), cluster_ips(new));
+    for (index, before) in before.iter().enumerate() {
+        let changed = match after.get(index) {
+            Some(after) => (after != before).then_some(*after),
+            // The second may go.
+            None => (index == 0).then_some(""),
+        };
+        if let Some(after) = changed {
+            let path = Path::new("spec").child("clusterIPs").index(index);
+            return Err(FieldError::invalid(&path, after, "may not change once set"));
+        }
+    }
+    Ok(())
 }
 
 /// What the Service needs from the allocator.
 pub(crate) fn wanted(service: &Value) -> Result<Wanted, FieldError> {
     let mut wanted = Wanted::default();
     if has_cluster_ip(service) {
-        match cluster_ip(service) {
-            "" => wanted.draw_address = true,
-            "None" => {}
-            text => wanted.addresses.push(text.parse().map_err(|_| {
-                let path = Path::new("spec").child("clusterIPs").index(0);
-                FieldError::invalid(&path, text, "must be an IPv4 address of the service range")
-            })?),
+        let ips = cluster_ips(service);
+        for (index, text) in ips.iter().enumerate().filter(|(_, ip)| **ip != "None") {
+            wanted.addresses.push(text.parse().map_err(|_| {
+                let path = Path::new("spec").child("clusterIPs").index(index);
+                FieldError::invalid(&path, *text, "must be an address of the service range")
+            })?);
+        }
+        if ips.first() != Some(&"None") {
+            let families = families(service);
+            let lacks = |family| families.iter().skip(ips.len()).any(|it| *it == family);
+            wanted.draw_address = lacks("IPv4") || families.is_empty() && ips.is_empty();
+            wanted.draw_address_v6 = lacks("IPv6");
         }
     }
     for port in ports(service) {
@@ -216,13 +243,28 @@ pub(crate) fn wanted(service: &Value) -> Result<Wanted, FieldError> {
 
 /// Writes what was drawn into the Service.
 pub(crate) fn fill(service: &mut Value, claim: &Claim) {
-    if let Some(address) = claim.drawn_address {
-        set_cluster_ip(service, &address.to_string());
-    } else {
-        let address = cluster_ip(service).to_owned();
-        if !address.is_empty() {
-            set_cluster_ip(service, &address);
-        }
+    let mut ips: Vec<String> = cluster_ips(service)
+        .into_iter()
+        .map(str::to_owned)
+        .collect();
+    let drawn = [claim.drawn_address, claim.drawn_address_v6];
+    ips.extend(
+        drawn
+            .into_iter()
+            .flatten()
+            .map(|address| address.to_string()),
+    );
+    if !ips.is_empty() {
+        // In the order of the families.
+        let order = families(service);
+        let place = |ip: &String| {
+            order
+                .iter()
+                .position(|family| Some(*family) == family_of(ip))
+        };
+        ips.sort_by_key(place);
+        service["spec"]["clusterIP"] = json!(ips[0]);
+        service["spec"]["clusterIPs"] = json!(ips);
     }
     let mut drawn = claim.drawn_ports.iter();
     if needs_health_check(service)
@@ -240,20 +282,6 @@ pub(crate) fn fill(service: &mut Value, claim: &Claim) {
     let empty = ports.iter_mut().filter(|port| node_port(port) == 0);
     for (port, number) in empty.zip(drawn) {
         port["nodePort"] = json!(number);
-    }
-}
-
-fn set_cluster_ip(service: &mut Value, address: &str) {
-    let spec = &mut service["spec"];
-    spec["clusterIP"] = json!(address);
-    spec["clusterIPs"] = json!([address]);
-    for (field, value) in [
-        ("ipFamilies", json!(["IPv4"])),
-        ("ipFamilyPolicy", json!("SingleStack")),
-    ] {
-        if spec[field].is_null() {
-            spec[field] = value;
-        }
     }
 }
 
@@ -309,7 +337,8 @@ mod tests {
             "NodePort",
             json!([{"port": 80, "protocol": "TCP", "nodePort": 30080}]),
         );
-        set_cluster_ip(&mut old, "10.96.1.5");
+        old["spec"]["clusterIP"] = json!("10.96.1.5");
+        old["spec"]["clusterIPs"] = json!(["10.96.1.5"]);
         let mut new = service("NodePort", json!([{"port": 80, "protocol": "TCP"}]));
         carry_allocated(&old, &mut new);
         assert_eq!(
@@ -319,8 +348,46 @@ mod tests {
         new["spec"]["type"] = json!("ClusterIP");
         carry_allocated(&old, &mut new);
         assert_eq!(held(&new).1, Vec::<u16>::new());
-        new["spec"]["clusterIP"] = json!("10.96.1.6");
+        new["spec"]["clusterIPs"] = json!(["10.96.1.6"]);
         assert!(check_address_change(&old, &new).is_err());
+    }
+
+    #[test]
+    fn a_service_of_both_families_gets_what_it_lacks_in_its_order() {
+        use super::super::allocation::Allocator;
+        let ranges = "10.96.0.0/16,fd96::/112".parse().unwrap();
+        let allocator = Allocator::new(ranges, &[]);
+        let mut both = service("ClusterIP", json!([{"port": 80, "protocol": "TCP"}]));
+        both["spec"]["ipFamilyPolicy"] = json!("RequireDualStack");
+        both["spec"]["ipFamilies"] = json!(["IPv6"]);
+        families::settle(&mut both, true).unwrap();
+        let asked = wanted(&both).unwrap();
+        assert!(asked.draw_address && asked.draw_address_v6);
+        let claim = allocator.claim(&"k".into(), &asked).unwrap();
+        fill(&mut both, &claim);
+        let ips = cluster_ips(&both);
+        assert_eq!(both["spec"]["clusterIP"], ips[0]);
+        assert_eq!(
+            ips.iter().map(|ip| family_of(ip)).collect::<Vec<_>>(),
+            [Some("IPv6"), Some("IPv4")]
+        );
+        assert_eq!(held(&both).0.len(), 2);
+        // The first one stays for good, the second one may go.
+        let mut one = both.clone();
+        one["spec"]["clusterIPs"] = json!([ips[0]]);
+        assert!(check_address_change(&both, &one).is_ok());
+        one["spec"]["clusterIPs"] = json!([ips[1]]);
+        assert!(check_address_change(&both, &one).is_err());
+        // What it has is asked for again, and nothing more.
+        let asked = wanted(&both).unwrap();
+        assert_eq!(
+            (
+                asked.addresses.len(),
+                asked.draw_address,
+                asked.draw_address_v6
+            ),
+            (2, false, false)
+        );
     }
 
     fn balancer(policy: &str) -> Value {

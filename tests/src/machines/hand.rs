@@ -11,7 +11,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -136,7 +136,8 @@ struct Agent {
 /// Serves until the machine ends.
 pub fn serve(installation: &Installation) -> Result<()> {
     fs::create_dir_all(DIRECTORY)?;
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
+    // Of both families.
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT))?;
     let agent = Arc::new(Mutex::new(Agent {
         wanted: remembered()?,
         child: None,

@@ -7,7 +7,7 @@
 //! [`place`]: which machine this is; [`hand`]: acting on another one; [`asks`]: power and network faults.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -57,6 +57,9 @@ impl Nodes {
         let flags = [
             format!("--node-grace-period-s={GRACE_S}"),
             format!("--load-balancer-pool={POOL}"),
+            // Of both families.
+            "--cluster-cidr=10.244.0.0/16,fd00:10:244::/56".to_owned(),
+            "--service-cidr=10.96.0.0/16,fd00:10:96::/112".to_owned(),
         ];
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         let mut cluster = Cluster::prepare(installation, &flags, &[])?;
@@ -127,6 +130,15 @@ impl Nodes {
     /// The address of a machine.
     pub fn address(&self, number: u8) -> Ipv4Addr {
         self.place.address(number)
+    }
+
+    /// Its IPv6 address; none: it is behind the router, which knows no IPv6.
+    pub fn address_v6(&self, number: u8) -> Option<Ipv6Addr> {
+        let is_near = |other| self.place.segment(number) == self.place.segment(other);
+        self.place
+            .numbers()
+            .all(is_near)
+            .then(|| self.place.address_v6(number))
     }
 
     /// A worker by its number.

@@ -1,10 +1,11 @@
 //! Which of several machines this is, by the kernel's command line, and what makes it that machine.
 //!
 //! `gantry.node=2 gantry.segments=1,1,2`: node-2 of three; the third is behind the router. Addresses are
-//! 10.0.SEGMENT.(10 + number), the router (xtask/src/vm/router.rs) is 10.0.SEGMENT.1.
+//! 10.0.SEGMENT.(10 + number) and fd00:10:SEGMENT::(10 + number); the router (xtask/src/vm/router.rs) is
+//! 10.0.SEGMENT.1, and none for IPv6.
 
 use std::fs;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -65,6 +66,12 @@ impl Place {
         Ipv4Addr::new(10, 0, self.segment(number), 10 + number)
     }
 
+    /// Its IPv6 address, for machines of its own segment.
+    pub fn address_v6(&self, number: u8) -> Ipv6Addr {
+        let segment = u16::from(self.segment(number));
+        Ipv6Addr::new(0xfd00, 0x10, segment, 0, 0, 0, 0, u16::from(10 + number))
+    }
+
     /// All of them.
     pub fn numbers(&self) -> impl Iterator<Item = u8> + use<> {
         1..=u8::try_from(self.segments.len()).unwrap_or(u8::MAX)
@@ -89,6 +96,10 @@ impl Place {
             "link set eth0 up".to_owned(),
             format!("address add {own}/24 broadcast + dev eth0"),
             format!("route add default via {router}"),
+            format!(
+                "-6 address add {}/64 dev eth0",
+                self.address_v6(self.number)
+            ),
         ];
         if self.keep && self.number == 1 {
             // By this one the host reaches the API.

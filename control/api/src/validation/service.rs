@@ -324,6 +324,10 @@ fn addresses(spec: &ServiceSpec, path: &Path, errors: &mut Vec<FieldError>) {
     for (i, family) in spec.ip_families.iter().flatten().enumerate() {
         let path = path.child("ipFamilies").index(i);
         one_of(&path, Some(family), &["IPv4", "IPv6"], errors);
+        let before = spec.ip_families.iter().flatten().take(i);
+        if before.into_iter().any(|other| other == family) {
+            errors.push(FieldError::duplicate(&path, family.as_str()));
+        }
     }
     let policies = ["SingleStack", "PreferDualStack", "RequireDualStack"];
     one_of(

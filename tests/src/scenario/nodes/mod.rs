@@ -175,6 +175,14 @@ fn pod_ip(cluster: &Cluster, namespace: &str, name: &str) -> Result<IpAddr> {
         .parse()?)
 }
 
+/// All of a pod's addresses.
+fn pod_ips(cluster: &Cluster, namespace: &str, name: &str) -> Result<Vec<IpAddr>> {
+    let pod = cluster.get(&["pod", name, "-n", namespace])?;
+    let all = pod["status"]["podIPs"].as_array().into_iter().flatten();
+    let all = all.filter_map(|it| it["ip"].as_str());
+    Ok(all.map(str::parse).collect::<Result<_, _>>()?)
+}
+
 /// A Service's cluster IP and port 80.
 fn cluster_ip(cluster: &Cluster, name: &str) -> Result<SocketAddr> {
     let object = cluster.get(&["service", name])?;
