@@ -18,6 +18,7 @@ use gantry_agent::feed::{self, Reporter};
 use gantry_agent::images::{ImageStore, Registries, drop_in, keep_disk_free};
 use gantry_agent::join::{self, CaHash};
 use gantry_agent::network::reserve_ports;
+use gantry_agent::network::routes::OwnKey;
 use gantry_agent::network::{
     NetworkConfig, PodNetworks, Routes, follow_near, follow_routes, follow_uplinks,
 };
@@ -351,7 +352,11 @@ async fn agent(run: Run) -> Result<()> {
     };
     let (routes_shown, routes) = watch::channel(Routes::default());
     let resources = NodeResources::new(run.resources, &node_name, &cgroups, &host, &paths);
-    let resources = resources.with_routes(routes.clone());
+    let wireguard = run.network.wireguard(&paths.lib).await;
+    let key = wireguard.as_ref().and_then(|own| own.as_ref().ok());
+    let resources = resources
+        .with_routes(routes.clone())
+        .with_wireguard_key(key.map(OwnKey::text));
     for sentence in resources.degraded() {
         warn!("limits: {sentence}");
     }
@@ -403,7 +408,7 @@ async fn agent(run: Run) -> Result<()> {
     );
     let uplinks = follow_uplinks(dataplane.clone(), host_addresses.clone(), shutdown.clone());
     let follow_routes = follow_routes(
-        run.network.routing(&node_name, &host_addresses),
+        run.network.routing(&node_name, &host_addresses, wireguard),
         paths.run.clone(),
         link.view.clone(),
         routes_shown,

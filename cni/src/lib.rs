@@ -22,6 +22,7 @@
 pub mod bridge;
 pub mod config;
 pub mod error;
+pub mod genetlink;
 pub mod ipam;
 pub mod netlink;
 pub mod netns;
@@ -32,5 +33,6 @@ pub mod sock_diag;
 pub mod sysctl;
 pub mod tunnel;
 pub mod uplinks;
+pub mod wireguard;
 
 pub use error::CniError;

@@ -26,6 +26,7 @@ use crate::config::BRIDGE_NAME;
 use crate::error::CniError;
 use crate::netlink::{Link, Netlink, ROUTE_PROTOCOL, Route};
 use crate::tunnel::{self, Tunnel};
+use crate::wireguard::{self, WireGuard};
 
 /// How the node is reached that has a prefix.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -54,6 +55,8 @@ pub struct Wanted {
     pub routes: Vec<NodeRoute>,
     /// The tunnel, where a route needs it.
     pub tunnel: Option<Tunnel>,
+    /// What carries the tunnel, where it is to be encrypted.
+    pub wireguard: Option<WireGuard>,
 }
 
 impl Wanted {
@@ -140,6 +143,9 @@ pub fn plan(wanted: &[Route], kept: &BTreeSet<IpNet>, table: &[Route]) -> RouteP
 pub async fn ensure(host: &Netlink, wanted: &Wanted) -> Result<(), CniError> {
     let mut errors = Vec::new();
     let mut device = None;
+    if let Some(wireguard) = &wanted.wireguard {
+        errors.extend(wireguard::ensure(host, wireguard).await.err());
+    }
     if let Some(tunnel) = &wanted.tunnel {
         match tunnel::ensure(host, tunnel).await {
             Ok(index) => device = Some(index),
@@ -161,6 +167,11 @@ pub async fn ensure(host: &Netlink, wanted: &Wanted) -> Result<(), CniError> {
         (Some(tunnel), Some(index)) => tunnel::forget_others(host, index, tunnel).await,
         (Some(_), None) => Ok(()),
         (None, _) => tunnel::remove(host).await,
+    };
+    errors.extend(tidied.err());
+    let tidied = match &wanted.wireguard {
+        Some(wireguard) => wireguard::forget_others(host, wireguard).await,
+        None => wireguard::remove(host).await,
     };
     errors.extend(tidied.err());
     CniError::all(errors)
@@ -249,7 +260,7 @@ mod tests {
     fn route(third: u8, via: u8, protocol: u8) -> Route {
         let wanted = Wanted {
             routes: vec![node(third, via)],
-            tunnel: None,
+            ..Wanted::default()
         };
         let mut rows = wanted.rows(Some(DEVICE));
         Route {
@@ -262,7 +273,7 @@ mod tests {
     fn without_its_device_a_route_through_the_tunnel_is_left_as_it_is() {
         let wanted = Wanted {
             routes: vec![node(1, 1), node(2, 2)],
-            tunnel: None,
+            ..Wanted::default()
         };
         let rows = wanted.rows(None);
         assert_eq!(rows, [route(2, 2, ROUTE_PROTOCOL)]);
@@ -282,7 +293,7 @@ mod tests {
         ) {
             let wanted = Wanted {
                 routes: wanted.into_iter().map(|(third, via)| node(third, via)).collect(),
-                tunnel: None,
+                ..Wanted::default()
             };
             let rows = wanted.rows(Some(DEVICE));
             let table: Vec<_> = (table.into_iter())

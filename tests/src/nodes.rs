@@ -328,6 +328,7 @@ fn needs_vxlan(space: &Space) -> Result<()> {
         let wanted = gantry_cni::routes::Wanted {
             routes: Vec::new(),
             tunnel: Some(tunnel),
+            wireguard: None,
         };
         let made = gantry_cni::routes::ensure(&host, &wanted).await;
         gantry_cni::routes::ensure(&host, &gantry_cni::routes::Wanted::default()).await?;
@@ -428,6 +429,7 @@ impl Node {
             addresses: vec![address],
             routing: Routing::Auto,
             port: 4789,
+            wireguard: None,
             conf_dir: directory.path().join("net.d"),
         };
         space.spawn(network::follow_routes(

@@ -17,9 +17,11 @@ use gantry_api::k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use gantry_cni::config::BRIDGE_NAME;
 use gantry_cni::tunnel::TUNNEL_NAME;
+use gantry_cni::wireguard::WIREGUARD_NAME;
 
 use crate::devices::Offered;
 use crate::network::Routes;
+use crate::network::routes::KEY_ANNOTATION;
 use crate::node::reservation::{Capacity, Reservation};
 use crate::pressure::thresholds::Resource;
 
@@ -233,7 +235,7 @@ fn own_address(routes: &str) -> Option<IpAddr> {
 
 /// Never one of our own links: the bridge and the tunnel have an address of pods.
 fn first_address(addresses: &[(String, Ipv4Addr)], default: Option<&str>) -> Option<IpAddr> {
-    let is_own = |name: &str| name == BRIDGE_NAME || name == TUNNEL_NAME;
+    let is_own = |name: &str| [BRIDGE_NAME, TUNNEL_NAME, WIREGUARD_NAME].contains(&name);
     let on_default =
         default.and_then(|name| addresses.iter().find(|(interface, _)| interface == name));
     let other = addresses
@@ -358,6 +360,15 @@ pub fn with_routes(mut node: Node, routes: &Routes) -> Node {
     };
     if let Some(status) = &mut node.status {
         status.conditions.get_or_insert_default().push(condition);
+    }
+    node
+}
+
+/// The same node with the key that others reach it by; none: this is not done.
+pub fn with_wireguard_key(mut node: Node, key: Option<&str>) -> Node {
+    if let Some(key) = key {
+        let annotations = node.metadata.annotations.get_or_insert_default();
+        annotations.insert(KEY_ANNOTATION.to_owned(), key.to_owned());
     }
     node
 }

@@ -9,6 +9,7 @@ use gantry_cni::config::{BRIDGE_NAME, BridgeNetwork};
 use gantry_cni::netlink::{LOOPBACK_INDEX, Netlink, ROUTE_PROTOCOL};
 use gantry_cni::routes::Wanted;
 use gantry_cni::tunnel::TUNNEL_NAME;
+use gantry_cni::wireguard::WIREGUARD_NAME;
 use ipnet::IpNet;
 
 use super::pod_networks::{from_cni, lease_dir, pinned};
@@ -20,7 +21,7 @@ use crate::paths::Paths;
 /// Everything of ours in the node's network namespace and below `/run/gantry`.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Census {
-    /// The bridge, its ports, the tunnel.
+    /// The bridge, its ports, the tunnel and what carries it.
     pub links: Vec<String>,
     /// Pinned namespaces.
     pub namespaces: Vec<String>,
@@ -72,7 +73,8 @@ pub async fn census(paths: &Paths) -> Result<Census, NetworkError> {
     let mut census = Census::default();
     for link in &links {
         let is_port = link.kind == "veth" && link.name.starts_with(bridge::HOST_IFNAME_PREFIX);
-        if link.name == BRIDGE_NAME || link.name == TUNNEL_NAME || is_port {
+        let is_own = [BRIDGE_NAME, TUNNEL_NAME, WIREGUARD_NAME].contains(&link.name.as_str());
+        if is_own || is_port {
             census.links.push(link.name.clone());
         }
     }

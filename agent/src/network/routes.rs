@@ -6,7 +6,7 @@
 //!                                                              └► a problem, in words
 //! ```
 //! A node whose address is on a link of ours is reached directly, any other through the tunnel; the
-//! administrator may want one of both for all (`--routing`). Both families are alike: a prefix is routed
+//! administrator may want one of both for all (`--routing`), and the tunnel inside of WireGuard. Both families are alike: a prefix is routed
 //! directly via an address of its own family; the tunnel carries both, over the family of this node's
 //! first address (IPv4 if it has one).
 //!
@@ -15,15 +15,17 @@
 //! problem that names what is in the way.
 
 mod follow;
+mod key;
 mod shown;
 #[cfg(test)]
 mod tests;
 
 pub use follow::{follow_near, follow_routes};
+pub use key::{KEY_ANNOTATION, OwnKey};
 pub use shown::{ReachedNode, Routes};
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
 use gantry_api::proto;
@@ -31,6 +33,7 @@ use gantry_cni::config::BRIDGE_NAME;
 use gantry_cni::netlink::{LOOPBACK_INDEX, Link, ROUTE_PROTOCOL, Route};
 use gantry_cni::routes::{NodeRoute, Wanted, Way};
 use gantry_cni::tunnel::{self, TUNNEL_NAME, Tunnel, TunnelEnd};
+use gantry_cni::wireguard::{self, Key, WireGuard};
 use ipnet::IpNet;
 
 use crate::view::View;
@@ -49,6 +52,8 @@ pub enum Routing {
     Direct,
     /// Through the tunnel only
     Vxlan,
+    /// Through the tunnel only, encrypted
+    Wireguard,
 }
 
 /// What the administrator decides, and who this node is.
@@ -62,6 +67,8 @@ pub struct RoutingConfig {
     pub routing: Routing,
     /// UDP port of the tunnel, the same on all nodes.
     pub port: u16,
+    /// With [`Routing::Wireguard`]: this node's side of it, or why it has none.
+    pub wireguard: Option<Result<OwnKey, String>>,
     /// Where third-party network lists are: with one, [`Routing::Auto`] leaves the ways to it.
     pub conf_dir: PathBuf,
 }
@@ -96,6 +103,8 @@ pub struct RoutingPlan {
 struct Peer<'a> {
     name: &'a str,
     addresses: Vec<IpAddr>,
+    /// Its public key; empty: it has told none.
+    key: &'a [u8],
 }
 
 /// The pure core.
@@ -113,6 +122,8 @@ struct Planner<'a> {
     /// Prefixes that have a route, and whose they are.
     taken: Vec<(IpNet, String)>,
     ends: BTreeMap<String, TunnelEnd>,
+    /// By public key, with whose it is.
+    peers: BTreeMap<Key, (String, wireguard::Peer)>,
 }
 
 impl<'a> Planner<'a> {
@@ -138,6 +149,7 @@ impl<'a> Planner<'a> {
             },
             taken: Vec::new(),
             ends: BTreeMap::new(),
+            peers: BTreeMap::new(),
         }
     }
 
@@ -152,6 +164,7 @@ impl<'a> Planner<'a> {
                 let peer = Peer {
                     name,
                     addresses: addresses(&node.addresses),
+                    key: &node.wireguard_key,
                 };
                 match prefix {
                     Ok(prefix) => all.push((prefix, peer)),
@@ -183,8 +196,17 @@ impl<'a> Planner<'a> {
                 mtus.extend(self.link(index).map(|link| link.mtu));
             }
         }
-        let is_tunnelled = !self.ends.is_empty() || self.config.routing == Routing::Vxlan;
-        if let (true, Some(local), Some(base)) = (is_tunnelled, local, base) {
+        let is_tunnelled = !self.ends.is_empty()
+            || matches!(self.config.routing, Routing::Vxlan | Routing::Wireguard);
+        if let (true, Some(own), Some(base)) = (is_tunnelled, local, base) {
+            let (local, base) = match self.config.routing {
+                Routing::Wireguard => {
+                    let inside = base.saturating_sub(wireguard::OVERHEAD);
+                    self.plan.wanted.wireguard = self.wireguard(own, inside);
+                    (IpAddr::V6(wireguard::inner_address(own)), inside)
+                }
+                _ => (own, base),
+            };
             let mtu = base.saturating_sub(tunnel::overhead(local));
             mtus.push(mtu);
             if !self.ends.is_empty() {
@@ -209,6 +231,19 @@ impl<'a> Planner<'a> {
             addresses: gateways.map(IpNet::from).collect(),
             ends: self.ends.values().cloned().collect(),
         }
+    }
+
+    /// There as soon as this node has a key: it answers who comes first.
+    fn wireguard(&self, own: IpAddr, mtu: u32) -> Option<WireGuard> {
+        let key = self.config.wireguard.as_ref()?.as_ref().ok()?;
+        let peers = self.peers.iter().map(|(key, (_, peer))| (*key, *peer));
+        Some(WireGuard {
+            private_key: key.private,
+            port: key.port,
+            inner: wireguard::inner_address(own),
+            mtu,
+            peers: peers.collect(),
+        })
     }
 
     fn problem(&mut self, peer: &str, words: String) {
@@ -244,7 +279,7 @@ impl<'a> Planner<'a> {
             self.problem(peer.name, words);
         }
         let direct = match self.config.routing {
-            Routing::Vxlan => None,
+            Routing::Vxlan | Routing::Wireguard => None,
             Routing::Auto | Routing::Direct => self.direct(prefix, peer),
         };
         let (route, way) = match direct {
@@ -263,6 +298,9 @@ impl<'a> Planner<'a> {
                     list(&peer.addresses)
                 ));
             }
+            None if self.config.routing == Routing::Wireguard => {
+                (self.through_tunnel(prefix, peer)?, "wireguard".to_owned())
+            }
             None => (self.through_tunnel(prefix, peer)?, "vxlan".to_owned()),
         };
         self.taken.push((prefix, peer.name.to_owned()));
@@ -270,13 +308,13 @@ impl<'a> Planner<'a> {
             let of_family = |it: &&IpAddr| it.is_ipv4() == prefix.addr().is_ipv4();
             near.extend(peer.addresses.iter().filter(of_family));
         }
-        self.plan.wanted.routes.push(route);
         self.plan.reached.push(ReachedNode {
             node: peer.name.to_owned(),
             prefix,
-            is_direct: way != "vxlan",
+            is_direct: matches!(route.way, Way::Link(_)),
             way,
         });
+        self.plan.wanted.routes.push(route);
         Ok(())
     }
 
@@ -396,11 +434,26 @@ impl<'a> Planner<'a> {
                 "its pod prefix {prefix} has no room for a gateway"
             )));
         };
-        let new = TunnelEnd {
+        let mut new = TunnelEnd {
             mac: tunnel::mac_of_node(*remote),
             remote: *remote,
             gateways: Vec::new(),
         };
+        if self.config.routing == Routing::Wireguard {
+            let inner = wireguard::inner_address(*remote);
+            let sealed = self.seal(peer, *remote, inner).map_err(unreached)?;
+            self.peers.insert(
+                sealed,
+                (
+                    peer.name.to_owned(),
+                    wireguard::Peer {
+                        endpoint: SocketAddr::new(*remote, self.own_port()),
+                        inner,
+                    },
+                ),
+            );
+            new.remote = inner.into();
+        }
         let mut others = self.ends.iter();
         if let Some((other, _)) =
             others.find(|(name, end)| name.as_str() != peer.name && end.mac == new.mac)
@@ -416,6 +469,42 @@ impl<'a> Planner<'a> {
             via,
             way: Way::Tunnel,
         })
+    }
+
+    /// The key of a peer that can be reached encrypted.
+    fn seal(&self, peer: &Peer<'_>, remote: IpAddr, inner: Ipv6Addr) -> Result<Key, String> {
+        match &self.config.wireguard {
+            Some(Ok(_)) => {}
+            Some(Err(words)) => return Err(words.clone()),
+            None => return Err("this node has no WireGuard key".into()),
+        }
+        let Ok(key) = Key::try_from(peer.key) else {
+            return Err(
+                "it has told no WireGuard key: start its agent with --routing wireguard too".into(),
+            );
+        };
+        let mut others = self.peers.iter();
+        let other = others.find(|(other, (name, peer_of))| {
+            name != peer.name && (**other == key || peer_of.inner == inner)
+        });
+        match other {
+            Some((other, (name, _))) if *other == key => {
+                Err(format!("node {name} has the same WireGuard key"))
+            }
+            Some((_, (name, _))) => Err(format!(
+                "node {name} has the same inner address as {remote}"
+            )),
+            None => Ok(key),
+        }
+    }
+
+    fn own_port(&self) -> u16 {
+        let own = self
+            .config
+            .wireguard
+            .as_ref()
+            .and_then(|own| own.as_ref().ok());
+        own.map_or(wireguard::PORT_DEFAULT, |own| own.port)
     }
 
     /// The address that the tunnel leaves from.

@@ -1,6 +1,7 @@
 //! The agent's flags about resources, and what they mean on this machine.
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use gantry_cni::tunnel::PORT_DEFAULT;
@@ -11,6 +12,7 @@ use crate::cgroups::limits::{POD_PIDS_MAX, Policy};
 use crate::dataplane::XdpMode;
 use crate::feed::node_info::PODS_MAX_DEFAULT;
 use crate::network::masquerade::{Masquerade, NEVER_COUNT_MAX};
+use crate::network::routes::OwnKey;
 use crate::network::{NetworkConfig, Routing, RoutingConfig};
 use crate::pressure;
 use crate::pressure::thresholds::{self, Signal, Thresholds};
@@ -76,17 +78,36 @@ pub struct NetworkFlags {
     /// UDP port of the tunnel between nodes, the same on all nodes
     #[arg(long, value_name = "PORT", default_value_t = PORT_DEFAULT, value_parser = clap::value_parser!(u16).range(1..))]
     pub vxlan_port: u16,
+    /// UDP port of WireGuard, the same on all nodes
+    #[arg(long, value_name = "PORT", default_value_t = gantry_cni::wireguard::PORT_DEFAULT, value_parser = clap::value_parser!(u16).range(1..))]
+    pub wireguard_port: u16,
 }
 
 impl NetworkFlags {
     /// What the routes to other nodes are made by.
-    pub fn routing(&self, node: &str, addresses: &[IpAddr]) -> RoutingConfig {
+    ///
+    /// * `wireguard` – see [`Self::wireguard`].
+    pub fn routing(
+        &self,
+        node: &str,
+        addresses: &[IpAddr],
+        wireguard: Option<Result<OwnKey, String>>,
+    ) -> RoutingConfig {
         RoutingConfig {
+            wireguard,
             node: node.into(),
             addresses: addresses.to_vec(),
             routing: self.routing,
             port: self.vxlan_port,
             conf_dir: NetworkConfig::standard(Vec::new()).conf_dir,
+        }
+    }
+
+    /// This node's side of WireGuard, where it is wanted, or why it has none.
+    pub async fn wireguard(&self, lib: &Path) -> Option<Result<OwnKey, String>> {
+        match self.routing {
+            Routing::Wireguard => Some(OwnKey::open(lib, self.wireguard_port).await),
+            _ => None,
         }
     }
 
@@ -266,12 +287,16 @@ mod tests {
         let parse = |words: &str| {
             let words = std::iter::once("agent").chain(words.split_whitespace());
             let line = NetworkLine::try_parse_from(words).map_err(|error| error.to_string())?;
-            Ok::<_, String>(line.flags.routing("here", &[]))
+            Ok::<_, String>(line.flags.routing("here", &[], None))
         };
         let usual = parse("").unwrap();
         assert_eq!((usual.routing, usual.port), (Routing::Auto, 4789));
         let other = parse("--routing vxlan --vxlan-port 8472").unwrap();
         assert_eq!((other.routing, other.port), (Routing::Vxlan, 8472));
+        assert_eq!(
+            parse("--routing wireguard").unwrap().routing,
+            Routing::Wireguard
+        );
         assert!(parse("--routing bgp").is_err());
         assert!(parse("--vxlan-port 0").is_err());
     }

@@ -55,6 +55,7 @@ pub struct NodeResources {
     going_down: watch::Sender<bool>,
     names: Option<dns::Metrics>,
     routes: watch::Receiver<Routes>,
+    wireguard_key: Option<String>,
 }
 
 impl NodeResources {
@@ -92,12 +93,19 @@ impl NodeResources {
             names: None,
             // The sender may go: the last value stays readable.
             routes: watch::channel(Routes::default()).1,
+            wireguard_key: None,
         }
     }
 
     /// Shows how other nodes are reached as well.
     pub fn with_routes(mut self, routes: watch::Receiver<Routes>) -> Self {
         self.routes = routes;
+        self
+    }
+
+    /// Tells the others this node's WireGuard key.
+    pub fn with_wireguard_key(mut self, key: Option<String>) -> Self {
+        self.wireguard_key = key;
         self
     }
 
@@ -119,11 +127,13 @@ impl NodeResources {
         let devices = devices.clone();
         let routes = self.routes.clone();
         let own_address = node_info::OwnAddress::default();
+        let key = self.wireguard_key.clone();
         Arc::new(move || {
             let node = node_info::read(&identity, &lib, &own_address, &pressures.borrow());
             let node = node_info::with_devices(node, &devices.borrow());
             let node = node_info::with_service_maps(node, &warning(&dataplane.fill()));
             let node = node_info::with_routes(node, &routes.borrow());
+            let node = node_info::with_wireguard_key(node, key.as_deref());
             match *going_down.borrow() {
                 true => node_info::going_down(node),
                 false => node,

@@ -333,7 +333,7 @@ fn node_routes_follow_the_wish() {
         };
         let of = |routes: &[NodeRoute]| Wanted {
             routes: routes.to_vec(),
-            tunnel: None,
+            ..Wanted::default()
         };
         let ours = |routes: Vec<Route>| -> Vec<String> {
             let mut ours: Vec<String> = (routes.iter())

@@ -46,6 +46,9 @@ pub mod support;
 pub mod table;
 pub mod validation;
 
+/// On a Node: its WireGuard public key in base64, as its agent has told it.
+pub const WIREGUARD_KEY_ANNOTATION: &str = "gantry.dev/wireguard-public-key";
+
 /// The gRPC services and messages of `proto/gantry/v1`.
 pub mod proto {
     #![allow(

@@ -14,7 +14,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
+use gantry_api::WIREGUARD_KEY_ANNOTATION;
 use gantry_api::k8s_openapi::api::core::v1 as core;
 use gantry_api::k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use gantry_api::proto;
@@ -103,6 +106,8 @@ pub(super) struct NodeFacts {
     /// status.addresses of type InternalIP.
     pub(super) addresses: Vec<Bytes>,
     zone: String,
+    /// Its public key, 32 bytes; empty: it has told none.
+    wireguard_key: Bytes,
 }
 
 fn address_bytes(text: &str) -> Option<Bytes> {
@@ -517,6 +522,14 @@ impl NodeFacts {
                 .filter(|address| address.type_ == "InternalIP")
                 .filter_map(|address| address_bytes(&address.address))
                 .collect(),
+            wireguard_key: node
+                .metadata
+                .annotations
+                .as_ref()
+                .and_then(|all| STANDARD.decode(all.get(WIREGUARD_KEY_ANNOTATION)?).ok())
+                .filter(|key| key.len() == 32)
+                .unwrap_or_default()
+                .into(),
             zone: node
                 .metadata
                 .labels
@@ -533,6 +546,7 @@ impl NodeFacts {
             addresses: self.addresses.clone(),
             zone: self.zone.clone(),
             dead: self.dead,
+            wireguard_key: self.wireguard_key.clone(),
         })
     }
 }

@@ -108,6 +108,21 @@ impl Nodes {
         self.wait_ready(NODE)
     }
 
+    /// Starts the agents of all nodes anew, with these flags as well.
+    pub fn route(&mut self, flags: &[&str]) -> Result<()> {
+        let server = format!("https://{}:6443", self.place.address(1));
+        for worker in &self.workers {
+            worker.stop_agent()?;
+            let own = ["run", "--node-name", &worker.name, "--server", &server];
+            worker.start_agent(&[&own[..], flags].concat())?;
+        }
+        if self.node_1_has_agent {
+            self.cluster.kill_agent()?;
+            self.cluster.start_agent_with(flags)?;
+        }
+        Ok(())
+    }
+
     /// Runs a line of shell on a machine; it must succeed.
     pub fn on(&self, number: u8, script: &str) -> Result<String> {
         let command = ["sh", "-c", script];

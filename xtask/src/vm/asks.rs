@@ -29,6 +29,8 @@ pub enum Ask {
     Begin,
     /// That scenario has failed: what has passed the switch is written to a file.
     Capture(String),
+    /// Whether these words have passed the switch, in one frame, since the scenario began.
+    Passed(String),
     /// How the control plane is reached, for whoever asks from the host: base64 of a kubeconfig.
     Kubeconfig(String),
 }
@@ -76,6 +78,7 @@ fn ask(words: &[&str], count: usize) -> Result<Ask, String> {
                 .then(|| Ask::Capture(name.into()))
                 .ok_or("no name")?
         }
+        ["passed", words] => Ask::Passed(words.into()),
         ["kubeconfig", base64] => Ask::Kubeconfig(base64.into()),
         _ => return Err(format!("nobody knows how to {}", words.join(" "))),
     })
@@ -101,6 +104,10 @@ mod tests {
             Some((9, Ok(Ask::Cut(0, 2))))
         );
         assert_eq!(read("ask 10 heal"), Some((10, Ok(Ask::Heal))));
+        assert_eq!(
+            read("ask 12 passed secret"),
+            Some((12, Ok(Ask::Passed("secret".into()))))
+        );
         assert_eq!(
             read("ask 11 capture nodes-reach"),
             Some((11, Ok(Ask::Capture("nodes-reach".into()))))

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::{report, run};
 
 /// What the guest needs that Debian builds as modules.
-const WANTED: [&str; 13] = [
+const WANTED: [&str; 14] = [
     "overlay",
     "veth",
     "bridge",
@@ -17,12 +17,13 @@ const WANTED: [&str; 13] = [
     "inet_diag",
     "tcp_diag",
     "udp_diag",
-    // Of several machines: their link, their disk, what they ask for, and a tunnel between them.
+    // Of several machines: their link, their disk, what they ask for, and tunnels between them.
     "virtio_pci",
     "virtio_net",
     "virtio_blk",
     "virtio_console",
     "vxlan",
+    "wireguard",
 ];
 
 /// Returns the kernel image and the files of its modules, dependencies first.

@@ -21,7 +21,7 @@ use std::process::Child;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
@@ -313,6 +313,10 @@ impl<'a> Machines<'a> {
                 let shown = capture.display();
                 report::note(format!("what passed the switch is in {shown}"));
             }
+            Ask::Passed(words) => ensure!(
+                self.switch.has_passed(words.as_bytes()),
+                "{words}: no frame has it"
+            ),
             Ask::Kubeconfig(base64) => self.kubeconfig(&base64)?,
         }
         Ok(())

@@ -57,6 +57,13 @@ impl Ring {
         *self = Self::default();
     }
 
+    /// Whether these bytes are in what is kept of a frame.
+    pub fn holds(&self, wanted: &[u8]) -> bool {
+        let mut frames = self.frames.iter();
+        !wanted.is_empty()
+            && frames.any(|kept| kept.first.windows(wanted.len()).any(|part| part == wanted))
+    }
+
     /// Writes all of it as a pcap file.
     pub fn write(&self, mut to: impl Write) -> io::Result<()> {
         // Version 2.4, then time zone and accuracy, which nobody uses.

@@ -219,6 +219,11 @@ impl Switch {
         lock(&self.shared).ring.clear();
     }
 
+    /// Whether a frame had these bytes, in what is kept of it.
+    pub fn has_passed(&self, wanted: &[u8]) -> bool {
+        lock(&self.shared).ring.holds(wanted)
+    }
+
     /// Writes the last frames.
     pub fn capture(&self, to: &Path) -> Result<()> {
         let file = File::create(to).with_context(|| to.display().to_string())?;

@@ -17,7 +17,7 @@ pub struct ReachedNode {
     pub node: String,
     /// Its pods'.
     pub prefix: IpNet,
-    /// `direct (eth0)`, `vxlan`
+    /// `direct (eth0)`, `vxlan`, `wireguard`
     pub way: String,
     /// Without a tunnel.
     pub is_direct: bool,
@@ -60,12 +60,12 @@ impl Routes {
 
     /// Who is reached how, in one line.
     pub fn summary(&self) -> String {
-        let (direct, vxlan) = self.counts();
+        let (direct, tunnelled) = self.counts();
         if self.reached.is_empty() {
             return "there is no other node with pods".into();
         }
         if self.reached.len() > NAMED_COUNT_MAX {
-            return format!("{direct} nodes are reached directly, {vxlan} by vxlan");
+            return format!("{direct} nodes are reached directly, {tunnelled} by a tunnel");
         }
         let nodes = self.reached.iter();
         let nodes: Vec<String> = nodes.map(|it| format!("{} {}", it.node, it.way)).collect();
@@ -111,7 +111,10 @@ mod tests {
         assert_eq!(routes(2).summary(), "n0 vxlan, n1 direct (eth0)");
         assert_eq!(routes(2).warning(), "node n0: no; node n1: no");
         let many = routes(100);
-        assert_eq!(many.summary(), "99 nodes are reached directly, 1 by vxlan");
+        assert_eq!(
+            many.summary(),
+            "99 nodes are reached directly, 1 by a tunnel"
+        );
         assert!(many.warning().ends_with("; node n7: no; and 92 more"));
         assert_eq!(routes(0).warning(), "");
         assert_eq!(routes(0).counts(), (0, 0));

@@ -50,6 +50,7 @@ fn config() -> RoutingConfig {
         addresses: vec![address("192.0.2.1")],
         routing: Routing::Auto,
         port: 4789,
+        wireguard: None,
         conf_dir: "/nonexistent".into(),
     }
 }
@@ -349,6 +350,81 @@ fn the_size_of_packets_is_what_every_way_carries() {
     assert_eq!(mtu(&[near, other], Routing::Auto, &facts), Some(1400));
     facts.networks.clear();
     assert_eq!(mtu(&[near], Routing::Auto, &facts), None);
+}
+
+#[test]
+fn with_wireguard_the_tunnel_goes_between_inner_addresses_of_nodes_whose_keys_are_known() {
+    let mut view = view(&[
+        ("near", "10.244.1.0/24,fd00:1::/64", &["192.0.2.2"]),
+        ("far", "10.244.2.0/24", &["198.51.100.2"]),
+        ("mute", "10.244.3.0/24", &["192.0.2.4"]),
+    ]);
+    for (name, key) in [("near", [2; 32]), ("far", [3; 32])] {
+        let nodes = Arc::make_mut(&mut view.nodes);
+        let mut node = proto::NodeRoute::clone(&nodes[name]);
+        node.wireguard_key = key.to_vec().into();
+        nodes.insert(name.into(), Arc::new(node));
+    }
+    let own = OwnKey {
+        private: [1; 32],
+        public: [9; 32],
+        port: 51_820,
+    };
+    let mut config = RoutingConfig {
+        routing: Routing::Wireguard,
+        wireguard: Some(Ok(own)),
+        ..config()
+    };
+    let sealed = plan(&config, &view, &facts());
+    assert_eq!(
+        only_problem(&sealed),
+        "node mute: it has told no WireGuard key: start its agent with --routing wireguard too: its pods \
+         (10.244.3.0/24) are not reached"
+    );
+    let wireguard = sealed.wanted.wireguard.clone().unwrap();
+    let inner = |text: &str| wireguard::inner_address(address(text));
+    let near = wireguard::Peer {
+        endpoint: "192.0.2.2:51820".parse().unwrap(),
+        inner: inner("192.0.2.2"),
+    };
+    assert_eq!(wireguard.peers.len(), 2);
+    assert_eq!(wireguard.peers[&[2; 32]], near);
+    assert_eq!((wireguard.inner, wireguard.mtu), (inner("192.0.2.1"), 1420));
+    let tunnel = sealed.wanted.tunnel.unwrap();
+    assert_eq!(
+        (tunnel.local, tunnel.mtu),
+        (inner("192.0.2.1").into(), 1350)
+    );
+    assert_eq!(sealed.mtu, Some(1350));
+    let end = tunnel
+        .ends
+        .iter()
+        .find(|end| end.remote == IpAddr::V6(near.inner));
+    assert_eq!(end.unwrap().gateways.len(), 2, "one of each family");
+    assert!(
+        sealed
+            .wanted
+            .routes
+            .iter()
+            .all(|route| route.way == Way::Tunnel)
+    );
+    assert_eq!(sealed.near, Some(BTreeSet::new()));
+    assert!(
+        sealed
+            .reached
+            .iter()
+            .all(|it| it.way == "wireguard" && !it.is_direct)
+    );
+    // Nobody is reached in the clear because the kernel cannot encrypt.
+    config.wireguard = Some(Err("the kernel has no WireGuard".into()));
+    let open = plan(&config, &view, &facts());
+    assert!(open.wanted.routes.is_empty() && open.wanted.tunnel.is_none());
+    assert_eq!(open.problems.len(), 4);
+    assert!(
+        open.problems
+            .iter()
+            .all(|it| it.contains("the kernel has no WireGuard"))
+    );
 }
 
 /// Few values, so that they meet.

@@ -21,6 +21,7 @@ mod main_job;
 mod outside;
 mod policy;
 mod reach;
+mod sealed;
 mod update;
 
 /// When a scenario runs.
@@ -88,6 +89,12 @@ pub const ALL: &[NodeScenario] = &[
         main_job::main_job,
     ),
     scenario("nodes-reach", Stage::EveryMachine, true, reach::reach),
+    scenario(
+        "nodes-wireguard",
+        Stage::EveryMachine,
+        false,
+        sealed::sealed,
+    ),
     scenario("nodes-policy", Stage::EveryMachine, false, policy::policy),
     scenario(
         "nodes-rolling-update",

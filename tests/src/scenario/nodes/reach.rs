@@ -99,7 +99,7 @@ pub(super) fn reach(nodes: &mut Nodes) -> Result<()> {
 }
 
 /// As it stands before a port.
-fn in_url(ip: IpAddr) -> String {
+pub(super) fn in_url(ip: IpAddr) -> String {
     match ip {
         IpAddr::V4(ip) => ip.to_string(),
         IpAddr::V6(ip) => format!("[{ip}]"),
