@@ -432,6 +432,16 @@ impl Node {
             wireguard: None,
             conf_dir: directory.path().join("net.d"),
         };
+        space.spawn(network::follow_near(
+            of_trait.clone(),
+            routes.clone(),
+            agent.clone(),
+        ));
+        space.spawn(dataplane::look_after_neighbours(
+            of_trait.clone(),
+            follow.clone(),
+            agent.clone(),
+        ));
         space.spawn(network::follow_routes(
             routing,
             paths.run.clone(),

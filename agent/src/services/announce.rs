@@ -122,7 +122,7 @@ fn share(service: &proto::Service, backends: Option<&Backends>, around: &Around<
             share.own.insert(addr);
         }
         let mut order: Vec<&str> = all.iter().copied().collect();
-        order.sort_by_key(|node| std::cmp::Reverse(rank(&addr, node)));
+        order.sort_by_cached_key(|node| std::cmp::Reverse(rank(&addr, node)));
         let ahead = order.iter().position(|node| *node == around.own);
         // Without a backend of its own it comes after all that have one. Nearest first: those are next to
         // take it over.

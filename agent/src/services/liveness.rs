@@ -107,8 +107,10 @@ pub struct Liveness {
 impl Liveness {
     /// Watches exactly these.
     pub fn watch(&mut self, wanted: BTreeMap<String, Watched>, now: Duration) {
+        let wanted: BTreeMap<String, Watched> =
+            wanted.into_iter().take(WATCHED_COUNT_MAX).collect();
         self.peers.retain(|name, _| wanted.contains_key(name));
-        for (name, at) in wanted.into_iter().take(WATCHED_COUNT_MAX) {
+        for (name, at) in wanted {
             let is_dead = at.is_dead;
             let peer = self.peers.entry(name).or_insert_with(|| Peer {
                 at: at.clone(),

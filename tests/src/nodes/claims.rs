@@ -1,17 +1,19 @@
 //! What must be so between nodes, whatever joins them.
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
+use std::process::Command;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use gantry_agent::policy::PolicyName;
 use gantry_agent::view::ServiceName;
 use gantry_api::proto;
 use gantry_cni::netlink::{Netlink, Route};
+use gantry_cni::netns::Netns;
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, ip_mtu, set_ip_mtu_discover};
 
-use super::{Joined, Lab, Node, PORT, SHORT, ask, eventually, insert_node, inside, octets};
+use super::{Joined, Lab, Node, PORT, SHORT, ask, eventually, insert_node, inside, octets, serve};
 
 /// Where the Service of node b's pod is.
 const CLUSTER_IP: &str = "10.96.0.17";
@@ -25,7 +27,11 @@ pub fn all(joined: Joined) -> Result<()> {
     let mut lab = Lab::new(joined)?;
     every_pod_reaches_every_other_by_its_own_address(&lab).context("pods")?;
     a_node_reaches_pods_of_others(&lab).context("node to pod")?;
+    a_pod_reaches_the_addresses_of_nodes(&lab).context("pod to node")?;
     services_reach_backends_elsewhere(&mut lab, joined).context("services")?;
+    if joined == Joined::Link {
+        a_balancer_address_moves_when_its_node_has_gone(&mut lab).context("fail-over")?;
+    }
     policies_hold_on_the_node_that_receives(&mut lab).context("policy")?;
     if joined == Joined::Router {
         nobody_speaks_through_the_tunnel_for_who_is_not_behind_it(&lab).context("forged")?;
@@ -65,6 +71,145 @@ pub fn a_node_reaches_pods_of_others(lab: &Lab) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A process of the node itself is asked: by the pod's own address, or by its node's where the answer would
+/// come by the tunnel.
+pub fn a_pod_reaches_the_addresses_of_nodes(lab: &Lab) -> Result<()> {
+    for to in &lab.nodes {
+        let server = SocketAddr::new(to.address, PORT + 1);
+        serve(&to.space.netns, server)?;
+        for from in lab.nodes.iter().filter(|from| from.name != to.name) {
+            let is_direct = from
+                .routes
+                .borrow()
+                .reached
+                .iter()
+                .any(|it| it.node == to.name && it.is_direct);
+            let expected = if is_direct {
+                from.pod.address
+            } else {
+                from.address
+            };
+            eventually("a pod to reach a node", || {
+                let seen = from.in_pod(false, || ask(server))?;
+                ensure!(
+                    seen == expected,
+                    "{} to {} is seen as {seen}",
+                    from.name,
+                    to.name
+                );
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+/// The link of the node that has an address goes down; a client is served by another one, and by the first
+/// again when it is back.
+pub fn a_balancer_address_moves_when_its_node_has_gone(lab: &mut Lab) -> Result<()> {
+    let name = ServiceName {
+        namespace: "default".into(),
+        name: "web".into(),
+    };
+    let services = Arc::make_mut(&mut lab.view.services);
+    let mut service = proto::Service::clone(services.get(&name).context("no Service")?);
+    let addresses = (200..216).map(|last| IpAddr::from([192, 0, 2, last]));
+    let addresses: Vec<IpAddr> = addresses.collect();
+    service.r#type = "LoadBalancer".into();
+    service.load_balancer_ips = addresses.iter().map(|it| octets(*it).into()).collect();
+    services.insert(name.clone(), Arc::new(service));
+    lab.publish()?;
+    // The backend is on b, and sees by whom a client has come.
+    let by = |address: IpAddr| inside(&lab.client.netns, || ask(SocketAddr::new(address, 80)));
+    let all = || -> Result<Vec<IpAddr>> {
+        run(&lab.client.netns, "ip", &["neigh", "flush", "dev", "eth0"])?;
+        let asked = addresses.iter();
+        asked
+            .map(|it| eventually("an address to answer", || by(*it)))
+            .collect()
+    };
+    let first = all()?;
+    // Longer than a node that has gone is believed to be there.
+    std::thread::sleep(Duration::from_secs(3));
+    let then = all()?;
+    ensure!(
+        first == then,
+        "{first:?} became {then:?} though everybody is there"
+    );
+    let mut found = addresses.iter().zip(&then).filter_map(|(address, seen)| {
+        let node = lab.nodes.iter().find(|node| node.address == *seen)?;
+        Some((*address, node))
+    });
+    let (address, node) = found.next().context("b has all addresses")?;
+    let port = format!("to-{}", node.name);
+    let set = |state: &str| run(&lab.middle.netns, "ip", &["link", "set", &port, state]);
+    // A switch that does not notice: else what is sent to the node floods, and any node takes it.
+    let mac: Vec<String> = octets(node.address)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let mac = format!("02:00:{}", mac.join(":"));
+    let fdb = |verb: &str| {
+        run(
+            &lab.middle.netns,
+            "bridge",
+            &["fdb", verb, &mac, "dev", &port, "master", "static"],
+        )
+    };
+    fdb("replace")?;
+    set("down")?;
+    let began = Instant::now();
+    let reached = || {
+        let at = SocketAddr::new(address, 80);
+        let limit = Duration::from_millis(200);
+        inside(&lab.client.netns, || {
+            Ok(TcpStream::connect_timeout(&at, limit)?)
+        })
+    };
+    while reached().is_err() {
+        ensure!(
+            began.elapsed() < Duration::from_secs(20),
+            "nobody took {address} over"
+        );
+    }
+    let silence = began.elapsed();
+    eprintln!(
+        "{address} of {} was silent for {} ms",
+        node.name,
+        silence.as_millis()
+    );
+    // Three seconds, and what a loaded machine adds.
+    ensure!(silence < Duration::from_secs(6), "{silence:?}");
+    let seen = by(address).context("after the take-over")?;
+    ensure!(seen != node.address, "by {seen}, whose link is down");
+    set("up")?;
+    fdb("del")?;
+    eventually("the address to be back", || {
+        let seen = by(address)?;
+        ensure!(seen == node.address, "by {seen}");
+        Ok(())
+    })?;
+    let services = Arc::make_mut(&mut lab.view.services);
+    let mut service = proto::Service::clone(services.get(&name).context("no Service")?);
+    service.load_balancer_ips.clear();
+    services.insert(name, Arc::new(service));
+    lab.publish()
+}
+
+fn run(netns: &Netns, program: &str, words: &[&str]) -> Result<()> {
+    inside(netns, || {
+        let output = Command::new(program).args(words).output();
+        let output = output.with_context(|| program.to_owned())?;
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(
+            output.status.success(),
+            "{program} {}: {said}",
+            words.join(" ")
+        );
+        Ok(())
+    })
 }
 
 fn gateway(node: &Node) -> IpAddr {

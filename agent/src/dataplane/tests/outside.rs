@@ -2,7 +2,8 @@
 //! link. What they reach is on the node, in its pods, or on the other node.
 
 use std::io::{self, ErrorKind};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::time::Duration;
 
 use aya::maps::Map;
 use aya::maps::lpm_trie::{Key, LpmTrie};
@@ -18,6 +19,7 @@ use super::bed::ip;
 use super::frames::{TCP, UDP};
 use super::maps::Maps;
 use super::wires::{Namespace, SHORT, V4, V6, Wires, at, tcp_to, udp_to};
+use crate::dataplane::discovery::{Asked, Discovery};
 use crate::dataplane::pods::Attachment;
 use crate::services::index::addr_of;
 
@@ -266,6 +268,65 @@ fn an_announced_address_is_answered_for() {
             "nobody has it again"
         );
     }
+}
+
+/// Asks on the client's link until somebody answers; none: nobody does within a second.
+fn who_has(outside: &Outside, family: usize, address: &str) -> Option<[u8; 6]> {
+    let address: IpAddr = address.parse().unwrap();
+    outside.client.run(|| {
+        let asked = Asked {
+            ifindex: if_nametoindex("eth0").unwrap(),
+            mac: [MAC[0], MAC[1], MAC[2], MAC[3], MAC[4], 3],
+            from: CLIENT[family].parse().unwrap(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let discovery = Discovery::open().unwrap();
+            for _ in 0..10 {
+                discovery.ask(asked, address, None).unwrap();
+                let answer = async {
+                    loop {
+                        let (who, mac) = discovery.answer().await.unwrap();
+                        if who == address {
+                            return mac;
+                        }
+                    }
+                };
+                let answer = tokio::time::timeout(Duration::from_millis(100), answer);
+                if let Ok(mac) = answer.await {
+                    return Some(mac);
+                }
+            }
+            None
+        })
+    })
+}
+
+#[test]
+fn a_question_finds_who_has_an_address_and_who_announces_one() {
+    let Some(mut outside) = Outside::new(Attachment::Tcx) else {
+        return;
+    };
+    for family in [0, 1] {
+        assert_eq!(
+            who_has(&outside, family, NODE[family]),
+            Some(MAC),
+            "its kernel answers"
+        );
+        assert_eq!(who_has(&outside, family, ANNOUNCED[family]), None);
+        announce(&mut outside, &[ANNOUNCED[family]]);
+        assert_eq!(
+            who_has(&outside, family, ANNOUNCED[family]),
+            Some(MAC),
+            "a program does"
+        );
+        announce(&mut outside, &[]);
+    }
+    outside.wires.node.run(|| ip("link set eth0 down"));
+    assert_eq!(who_has(&outside, 0, NODE[0]), None, "it has gone");
 }
 
 #[test]
