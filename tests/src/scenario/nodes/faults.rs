@@ -83,6 +83,107 @@ pub(super) fn power_cut(nodes: &mut Nodes) -> Result<()> {
     tear_down(nodes, &names)
 }
 
+/// A Deployment's pod that tolerates a node without power for five seconds. Its program has a name of its own.
+const EVICTED: &str = "apiVersion: v1
+kind: Namespace
+metadata: {name: evicted}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: one, namespace: evicted}
+spec:
+  replicas: 1
+  selector: {matchLabels: {app: one}}
+  template:
+    metadata: {labels: {app: one}}
+    spec:
+      affinity:
+        nodeAffinity:
+          preferredDuringSchedulingIgnoredDuringExecution:
+            - weight: 100
+              preference:
+                matchExpressions:
+                  - {key: kubernetes.io/hostname, operator: In, values: [node-3]}
+      tolerations:
+        - {key: node.kubernetes.io/unreachable, operator: Exists, effect: NoExecute, tolerationSeconds: 5}
+        - {key: node.kubernetes.io/not-ready, operator: Exists, effect: NoExecute, tolerationSeconds: 5}
+      terminationGracePeriodSeconds: 1
+      containers:
+        - name: main
+          image: gantry.local/busybox:debian
+          imagePullPolicy: IfNotPresent
+          command: [sleep, \"98765\"]
+";
+
+/// Where the pods of the Deployment are that are not being deleted, and their UIDs.
+fn placed(cluster: &Cluster) -> Result<Vec<[String; 2]>> {
+    let pods = cluster.get(&["pods", "-n", "evicted"])?;
+    let items = pods["items"].as_array().context("no list")?;
+    let live = items
+        .iter()
+        .filter(|pod| pod["metadata"]["deletionTimestamp"].is_null());
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let pair = |pod: &Value| {
+        [
+            text(&pod["spec"]["nodeName"]),
+            text(&pod["metadata"]["uid"]),
+        ]
+    };
+    Ok(live.map(pair).collect())
+}
+
+/// The pod of a worker without power is given to another node when its time is up, and the worker, back,
+/// does not run it again.
+pub(super) fn eviction(nodes: &mut Nodes) -> Result<()> {
+    nodes.cluster.apply_ok(EVICTED)?;
+    let rolled_out = |c: &Cluster| {
+        let status = ["rollout", "status", "deployment/one", "--timeout=240s"];
+        c.ok(&[&["-n", "evicted"][..], &status].concat())
+    };
+    rolled_out(&nodes.cluster)?;
+    let first = placed(&nodes.cluster)?;
+    let [[node, uid]] = &first[..] else {
+        anyhow::bail!("not one pod: {first:?}");
+    };
+    ensure!(node == "node-3", "the pod prefers node-3 and is on {node}");
+    let victim = nodes.worker(3)?.clone();
+    nodes.ask("power-cut node-3")?;
+    let cut = Instant::now();
+    let elsewhere = |c: &Cluster| {
+        let now = placed(c)?;
+        ensure!(
+            matches!(&now[..], [[node, other]] if node != "node-3" && !node.is_empty() && other != uid),
+            "the pods are {now:?}"
+        );
+        Ok(true)
+    };
+    let limit = NOTICED + Duration::from_secs(60);
+    let cluster = &nodes.cluster;
+    cluster.wait("another node to get the pod", limit, elsewhere)?;
+    rolled_out(cluster)?;
+    println!("vm: it runs elsewhere after {} s", cut.elapsed().as_secs());
+    nodes.ask("power-on node-3")?;
+    nodes.wait_up(&victim)?;
+    nodes.wait_ready("node-3")?;
+    // The old pod's object goes when its node has said that it does not run.
+    let cluster = &nodes.cluster;
+    cluster.wait("the old pod to be gone", LIMIT, |c| {
+        let pods = c.get(&["pods", "-n", "evicted"])?;
+        Ok(pods["items"]
+            .as_array()
+            .is_some_and(|items| items.len() == 1))
+    })?;
+    // The bracket: the shell that looks has the words in its own command line.
+    let ran = "grep -l '9876[5]' /proc/[0-9]*/cmdline";
+    let said = victim.run(&["sh", "-c", ran])?;
+    ensure!(
+        said.stdout.trim().is_empty(),
+        "a returning node runs what was given away: {said:?}"
+    );
+    cluster.ok(&["delete", "namespace", "evicted", "--timeout=240s"])?;
+    Ok(())
+}
+
 /// A worker that nobody reaches for longer than the grace period keeps its pod as it is.
 pub(super) fn partition(nodes: &mut Nodes) -> Result<()> {
     let (at, names) = set_up(nodes)?;

@@ -18,11 +18,12 @@ mod faults;
 mod hundred;
 mod leave;
 mod main_job;
-mod outside;
+pub(crate) mod outside;
 mod policy;
 mod reach;
 mod sealed;
 mod update;
+mod upgrade;
 
 /// When a scenario runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,6 +105,12 @@ pub const ALL: &[NodeScenario] = &[
     ),
     scenario("nodes-drain", Stage::EveryMachine, false, drain::drain),
     scenario(
+        "nodes-agent-upgrade",
+        Stage::EveryMachine,
+        false,
+        upgrade::agent_upgrade,
+    ),
+    scenario(
         "nodes-partition",
         Stage::EveryMachine,
         false,
@@ -114,6 +121,12 @@ pub const ALL: &[NodeScenario] = &[
         Stage::EveryMachine,
         true,
         faults::power_cut,
+    ),
+    scenario(
+        "nodes-eviction",
+        Stage::EveryMachine,
+        false,
+        faults::eviction,
     ),
     scenario(
         "nodes-control-kill",
@@ -140,7 +153,7 @@ pub const ALL: &[NodeScenario] = &[
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// A pod on a node that serves its name by HTTP on port 8080.
-fn server(name: &str, node: u8, app: &str) -> String {
+pub(crate) fn server(name: &str, node: u8, app: &str) -> String {
     format!(
         "apiVersion: v1
 kind: Pod
@@ -160,7 +173,7 @@ spec:
 }
 
 /// A Service of the pods `app`, with more of its spec.
-fn service(name: &str, app: &str, more: &str) -> String {
+pub(crate) fn service(name: &str, app: &str, more: &str) -> String {
     format!(
         "apiVersion: v1
 kind: Service
@@ -174,7 +187,7 @@ spec:
 }
 
 /// A pod's address.
-fn pod_ip(cluster: &Cluster, namespace: &str, name: &str) -> Result<IpAddr> {
+pub(crate) fn pod_ip(cluster: &Cluster, namespace: &str, name: &str) -> Result<IpAddr> {
     let pod = cluster.get(&["pod", name, "-n", namespace])?;
     let ip = pod["status"]["podIP"].as_str();
     Ok(ip

@@ -112,6 +112,18 @@ pub(super) fn direct_return(nodes: &mut Nodes) -> Result<()> {
 
 /// The pod on the node that has the address goes; the address moves to the other node.
 pub(super) fn fail_over(nodes: &mut Nodes) -> Result<()> {
+    let silence = moved(nodes)?;
+    println!("vm: the address was silent for {} ms", silence.as_millis());
+    ensure!(
+        silence <= FAIL_OVER,
+        "the address was silent for {} ms",
+        silence.as_millis()
+    );
+    Ok(())
+}
+
+/// Moves an address, and says how long nobody answered there.
+pub(crate) fn moved(nodes: &mut Nodes) -> Result<Duration> {
     let local = "  type: LoadBalancer\n  externalTrafficPolicy: Local\n";
     let manifest = [
         server("a", 2, "moved"),
@@ -153,15 +165,10 @@ pub(super) fn fail_over(nodes: &mut Nodes) -> Result<()> {
         std::thread::sleep(EVERY);
     };
     deleting.wait()?;
-    println!("vm: the address was silent for {} ms", silence.as_millis());
-    ensure!(
-        silence <= FAIL_OVER,
-        "the address was silent for {} ms",
-        silence.as_millis()
-    );
     ensure!(pod_ip(cluster, "default", second).is_ok());
     super::delete(cluster, "service", &["moved"])?;
-    super::delete(cluster, "pod", &[second])
+    super::delete(cluster, "pod", &[second])?;
+    Ok(silence)
 }
 
 /// The node that has the address loses its power: another one answers within seconds, and it gets its
