@@ -3,17 +3,18 @@
 //!
 //! `setup ─► build ─► gantry-bench NAME (a cluster of its own) ─► target/bench/NAME.json ─► tables`
 //!
-//! What is measured and how: `tests/src/bench`. `services` needs no cluster and has a report of its own.
+//! What is measured and how: `tests/src/bench`. `services` needs no cluster and has a report of its own;
+//! `nodes` are virtual machines (`tests/src/machines/bench.rs`), need no root, and run only when named.
 
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::{build, image, report, run, setup};
+use crate::{build, image, report, run, setup, vm};
 
 /// In the order of running; `tests/src/bench/mod.rs` has the same.
-const NAMES: [&str; 8] = [
+const NAMES: [&str; 9] = [
     "pod_start",
     "burst",
     "exec",
@@ -22,13 +23,15 @@ const NAMES: [&str; 8] = [
     "footprint",
     "density",
     SERVICES,
+    NODES,
 ];
 const SERVICES: &str = "services";
+const NODES: &str = "nodes";
 
 /// What `bench` takes.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Which ones; all without a name
+    /// Which ones; all but `nodes` without a name
     #[arg(value_parser = clap::builder::PossibleValuesParser::new(NAMES))]
     names: Vec<String>,
     /// Pods of the benchmarks of a full node [default: 500, or what half of the free memory holds]
@@ -71,6 +74,9 @@ impl Arguments {
 
 /// Measures and prints; with `--check` a missed target is an error.
 pub fn run(arguments: &Arguments) -> Result<()> {
+    if arguments.names.iter().all(|n| n == NODES) && !arguments.names.is_empty() {
+        return nodes(arguments);
+    }
     if !run::is_root() {
         bail!("pods need root: run `cargo xtask bench` as root");
     }
@@ -93,6 +99,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     std::fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
     let mut missed = Vec::new();
     for name in NAMES.iter().filter(|n| is_wanted(arguments, n)) {
+        if *name == NODES {
+            nodes(arguments)?;
+            continue;
+        }
         let figures = measure(name, &bin, &out, arguments)?;
         print!("{}", text(&figures));
         let lost = missed_targets(&figures).into_iter();
@@ -107,8 +117,35 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// On machines of its own.
+fn nodes(arguments: &Arguments) -> Result<()> {
+    setup::ensure(setup::For::Vm)?;
+    let _step = report::step("measuring nodes");
+    let out = run::target().join("bench");
+    std::fs::create_dir_all(&out).with_context(|| format!("create {}", out.display()))?;
+    let file = out.join(format!("{NODES}.json"));
+    // Old figures must not pass for new ones.
+    if file.exists() {
+        std::fs::remove_file(&file).with_context(|| format!("remove {}", file.display()))?;
+    }
+    let mut figures = vm::bench()?;
+    figures["commit"] = commit().into();
+    std::fs::write(&file, serde_json::to_string_pretty(&figures)?)
+        .with_context(|| format!("write {}", file.display()))?;
+    print!("{}", text(&figures));
+    let missed = missed_targets(&figures);
+    for what in &missed {
+        println!("missed {NODES}: {what}");
+    }
+    if arguments.check && !missed.is_empty() {
+        bail!("{} targets are missed", missed.len());
+    }
+    Ok(())
+}
+
 fn is_wanted(arguments: &Arguments, name: &str) -> bool {
-    arguments.names.is_empty() || arguments.names.iter().any(|n| n == name)
+    let all = arguments.names.is_empty() && name != NODES;
+    all || arguments.names.iter().any(|n| n == name)
 }
 
 fn measure(name: &str, bin: &Path, out: &Path, arguments: &Arguments) -> Result<Value> {
@@ -280,7 +317,8 @@ mod tests {
     #[test]
     fn without_names_all_are_wanted() {
         let mut arguments = arguments("");
-        assert!(NAMES.iter().all(|n| is_wanted(&arguments, n)));
+        let wanted = NAMES.iter().filter(|n| is_wanted(&arguments, n));
+        assert_eq!(wanted.count(), NAMES.len() - 1, "all but nodes");
         arguments.names.push("footprint".into());
         assert!(!is_wanted(&arguments, "pod_start") && is_wanted(&arguments, "footprint"));
     }

@@ -18,7 +18,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use gantry_tests::cluster::Installation;
 use gantry_tests::machines::place::Place;
-use gantry_tests::machines::{self, hand};
+use gantry_tests::machines::{self, hand, wire};
 use gantry_tests::{census, scenario};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -34,6 +34,7 @@ fn main() -> ExitCode {
             list();
             Ok(())
         }
+        Some("wire" | "wire-serve" | "wire-first") => measure(),
         Some("census") => {
             count();
             Ok(())
@@ -54,6 +55,22 @@ fn main() -> ExitCode {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    }
+}
+
+/// `wire-serve PORT`, `wire-first ADDRESS`, `wire rate|rtt|throughput ADDRESS MILLISECONDS`.
+fn measure() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words[..] {
+        ["wire-serve", port] => wire::serve(port.parse()?),
+        ["wire-first", to] => wire::first_answer(to.parse()?),
+        ["wire", kind, to, ms] => {
+            let during = std::time::Duration::from_millis(ms.parse()?);
+            println!("{}", wire::measure(kind, to.parse()?, during)?);
+            Ok(())
+        }
+        _ => anyhow::bail!("{words:?}: nobody measures so"),
     }
 }
 

@@ -4,7 +4,8 @@
 //!  node-1: control plane, the scenarios ──┬── node-2: hand ─► agent
 //!          (and an agent, when told)      └── node-3: hand ─► agent    (xtask/src/vm/nodes.rs)
 //! ```
-//! [`place`]: which machine this is; [`hand`]: acting on another one; [`asks`]: power and network faults.
+//! [`place`]: which machine this is; [`hand`]: acting on another one; [`asks`]: power and network faults;
+//! [`bench`] and [`wire`]: figures.
 
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr};
@@ -18,8 +19,10 @@ use crate::scenario::Skipped;
 use crate::scenario::nodes::{ALL, NodeScenario, Stage};
 
 pub mod asks;
+pub mod bench;
 pub mod hand;
 pub mod place;
+pub mod wire;
 
 use asks::Asks;
 use hand::Machine;
@@ -46,6 +49,13 @@ pub struct Nodes {
 impl Nodes {
     /// The control plane on this machine, an agent on each of the others.
     pub fn start(installation: &Installation, place: &Place) -> Result<Self> {
+        let nodes = Self::prepare(installation, place)?;
+        nodes.join_all()?;
+        Ok(nodes)
+    }
+
+    /// The control plane on this machine; no node yet.
+    pub fn prepare(installation: &Installation, place: &Place) -> Result<Self> {
         let workers: Vec<Machine> = place
             .numbers()
             .skip(1)
@@ -64,21 +74,37 @@ impl Nodes {
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         let mut cluster = Cluster::prepare(installation, &flags, &[])?;
         cluster.start_control()?;
-        let nodes = Self {
+        Ok(Self {
             cluster,
             workers,
             place: place.clone(),
             asks: Asks::open()?,
             node_1_has_agent: false,
-        };
-        for worker in &nodes.workers {
-            nodes.wait_up(worker)?;
-            nodes.join(worker)?;
+        })
+    }
+
+    /// Every worker becomes a node, unless it is one.
+    fn join_all(&self) -> Result<()> {
+        let known = self.cluster.ok(&["get", "nodes", "-o", "name"])?;
+        for worker in &self.workers {
+            self.wait_up(worker)?;
+            if !known.lines().any(|line| line.ends_with(&worker.name)) {
+                self.join(worker)?;
+            }
         }
-        for worker in &nodes.workers {
-            nodes.wait_ready(&worker.name)?;
+        for worker in &self.workers {
+            self.wait_ready(&worker.name)?;
         }
-        Ok(nodes)
+        Ok(())
+    }
+
+    /// The agent of a worker that has joined starts, anew if it runs, with more flags.
+    fn start_worker(&self, worker: &Machine, flags: &[&str]) -> Result<()> {
+        let server = format!("https://{}:6443", self.place.address(1));
+        let mut words = vec!["run", "--node-name", &worker.name, "--server", &server];
+        words.extend(flags);
+        worker.stop_agent()?;
+        worker.start_agent(&words)
     }
 
     /// Makes a machine a node, as a person would: the line that one machine prints, typed on the other.
@@ -95,8 +121,7 @@ impl Nodes {
         let mut words: Vec<&str> = line.split_whitespace().collect();
         words.extend(["--no-start", "--node-name", &worker.name]);
         worker.ok(&words)?;
-        let server = format!("https://{server}");
-        worker.start_agent(&["run", "--node-name", &worker.name, "--server", &server])
+        self.start_worker(worker, &[])
     }
 
     /// An agent on node-1 as well.
@@ -252,6 +277,10 @@ impl Nodes {
 
 /// Runs the scenarios that are wanted, and prints a verdict of each.
 pub fn run(installation: &Installation, place: &Place, wanted: &str) -> Result<()> {
+    if wanted == "bench" {
+        println!("vm: figures {}", bench::run(installation, place)?);
+        return Ok(());
+    }
     let is_wanted = |scenario: &&NodeScenario| match wanted {
         "all" => true,
         "short" => scenario.is_short,

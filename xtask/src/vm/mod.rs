@@ -39,6 +39,8 @@ const EVERY_KERNEL: &str = "every-kernel";
 /// The scenarios of several machines that `cargo xtask test` runs.
 const SHORT: &str = "short";
 const ALL: &str = "all";
+/// What `cargo xtask bench nodes` measures.
+const BENCH: &str = "bench";
 /// Only a cluster.
 const NONE: &str = "none";
 /// Machines among which the scenarios of one machine are shared out: each waits half of its time.
@@ -108,6 +110,8 @@ pub struct Outcome {
     pub failed: usize,
     /// Reasons.
     pub skipped: Vec<String>,
+    /// What was measured, as JSON.
+    pub figures: Option<String>,
     ended: bool,
 }
 
@@ -217,6 +221,18 @@ pub fn up(job: impl Fn(&Cluster) -> Result<()>) -> Result<()> {
         bail!("the consoles are in {}", directory().display());
     }
     Ok(())
+}
+
+/// Measures on three machines, and returns the document.
+pub fn bench() -> Result<serde_json::Value> {
+    let _alone = alone::take()?;
+    let arguments = Arguments::of_test();
+    let booted = Built::new()?.boots(&arguments)?;
+    let outcome = booted.several(&arguments, BENCH, None)?;
+    match outcome.figures {
+        Some(figures) if outcome.failed == 0 => Ok(serde_json::from_str(&figures)?),
+        _ => bail!("no figures; the consoles are in {}", directory().display()),
+    }
 }
 
 /// The administrator's credentials of a cluster that is kept.
@@ -430,6 +446,8 @@ fn verdict(line: &str, outcome: &mut Outcome) {
         outcome.failed += 1;
     } else if let Some(reason) = words.strip_prefix("skipped ") {
         outcome.skipped.push(format!("vm {reason}"));
+    } else if let Some(figures) = words.strip_prefix("figures ") {
+        outcome.figures = Some(figures.trim().to_owned());
     } else if words.trim() == "end" {
         outcome.ended = true;
     }
