@@ -284,15 +284,13 @@ impl Sealing {
         {
             let txn = database.begin_read()?;
             let log = txn.open_table(LOG)?;
-            let mut looked = 0;
-            for row in log.range((revision, &*key)..)? {
+            for (looked, row) in log.range((revision, &*key)..)?.enumerate() {
                 let (place, value) = row?;
                 let (revision, key) = place.value();
                 if looked >= RESEAL_ROW_COUNT || bytes >= RESEAL_BYTES {
                     next = Some((revision, key.to_owned()));
                     break;
                 }
-                looked += 1;
                 if let Some(row) = self.anew(revision, key, value.value())? {
                     bytes += row.len();
                     rows.push((revision, key.to_owned(), row));
