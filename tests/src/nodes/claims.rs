@@ -22,16 +22,14 @@ const NODE_PORT: u16 = 30080;
 /// What IPv4 and UDP take of a packet.
 const HEADERS: u32 = 28;
 
-/// All of them, one after the other, on one set of nodes.
-pub fn all(joined: Joined) -> Result<()> {
+/// All of them, one after the other, on one set of nodes; and `more`, once Services reach their backends.
+pub fn all(joined: Joined, more: impl FnOnce(&mut Lab) -> Result<()>) -> Result<()> {
     let mut lab = Lab::new(joined)?;
     every_pod_reaches_every_other_by_its_own_address(&lab).context("pods")?;
     a_node_reaches_pods_of_others(&lab).context("node to pod")?;
     a_pod_reaches_the_addresses_of_nodes(&lab).context("pod to node")?;
     services_reach_backends_elsewhere(&mut lab, joined).context("services")?;
-    if joined == Joined::Link {
-        a_balancer_address_moves_when_its_node_has_gone(&mut lab).context("fail-over")?;
-    }
+    more(&mut lab)?;
     policies_hold_on_the_node_that_receives(&mut lab).context("policy")?;
     if joined == Joined::Router {
         nobody_speaks_through_the_tunnel_for_who_is_not_behind_it(&lab).context("forged")?;
@@ -107,7 +105,7 @@ pub fn a_pod_reaches_the_addresses_of_nodes(lab: &Lab) -> Result<()> {
 }
 
 /// The link of the node that has an address goes down; a client is served by another one, and by the first
-/// again when it is back.
+/// again when it is back. Needs `ip` and `bridge`; without them the scenario `nodes-lb-power-cut` shows it.
 pub fn a_balancer_address_moves_when_its_node_has_gone(lab: &mut Lab) -> Result<()> {
     let name = ServiceName {
         namespace: "default".into(),

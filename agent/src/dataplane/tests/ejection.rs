@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use ebpf_maps::services::{
     BACKEND_ON_TRIAL, BackendValue, FailureKey, FailureValue, SCOPE_OUTSIDE_ADDRESS, TrafficValue,
 };
+use ebpf_maps::uplink::UplinkValue;
 use gantry_api::proto;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, SockaddrStorage, connect, listen, socket,
@@ -19,7 +20,7 @@ use super::bed::{Bed, backend, block_on, ip, service, view};
 use super::frames::{ACK, Mac, SYN, TCP, frame, tcp};
 use super::maps::Maps;
 use super::policy_wires::{pod, rule};
-use super::programs::Programs;
+use super::programs::{OWN_IFINDEX, Programs};
 use super::wires::{Namespace, V4, Wires, at, interface};
 use crate::dataplane::{BackendChange, BpfDataplane, Dataplane};
 use crate::ids::PodUid;
@@ -330,6 +331,15 @@ fn answers_are_counted_where_a_backend_is_watched_and_one_on_trial_gets_one_flow
     let Some(mut node) = Programs::new() else {
         return;
     };
+    let uplink = UplinkValue {
+        v4: [0; 4],
+        v6: [0; 4],
+        mac: NODE_MAC,
+        xdp: 0,
+        _pad: 0,
+    };
+    let mut uplinks = node.hash::<u32, UplinkValue>("UPLINKS");
+    uplinks.insert(OWN_IFINDEX, uplink, 0).unwrap();
     let address = "198.51.100.7:80";
     let backends = ["10.244.1.2:8080", "10.244.1.3:8080"];
     node.serve_as(address, TCP, SCOPE_OUTSIDE_ADDRESS, 10, 0, &backends);
