@@ -452,7 +452,9 @@ impl<'a> Planner<'a> {
                     },
                 ),
             );
+            // Its tunnel begins there, so that is what its device's hardware address follows from.
             new.remote = inner.into();
+            new.mac = tunnel::mac_of_node(new.remote);
         }
         let mut others = self.ends.iter();
         if let Some((other, _)) =

@@ -401,6 +401,13 @@ fn with_wireguard_the_tunnel_goes_between_inner_addresses_of_nodes_whose_keys_ar
         .iter()
         .find(|end| end.remote == IpAddr::V6(near.inner));
     assert_eq!(end.unwrap().gateways.len(), 2, "one of each family");
+    for end in &tunnel.ends {
+        assert_eq!(
+            end.mac,
+            gantry_cni::tunnel::mac_of_node(end.remote),
+            "as its own device is made"
+        );
+    }
     assert!(
         sealed
             .wanted
