@@ -3,8 +3,8 @@
 //!
 //! glibc gives each thread an arena of its own (8 per CPU), and keeps what was freed in them. The
 //! agent's blocking calls come and go in dozens of threads: with 253 pods created at once, 74 of 95 MiB
-//! of its heap were free memory. So there is one arena (with 500 pods it needs 4 MiB less than two), and when
-//! the process has grown the free pages in it are given back.
+//! of its heap were free memory. So there is one arena, and when the process has grown the free pages in it
+//! are given back.
 //!
 //! Of the program's file all that was ever run or read stays mapped, most of 25 MiB; what an idle agent
 //! runs is less. Unmapped pages stay in the page cache, the next use maps them again (some
