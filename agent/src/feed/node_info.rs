@@ -110,11 +110,7 @@ impl OwnAddress {
     /// What it says for longer than this may hide an address without a network of its own.
     const LIFE: Duration = Duration::from_secs(60);
 
-    fn read(&self) -> Option<IpAddr> {
-        self.of(text("/proc/net/route"), own_address)
-    }
-
-    fn of(&self, routes: String, look: impl FnOnce(&str) -> Option<IpAddr>) -> Option<IpAddr> {
+    fn of(&self, routes: &str, look: impl FnOnce(&str) -> Option<IpAddr>) -> Option<IpAddr> {
         let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = &*last
             && known.routes == routes
@@ -122,9 +118,9 @@ impl OwnAddress {
         {
             return known.address;
         }
-        let address = look(&routes);
+        let address = look(routes);
         *last = Some(LastAddress {
-            routes,
+            routes: routes.to_owned(),
             at: Instant::now(),
             address,
         });
@@ -162,7 +158,7 @@ fn text(path: &str) -> String {
 }
 
 impl Machine {
-    fn read(lib: &Path, own_address: &OwnAddress) -> Self {
+    fn read(lib: &Path, known: &OwnAddress) -> Self {
         let (memory_bytes, swap_bytes) = memory(&text("/proc/meminfo"));
         let routes = text("/proc/net/route");
         let v6 = default_interface(&routes)
@@ -173,7 +169,7 @@ impl Machine {
             swap_bytes,
             disk_bytes: disk(lib),
             hostname: text("/proc/sys/kernel/hostname"),
-            address: own_address.read(),
+            address: known.of(&routes, own_address),
             address_v6: v6,
             boot_id: text("/proc/sys/kernel/random/boot_id"),
             machine_id: text("/etc/machine-id"),
@@ -541,10 +537,10 @@ mod tests {
     fn links_are_listed_again_when_routes_have_changed() {
         let at = |last: u8| Some(IpAddr::V4(Ipv4Addr::new(192, 0, 2, last)));
         let own = OwnAddress::default();
-        assert_eq!(own.of("a".into(), |_| at(1)), at(1));
-        assert_eq!(own.of("a".into(), |_| panic!("listed again")), at(1));
-        assert_eq!(own.of("b".into(), |_| None), None);
-        assert_eq!(own.of("a".into(), |_| at(2)), at(2));
+        assert_eq!(own.of("a", |_| at(1)), at(1));
+        assert_eq!(own.of("a", |_| panic!("listed again")), at(1));
+        assert_eq!(own.of("b", |_| None), None);
+        assert_eq!(own.of("a", |_| at(2)), at(2));
     }
 
     #[test]
