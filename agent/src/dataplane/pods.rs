@@ -19,7 +19,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use aya::Ebpf;
@@ -333,18 +333,30 @@ pub(super) fn attach_tcx(
     program: BorrowedFd<'_>,
     ifindex: u32,
 ) -> io::Result<()> {
+    attach_pinned(pin, program, ifindex, || {
+        sys::link_create_tcx(program, ifindex, direction.tcx())
+    })
+}
+
+/// Puts a program on an interface by the link that is pinned here, or by a new one.
+pub(super) fn attach_pinned(
+    pin: &Path,
+    program: BorrowedFd<'_>,
+    ifindex: u32,
+    create: impl FnOnce() -> io::Result<OwnedFd>,
+) -> io::Result<()> {
     match sys::open_pinned(pin) {
         Ok(link) => {
             if sys::link_info(link.as_fd())?.ifindex == ifindex {
                 return sys::link_update(link.as_fd(), program);
             }
-            // Another interface of the pod, or 0: it is gone.
+            // Of an interface that is gone, or another one.
             fs::remove_file(pin)?;
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(error),
     }
-    let link = sys::link_create_tcx(program, ifindex, direction.tcx())?;
+    let link = create()?;
     // If this fails the link goes with its descriptor: nothing is left behind.
     sys::pin(link.as_fd(), pin)
 }

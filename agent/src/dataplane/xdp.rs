@@ -9,8 +9,8 @@
 //! It is no other service than that of `from_netdev`, only sooner; so nothing here fails: what cannot be had is
 //! reported, once, and the uplink works without.
 //!
-//! The kernel's own stead of a driver (generic XDP) is not used: on Linux 6.18 a packet that has gone through it comes
-//! to `from_netdev` without its Ethernet header when it had to be copied for it, and no Service is seen in it.
+//! The kernel's own stead of a driver (generic XDP) is not used: on Linux 6.18 a SYN that had gone through it was not
+//! translated by `from_netdev` behind it. Why is not known.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,6 +23,7 @@ use aya::programs::ProgramFd;
 use ebpf_maps::uplink::{XDP_NATIVE, XDP_OFF};
 use gantry_cni::uplinks::Uplink;
 
+use super::pods::attach_pinned;
 use super::uplinks::unpin;
 use super::{hooks, load, sys};
 use crate::paths::Paths;
@@ -220,20 +221,9 @@ fn words(error: &io::Error) -> String {
 }
 
 fn attach(pin: &Path, program: BorrowedFd<'_>, ifindex: u32) -> io::Result<()> {
-    match sys::open_pinned(pin) {
-        Ok(link) => {
-            if sys::link_info(link.as_fd())?.ifindex == ifindex {
-                return sys::link_update(link.as_fd(), program);
-            }
-            // Its interface is gone; this one has the index now.
-            fs::remove_file(pin)?;
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    let link = sys::link_create_xdp(program, ifindex)?;
-    // If this fails the link goes with its descriptor: nothing is left behind.
-    sys::pin(link.as_fd(), pin)
+    attach_pinned(pin, program, ifindex, || {
+        sys::link_create_xdp(program, ifindex)
+    })
 }
 
 #[cfg(test)]
