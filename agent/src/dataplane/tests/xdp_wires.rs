@@ -134,11 +134,13 @@ fn agents_come_and_go_while_a_client_is_served() {
     let pin = hooks::directory(&outside.wires.paths).join(&pins(&outside)[0]);
     let link = || sys::link_info(sys::open_pinned(&pin).unwrap().as_fd()).unwrap();
     let first = link();
-    let (ends, answered, lost) = (AtomicBool::new(false), AtomicU32::new(0), AtomicU32::new(0));
+    let (answered, lost) = (AtomicU32::new(0), AtomicU32::new(0));
+    let (ends, all_asked) = (AtomicBool::new(false), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        // It ends after the client: else the last question of all may have nobody to answer it.
         scope.spawn(|| {
             let mut buffer = [0; 16];
-            while !ends.load(Ordering::Relaxed) {
+            while !all_asked.load(Ordering::Relaxed) {
                 if let Ok((_, from)) = received(&server, &mut buffer) {
                     server.send_to(b"answer", from).unwrap();
                 }
@@ -153,6 +155,7 @@ fn agents_come_and_go_while_a_client_is_served() {
                     Err(_) => lost.fetch_add(1, Ordering::Relaxed),
                 };
             }
+            all_asked.store(true, Ordering::Relaxed);
         });
         for _ in 0..10 {
             restart(&mut outside, XdpMode::Native);
