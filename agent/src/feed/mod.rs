@@ -57,6 +57,9 @@ pub use tokens::ControlPlaneTokens;
 
 /// Events that wait for the stream; more push out the oldest, and their number is logged.
 const EVENTS_MAX: usize = 1_000;
+/// How long an event waits: what it tells of has just happened, and the status that tells it too is
+/// not to share the processors with it.
+const EVENT_PAUSE: std::time::Duration = std::time::Duration::from_millis(50);
 /// Services named in one ack.
 const STUCK_MAX: usize = 64;
 
@@ -260,7 +263,8 @@ struct Outbox {
     mirrors: Option<Vec<Bytes>>,
     /// The mirror pod of each static pod, and what was last said of it.
     aliases: BTreeMap<PodUid, Alias>,
-    events: VecDeque<Bytes>,
+    /// Each with the time from which it may be sent.
+    events: VecDeque<(tokio::time::Instant, Bytes)>,
     programmed: u64,
     stuck: Vec<proto::Stuck>,
     ack_due: bool,
@@ -406,7 +410,7 @@ impl Reporter {
         serde_json::from_slice(&reports.final_status(uid)?.json).ok()
     }
 
-    /// Sends an event, best effort. The worker coalesces repetitions.
+    /// Sends an event a little later, best effort. The worker coalesces repetitions.
     pub fn event(&self, event: Event) {
         let json = match serde_json::to_vec(&event) {
             Ok(json) => Bytes::from(json),
@@ -417,7 +421,8 @@ impl Reporter {
             outbox.events.pop_front();
             outbox.counters.events_dropped += 1;
         }
-        outbox.events.push_back(json);
+        let at = tokio::time::Instant::now() + EVENT_PAUSE;
+        outbox.events.push_back((at, json));
         drop(outbox);
         self.shared.wake.notify_one();
     }

@@ -256,6 +256,7 @@ impl Driver {
                 return Err(Ended::Renewed);
             }
             let up = stream.up.clone();
+            let event_at = lock(&shared.outbox).events.front().map(|(at, _)| *at);
             let lingers_until = self.lingers_until.filter(|_| stream.applied > 0);
             // Every arm is cancel safe: `message` and `tick` keep their place, `notified` keeps one
             // permit, a reserved slot is given back.
@@ -268,6 +269,7 @@ impl Driver {
                 () = shared.wake.notified() => {}
                 _ = beat.tick() => stream.beat_due = true,
                 _ = sync.tick() => self.sync_log().await,
+                () = until(event_at), if !full => {}
                 () = until(lingers_until) => self.end_lingering(stream),
                 _ = up.reserve(), if full => {}
                 Some(_) = stream.tunnels.join_next() => {}
@@ -326,7 +328,8 @@ impl Driver {
         if let Some(pods_json) = lock(&self.shared.outbox).mirrors.take() {
             return Some(up::Message::MirrorPods(proto::MirrorPods { pods_json }));
         }
-        let event_json = lock(&self.shared.outbox).events.pop_front()?;
+        let is_due = |(at, _): &mut (Instant, Bytes)| *at <= Instant::now();
+        let (_, event_json) = lock(&self.shared.outbox).events.pop_front_if(is_due)?;
         Some(up::Message::Event(proto::EventReport { event_json }))
     }
 

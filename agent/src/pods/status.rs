@@ -190,6 +190,27 @@ fn disruption_condition(
     ))
 }
 
+/// Does it tell nothing but that the pod is on its way: nothing has failed, ended or run?
+pub fn is_starting(status: &PodStatus) -> bool {
+    let waits = |one: &ContainerStatus| {
+        let state = one.state.as_ref().and_then(|s| s.waiting.as_ref());
+        let reason = state.and_then(|waiting| waiting.reason.as_deref());
+        matches!(reason, Some("ContainerCreating" | "PodInitializing"))
+            && state.is_some_and(|waiting| waiting.message.is_none())
+            && one
+                .last_state
+                .as_ref()
+                .is_none_or(|last| last.terminated.is_none())
+    };
+    let init = status.init_container_statuses.iter().flatten();
+    let main = status.container_statuses.iter().flatten();
+    status.phase.as_deref() == Some("Pending")
+        && status.reason.is_none()
+        && status.message.is_none()
+        && status.ephemeral_container_statuses.is_none()
+        && init.chain(main).all(waits)
+}
+
 /// Is this status the last word on the pod: nothing of it will ever run again?
 pub fn is_final(status: &PodStatus) -> bool {
     matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"))

@@ -60,6 +60,22 @@ fn running() -> PodState {
 }
 
 #[test]
+fn only_a_pod_that_nothing_has_befallen_is_merely_starting() {
+    let told = |state: &PodState| render(state, &PodStatus::default(), &around(1));
+    let mut state = PodState::new(PodUid::new("u1").unwrap(), web());
+    assert!(is_starting(&told(&state)));
+    state.next(Input::Timer, Duration::ZERO);
+    assert!(is_starting(&told(&state)));
+    assert!(!is_starting(&told(&running())));
+    state.next(
+        Input::SandboxFailed("FailedMount".into(), "no such secret".into()),
+        Duration::ZERO,
+    );
+    assert!(!is_starting(&told(&state)));
+    assert!(!is_starting(&PodStatus::default()), "of no phase");
+}
+
+#[test]
 fn a_running_pod_is_ready_and_has_its_addresses() {
     let status = render(&running(), &PodStatus::default(), &around(2000));
     assert_eq!(status.phase.as_deref(), Some("Running"));
@@ -421,5 +437,9 @@ proptest! {
         };
         prop_assert_eq!(status.phase.as_deref(), Some(expected));
         prop_assert_eq!(is_final(&status) && alive, false, "final, and something lives");
+        let untouched = state.containers.iter().all(|container| {
+            matches!(container.run, Run::Waiting { .. } | Run::Starting) && container.last_exit.is_none()
+        });
+        prop_assert!(untouched || !is_starting(&status), "it would be told late: {status:?}");
     }
 }

@@ -438,7 +438,7 @@ async fn bind(registry: &Registry, request: &PodRequest, node: &str) -> Result<(
         "Scheduled",
         message,
     );
-    registry.event(event).await;
+    registry.event_soon(event);
     Ok(())
 }
 

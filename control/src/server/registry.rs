@@ -18,9 +18,10 @@ use std::sync::{Arc, OnceLock};
 
 use gantry_api::k8s_openapi;
 use gantry_api::k8s_openapi::api::core::v1::Event;
-use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use gantry_api::kinds::{self, Kind};
 use gantry_api::status::Status;
+use jiff::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -285,6 +286,19 @@ impl Registry {
     /// effort: a failure is logged.
     pub async fn event(&self, event: Event) {
         self.inner.events.record(&self.inner.store, event).await;
+    }
+
+    /// The same a little later, by a task of its own.
+    pub fn event_soon(&self, mut event: Event) {
+        event
+            .last_timestamp
+            .get_or_insert_with(|| Time(Timestamp::now()));
+        let registry = self.clone();
+        tokio::spawn(async move {
+            if let Some(_place) = registry.inner.events.hold_back().await {
+                registry.event(event).await;
+            }
+        });
     }
 
     /// Removes events past their time, until cancelled.
