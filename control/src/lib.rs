@@ -19,6 +19,7 @@ pub mod controllers;
 pub mod feed;
 pub mod hold;
 pub mod joining;
+pub mod open_files;
 pub mod pki;
 pub mod ranges;
 pub mod restore;

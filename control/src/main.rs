@@ -11,8 +11,8 @@ use std::sync::Arc;
 use clap::Parser as _;
 use gantry_api::service_manager::ServiceManager;
 use gantry_control::config::{Arguments, Command};
-use gantry_control::restore;
 use gantry_control::run::{Control, StartError};
+use gantry_control::{open_files, restore};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
@@ -41,6 +41,7 @@ fn main() -> ExitCode {
             Err(error) => fail(&error.to_string(), EXIT_FAILED),
         };
     }
+    open_files::raise();
     // Every TLS user of this process takes the same provider; a second call could only repeat it.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let runtime = match tokio::runtime::Builder::new_multi_thread()
