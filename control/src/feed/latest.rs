@@ -56,8 +56,15 @@ impl Encoded {
 
 struct Slot {
     rev: u64,
-    /// None: deleted at `rev`.
-    value: Option<Encoded>,
+    /// What every stream sends: the value, or that it was deleted at `rev`.
+    item: Encoded,
+    is_live: bool,
+}
+
+impl Slot {
+    fn value(&self) -> Option<&Encoded> {
+        self.is_live.then_some(&self.item)
+    }
 }
 
 /// See the module.
@@ -102,13 +109,13 @@ impl Latest {
 
     /// The live value of a key.
     pub(super) fn get(&self, key: &str) -> Option<&Encoded> {
-        self.slots.get(key)?.value.as_ref()
+        self.slots.get(key)?.value()
     }
 
     /// Sets or deletes a key at `rev`. Returns false when that changes nothing.
     pub(super) fn set(&mut self, key: &str, value: Option<Encoded>, rev: u64) -> bool {
         let old = self.slots.get_key_value(key);
-        if old.and_then(|(_, slot)| slot.value.as_ref()) == value.as_ref() {
+        if old.and_then(|(_, slot)| slot.value()) == value.as_ref() {
             return false;
         }
         let key: Arc<str> = old.map_or_else(|| key.into(), |(key, _)| key.clone());
@@ -116,7 +123,7 @@ impl Latest {
             let place = (old.rev, key.clone());
             self.by_rev.remove(&place);
             self.tombstones.remove(&place);
-            if let Some(old) = old.value {
+            if let Some(old) = old.value() {
                 self.digest.toggle(old.hash);
             }
         }
@@ -127,7 +134,12 @@ impl Latest {
             }
         }
         self.by_rev.insert((rev, key.clone()));
-        self.slots.insert(key, Slot { rev, value });
+        let is_live = value.is_some();
+        let item = value.unwrap_or_else(|| Encoded {
+            bytes: Encoded::deletion(&key),
+            hash: 0,
+        });
+        self.slots.insert(key, Slot { rev, item, is_live });
         self.changed_at = self.changed_at.max(rev);
         self.forget_old_tombstones();
         true
@@ -147,21 +159,15 @@ impl Latest {
     /// Every key that changed after `rev`, oldest change first, each with its newest value.
     pub(super) fn since(&self, rev: u64) -> impl Iterator<Item = Bytes> {
         let from = (rev.saturating_add(1), Arc::<str>::from(""));
-        self.by_rev.range(from..).filter_map(|(_, key)| {
-            let slot = self.slots.get(key)?;
-            Some(
-                slot.value
-                    .as_ref()
-                    .map_or_else(|| Encoded::deletion(key), |v| v.bytes.clone()),
-            )
-        })
+        let slots = self.by_rev.range(from..);
+        slots.filter_map(|(_, key)| Some(self.slots.get(key)?.item.bytes.clone()))
     }
 
     /// Every live value.
     pub(super) fn all(&self) -> impl Iterator<Item = Bytes> {
         self.slots
             .values()
-            .filter_map(|slot| slot.value.as_ref())
+            .filter_map(Slot::value)
             .map(|value| value.bytes.clone())
     }
 }

@@ -512,6 +512,28 @@ fn a_slow_reader_gets_each_key_once_however_often_it_changed() {
     assert_eq!(index.common.since(0).count(), 3); // service, backend, node: no history kept
 }
 
+/// However many nodes there are, each gets the same bytes, and not merely equal ones.
+#[test]
+fn a_change_is_encoded_once_for_all_nodes() {
+    let (mut store, mut index) = one_backend();
+    let mut cursors = [Cursor::default(), Cursor::default(), Cursor::default()];
+    let mut steps = |index: &Index| -> Vec<Vec<*const u8>> {
+        let nodes = ["a", "b", "c"].into_iter().zip(&mut cursors);
+        let steps = nodes.map(|(node, cursor)| index.step(node, cursor).unwrap());
+        let items = steps.map(|step| step.items.iter().map(|item| item.as_ptr()).collect());
+        items.collect()
+    };
+    let all_are_one = |steps: &[Vec<*const u8>], count: usize| {
+        assert_eq!(steps[0].len(), count);
+        assert!(steps.iter().all(|step| step == &steps[0]));
+    };
+    all_are_one(&steps(&index), 3);
+    store.put(&mut index, "/registry/services/d/s", &service(true));
+    all_are_one(&steps(&index), 1);
+    store.delete(&mut index, "/registry/services/d/s");
+    all_are_one(&steps(&index), 2); // the Service and its backend
+}
+
 #[test]
 fn an_agent_older_than_the_tombstones_starts_from_everything() {
     let (mut store, mut index) = (Store::default(), Index::with_tombstones(0, 2));
