@@ -7,7 +7,8 @@
 //!                        └──────── a change that can help ◄──────────┴───────────────────────────┘
 //! ```
 //! One task owns all state and decides; bindings and reports are written by tasks beside it, up to
-//! [`IN_FLIGHT_COUNT_MAX`] at once, so that the store's group commit is filled. A pod takes its part
+//! [`IN_FLIGHT_COUNT_MAX`] at once, so that the store's group commit is filled; events about bindings follow
+//! ([`announce`]). A pod takes its part
 //! of a node when its binding is decided, not when it is seen: nothing is promised twice.
 //!
 //! Invariants: only pods of [`SCHEDULER_NAME`] without a node are decided about; a binding is a
@@ -15,6 +16,7 @@
 //!
 //! Source: Kubernetes `pkg/scheduler` (schedule_one.go).
 
+mod announce;
 mod filter;
 mod nodes;
 mod peers;
@@ -31,7 +33,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use gantry_api::k8s_openapi::api::core::v1::{Node, Pod, PodCondition};
+use gantry_api::k8s_openapi::api::core::v1::{Event, Node, Pod, PodCondition};
 use gantry_api::k8s_openapi::api::policy::v1::PodDisruptionBudget;
 use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::status::{Reason, Status};
@@ -39,6 +41,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use self::announce::Announcer;
 pub(crate) use self::filter::{Suits, node_satisfies, suits};
 use self::nodes::Nodes;
 use self::pending::{Pending, Wake};
@@ -89,12 +92,14 @@ struct Scheduler {
     /// Pods that were told to go for a more important one.
     leaving: HashSet<Arc<str>>,
     tasks: JoinSet<Outcome>,
+    announcer: Announcer,
     /// Where the next search for a node starts.
     start: usize,
 }
 
 /// Schedules until shutdown.
 pub async fn run(registry: Registry, shutdown: CancellationToken) {
+    let announcer = Announcer::start(registry.clone());
     let mut scheduler = Scheduler {
         registry,
         nodes: Nodes::default(),
@@ -104,6 +109,7 @@ pub async fn run(registry: Registry, shutdown: CancellationToken) {
         uids: HashMap::new(),
         leaving: HashSet::new(),
         tasks: JoinSet::new(),
+        announcer,
         start: 0,
     };
     while !shutdown.is_cancelled() {
@@ -304,7 +310,9 @@ impl Scheduler {
                     self.nodes.assume(Arc::clone(&request), &node);
                     let registry = self.registry.clone();
                     self.tasks.spawn(async move {
-                        let result = bind(&registry, &request, &node).await;
+                        let key = &request.key;
+                        let (namespace, name) = (&key.namespace, &key.name);
+                        let result = registry.bind(namespace, name, &request.uid, &node).await;
                         Outcome::Bound {
                             request,
                             node,
@@ -388,6 +396,7 @@ impl Scheduler {
         let Err(status) = result else {
             // The watch may be behind: the pod stays assumed until it shows the binding.
             self.pending.remove(&request.uid);
+            self.announcer.tell(bound_event(&request, &node));
             return;
         };
         tracing::debug!(pod = %request.key, %node, %status, "binding refused");
@@ -421,25 +430,15 @@ impl Scheduler {
     }
 }
 
-async fn bind(registry: &Registry, request: &PodRequest, node: &str) -> Result<(), Status> {
+fn bound_event(request: &PodRequest, node: &str) -> Event {
     let key = &request.key;
-    registry
-        .bind(&key.namespace, &key.name, &request.uid, node)
-        .await?;
     let mut pod = Pod::default();
     pod.metadata.namespace = Some(key.namespace.clone());
     pod.metadata.name = Some(key.name.clone());
     pod.metadata.uid = Some(request.uid.to_string());
     let message = format!("Successfully assigned {key} to {node}");
-    let event = event_about(
-        &pod,
-        SCHEDULER_NAME,
-        EventType::Normal,
-        "Scheduled",
-        message,
-    );
-    registry.event_soon(event);
-    Ok(())
+    let (type_, reason) = (EventType::Normal, "Scheduled");
+    event_about(&pod, SCHEDULER_NAME, type_, reason, message)
 }
 
 /// Deletes the victims, with their grace, and notes for whom.

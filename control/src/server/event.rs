@@ -4,7 +4,7 @@
 //! count. Memory and store are bounded by [`EVENT_COUNT_MAX`]; the oldest goes first.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::Event;
@@ -12,7 +12,6 @@ use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use gantry_api::kinds;
 use gantry_api::status::Status;
 use jiff::Timestamp;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use super::commit::store_status;
@@ -24,12 +23,7 @@ use crate::store::{Store, StoreError, TXN_OPERATION_COUNT_MAX, Txn};
 /// How long an event is kept after it was seen last.
 const TIME_TO_LIVE: Duration = Duration::from_secs(3600);
 /// Most events in the store.
-const EVENT_COUNT_MAX: usize = 5_000;
-/// How long one that nobody waits for is held back: what it tells of has just happened, and who acts
-/// on that is not to share the processors and the disk with it.
-const PAUSE: Duration = Duration::from_millis(50);
-/// Most that are held back; more are lost.
-const HELD_BACK_MAX: usize = 10_000;
+pub(crate) const EVENT_COUNT_MAX: usize = 5_000;
 /// Pause between looks for old events.
 const EXPIRY_PAUSE: Duration = Duration::from_secs(60);
 /// Longest message; the rest is cut.
@@ -47,7 +41,6 @@ struct Identity {
 /// Where the latest record of each event is.
 pub(super) struct Events {
     keys: Mutex<HashMap<Identity, String>>,
-    held_back: Arc<Semaphore>,
 }
 
 impl Events {
@@ -61,19 +54,7 @@ impl Events {
         });
         Events {
             keys: Mutex::new(known.collect()),
-            held_back: Arc::new(Semaphore::new(HELD_BACK_MAX)),
         }
-    }
-
-    /// Waits for the time at which an event that nobody waits for is to be written; none: there are
-    /// too many of them. The place is free again when the answer is dropped.
-    pub(super) async fn hold_back(&self) -> Option<OwnedSemaphorePermit> {
-        let Ok(place) = Arc::clone(&self.held_back).try_acquire_owned() else {
-            tracing::warn!("{HELD_BACK_MAX} events are to be written already: one is lost");
-            return None;
-        };
-        tokio::time::sleep(PAUSE).await;
-        Some(place)
     }
 
     /// Writes the event, or counts it.

@@ -18,10 +18,9 @@ use std::sync::{Arc, OnceLock};
 
 use gantry_api::k8s_openapi;
 use gantry_api::k8s_openapi::api::core::v1::Event;
-use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
+use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use gantry_api::kinds::{self, Kind};
 use gantry_api::status::Status;
-use jiff::Timestamp;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -39,6 +38,7 @@ use super::write::WriteOptions;
 use crate::ranges::Ranges;
 use crate::store::{Revision, Store};
 
+pub(crate) use super::event::EVENT_COUNT_MAX;
 pub use super::object::decode;
 pub use super::rules::{
     DISRUPTION_TARGET, DeleteOptions, Disruption, FOREGROUND_FINALIZER, NAMESPACE_FINALIZER,
@@ -286,19 +286,6 @@ impl Registry {
     /// effort: a failure is logged.
     pub async fn event(&self, event: Event) {
         self.inner.events.record(&self.inner.store, event).await;
-    }
-
-    /// The same a little later, by a task of its own.
-    pub fn event_soon(&self, mut event: Event) {
-        event
-            .last_timestamp
-            .get_or_insert_with(|| Time(Timestamp::now()));
-        let registry = self.clone();
-        tokio::spawn(async move {
-            if let Some(_place) = registry.inner.events.hold_back().await {
-                registry.event(event).await;
-            }
-        });
     }
 
     /// Removes events past their time, until cancelled.
