@@ -13,10 +13,13 @@ use tokio::sync::watch;
 use super::log::Content;
 use super::{Change, Compacted, Entry, Revision};
 
-/// Most changes kept for watches.
+/// Most changes kept for watches; as many as there are objects, where those are more. A watch that falls out
+/// of the window costs its reader a list of everything, during which more is written the larger that is.
 pub const HISTORY_CHANGE_COUNT_MAX: usize = 10_000;
-/// Most bytes of values kept for watches.
+/// Most bytes of values kept for watches; [`HISTORY_BYTES_PER_OBJECT`] for each object, where that is more.
 pub const HISTORY_BYTES_MAX: usize = 16 << 20;
+/// Half of a pod: the newest value of an object is in memory in any case.
+const HISTORY_BYTES_PER_OBJECT: usize = 1 << 10;
 
 /// The shared state of all readers.
 pub(super) struct Index {
@@ -162,8 +165,10 @@ impl State {
     /// transaction always stays.
     fn trim(&mut self) -> Dropped {
         self.forget(|state| {
-            let is_large = state.history.len() > HISTORY_CHANGE_COUNT_MAX
-                || state.history_bytes > HISTORY_BYTES_MAX;
+            let objects = state.entries.len();
+            let count_max = HISTORY_CHANGE_COUNT_MAX.max(objects);
+            let bytes_max = HISTORY_BYTES_MAX.max(objects * HISTORY_BYTES_PER_OBJECT);
+            let is_large = state.history.len() > count_max || state.history_bytes > bytes_max;
             let oldest = state.history.front().map(|c| c.revision());
             is_large && oldest != Some(state.revision)
         })

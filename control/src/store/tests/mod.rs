@@ -216,3 +216,28 @@ async fn a_watch_wakes_up_and_ends_with_the_store() {
     task.await.unwrap();
     drop(Arc::new(store));
 }
+
+#[tokio::test]
+async fn a_large_store_remembers_as_many_changes_as_it_has_objects() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(dir.path());
+    let count = HISTORY_CHANGE_COUNT_MAX + 2_000;
+    let write = async |delete: bool| {
+        for first in (0..count).step_by(TXN_OPERATION_COUNT_MAX) {
+            let keys = first..count.min(first + TXN_OPERATION_COUNT_MAX);
+            let txn = keys.fold(Txn::new(), |txn, n| match delete {
+                true => txn.delete(key(n)),
+                false => txn.put(key(n), "x"),
+            });
+            store.commit(txn).await.unwrap();
+        }
+    };
+    write(false).await;
+    assert!(store.watch("/registry/", 0).is_ok());
+    // With the objects goes what is remembered of them.
+    write(true).await;
+    let oldest = store.oldest();
+    let kept = store.revision() - oldest;
+    let per_txn = TXN_OPERATION_COUNT_MAX as Revision;
+    assert!(kept * per_txn <= HISTORY_CHANGE_COUNT_MAX as Revision + per_txn);
+}
