@@ -100,6 +100,7 @@ impl Control {
             let identity = Identity {
                 user: user.into(),
                 groups: vec![group.into()],
+                impersonated_by: None,
             };
             move |mut request: tonic::Request<()>| {
                 request.extensions_mut().insert(identity.clone());

@@ -8,6 +8,8 @@
 //! so nothing that was answered is left out while the disk takes it; a disk that does not is logged, counted
 //! at the end of the failure, and stops no request.
 //!
+//! Who impersonates somebody is named as `user`, the other one as `impersonatedUser`.
+//!
 //! What the services for logs, exec and figures let through is noted where the right is asked for.
 
 use std::fs::{File, OpenOptions};
@@ -323,14 +325,19 @@ fn event(
             object[field] = json!(text);
         }
     }
-    json!({
+    let named = |who: &Identity| json!({"username": who.user, "groups": who.groups});
+    let mut event = json!({
         "kind": "Event", "apiVersion": "audit.k8s.io/v1", "level": "Metadata",
         "auditID": uuid::Uuid::new_v4().to_string(), "stage": stage,
         "requestURI": uri(what, version), "verb": what.verb,
-        "user": {"username": who.user, "groups": who.groups},
+        "user": named(who.real()),
         "objectRef": object,
         "requestReceivedTimestamp": micros(received), "stageTimestamp": micros(now),
-    })
+    });
+    if who.impersonated_by.is_some() {
+        event["impersonatedUser"] = named(who);
+    }
+    event
 }
 
 /// The path that the request has in Kubernetes' REST API.

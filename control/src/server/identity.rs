@@ -7,6 +7,8 @@
 //! | `system:nodes`   | the Feed service, as the node its user name names     |
 //! | any other        | what roles are bound to them ([`super::rbac`])        |
 //!
+//! Who may impersonate asks as somebody else ([`super::rbac::impersonation`]), and then as nobody but them.
+//!
 //! TLS has verified the chain, the dates and the key before this is asked. The certificate of a node that
 //! has joined (organizational unit [`JOINED_UNIT`]) speaks for it as long as the Node object names its
 //! key: with the object its certificates go. What `--agent-credentials` makes needs no object.
@@ -17,6 +19,7 @@ use jiff::Timestamp;
 use tonic::service::Interceptor;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::rbac::impersonation;
 use super::registry::Registry;
 use super::tokens::{self, Tokens};
 use crate::joining;
@@ -32,12 +35,14 @@ pub const JOINED_UNIT: &str = "gantry:joined";
 pub const NODE_USER_PREFIX: &str = "system:node:";
 
 /// The caller of a request. The services find it in the request's extensions.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Identity {
     /// The certificate's common name.
     pub user: String,
     /// The certificate's organizations.
     pub groups: Vec<String>,
+    /// Who really asks, where that is somebody else.
+    pub impersonated_by: Option<Box<Identity>>,
 }
 
 impl Identity {
@@ -57,13 +62,22 @@ impl Identity {
             .iter_organization()
             .map(text)
             .collect::<Result<_, _>>()?;
-        Ok(Identity { user, groups })
+        Ok(Identity {
+            user,
+            groups,
+            impersonated_by: None,
+        })
     }
 
     /// Whether the caller is the agent of some node.
     pub(crate) fn check_is_node(&self) -> Result<&str, Status> {
         self.node_name()
             .ok_or_else(|| self.refuse("speak for a node: only nodes can"))
+    }
+
+    /// The one whom the connection proves.
+    pub(crate) fn real(&self) -> &Identity {
+        self.impersonated_by.as_deref().unwrap_or(self)
     }
 
     fn is_in(&self, group: &str) -> bool {
@@ -254,9 +268,25 @@ impl Interceptor for Authorize {
         mut request: tonic::Request<()>,
     ) -> Result<tonic::Request<()>, tonic::Status> {
         let (identity, facts) = self.authenticator.identify(&request)?;
-        identity.check_service(self.service).inspect_err(|status| {
-            tracing::warn!(user = %identity.user, reason = %status, "refused");
-        })?;
+        let check = |identity: &Identity| {
+            identity.check_service(self.service).inspect_err(|status| {
+                tracing::warn!(user = %identity.user, reason = %status, "refused");
+            })
+        };
+        check(&identity)?;
+        let identity = match impersonation::Wanted::of(request.metadata())? {
+            None => identity,
+            // The stream is bound to the certificate of its connection.
+            Some(_) if self.service == Service::Feed => {
+                return Err(identity.refuse("speak for a node as somebody else").into());
+            }
+            Some(wanted) => {
+                let registry = &self.authenticator.registry;
+                let assumed = impersonation::assume(registry, identity, wanted)?;
+                check(&assumed)?;
+                assumed
+            }
+        };
         request.extensions_mut().insert(identity);
         if let Some(facts) = facts {
             request.extensions_mut().insert(facts);
@@ -276,6 +306,9 @@ impl Interceptor for Admit {
         &mut self,
         mut request: tonic::Request<()>,
     ) -> Result<tonic::Request<()>, tonic::Status> {
+        if impersonation::Wanted::of(request.metadata())?.is_some() {
+            return Err(Status::bad_request("nobody joins as somebody else").into());
+        }
         if let Some((identity, facts)) = self.authenticator.certified(&request)? {
             request.extensions_mut().insert(identity);
             request.extensions_mut().insert(facts);
@@ -292,6 +325,7 @@ mod tests {
         Identity {
             user: user.to_owned(),
             groups: vec![group.to_owned()],
+            impersonated_by: None,
         }
     }
 

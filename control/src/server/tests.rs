@@ -28,6 +28,7 @@ mod audit;
 mod authorization;
 mod backups;
 mod evictions;
+mod impersonation;
 mod limits;
 
 type Client = ObjectsClient<Channel>;
@@ -962,6 +963,7 @@ async fn garbage_is_refused_without_a_panic_and_changes_nothing_else() {
     let master = identity::Identity {
         user: "tester".to_owned(),
         groups: vec![identity::MASTERS_GROUP.to_owned()],
+        impersonated_by: None,
     };
     let ports = json!({"type": "NodePort", "ports": [{"port": 80}], "selector": {"a": "b"}});
     registry.create(&service("s", ports)).await.unwrap();

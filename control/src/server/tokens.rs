@@ -335,6 +335,7 @@ pub fn authenticate(
             format!("system:serviceaccounts:{namespace}"),
             "system:authenticated".to_owned(),
         ],
+        impersonated_by: None,
     })
 }
 

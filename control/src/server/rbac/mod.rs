@@ -16,6 +16,7 @@
 mod defaults;
 mod escalation;
 mod guard;
+pub(crate) mod impersonation;
 mod policy;
 mod service;
 mod validation;

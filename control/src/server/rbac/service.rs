@@ -9,13 +9,9 @@ use gantry_api::status::Status;
 use tonic::{Request, Response};
 
 use super::guard::{Verdict, refusal_text};
-use super::{AUTHENTICATED_GROUP, Attributes, caller, escalation};
+use super::{AUTHENTICATED_GROUP, Attributes, caller, escalation, impersonation};
 use crate::server::identity::Identity;
 use crate::server::registry::Registry;
-use crate::server::tokens::ACCOUNT_USER_PREFIX;
-
-/// Groups that one question may name.
-const GROUP_COUNT_MAX: usize = 64;
 
 /// The service over one registry.
 pub(in crate::server) struct AccessService {
@@ -32,62 +28,10 @@ impl AccessService {
         let Some(wanted) = wanted else {
             return Ok(with_all(who));
         };
-        if wanted.user.is_empty() {
-            return Err(Status::bad_request(
-                "groups alone are nobody: name the user too",
-            ));
-        }
-        if wanted.groups.len() > GROUP_COUNT_MAX {
-            let text = format!("at most {GROUP_COUNT_MAX} groups can be asked about at once");
-            return Err(Status::bad_request(text));
-        }
-        let account = account_of(&wanted.user);
-        let user = match account {
-            Some((namespace, name)) => Attributes {
-                resource: "serviceaccounts",
-                namespace,
-                name,
-                ..IMPERSONATE
-            },
-            None => Attributes {
-                resource: "users",
-                name: &wanted.user,
-                ..IMPERSONATE
-            },
-        };
-        self.registry.authorize(&who, &user)?;
-        for name in &wanted.groups {
-            let group = Attributes {
-                resource: "groups",
-                name,
-                ..IMPERSONATE
-            };
-            self.registry.authorize(&who, &group)?;
-        }
-        let mut groups = wanted.groups;
-        if let (Some((namespace, _)), true) = (account, groups.is_empty()) {
-            groups = vec![
-                "system:serviceaccounts".to_owned(),
-                format!("system:serviceaccounts:{namespace}"),
-            ];
-        }
-        let user = wanted.user;
-        Ok(with_all(Identity { user, groups }))
+        let (user, groups) = (wanted.user, wanted.groups);
+        let wanted = impersonation::Wanted { user, groups };
+        impersonation::assume(&self.registry, who, wanted).map(with_all)
     }
-}
-
-const IMPERSONATE: Attributes<'_> = Attributes {
-    verb: "impersonate",
-    group: "",
-    resource: "",
-    subresource: "",
-    namespace: "",
-    name: "",
-};
-
-/// Namespace and name of the account that a user name means.
-fn account_of(user: &str) -> Option<(&str, &str)> {
-    user.strip_prefix(ACCOUNT_USER_PREFIX)?.split_once(':')
 }
 
 /// The group that everybody is in is shown like the others.
