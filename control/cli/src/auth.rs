@@ -1,15 +1,13 @@
 //! `gantry auth`: who the caller is, and what they may do.
 //!
 //! `can-i` answers yes (exit code 0) or no (1) on stdout; which binding allows it, or what is missing, goes
-//! to stderr.
+//! to stderr. About somebody else it is asked as they (`--as`), as everything is.
 
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
 use gantry_api::kinds::{Kind, resolve};
-use gantry_api::proto::{
-    AccessReviewRequest, AccessRule, AccessRulesRequest, Subject, WhoAmIRequest,
-};
+use gantry_api::proto::{AccessReviewRequest, AccessRule, AccessRulesRequest, WhoAmIRequest};
 
 use crate::Global;
 use crate::connection::Session;
@@ -22,30 +20,7 @@ pub(crate) enum Auth {
     #[command(name = "can-i")]
     CanI(CanI),
     /// Say who the server takes the caller for
-    Whoami {
-        #[command(flatten)]
-        subject: As,
-    },
-}
-
-/// Somebody else than the caller.
-#[derive(Args, Debug, Default)]
-pub(crate) struct As {
-    /// Ask about this user (needs the verb impersonate)
-    #[arg(long = "as", value_name = "USER")]
-    user: Option<String>,
-    /// Groups of that user
-    #[arg(long = "as-group", value_name = "GROUP", requires = "user")]
-    groups: Vec<String>,
-}
-
-impl As {
-    fn subject(&self) -> Option<Subject> {
-        Some(Subject {
-            user: self.user.clone()?,
-            groups: self.groups.clone(),
-        })
-    }
+    Whoami,
 }
 
 #[derive(Args, Debug)]
@@ -71,8 +46,6 @@ pub(crate) struct CanI {
     /// Say nothing: the exit code is the answer
     #[arg(short, long)]
     quiet: bool,
-    #[command(flatten)]
-    subject: As,
 }
 
 impl Auth {
@@ -81,10 +54,8 @@ impl Auth {
         match self {
             Self::CanI(question) if question.list => question.list(&session).await,
             Self::CanI(question) => question.ask(&session).await,
-            Self::Whoami { subject } => {
-                let request = session.request(WhoAmIRequest {
-                    r#as: subject.subject(),
-                });
+            Self::Whoami => {
+                let request = session.request(WhoAmIRequest::default());
                 let who = session.access.clone().who_am_i(request).await?.into_inner();
                 let rows = [
                     ["ATTRIBUTE".to_owned(), "VALUE".to_owned()].to_vec(),
@@ -156,7 +127,7 @@ impl CanI {
                 false => String::new(),
             },
             name,
-            r#as: self.subject.subject(),
+            r#as: None,
         };
         let request = session.request(request);
         let reply = session.access.clone().review(request).await?.into_inner();
@@ -176,7 +147,7 @@ impl CanI {
                 true => String::new(),
                 false => session.namespace.clone(),
             },
-            r#as: self.subject.subject(),
+            r#as: None,
         });
         let reply = session.access.clone().rules(request).await?.into_inner();
         output::print(&output::table_text(&rows(&reply.rules), &[]))?;

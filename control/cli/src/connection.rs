@@ -1,4 +1,5 @@
-//! The connection to the control plane: gRPC over mutual TLS, and the few calls that verbs share.
+//! The connection to the control plane: gRPC over TLS as who the kubeconfig says, perhaps for somebody else
+//! (`--as`), and the few calls that verbs share.
 
 use crate::Global;
 use crate::failure::{Failure, chain};
@@ -16,20 +17,67 @@ use gantry_api::proto::{
 };
 use serde_json::Value;
 use std::time::Duration;
+use tonic::metadata::AsciiMetadataValue;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A list of 10,000 pods with all their fields.
 const MESSAGE_BYTES_MAX: usize = 256 * 1024 * 1024;
 
+/// The connection with what goes along with every request.
+pub(crate) type Wire = InterceptedService<Channel, Caller>;
+
+/// Who asks, as far as the connection's certificate does not say it.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    /// Names and values of the metadata.
+    metadata: Vec<(&'static str, String)>,
+}
+
+impl Caller {
+    /// As the kubeconfig says, but for what the flags say.
+    fn new(access: &Access, global: &Global) -> Self {
+        let token = access.token.iter();
+        let token = token.map(|token| ("authorization", format!("Bearer {token}")));
+        let other = global.impersonated().or(access.impersonated.clone());
+        let other = other.into_iter().flat_map(|other| {
+            let groups = other.groups.into_iter();
+            let groups = groups.map(|group| ("impersonate-group", group));
+            std::iter::once(("impersonate-user", other.user)).chain(groups)
+        });
+        Self {
+            metadata: token.chain(other).collect(),
+        }
+    }
+}
+
+impl Interceptor for Caller {
+    fn call(
+        &mut self,
+        mut request: tonic::Request<()>,
+    ) -> Result<tonic::Request<()>, tonic::Status> {
+        for (name, value) in &self.metadata {
+            // Left out, it would be somebody else who asks.
+            let value = value.parse::<AsciiMetadataValue>().map_err(|_| {
+                let text = format!("{name}: a name or token that is not plain text cannot be sent");
+                tonic::Status::invalid_argument(text)
+            })?;
+            request.metadata_mut().append(*name, value);
+        }
+        Ok(request)
+    }
+}
+
 /// A connected client and where it works.
 pub(crate) struct Session {
-    pub(crate) objects: ObjectsClient<Channel>,
-    pub(crate) pods: PodsClient<Channel>,
-    pub(crate) stats: StatsClient<Channel>,
-    pub(crate) images: ImagesClient<Channel>,
-    pub(crate) access: AccessClient<Channel>,
-    pub(crate) store: StoreClient<Channel>,
+    pub(crate) objects: ObjectsClient<Wire>,
+    pub(crate) pods: PodsClient<Wire>,
+    pub(crate) stats: StatsClient<Wire>,
+    pub(crate) images: ImagesClient<Wire>,
+    pub(crate) access: AccessClient<Wire>,
+    pub(crate) store: StoreClient<Wire>,
     /// `-n`, or the context's namespace.
     pub(crate) namespace: String,
     /// Whether `-n` was given.
@@ -55,6 +103,7 @@ impl Session {
     }
 
     pub(crate) fn over(channel: Channel, access: &Access, global: &Global) -> Self {
+        let channel = InterceptedService::new(channel, Caller::new(access, global));
         let namespace = global.namespace.clone().filter(|n| !n.is_empty());
         Self {
             objects: ObjectsClient::new(channel.clone())
@@ -251,4 +300,56 @@ fn refused(address: &str, error: &tonic::transport::Error) -> Failure {
         "Unable to connect to the server {address}: {}",
         chain(error)
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kubeconfig::Impersonated;
+
+    fn access() -> Access {
+        Access {
+            token: Some("t0ken".to_owned()),
+            impersonated: Some(Impersonated {
+                user: "jane".to_owned(),
+                groups: vec!["dev".to_owned(), "ops".to_owned()],
+            }),
+            ..Access::default()
+        }
+    }
+
+    fn sent(access: &Access, global: &Global) -> Result<Vec<String>, tonic::Status> {
+        let mut caller = Caller::new(access, global);
+        let request = caller.call(tonic::Request::new(()))?;
+        let all = |name: &str| -> Vec<String> {
+            let values = request.metadata().get_all(name).iter();
+            let values = values.map(|value| value.to_str().unwrap_or("?").to_owned());
+            values.collect()
+        };
+        let names = ["authorization", "impersonate-user", "impersonate-group"];
+        Ok(names.into_iter().flat_map(all).collect())
+    }
+
+    #[test]
+    fn every_request_says_who_asks_and_as_whom() {
+        let as_jane = sent(&access(), &Global::default()).unwrap();
+        assert_eq!(as_jane, ["Bearer t0ken", "jane", "dev", "ops"]);
+        // Who is named on the command line has none of the other one's groups.
+        let global = Global {
+            as_user: Some("joe".to_owned()),
+            ..Global::default()
+        };
+        assert_eq!(sent(&access(), &global).unwrap(), ["Bearer t0ken", "joe"]);
+        let nobody = sent(&Access::default(), &Global::default()).unwrap();
+        assert!(nobody.is_empty());
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_sent_ends_the_request() {
+        let global = Global {
+            as_user: Some("a\nb".to_owned()),
+            ..Global::default()
+        };
+        assert!(sent(&access(), &global).is_err());
+    }
 }

@@ -53,16 +53,35 @@ struct UserEntry {
     client_certificate_data: Option<String>,
     client_key: Option<PathBuf>,
     client_key_data: Option<String>,
+    token: Option<String>,
+    #[serde(rename = "tokenFile")]
+    token_file: Option<PathBuf>,
+    #[serde(rename = "as")]
+    as_user: Option<String>,
+    as_groups: Vec<String>,
+    exec: Option<serde::de::IgnoredAny>,
+    auth_provider: Option<serde::de::IgnoredAny>,
+    username: Option<String>,
+}
+
+/// Somebody else, for whom a caller asks.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Impersonated {
+    pub(crate) user: String,
+    pub(crate) groups: Vec<String>,
 }
 
 /// What a connection needs. Certificates and keys are PEM.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Access {
     pub(crate) server: String,
     pub(crate) authority: Option<Vec<u8>>,
     pub(crate) server_name: Option<String>,
     pub(crate) certificate: Option<Vec<u8>>,
     pub(crate) key: Option<Vec<u8>>,
+    /// A bearer token; the server looks at it where there is no certificate.
+    pub(crate) token: Option<String>,
+    pub(crate) impersonated: Option<Impersonated>,
     pub(crate) namespace: String,
 }
 
@@ -145,12 +164,71 @@ pub(crate) fn load(paths: &[PathBuf], context: Option<&str>) -> Result<Access, F
             &user.client_key,
             "client-key",
         )?,
+        token: token(user_file, user)?,
+        impersonated: impersonated(user, &context.user)?,
         namespace: context
             .namespace
             .clone()
             .filter(|n| !n.is_empty())
             .unwrap_or_else(|| "default".to_owned()),
     })
+}
+
+/// The user's token; the one of a file goes before the one beside it, for files are renewed.
+fn token(file: &Path, user: &UserEntry) -> Result<Option<String>, Failure> {
+    let Some(path) = &user.token_file else {
+        return Ok(user.token.clone().filter(|token| !token.is_empty()));
+    };
+    let path = beside(file, path);
+    let shown = file.display();
+    let text = std::fs::read_to_string(&path).map_err(|e| {
+        Failure::local(format!(
+            "kubeconfig {shown}: tokenFile {}: {e}",
+            path.display()
+        ))
+    })?;
+    match text.trim() {
+        "" => Err(Failure::local(format!(
+            "kubeconfig {shown}: tokenFile {} is empty",
+            path.display()
+        ))),
+        token => Ok(Some(token.to_owned())),
+    }
+}
+
+/// For whom the user asks. A user with nothing but what is not supported is refused here, where the reason
+/// is known.
+fn impersonated(user: &UserEntry, name: &str) -> Result<Option<Impersonated>, Failure> {
+    let has_certificate =
+        user.client_certificate.is_some() || user.client_certificate_data.is_some();
+    let has_token = user.token.is_some() || user.token_file.is_some();
+    let unsupported = [
+        ("exec", user.exec.is_some()),
+        ("auth-provider", user.auth_provider.is_some()),
+        ("username", user.username.is_some()),
+    ];
+    let unsupported = unsupported.into_iter().find(|(_, given)| *given);
+    if let Some((field, _)) = unsupported.filter(|_| !has_certificate && !has_token) {
+        return Err(Failure::local(format!(
+            "auth info {name:?} has {field}, which is not supported: use a client certificate, token or \
+             tokenFile"
+        )));
+    }
+    match (&user.as_user, user.as_groups.is_empty()) {
+        (Some(other), _) => Ok(Some(Impersonated {
+            user: other.clone(),
+            groups: user.as_groups.clone(),
+        })),
+        (None, true) => Ok(None),
+        (None, false) => Err(Failure::local(format!(
+            "auth info {name:?} has as-groups without as: groups alone are nobody"
+        ))),
+    }
+}
+
+/// Relative to the kubeconfig, not to the working directory.
+fn beside(file: &Path, path: &Path) -> PathBuf {
+    file.parent().unwrap_or_else(|| Path::new(".")).join(path)
 }
 
 fn find<'a, T>(
@@ -210,8 +288,7 @@ fn pem(
         return Ok(Some(bytes));
     }
     let Some(path) = path else { return Ok(None) };
-    // Relative to the kubeconfig, not to the working directory.
-    let path = file.parent().unwrap_or_else(|| Path::new(".")).join(path);
+    let path = beside(file, path);
     let bytes = std::fs::read(&path).map_err(|e| {
         Failure::local(format!(
             "kubeconfig {shown}: {field} {}: {e}",
@@ -257,6 +334,48 @@ mod tests {
             (vec![missing], None, "No such file"),
         ] {
             let error = load(&paths, context).unwrap_err().to_string();
+            assert!(error.contains(text), "{error}");
+        }
+    }
+
+    /// Access of a user with these fields.
+    fn access_of(dir: &Path, user: &str) -> Result<Access, Failure> {
+        let path = dir.join("config");
+        let text = format!(
+            "current-context: a\nclusters:\n- name: c\n  cluster: {{server: 'https://127.0.0.1:6443'}}\n\
+             contexts:\n- name: a\n  context: {{cluster: c, user: u}}\nusers:\n- name: u\n  user: {user}\n"
+        );
+        std::fs::write(&path, text).unwrap();
+        load(&[path], None)
+    }
+
+    #[test]
+    fn users_have_tokens_and_stand_for_others() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("t"), "from-file\n").unwrap();
+        std::fs::write(dir.path().join("empty"), "\n").unwrap();
+        let token = |user: &str| access_of(dir.path(), user).map(|access| access.token);
+        assert_eq!(token("{token: abc}").unwrap().as_deref(), Some("abc"));
+        let both = token("{token: abc, tokenFile: t}").unwrap();
+        assert_eq!(both.as_deref(), Some("from-file"));
+        assert_eq!(token("{client-certificate-data: eA==}").unwrap(), None);
+        let access = access_of(dir.path(), "{token: abc, as: jane, as-groups: [dev]}").unwrap();
+        let other = access.impersonated.unwrap();
+        assert_eq!(
+            (other.user.as_str(), other.groups.as_slice()),
+            ("jane", &["dev".to_owned()][..])
+        );
+        for (user, text) in [
+            ("{tokenFile: missing}", "tokenFile"),
+            ("{tokenFile: empty}", "is empty"),
+            ("{exec: {command: aws}}", "has exec, which is not supported"),
+            (
+                "{username: u, password: p}",
+                "has username, which is not supported",
+            ),
+            ("{token: t, as-groups: [dev]}", "as-groups without as"),
+        ] {
+            let error = access_of(dir.path(), user).unwrap_err().to_string();
             assert!(error.contains(text), "{error}");
         }
     }

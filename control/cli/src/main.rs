@@ -78,6 +78,30 @@ struct Global {
     /// Give up on a single request after this long (1s, 2m; 0: never)
     #[arg(long, global = true, default_value = "0", value_parser = names::duration)]
     request_timeout: std::time::Duration,
+    /// Ask as this user (needs the verb impersonate on it)
+    #[arg(long = "as", global = true, value_name = "USER")]
+    as_user: Option<String>,
+    /// Ask as a member of this group too; may be repeated
+    #[arg(long = "as-group", global = true, value_name = "GROUP")]
+    as_groups: Vec<String>,
+}
+
+impl Global {
+    /// As whom the server is to be asked.
+    fn impersonated(&self) -> Option<kubeconfig::Impersonated> {
+        let user = self.as_user.clone().filter(|user| !user.is_empty())?;
+        let groups = self.as_groups.clone();
+        Some(kubeconfig::Impersonated { user, groups })
+    }
+
+    fn check(&self) -> Result<(), failure::Failure> {
+        if !self.as_groups.is_empty() && self.impersonated().is_none() {
+            return Err(failure::Failure::local(
+                "--as-group alone is nobody: name the user with --as too",
+            ));
+        }
+        Ok(())
+    }
 }
 
 #[derive(Subcommand)]
@@ -196,6 +220,7 @@ fn main() -> ExitCode {
 
 async fn run(command: Command) -> Result<ExitCode, failure::Failure> {
     let global = command.global;
+    global.check()?;
     let done = |()| ExitCode::SUCCESS;
     match command.verb {
         Verb::Apply(verb) => verb.run(&global).await.map(done),
@@ -313,6 +338,8 @@ mod tests {
             "auth can-i list pods -n shop",
             "auth can-i get deploy/web --as jane --as-group dev -q",
             "auth can-i create pods --subresource=exec -A",
+            "get pods --as jane --as-group dev --as-group ops",
+            "--as system:serviceaccount:shop:robot exec web -- sh --as nobody",
             "auth can-i --list -n shop",
             "auth whoami",
             "api-resources",
@@ -322,6 +349,19 @@ mod tests {
             let words = std::iter::once("gantry").chain(line.split(' '));
             assert!(Command::try_parse_from(words).is_ok(), "{line}");
         }
+    }
+
+    #[test]
+    fn groups_alone_are_nobody() {
+        let read = |line: &str| {
+            let words = std::iter::once("gantry").chain(line.split(' '));
+            Command::try_parse_from(words).unwrap().global
+        };
+        let global = read("get pods --as jane --as-group dev");
+        global.check().unwrap();
+        assert_eq!(global.impersonated().unwrap().groups, ["dev"]);
+        read("get pods").check().unwrap();
+        assert!(read("get pods --as-group dev").check().is_err());
     }
 
     #[test]

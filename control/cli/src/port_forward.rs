@@ -6,7 +6,7 @@
 //! The end or failure of one connection is nobody else's: the listener goes on until Ctrl-C.
 
 use crate::Global;
-use crate::connection::Session;
+use crate::connection::{Session, Wire};
 use crate::failure::Failure;
 use crate::logs::resolve_pod;
 use crate::names;
@@ -22,7 +22,6 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_stream::StreamExt as _;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
 
 /// Messages on their way to the server, per connection.
 const QUEUE: usize = 4;
@@ -212,7 +211,7 @@ async fn listen(addresses: &[IpAddr], port: u16) -> Result<Vec<TcpListener>, Fai
 
 async fn accept(
     listener: TcpListener,
-    pods: PodsClient<Channel>,
+    pods: PodsClient<Wire>,
     start: ForwardStart,
 ) -> std::io::Error {
     let port = listener.local_addr().map(|a| a.port()).unwrap_or_default();
@@ -236,7 +235,7 @@ async fn accept(
 
 async fn carry(
     socket: TcpStream,
-    mut pods: PodsClient<Channel>,
+    mut pods: PodsClient<Wire>,
     start: ForwardStart,
 ) -> Result<(), tonic::Status> {
     let (sender, receiver) = mpsc::channel(QUEUE);
