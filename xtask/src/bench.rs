@@ -4,7 +4,8 @@
 //! `setup ─► build ─► gantry-bench NAME (a cluster of its own) ─► target/bench/NAME.json ─► tables`
 //!
 //! What is measured and how: `tests/src/bench`. `services` needs no cluster and has a report of its own;
-//! `nodes` are virtual machines (`tests/src/machines/bench.rs`), need no root, and run only when named.
+//! `control` is the control plane alone, and `nodes` are virtual machines (`tests/src/machines/bench.rs`):
+//! both need no root, and run only when named.
 
 use std::path::Path;
 
@@ -14,7 +15,7 @@ use serde_json::Value;
 use crate::{build, image, report, run, setup, vm};
 
 /// In the order of running; `tests/src/bench/mod.rs` has the same.
-const NAMES: [&str; 9] = [
+const NAMES: [&str; 10] = [
     "pod_start",
     "burst",
     "exec",
@@ -23,15 +24,17 @@ const NAMES: [&str; 9] = [
     "footprint",
     "density",
     SERVICES,
+    CONTROL,
     NODES,
 ];
 const SERVICES: &str = "services";
+const CONTROL: &str = "control";
 const NODES: &str = "nodes";
 
 /// What `bench` takes.
 #[derive(clap::Args)]
 pub struct Arguments {
-    /// Which ones; all but `nodes` without a name
+    /// Which ones; all but `control` and `nodes` without a name
     #[arg(value_parser = clap::builder::PossibleValuesParser::new(NAMES))]
     names: Vec<String>,
     /// Pods of the benchmarks of a full node [default: 500, or what half of the free memory holds]
@@ -44,24 +47,52 @@ pub struct Arguments {
     /// [default: 1,100,1000,10000,1x1000]
     #[arg(long, value_name = "LIST")]
     services: Option<String>,
-    /// Of `services`: rounds whose median is the figure [default: 7]
+    /// Of `control`: how many hollow agents [default: 100,1000,5000]
+    #[arg(long, value_name = "LIST")]
+    nodes: Option<String>,
+    /// Of `services` and `control`: rounds whose median is the figure [default: 7 and 5]
     #[arg(long, value_name = "COUNT")]
     rounds: Option<usize>,
-    /// Of `services`: a minute to see that everything works; its figures are none
+    /// Of `services` and `control`: a minute to see that everything works; its figures are none
     #[arg(long)]
     quick: bool,
     /// Of `services`: besides direct only gantry, iptables-nft, iptables-legacy or nftables; may be given
-    /// several times
-    #[arg(long, value_name = "LAYOUT")]
+    /// several times. Of `control`: only writes, or only nodes
+    #[arg(long, value_name = "PART")]
     only: Vec<String>,
 }
 
 impl Arguments {
     /// The options of `services`, as `gantry-bench` takes them.
     fn of_services(&self) -> Vec<String> {
+        self.words("--services", self.services.as_ref())
+    }
+
+    /// The same of `control`.
+    fn of_control(&self) -> Vec<String> {
+        self.words("--nodes", self.nodes.as_ref())
+    }
+
+    /// Options of what is not measured are a mistake.
+    fn check(&self) -> Result<()> {
+        let named = |wanted: &str| self.names.iter().any(|name| name == wanted);
+        if self.services.is_some() && !named(SERVICES) {
+            bail!("--services is of `cargo xtask bench services`");
+        }
+        if self.nodes.is_some() && !named(CONTROL) {
+            bail!("--nodes is of `cargo xtask bench control`");
+        }
+        let both = self.rounds.is_some() || self.quick || !self.only.is_empty();
+        if both && !named(SERVICES) && !named(CONTROL) {
+            bail!("--rounds, --quick and --only are of `cargo xtask bench services` and `control`");
+        }
+        Ok(())
+    }
+
+    fn words(&self, list: &str, value: Option<&String>) -> Vec<String> {
         let mut words = Vec::new();
         let rounds = self.rounds.map(|rounds| rounds.to_string());
-        for (name, value) in [("--services", self.services.clone()), ("--rounds", rounds)] {
+        for (name, value) in [(list, value.cloned()), ("--rounds", rounds)] {
             words.extend(value.into_iter().flat_map(|value| [name.to_owned(), value]));
         }
         for layout in &self.only {
@@ -77,18 +108,28 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     if arguments.names.iter().all(|n| n == NODES) && !arguments.names.is_empty() {
         return nodes(arguments);
     }
-    if !run::is_root() {
+    let only = |wanted: &str| {
+        let names = &arguments.names;
+        names.iter().all(|name| name == wanted) && !names.is_empty()
+    };
+    let (alone, control) = (only(SERVICES), only(CONTROL));
+    if !run::is_root() && !control {
         bail!("pods need root: run `cargo xtask bench` as root");
     }
-    let alone = arguments.names.iter().all(|n| n == SERVICES) && !arguments.names.is_empty();
-    if !arguments.of_services().is_empty() && !arguments.names.iter().any(|n| n == SERVICES) {
-        bail!("--services, --rounds, --quick and --only are of `cargo xtask bench services`");
-    }
+    arguments.check()?;
     let step = report::step("setting up this machine");
-    setup::ensure(setup::For::Bench)?;
+    match control {
+        true => setup::ensure(setup::For::Control)?,
+        false => setup::ensure(setup::For::Bench)?,
+    }
+    if arguments.names.iter().any(|name| name == CONTROL) {
+        setup::offer_etcd();
+    }
     drop(step);
     let step = report::step("building in release");
-    let bin = if alone {
+    let bin = if control {
+        build::control_plane()?
+    } else if alone {
         build::measurer()?
     } else {
         image::archive(&image::BUSYBOX)?;
@@ -144,7 +185,7 @@ fn nodes(arguments: &Arguments) -> Result<()> {
 }
 
 fn is_wanted(arguments: &Arguments, name: &str) -> bool {
-    let all = arguments.names.is_empty() && name != NODES;
+    let all = arguments.names.is_empty() && name != NODES && name != CONTROL;
     all || arguments.names.iter().any(|n| n == name)
 }
 
@@ -161,6 +202,7 @@ fn measure(name: &str, bin: &Path, out: &Path, arguments: &Arguments) -> Result<
     );
     let options = match name {
         SERVICES => arguments.of_services(),
+        CONTROL => arguments.of_control(),
         _ => Vec::new(),
     };
     let pods = arguments.pods;
@@ -315,10 +357,29 @@ mod tests {
     }
 
     #[test]
+    fn options_are_of_what_is_named() {
+        let control = arguments("control --nodes 100,1000 --rounds 5");
+        assert_eq!(
+            control.of_control().join(" "),
+            "--nodes 100,1000 --rounds 5"
+        );
+        for good in ["", "control --nodes 1 --quick", "services --services 1"] {
+            arguments(good).check().unwrap();
+        }
+        for bad in [
+            "control --services 1",
+            "services --nodes 1",
+            "burst --quick",
+        ] {
+            assert!(arguments(bad).check().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn without_names_all_are_wanted() {
         let mut arguments = arguments("");
         let wanted = NAMES.iter().filter(|n| is_wanted(&arguments, n));
-        assert_eq!(wanted.count(), NAMES.len() - 1, "all but nodes");
+        assert_eq!(wanted.count(), NAMES.len() - 2, "all but control and nodes");
         arguments.names.push("footprint".into());
         assert!(!is_wanted(&arguments, "pod_start") && is_wanted(&arguments, "footprint"));
     }

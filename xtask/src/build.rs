@@ -82,6 +82,16 @@ pub fn measurer() -> Result<PathBuf> {
     Ok(run::target().join("release"))
 }
 
+/// Builds the control plane and what measures it, which has the agent's feed in it, and returns their
+/// directory.
+pub fn control_plane() -> Result<PathBuf> {
+    let bin = measurer()?;
+    let mut cargo = run::cargo();
+    cargo.args(["build", "--release", "--package", "gantry-control"]);
+    run::shown(&mut cargo)?;
+    Ok(bin)
+}
+
 /// Builds the agent's own tests and returns the program.
 pub fn agent_tests() -> Result<PathBuf> {
     ebpf::build(&run::root(), ebpf::Variant::Logging)?;

@@ -31,6 +31,8 @@ pub enum For {
     Test,
     /// The main job, and what it is measured with.
     Bench,
+    /// The control plane, and what it is measured with.
+    Control,
 }
 
 /// One thing that may be missing.
@@ -52,20 +54,21 @@ fn needs(purpose: For) -> Vec<Need> {
         found,
         packages,
     };
-    let mut needs = vec![
-        need(
-            "cc",
-            "links Rust programs",
-            run::which("cc").is_some(),
-            &["gcc", "libc6-dev"][..],
-        ),
-        need(
+    let mut needs = vec![need(
+        "cc",
+        "links Rust programs",
+        run::which("cc").is_some(),
+        &["gcc", "libc6-dev"][..],
+    )];
+    if purpose != For::Control {
+        let mmdebstrap = run::which("mmdebstrap").is_some();
+        needs.push(need(
             "mmdebstrap",
             "makes images",
-            run::which("mmdebstrap").is_some(),
+            mmdebstrap,
             &["mmdebstrap"],
-        ),
-    ];
+        ));
+    }
     if purpose == For::Test || purpose == For::Vm {
         let qemu = run::which("qemu-system-x86_64").is_some();
         let busybox = file("/bin/busybox");
@@ -175,6 +178,20 @@ pub fn ensure(purpose: For) -> Result<()> {
         },
         commands.join("\n  ")
     )
+}
+
+/// Installs what the control plane's store is compared with, where that can be done; without it the
+/// comparison is skipped, and says so.
+pub fn offer_etcd() {
+    if run::which("etcd").is_some() {
+        return;
+    }
+    println!("setup: etcd is missing (the store is measured beside it): etcd-server");
+    match install(&["etcd-server"]) {
+        Ok(true) => {}
+        Ok(false) => println!("setup: only root may install it: apt-get install etcd-server"),
+        Err(error) => println!("setup: {error:#}"),
+    }
 }
 
 /// Without root: says what is missing and which commands would install it, and installs nothing.

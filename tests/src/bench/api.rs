@@ -1,5 +1,7 @@
 //! The API as a program uses it: one gRPC connection, creates and deletes, a watch.
 
+use std::collections::HashSet;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -63,11 +65,21 @@ fn key(plural: &str, namespace: &str, name: &str) -> Option<ObjectKey> {
     })
 }
 
-impl Api {
-    /// Connects to the cluster that runs here.
-    pub(super) async fn connect() -> Result<Self> {
-        let text = std::fs::read_to_string(KUBECONFIG).context(KUBECONFIG)?;
-        let config = gantry_api::manifest::documents(KUBECONFIG, &text)?;
+/// Where an API is and who asks.
+#[derive(Clone)]
+pub(super) struct Access {
+    pub(super) server: String,
+    pub(super) ca: Vec<u8>,
+    pub(super) certificate: Vec<u8>,
+    pub(super) key: Vec<u8>,
+}
+
+impl Access {
+    /// As a kubeconfig with everything in it says.
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(path).with_context(|| name.clone())?;
+        let config = gantry_api::manifest::documents(&name, &text)?;
         let config = config.into_iter().next().unwrap_or_default();
         let cluster = &config["clusters"][0]["cluster"];
         let user = &config["users"][0]["user"];
@@ -75,21 +87,33 @@ impl Api {
             let text = value.as_str().context("the kubeconfig lacks credentials")?;
             Ok(base64::engine::general_purpose::STANDARD.decode(text)?)
         };
+        let server = cluster["server"].as_str();
+        Ok(Self {
+            server: server.context("the kubeconfig names no server")?.to_owned(),
+            ca: bytes(&cluster["certificate-authority-data"])?,
+            certificate: bytes(&user["client-certificate-data"])?,
+            key: bytes(&user["client-key-data"])?,
+        })
+    }
+
+    pub(super) async fn connect(&self) -> Result<Channel> {
         let tls = ClientTlsConfig::new()
-            .ca_certificate(Certificate::from_pem(bytes(
-                &cluster["certificate-authority-data"],
-            )?))
-            .identity(Identity::from_pem(
-                bytes(&user["client-certificate-data"])?,
-                bytes(&user["client-key-data"])?,
-            ));
-        let server = cluster["server"]
-            .as_str()
-            .context("the kubeconfig names no server")?;
-        let channel = Endpoint::from_shared(server.to_owned())?
-            .tls_config(tls)?
-            .connect()
-            .await?;
+            .ca_certificate(Certificate::from_pem(&self.ca))
+            .identity(Identity::from_pem(&self.certificate, &self.key));
+        let endpoint = Endpoint::from_shared(self.server.clone())?.tls_config(tls)?;
+        Ok(endpoint.tcp_nodelay(true).connect().await?)
+    }
+}
+
+impl Api {
+    /// Connects to the cluster that runs here.
+    pub(super) async fn connect() -> Result<Self> {
+        Self::connect_as(&Access::read(Path::new(KUBECONFIG))?).await
+    }
+
+    /// Connects to another.
+    pub(super) async fn connect_as(access: &Access) -> Result<Self> {
+        let channel = access.connect().await?;
         let pods = PodsClient::new(channel.clone());
         let objects = ObjectsClient::new(channel);
         Ok(Self { objects, pods })
@@ -106,6 +130,20 @@ impl Api {
         };
         let reply = self.objects.clone().create(request).await?.into_inner();
         Ok(serde_json::from_slice(&reply.json)?)
+    }
+
+    /// Replaces an object, whatever it is now.
+    pub(super) async fn update(&self, plural: &str, object: &Value) -> Result<()> {
+        let metadata = &object["metadata"];
+        let text = |field: &str| metadata[field].as_str().unwrap_or_default();
+        let request = WriteRequest {
+            key: key(plural, text("namespace"), text("name")),
+            json: serde_json::to_vec(object)?.into(),
+            field_manager: "gantry-bench".into(),
+            ..WriteRequest::default()
+        };
+        self.objects.clone().update(request).await?;
+        Ok(())
     }
 
     pub(super) async fn create_namespace(&self, name: &str) -> Result<()> {
@@ -163,6 +201,41 @@ impl Api {
         Ok(of_reason
             .filter_map(|e| e["message"].as_str().map(str::to_owned))
             .collect())
+    }
+
+    /// Counts the pods that have a node, from now on by the time at which a watch tells of it. Bytes are
+    /// searched, not parsed: the counting is not to be what is measured.
+    pub(super) async fn watch_bound(&self, total: usize) -> Result<Vec<Instant>> {
+        let request = WatchRequest {
+            key: key("pods", NAMESPACE, ""),
+            ..WatchRequest::default()
+        };
+        let mut stream = self.objects.clone().watch(request).await?.into_inner();
+        let mut bound = HashSet::new();
+        let mut times = Vec::new();
+        let mut is_live = false;
+        while bound.len() < total {
+            let next = tokio::time::timeout(CHANGE_TIMEOUT, stream.message()).await;
+            let Ok(event) = next else {
+                bail!("{} of {total} pods are bound, and no more", bound.len());
+            };
+            let event = event?.context("the watch of pods has ended")?;
+            if event.r#type() == Type::Bookmark {
+                if !is_live {
+                    times = vec![Instant::now(); bound.len()];
+                }
+                is_live = true;
+                continue;
+            }
+            if find(&event.json, b"\"nodeName\":").is_some() {
+                let name = find(&event.json, b"\"name\":\"").unwrap_or_default();
+                let name = name.split(|byte| *byte == b'"').next().unwrap_or_default();
+                if bound.insert(name.to_vec()) && is_live {
+                    times.push(Instant::now());
+                }
+            }
+        }
+        Ok(times)
     }
 
     /// Follows the pods; what happened before is not told.
@@ -266,6 +339,14 @@ impl PodWatch {
         }
         Ok(())
     }
+}
+
+/// What follows the first `word`.
+fn find<'a>(bytes: &'a [u8], word: &[u8]) -> Option<&'a [u8]> {
+    let at = bytes
+        .windows(word.len())
+        .position(|window| window == word)?;
+    bytes.get(at + word.len()..)
 }
 
 /// A pod that ends when it is told to.

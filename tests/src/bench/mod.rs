@@ -5,7 +5,7 @@
 //!                                              │ api: gRPC create, watch    probe: small child processes
 //!                                              └ cluster: one node from the built binaries, removed at the end
 //! ```
-//! `services` alone needs no cluster: it makes nodes of its own.
+//! `services` needs no cluster: it makes nodes of its own; `control` measures the control plane alone.
 //!
 //! Figures are ratios within one run: what is compared alternates, call by call, so that both see
 //! the same neighbours. A figure is the median over rounds of each round's percentile. Nothing here
@@ -19,6 +19,7 @@ use crate::cluster::Installation;
 
 mod api;
 mod burst;
+pub mod control;
 mod density;
 mod exec;
 mod footprint;

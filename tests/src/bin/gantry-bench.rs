@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use gantry_tests::bench::{self, probe, services};
+use gantry_tests::bench::{self, control, probe, services};
 use gantry_tests::cluster::Installation;
 
 fn main() -> ExitCode {
@@ -25,13 +25,16 @@ fn run(arguments: &[String]) -> Result<()> {
         [name, out, options @ ..] if name == "services" => {
             services::run(Path::new(out), &services::Options::parse(options)?)
         }
+        [name, out, options @ ..] if name == "control" => {
+            control::run(Path::new(out), &control::Options::parse(options)?)
+        }
         [name, out] => {
             let installation = Installation::find().map_err(anyhow::Error::msg)?;
             bench::run(name, &installation, Path::new(out))
         }
         _ => bail!(
             "this is a part of `cargo xtask bench`: gantry-bench NAME DIRECTORY, NAME one of {}, \
-             services",
+             services, control",
             bench::NAMES.join(", ")
         ),
     }

@@ -38,7 +38,7 @@ mod layout_nft;
 mod measure;
 mod model;
 pub mod peer;
-mod progress;
+pub(super) mod progress;
 mod stage;
 mod svg;
 mod text;

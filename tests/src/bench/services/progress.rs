@@ -7,7 +7,7 @@ const WIDTH: usize = 24;
 /// Lines in a log: not one per step, but never a long silence.
 const PAUSE: Duration = Duration::from_secs(10);
 
-pub(super) struct Progress {
+pub(in crate::bench) struct Progress {
     total: usize,
     done: usize,
     began: Instant,
@@ -16,7 +16,7 @@ pub(super) struct Progress {
 }
 
 impl Progress {
-    pub(super) fn new(total: usize) -> Self {
+    pub(in crate::bench) fn new(total: usize) -> Self {
         Self {
             total,
             done: 0,
@@ -27,9 +27,19 @@ impl Progress {
     }
 
     /// The next step begins.
-    pub(super) fn step(&mut self, what: &str) {
+    pub(in crate::bench) fn step(&mut self, what: &str) {
         let line = line(self.done, self.total, self.began.elapsed(), what);
         self.done += 1;
+        self.show(&line);
+    }
+
+    /// Something else of the step that goes on.
+    pub(in crate::bench) fn within(&mut self, what: &str) {
+        let done = self.done.saturating_sub(1);
+        self.show(&line(done, self.total, self.began.elapsed(), what));
+    }
+
+    fn show(&mut self, line: &str) {
         if self.is_terminal {
             print!("\r\x1b[2K{line}");
         } else if self.printed.is_none_or(|at| at.elapsed() > PAUSE) {
@@ -41,7 +51,7 @@ impl Progress {
     }
 
     /// All is done: the bar makes room.
-    pub(super) fn end(&mut self) {
+    pub(in crate::bench) fn end(&mut self) {
         self.done = self.total;
         let line = line(self.total, self.total, self.began.elapsed(), "");
         if self.is_terminal {
