@@ -4,7 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use clap::Parser as _;
-use gantry_api::k8s_openapi::api::core::v1::{Pod, Service as ApiService, ServiceAccount};
+use gantry_api::k8s_openapi::api::core::v1::{
+    ConfigMap, Pod, Service as ApiService, ServiceAccount,
+};
 use gantry_api::proto::objects_client::ObjectsClient;
 use gantry_api::proto::watch_event::Type;
 use gantry_api::proto::{
@@ -471,11 +473,11 @@ async fn a_pods_token_goes_to_its_node_only_and_ends_with_the_pod() {
         let node = json!({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name}});
         created(&mut admin, "nodes", &node).await;
     }
-    eventually("account default", || {
-        let key = cluster
-            .registry()
-            .get::<ServiceAccount>("default", "default");
-        key.unwrap().is_some()
+    eventually("account default and the cluster's certificate", || {
+        let registry = cluster.registry();
+        let account = registry.get::<ServiceAccount>("default", "default");
+        let root = registry.get::<ConfigMap>("default", "kube-root-ca.crt");
+        account.unwrap().is_some() && root.unwrap().is_some()
     })
     .await;
     let root = get(&mut admin, "configmaps", "default", "kube-root-ca.crt").await;

@@ -85,6 +85,11 @@ async fn a_backup_taken_while_others_write_is_of_one_revision() {
     let cluster = Cluster::start().await;
     let stop = CancellationToken::new();
     let writing = tokio::spawn(writer(cluster.registry().clone(), stop.clone()));
+    eventually("something is written", || {
+        let last = cluster.registry().get::<ConfigMap>("default", "b").unwrap();
+        last.is_some()
+    })
+    .await;
     let file = cluster.dir.path().join("backup");
     let key = cluster.dir.path().join("data/pki/store.key");
     for round in 0..5 {
