@@ -17,7 +17,6 @@ use super::frames::{TCP, UDP};
 use super::maps::Maps;
 use super::outside::{CLIENT, NODE, OTHER, Outside};
 use super::wires::{Place, SHORT, Wires, at, received, tcp_to, udp_to};
-use crate::dataplane::pods::Attachment;
 use crate::dataplane::uplinks::UplinkPrograms;
 use crate::dataplane::{XdpMode, load};
 use crate::services::index::addr_of;
@@ -124,7 +123,7 @@ fn a_backend_of_another_node_sees_the_client_and_answers_it_directly() {
     let Some(wires) = Wires::attached() else {
         return;
     };
-    let Some(outside) = Outside::around(wires, Attachment::Tcx) else {
+    let Some(outside) = Outside::around(wires, None) else {
         return;
     };
     let second = Second::new(&outside);
@@ -164,7 +163,7 @@ fn a_port_of_another_node_is_not_this_ones_without_direct_return() {
     let Some(wires) = Wires::attached() else {
         return;
     };
-    let Some(outside) = Outside::around(wires, Attachment::Tcx) else {
+    let Some(outside) = Outside::around(wires, None) else {
         return;
     };
     let second = Second::new(&outside);
@@ -207,7 +206,7 @@ fn fragments_go_on_as_they_are_too() {
     let Some(wires) = Wires::attached() else {
         return;
     };
-    let Some(outside) = Outside::around(wires, Attachment::Tcx) else {
+    let Some(outside) = Outside::around(wires, None) else {
         return;
     };
     let second = Second::new(&outside);
@@ -226,7 +225,7 @@ fn a_client_goes_on_by_this_node_when_the_way_is_no_longer_direct() {
     let Some(wires) = Wires::attached() else {
         return;
     };
-    let Some(outside) = Outside::around(wires, Attachment::Tcx) else {
+    let Some(outside) = Outside::around(wires, None) else {
         return;
     };
     let second = Second::new(&outside);

@@ -579,7 +579,7 @@ fn what_has_no_ports_is_one_pods_at_a_time() {
 #[ignore = "a measurement"]
 fn measure_masquerade() {
     let Some(mut node) = node() else { return };
-    let measure = |node: &Programs, what: &str, packet: &[u8]| {
+    let measure = |node: &mut Programs, what: &str, packet: &[u8]| {
         let frame = frame(NODE_MAC, ROUTER_MAC, packet);
         let times = (0..7).map(|_| node.time("to_netdev", &frame));
         eprintln!("{what}: {} ns", times.min().unwrap());
@@ -587,14 +587,18 @@ fn measure_masquerade() {
     let own = tcp("192.0.2.1:4000", "203.0.113.5:443", ACK, &[0; 64]);
     let pod = tcp("10.244.0.2:4000", "10.244.1.9:443", ACK, &[0; 64]);
     switch(&node, 0);
-    measure(&node, "off", &own);
+    measure(&mut node, "off", &own);
     switch(&node, 1);
-    measure(&node, "the node's own", &own);
-    measure(&node, "of a pod to a pod elsewhere", &pod);
+    measure(&mut node, "the node's own", &own);
+    measure(&mut node, "of a pod to a pod elsewhere", &pod);
     leaves(
         &mut node,
         &tcp("10.244.0.2:4000", "203.0.113.5:443", ACK, b""),
     );
-    measure(&node, "the node's own, with flows about", &own);
-    measure(&node, "of a pod to a pod elsewhere, with flows about", &pod);
+    measure(&mut node, "the node's own, with flows about", &own);
+    measure(
+        &mut node,
+        "of a pod to a pod elsewhere, with flows about",
+        &pod,
+    );
 }

@@ -17,7 +17,6 @@ use super::maps::Maps;
 use super::outside::{CLIENT, NODE, OTHER, Outside};
 use super::policy_wires::{Node, rule};
 use super::wires::{Namespace, SHORT, V4, V6, at, tcp_to, udp_to};
-use crate::dataplane::pods::Attachment;
 use crate::policy::PolicyName;
 use crate::view::View;
 
@@ -39,7 +38,7 @@ const NEITHER: Reached = [false, false];
 impl World {
     fn new() -> Option<Self> {
         let Node { wires, mut view } = Node::new()?;
-        let outside = Outside::around(wires, Attachment::Tcx)?;
+        let outside = Outside::around(wires, None)?;
         let mut base = 100;
         for (family, (any, pod)) in [("0.0.0.0", V4[1]), ("::", V6[1])].into_iter().enumerate() {
             let backend = at(pod, PORT).to_string();

@@ -44,7 +44,7 @@ fn behind_router_alert(packet: &[u8]) -> Vec<u8> {
 
 #[test]
 fn every_program_is_far_from_the_verifiers_limit() {
-    let Some(programs) = Programs::new() else {
+    let Some(mut programs) = Programs::new() else {
         return;
     };
     let verified = programs.verified();

@@ -5,7 +5,7 @@
 
 use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{Map, MapData, PerCpuArray, RingBuf};
-use aya::programs::{Program, TestRun, TestRunOptions};
+use aya::programs::{Program, SchedClassifier, TestRun, TestRunOptions};
 use aya::{Ebpf, EbpfLoader, Pod};
 use ebpf_maps::drop::DROP_NAMES;
 use ebpf_maps::endpoint::{DIRECT, EndpointValue, InterfaceValue};
@@ -30,7 +30,8 @@ pub(super) const REDIRECT: i32 = 7;
 /// `TC_ACT_SHOT`
 pub(super) const SHOT: i32 = 2;
 
-/// The programs that see packets, loaded on new maps that nothing pins.
+/// The programs that see packets, on new maps that nothing pins. Each is loaded when it runs first: the verifier
+/// has most of a test's time, on an emulated machine ten seconds a program.
 pub(super) struct Programs {
     ebpf: Ebpf,
 }
@@ -63,10 +64,21 @@ impl Programs {
             eprintln!("skipped: needs root");
             return None;
         }
-        let mut ebpf = EbpfLoader::new().btf(None).load(load::OBJECT).unwrap();
-        load::load_packets(&mut ebpf).unwrap();
-        load::load_program(&mut ebpf, xdp::PROGRAM).unwrap();
+        let ebpf = EbpfLoader::new().btf(None).load(load::OBJECT).unwrap();
         Some(Self { ebpf })
+    }
+
+    /// A packet program, loaded.
+    fn classifier(&mut self, name: &str) -> &SchedClassifier {
+        let ebpf = &mut self.ebpf;
+        let is_loaded = |program: &Program| program.fd().is_ok();
+        if !ebpf.program(name).is_some_and(is_loaded) {
+            load::load_program(ebpf, name).unwrap();
+        }
+        let Some(Program::SchedClassifier(classifier)) = ebpf.program(name) else {
+            panic!("{name} is no packet program");
+        };
+        classifier
     }
 
     /// A trie of the object.
@@ -126,9 +138,6 @@ impl Programs {
     ) -> Outcome {
         let before = self.drops();
         let mut out = vec![0; frame.len() + 256];
-        let Some(Program::SchedClassifier(classifier)) = self.ebpf.program(program) else {
-            panic!("{program} is no packet program");
-        };
         // `struct __sk_buff`; of the two fields, one is where it came from and the other its own.
         let mut ctx = [0; SK_BUFF_BYTES];
         ctx[INGRESS_IFINDEX..INGRESS_IFINDEX + 4].copy_from_slice(&ingress_ifindex.to_ne_bytes());
@@ -139,7 +148,7 @@ impl Programs {
             ctx_in: (ingress_ifindex != 0).then_some(&ctx[..]),
             ..TestRunOptions::default()
         };
-        let result = classifier.test_run(options).unwrap();
+        let result = self.classifier(program).test_run(options).unwrap();
         out.truncate(result.data_size_out as usize);
         let after = self.drops();
         let dropped = (0..before.len()).find(|index| after[*index] > before[*index]);
@@ -151,10 +160,7 @@ impl Programs {
     }
 
     /// Nanoseconds of one run, the mean of many. The frame is what the run before has left.
-    pub(super) fn time(&self, program: &str, frame: &[u8]) -> u128 {
-        let Some(Program::SchedClassifier(classifier)) = self.ebpf.program(program) else {
-            panic!("{program} is no packet program");
-        };
+    pub(super) fn time(&mut self, program: &str, frame: &[u8]) -> u128 {
         let mut out = vec![0; frame.len() + 256];
         let options = TestRunOptions {
             data_in: Some(frame),
@@ -162,6 +168,7 @@ impl Programs {
             repeat: 200_000,
             ..TestRunOptions::default()
         };
+        let classifier = self.classifier(program);
         classifier.test_run(options).unwrap().duration.as_nanos()
     }
 
@@ -190,8 +197,10 @@ impl Programs {
         (sum(|budget| budget.told), sum(|budget| budget.missed))
     }
 
-    /// Instructions that the verifier walked, by program.
-    pub(super) fn verified(&self) -> Vec<(String, u32)> {
+    /// Loads all, and returns the instructions that the verifier walked, by program.
+    pub(super) fn verified(&mut self) -> Vec<(String, u32)> {
+        load::load_packets(&mut self.ebpf).unwrap();
+        load::load_program(&mut self.ebpf, xdp::PROGRAM).unwrap();
         let programs = self.ebpf.programs();
         let infos = programs.filter_map(|(name, program)| match program {
             Program::SchedClassifier(classifier) => Some((name, classifier.info())),

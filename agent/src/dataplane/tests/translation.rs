@@ -437,20 +437,20 @@ fn fragments_and_other_protocols_are_left_alone() {
 #[test]
 #[ignore = "a measurement"]
 fn measure_packets() {
-    let Some(node) = node() else { return };
+    let Some(mut node) = node() else { return };
     let to = |address: &str| frame(POD, OTHER, &tcp("10.244.0.2:4000", address, ACK, &[0; 64]));
-    let measure = |node: &Programs, what: &str, program, frame: &[u8]| {
+    let measure = |node: &mut Programs, what: &str, program, frame: &[u8]| {
         let times = (0..7).map(|_| node.time(program, frame));
         eprintln!("{what}: {} ns", times.min().unwrap());
     };
     measure(
-        &node,
+        &mut node,
         "to a pod of the node",
         "from_pod",
         &to("10.244.0.3:80"),
     );
     measure(
-        &node,
+        &mut node,
         "to anywhere else",
         "from_pod",
         &to("198.51.100.7:80"),
@@ -460,7 +460,7 @@ fn measure_packets() {
         POD,
         &tcp("198.51.100.7:80", "10.244.0.2:4000", ACK, &[0; 64]),
     );
-    measure(&node, "into a pod", "to_pod", &from);
+    measure(&mut node, "into a pod", "to_pod", &from);
     // The backend has the frontend's address, so that every run finds a flow to rewrite.
     node.serve("10.96.0.1:80", TCP, 10, &["10.96.0.1:80"]);
     let service = frame(
@@ -468,15 +468,20 @@ fn measure_packets() {
         GATEWAY,
         &tcp("10.244.0.2:4000", "10.96.0.1:80", ACK, &[0; 64]),
     );
-    measure(&node, "of a known flow to a Service", "from_pod", &service);
     measure(
-        &node,
+        &mut node,
+        "of a known flow to a Service",
+        "from_pod",
+        &service,
+    );
+    measure(
+        &mut node,
         "to anywhere else, with flows about",
         "from_pod",
         &to("198.51.100.7:80"),
     );
     measure(
-        &node,
+        &mut node,
         "to a pod of the node, with flows about",
         "from_pod",
         &to("10.244.0.3:80"),

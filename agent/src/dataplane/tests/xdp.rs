@@ -29,6 +29,8 @@ use crate::dataplane::pods::Attachment;
 use crate::dataplane::{load, monotonic_ns, xdp};
 use crate::services::index::addr_of;
 
+/// What sees a frame where the kernel has made a packet of it.
+const LATER: &str = "from_netdev";
 /// `enum xdp_action`
 const DROP: i32 = 1;
 const PASS: i32 = 2;
@@ -52,10 +54,11 @@ struct Node {
 
 impl Node {
     fn new() -> Option<Self> {
-        let outside = Outside::new(Attachment::Clsact)?;
+        let outside = Outside::new(Some(Attachment::Clsact))?;
         let mut ebpf = load::open(&load::map_directory(&outside.wires.paths), true).unwrap();
-        load::load_packets(&mut ebpf).unwrap();
-        load::load_program(&mut ebpf, xdp::PROGRAM).unwrap();
+        for program in [xdp::PROGRAM, LATER] {
+            load::load_program(&mut ebpf, program).unwrap();
+        }
         let ifindex = outside.wires.node.run(|| {
             for (addresses, mac) in [(OTHER, "02:00:00:00:01:02"), (CLIENT, "02:00:00:00:01:03")] {
                 for address in addresses {
@@ -92,7 +95,7 @@ impl Node {
     fn run_later(&self, frame: &[u8]) -> Outcome {
         let mut ctx = [0; SK_BUFF_BYTES];
         ctx[SK_IFINDEX..SK_IFINDEX + 4].copy_from_slice(&self.ifindex.to_ne_bytes());
-        self.test_run("from_netdev", frame, &ctx, 1).0
+        self.test_run(LATER, frame, &ctx, 1).0
     }
 
     fn test_run(&self, program: &str, frame: &[u8], ctx: &[u8], repeat: u32) -> (Outcome, u128) {
@@ -463,8 +466,8 @@ fn measure_xdp() {
         for (what, program, frame) in [
             ("nobody's port", xdp::PROGRAM, &other),
             ("a known flow", xdp::PROGRAM, &sent),
-            ("nobody's port, later", "from_netdev", &other),
-            ("a known flow, later", "from_netdev", &sent),
+            ("nobody's port, later", LATER, &other),
+            ("a known flow, later", LATER, &sent),
         ] {
             eprintln!("{what}, family {family}: {} ns", node.time(program, frame));
         }

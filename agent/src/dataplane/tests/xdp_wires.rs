@@ -18,7 +18,6 @@ use super::bed::{SUMS, ip, set_offload};
 use super::maps::Maps;
 use super::outside::{CLIENT, MAC, NODE, Outside, REMOTE};
 use super::wires::{SHORT, V4, V6, at, received};
-use crate::dataplane::pods::Attachment;
 use crate::dataplane::uplinks::UplinkPrograms;
 use crate::dataplane::{XdpMode, hooks, load, remove_all, sys, xdp};
 
@@ -77,7 +76,7 @@ fn row(outside: &Outside) -> u8 {
 
 #[test]
 fn a_client_outside_reaches_backends_everywhere() {
-    let Some(mut outside) = Outside::new(Attachment::Tcx) else {
+    let Some(mut outside) = Outside::new(None) else {
         return;
     };
     let _other_end = take_frames(&outside);
@@ -119,7 +118,7 @@ fn a_client_outside_reaches_backends_everywhere() {
 
 #[test]
 fn agents_come_and_go_while_a_client_is_served() {
-    let Some(mut outside) = Outside::new(Attachment::Tcx) else {
+    let Some(mut outside) = Outside::new(None) else {
         return;
     };
     complete_sums(&outside);
@@ -175,7 +174,7 @@ fn agents_come_and_go_while_a_client_is_served() {
 
 #[test]
 fn it_goes_with_its_flag_with_its_uplink_and_with_everything() {
-    let Some(mut outside) = Outside::new(Attachment::Tcx) else {
+    let Some(mut outside) = Outside::new(None) else {
         return;
     };
     assert!(pins(&outside).is_empty(), "off is the default");
@@ -223,7 +222,7 @@ fn it_goes_with_its_flag_with_its_uplink_and_with_everything() {
 
 #[test]
 fn where_it_cannot_be_services_are_reached_without() {
-    let Some(mut outside) = Outside::new(Attachment::Tcx) else {
+    let Some(mut outside) = Outside::new(None) else {
         return;
     };
     let uplink = |name: &str| {
