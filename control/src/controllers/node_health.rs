@@ -25,8 +25,8 @@
 //!
 //! Source: Kubernetes `pkg/controller/nodelifecycle` (nodeMonitorPeriod, MarkPodsNotReady).
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use gantry_api::k8s_openapi::api::core::v1::{Node, NodeCondition, Pod, PodCondition, Taint};
@@ -68,6 +68,8 @@ struct Observation {
     silence: Duration,
     /// The agent's last conditions, when they were overwritten.
     reported: Option<Vec<NodeCondition>>,
+    /// Its pods have the Ready condition that goes with a node that is (not) heard; `None`: perhaps not.
+    marked: Option<bool>,
 }
 
 impl Observation {
@@ -219,14 +221,41 @@ fn containers_and_gates_are_ready(pod: &Pod) -> bool {
     is_true("ContainersReady") && gates.all(|gate| is_true(&gate.condition_type))
 }
 
+/// Nodes of which a pod has changed. A look at every pod every second would be most of what many quiet nodes
+/// cost.
+#[derive(Clone, Default)]
+struct ChangedPods(Arc<Mutex<HashSet<String>>>);
+
+impl ChangedPods {
+    fn note(&self, pod: &Pod) {
+        let Some(node) = pods::node(pod) else { return };
+        let mut nodes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if !nodes.contains(node) {
+            nodes.insert(node.to_owned());
+        }
+    }
+
+    fn take(&self) -> HashSet<String> {
+        let mut nodes = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut nodes)
+    }
+}
+
 struct NodeHealth {
     context: Arc<Context>,
     observations: HashMap<String, Observation>,
+    changed: ChangedPods,
 }
 
 impl NodeHealth {
     /// One look at every node.
     async fn look(&mut self, elapsed: Duration) {
+        // Before the caches are read: what changes from here on is for the next look.
+        for name in self.changed.take() {
+            if let Some(observation) = self.observations.get_mut(&name) {
+                observation.marked = None;
+            }
+        }
         let nodes = self.context.caches.nodes.all();
         let exists = |name: &String| nodes.iter().any(|n| n.metadata.name.as_ref() == Some(name));
         if self.observations.len() > nodes.len() {
@@ -292,7 +321,16 @@ impl NodeHealth {
             // Of what this look has seen: a condition that it has just written is followed by the next.
             super::ignore_not_found(self.context.registry.update(&node).await)?;
         }
-        self.mark_pods(&name, heard, now).await
+        let observation = self.observations.entry(name.clone()).or_default();
+        if observation.marked == Some(heard) {
+            return Ok(());
+        }
+        observation.marked = None;
+        self.mark_pods(&name, heard, now).await?;
+        if let Some(observation) = self.observations.get_mut(&name) {
+            observation.marked = Some(heard);
+        }
+        Ok(())
     }
 
     async fn write_conditions(&self, node: &Node, new: Vec<NodeCondition>) -> Result<(), Status> {
@@ -329,12 +367,18 @@ impl NodeHealth {
 
 /// Starts the looking task.
 pub(super) fn start(context: &Arc<Context>, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) {
+    let changed = ChangedPods::default();
+    let noted = changed.clone();
+    context.caches.pods.on_change(move |delta| {
+        noted.note(delta.object());
+    });
     let context = Arc::clone(context);
     let shutdown = shutdown.clone();
     tasks.spawn(async move {
         let mut health = NodeHealth {
             context,
             observations: HashMap::new(),
+            changed,
         };
         let mut ticks = tokio::time::interval(PERIOD);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -397,6 +441,18 @@ mod tests {
         assert_eq!(observation.silence, Duration::ZERO);
         observation.look(Some("2".to_owned()), 3600 * second);
         assert_eq!(observation.silence, SILENCE_PER_LOOK_MAX);
+    }
+
+    #[test]
+    fn only_nodes_with_changed_pods_are_named_and_once() {
+        let changed = ChangedPods::default();
+        let mut pod = Pod::default();
+        changed.note(&pod); // waits for a node
+        pod.spec.get_or_insert_default().node_name = Some("n".to_owned());
+        changed.note(&pod);
+        changed.note(&pod);
+        assert_eq!(changed.take(), HashSet::from(["n".to_owned()]));
+        assert!(changed.take().is_empty());
     }
 
     #[test]
