@@ -306,7 +306,8 @@ impl<K: Resource> Sink for Cache<K> {
             return;
         };
         match decode::<K>(entry) {
-            Ok(object) => self.insert(key, Arc::new(object)),
+            // A copy has no room to spare, which is much of what was decoded; it is kept for long.
+            Ok(object) => self.insert(key, Arc::new(object.clone())),
             // Only a newer server could have written it; going on with the rest is better than to stop.
             Err(error) => tracing::error!(key = %entry.key, %error, "cannot decode an object"),
         }
