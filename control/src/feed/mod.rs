@@ -115,6 +115,8 @@ struct Inner {
     acked: watch::Sender<u64>,
     tunnels: Tunnels,
     closed: CancellationToken,
+    /// Its start; what is written in groups counts from here.
+    epoch: tokio::time::Instant,
 }
 
 /// What is known of a node's agent beyond one stream.
@@ -172,6 +174,7 @@ impl Feed {
             acked: watch::Sender::new(0),
             tunnels: Tunnels::default(),
             closed: CancellationToken::new(),
+            epoch: tokio::time::Instant::now(),
         };
         Self {
             inner: Arc::new(inner),
