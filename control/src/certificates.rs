@@ -18,11 +18,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::AgentCredentials;
 use crate::pki::{Authority, Credentials, NodeKey, PkiError, local_names};
+use crate::server::identity::CONTROL_GROUP;
 use crate::server::{ServingCertificate, TlsError};
 
 /// Between two looks. A certificate is made again 30 days before its end, so that some 60 looks can
 /// fail; names that this machine gets (an address by DHCP) are in the certificate after one of them.
 pub(crate) const RENEWAL_INTERVAL: Duration = Duration::from_secs(12 * 60 * 60);
+
+const CONTROL_USER: &str = "system:gantry-control";
 
 /// Why a renewal failed.
 #[derive(Debug, thiserror::Error)]
@@ -88,6 +91,12 @@ impl Certificates {
         now: Timestamp,
     ) -> Result<(String, i64), PkiError> {
         self.authority.sign_node(node, key, life_s, now)
+    }
+
+    /// What another control plane knows us by; kept nowhere.
+    pub(crate) fn control_plane(&self) -> Result<Credentials, PkiError> {
+        let days = 365;
+        self.authority.client(CONTROL_USER, CONTROL_GROUP, days)
     }
 
     /// The digest of the CA's key, as `--ca-hash` takes it.

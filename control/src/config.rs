@@ -1,5 +1,7 @@
 //! The command line of `gantry-control`, parsed and checked before anything is opened.
 
+mod etcd;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -11,6 +13,8 @@ use crate::controllers::api_service::API_SERVICE_KEY;
 use crate::ranges::Ranges;
 use crate::restore::RestoreArguments;
 use crate::store::seal::KEY_FILE;
+
+pub use etcd::{EtcdArguments, EtcdPlaces};
 
 /// What makes a configuration unusable: exit code 64.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -44,6 +48,10 @@ pub struct Arguments {
     /// [default: pki/store.key in the data directory]
     #[arg(long, value_name = "FILE")]
     pub store_key: Option<PathBuf>,
+
+    /// Where the store is, if not in a file
+    #[command(flatten)]
+    pub etcd: EtcdArguments,
 
     /// The one address and port of the API (gRPC over TLS)
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:6443")]
@@ -244,6 +252,7 @@ impl Arguments {
                 return error("--load-balancer-pool", range, reason);
             }
         }
+        self.etcd.check()?;
         let is_name = |text: &str| check_node_name(text).is_ok();
         if !is_name(&self.cluster_domain) {
             let reason = "must be a DNS name without a trailing dot".to_owned();
@@ -362,6 +371,17 @@ mod tests {
     }
 
     #[test]
+    fn etcd_is_a_list_of_places() {
+        let arguments = parse(&["--store", "etcd://127.0.0.1:1,localhost:2,[::1]:3"]).unwrap();
+        let servers = arguments.etcd.servers().unwrap().unwrap();
+        assert_eq!(
+            servers.urls,
+            ["http://127.0.0.1:1", "http://localhost:2", "http://[::1]:3"]
+        );
+        assert_eq!(parse(&[]).unwrap().etcd.servers().unwrap(), None);
+    }
+
+    #[test]
     fn a_restore_is_no_start() {
         let arguments = parse(&["restore", "file", "--data-dir", "d"]).unwrap();
         let Some(Command::Restore(restore)) = arguments.command else {
@@ -445,6 +465,12 @@ mod tests {
                 "smaller address first",
             ),
             (&["--advertise-address", "127.0.0.1"], "no address"),
+            (
+                &["--store", "etcd://127.0.0.1:2379,192.0.2.1:2379"],
+                "another machine",
+            ),
+            (&["--store", "etcd://127.0.0.1"], "no HOST:PORT"),
+            (&["--store", "redis://127.0.0.1:1"], "expected etcd://"),
         ] {
             let error = parse(arguments).unwrap_err();
             assert!(

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
+use crate::config::EtcdArguments;
 use crate::pki::{differing_file, write_carried};
 use crate::run::{StartError, make_data_dir};
 use crate::store::seal::KEY_FILE;
@@ -21,6 +22,10 @@ pub struct RestoreArguments {
     /// The data directory of the control plane, which must not run; made if it is not there
     #[arg(long, value_name = "DIR", default_value = "/var/lib/gantry-control")]
     pub data_dir: PathBuf,
+
+    /// Where the store is to be, if not in the data directory
+    #[command(flatten)]
+    pub etcd: EtcdArguments,
 
     /// The key file that the restored store's Secrets are sealed by; made if it is not there
     /// [default: pki/store.key in the data directory]
@@ -43,8 +48,19 @@ pub fn run(arguments: &RestoreArguments) -> Result<String, StartError> {
         .clone()
         .unwrap_or_else(|| store.clone());
     let keys = Keys { backup, store };
-    let restored = store::restore(file, data_dir, &keys, |files| take_files(data_dir, &files))?;
-    Ok(words(&restored, data_dir))
+    let take = |files: Vec<(String, Bytes)>| take_files(data_dir, &files);
+    let Some(servers) = arguments.etcd.servers()? else {
+        let restored = store::restore(file, data_dir, &keys, take)?;
+        return Ok(words(&restored, &data_dir.display().to_string()));
+    };
+    let place = servers.urls.join(",");
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .map_err(StartError::Signals)?;
+    let restored = runtime.block_on(store::restore_etcd(file, servers, &keys, take))?;
+    Ok(words(&restored, &place))
 }
 
 fn take_files(data_dir: &Path, files: &[(String, Bytes)]) -> Result<(), RestoreError> {
@@ -60,18 +76,15 @@ fn take_files(data_dir: &Path, files: &[(String, Bytes)]) -> Result<(), RestoreE
     write_carried(data_dir, files).map_err(failed)
 }
 
-fn words(restored: &Restored, data_dir: &Path) -> String {
+fn words(restored: &Restored, place: &str) -> String {
     let header = &restored.header;
     let before = restored.before.as_ref().map_or(String::new(), |path| {
         format!("\nthe store that was there is kept as {}", path.display())
     });
     format!(
-        "restored {} objects of revision {} (taken {}) into {}{before}\n\
+        "restored {} objects of revision {} (taken {}) into {place}{before}\n\
          start gantry-control: pods that run are adopted; nobody is placed or evicted before every node has \
          spoken, or was silent for the grace period\n",
-        restored.entries,
-        header.revision,
-        header.taken,
-        data_dir.display(),
+        restored.entries, header.revision, header.taken,
     )
 }

@@ -1,10 +1,13 @@
 //! Builds the control plane in one visible order, and takes it down again.
 //!
 //! ```text
-//!  data dir ─► store (lock) ─► port ─► registry ─► certificates ─► feed ─► scheduler, controllers ─► serve
+//!  data dir ─► store (lock) ─► port ─► certificates ─► registry ─► feed ─► serve ─► scheduler, controllers
 //! ```
+//! Over etcd ([`replica`]) the part from the registry on belongs to the one that leads.
 //! Everything that can fail for a reason on this machine comes before the port answers. Down: the port
 //! stops taking requests, streams end, tasks end, the store closes, all within [`DRAIN_DEADLINE`].
+
+mod replica;
 
 use std::io::ErrorKind;
 use std::net::SocketAddr;
@@ -18,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::certificates::{Certificates, Places, RENEWAL_INTERVAL, RenewalError};
-use crate::config::Arguments;
+use crate::config::{Arguments, ConfigError};
 use crate::controllers::AddressPool;
 use crate::controllers::api_service::ApiPlace;
 use crate::controllers::{self, api_service};
@@ -27,9 +30,10 @@ use crate::hold::{self, Hold};
 use crate::joining::Joining;
 use crate::pki::{Authority, PkiError};
 use crate::scheduler;
+use crate::server::audit::AuditLog;
 use crate::server::registry::{Patience, Registry, Settings};
 use crate::server::{AuditSettings, ServeError, Server, Tokens};
-use crate::store::{OpenError, RestoreError, STORE_FILE, Store};
+use crate::store::{OpenError, RestoreError, STORE_FILE, Store, StoreError};
 
 /// What a drain may take: open streams get a little time to end by themselves.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -53,6 +57,12 @@ pub enum StartError {
     /// A backup was not restored.
     #[error(transparent)]
     Restore(#[from] RestoreError),
+    /// What is given for etcd.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The store does not take what the start writes, or does not show what it has.
+    #[error(transparent)]
+    Write(#[from] StoreError),
     /// The certificates.
     #[error(transparent)]
     Pki(#[from] PkiError),
@@ -92,144 +102,83 @@ pub enum StartError {
     Signals(std::io::Error),
 }
 
+type Tasks = JoinSet<Result<(), ServeError>>;
+
 /// A running control plane.
 pub struct Control {
     registry: Registry,
-    feed: Feed,
     address: SocketAddr,
-    tasks: JoinSet<Result<(), ServeError>>,
+    tasks: Tasks,
     ended: watch::Receiver<bool>,
     certificates: Arc<Certificates>,
 }
 
 impl Control {
-    /// Opens everything, serves and controls until `stop`.
+    /// Opens everything, serves and controls until `stop`; over etcd: leads or follows until `stop`.
     pub async fn start(
         arguments: &Arguments,
         stop: &CancellationToken,
     ) -> Result<Control, StartError> {
-        let mut control = Control::open(arguments, stop).await?;
-        let grace = Duration::from_secs(arguments.node_grace_period_s);
-        let (hold, end) = Hold::of(control.registry.store());
-        let holding = hold::run(control.registry.store().clone(), grace, end, stop.clone());
-        control.tasks.spawn(async move {
-            holding.await;
-            Ok(())
-        });
-        let settings = controllers::Settings {
-            cluster_cidr: arguments.cluster_cidr,
-            node_prefix_len: arguments.node_cidr_prefix,
-            node_prefix_len_v6: arguments.node_cidr_prefix_v6,
-            node_grace_period: grace,
-            hold,
-            ca_certificate: control.certificates.ca().to_owned(),
-            autoscale_interval: controllers::Settings::default().autoscale_interval,
-            load_balancer_pool: AddressPool::new(arguments.load_balancer_pool.clone()),
+        if let Some(servers) = arguments.etcd.servers()? {
+            return replica::start(arguments, servers, stop).await;
+        }
+        let (mut control, feed) = Control::open_with_feed(arguments, stop).await?;
+        let Control {
+            tasks,
+            registry,
+            certificates,
+            address,
+            ..
+        } = &mut control;
+        let led = Led {
+            registry: registry.clone(),
+            feed,
+            ca_certificate: certificates.ca().to_owned(),
+            address: *address,
         };
-        let place = ApiPlace {
-            cluster_ip: arguments.api_service_ip(),
-            listen: control.address,
-            advertise: arguments.advertise_address,
-        };
-        let remover: Arc<dyn controllers::VolumeRemover> = Arc::new(control.feed.clone());
-        let usage: Arc<dyn controllers::UsageSource> = Arc::new(control.feed.clone());
-        let tasks = &mut control.tasks;
-        let nodes = Nodes { remover, usage };
-        spawn_loops(tasks, &control.registry, settings, nodes, place, stop);
+        led.act(arguments, tasks, stop);
         Ok(control)
     }
 
     /// Opens everything and serves; nothing acts on what is written.
+    #[cfg(test)]
     pub(crate) async fn open(
         arguments: &Arguments,
         stop: &CancellationToken,
     ) -> Result<Control, StartError> {
-        let store_key = arguments.store_key();
-        let store = open_store(&arguments.data_dir, &store_key)?;
-        let authority = Authority::open(&arguments.data_dir)?;
-        let listener = listen(arguments.listen).await?;
-        let address = listener.local_addr().map_err(|source| StartError::Listen {
-            address: arguments.listen,
-            source,
-        })?;
-        let registry = Registry::new(
-            store,
-            &Settings {
-                service_cidr: arguments.service_cidr,
-                reserved_addresses: arguments.reserved_service_ips(),
-            },
-        )
-        .with_patience(Patience {
-            not_ready_s: arguments.default_not_ready_toleration_seconds,
-            unreachable_s: arguments.default_unreachable_toleration_seconds,
-        });
-        let registry = match audit_settings(arguments) {
-            None => registry,
-            Some(settings) => {
-                let path = settings.file.clone();
-                let opened = registry.with_audit(settings);
-                opened.map_err(|source| StartError::Audit { path, source })?
-            }
-        };
-        registry
-            .ensure_defaults()
-            .await
-            .map_err(StartError::Defaults)?;
-        // After the store's lock: the credentials of the instance that serves, not of one that fails.
-        let places = Places {
-            sans: arguments.server_names(),
-            agents: arguments.agent_credentials.clone(),
-            kubeconfig: arguments.kubeconfig.clone(),
-            server_url: Arguments::server_url(address),
-        };
-        let token_key = authority.token_key()?;
-        let certificates = Arc::new(Certificates::open(authority, places)?);
+        Ok(Control::open_with_feed(arguments, stop).await?.0)
+    }
 
-        let issuer = format!(
-            "https://kubernetes.default.svc.{}",
-            arguments.cluster_domain
-        );
-        let tokens = Tokens::new(&token_key, &issuer);
-        let settings = feed_settings(arguments, tokens.clone());
-        let feed = Feed::new(registry.clone(), settings);
-        let (ca, serving) = (certificates.ca(), certificates.serving());
-        let life = Duration::from_secs(arguments.node_certificate_life_s);
-        let joining = Joining::new(registry.clone(), feed.clone(), certificates.clone(), life);
-        let server = Server::new(&registry, &feed, ca, serving, &tokens)?
-            .with_joining(&joining)
-            .with_maintenance(&registry, &arguments.data_dir, &store_key);
-        let mut tasks = JoinSet::new();
-        let (end, ended) = watch::channel(false);
-        let token = stop.clone();
-        tasks.spawn(async move {
-            let result = server.serve(listener, token).await;
-            end.send_replace(true);
-            result
-        });
-        let token = stop.clone();
-        let following = feed.clone();
-        tasks.spawn(async move {
-            following.run(token).await;
-            Ok(())
-        });
-        let token = stop.clone();
-        tasks.spawn(async move {
-            joining.run(token).await;
-            Ok(())
-        });
-        let (own, token) = (certificates.clone(), stop.clone());
-        tasks.spawn(async move {
-            own.run(RENEWAL_INTERVAL, token).await;
-            Ok(())
-        });
-        Ok(Control {
+    async fn open_with_feed(
+        arguments: &Arguments,
+        stop: &CancellationToken,
+    ) -> Result<(Control, Feed), StartError> {
+        let store = open_store(&arguments.data_dir, &arguments.store_key())?;
+        let authority = Authority::open(&arguments.data_dir)?;
+        let (listener, address) = listen_at(arguments.listen).await?;
+        let audit = open_audit(arguments)?;
+        // After the store's lock: the credentials of the instance that serves, not of one that fails.
+        let token_key = authority.token_key()?;
+        let certificates = Arc::new(Certificates::open(authority, places(arguments, address))?);
+        let tokens = tokens(arguments, &token_key);
+        let Services {
             registry,
             feed,
+            joining,
+            server,
+        } = Services::open(arguments, store, audit, &certificates, &tokens).await?;
+        let mut tasks = JoinSet::new();
+        let ended = spawn_server(&mut tasks, server, listener, stop);
+        spawn_services(&mut tasks, &feed, joining, stop);
+        spawn_renewal(&mut tasks, &certificates, stop);
+        let control = Control {
+            registry,
             address,
             tasks,
             ended,
             certificates,
-        })
+        };
+        Ok((control, feed))
     }
 
     /// Where the API listens.
@@ -282,12 +231,166 @@ impl Control {
     }
 }
 
-fn audit_settings(arguments: &Arguments) -> Option<AuditSettings> {
-    Some(AuditSettings {
-        file: arguments.audit_log.clone()?,
+fn open_audit(arguments: &Arguments) -> Result<Option<AuditLog>, StartError> {
+    let Some(path) = arguments.audit_log.clone() else {
+        return Ok(None);
+    };
+    let settings = AuditSettings {
+        file: path.clone(),
         bytes_max: arguments.audit_log_maxsize << 20,
         backup_count: usize::from(arguments.audit_log_maxbackup),
-    })
+    };
+    let opened = AuditLog::open(settings);
+    opened
+        .map(Some)
+        .map_err(|source| StartError::Audit { path, source })
+}
+
+fn places(arguments: &Arguments, address: SocketAddr) -> Places {
+    Places {
+        sans: arguments.server_names(),
+        agents: arguments.agent_credentials.clone(),
+        kubeconfig: arguments.kubeconfig.clone(),
+        server_url: Arguments::server_url(address),
+    }
+}
+
+fn tokens(arguments: &Arguments, key: &rcgen::KeyPair) -> Tokens {
+    let issuer = format!(
+        "https://kubernetes.default.svc.{}",
+        arguments.cluster_domain
+    );
+    Tokens::new(key, &issuer)
+}
+
+fn registry_over(arguments: &Arguments, store: Store, audit: Option<AuditLog>) -> Registry {
+    let settings = Settings {
+        service_cidr: arguments.service_cidr,
+        reserved_addresses: arguments.reserved_service_ips(),
+    };
+    Registry::new(store, &settings)
+        .with_patience(Patience {
+            not_ready_s: arguments.default_not_ready_toleration_seconds,
+            unreachable_s: arguments.default_unreachable_toleration_seconds,
+        })
+        .with_audit_log(audit)
+}
+
+/// All that is served, over what the store holds now.
+struct Services {
+    registry: Registry,
+    feed: Feed,
+    joining: Joining,
+    server: Server,
+}
+
+impl Services {
+    async fn open(
+        arguments: &Arguments,
+        store: Store,
+        audit: Option<AuditLog>,
+        certificates: &Arc<Certificates>,
+        tokens: &Tokens,
+    ) -> Result<Services, StartError> {
+        let registry = registry_over(arguments, store, audit);
+        registry
+            .ensure_defaults()
+            .await
+            .map_err(StartError::Defaults)?;
+        let feed = Feed::new(registry.clone(), feed_settings(arguments, tokens.clone()));
+        let life = Duration::from_secs(arguments.node_certificate_life_s);
+        let joining = Joining::new(registry.clone(), feed.clone(), certificates.clone(), life);
+        let (ca, serving) = (certificates.ca(), certificates.serving());
+        let server = Server::new(&registry, &feed, ca, serving, tokens)?
+            .with_joining(&joining)
+            .with_maintenance(&registry, &arguments.data_dir, &arguments.store_key());
+        Ok(Services {
+            registry,
+            feed,
+            joining,
+            server,
+        })
+    }
+}
+
+/// Returns what says when the server has ended.
+fn spawn_server(
+    tasks: &mut Tasks,
+    server: Server,
+    listener: TcpListener,
+    stop: &CancellationToken,
+) -> watch::Receiver<bool> {
+    let (end, ended) = watch::channel(false);
+    let token = stop.clone();
+    tasks.spawn(async move {
+        let result = server.serve(listener, token).await;
+        end.send_replace(true);
+        result
+    });
+    ended
+}
+
+/// What the services do by themselves.
+fn spawn_services(tasks: &mut Tasks, feed: &Feed, joining: Joining, stop: &CancellationToken) {
+    let (following, token) = (feed.clone(), stop.clone());
+    tasks.spawn(async move {
+        following.run(token).await;
+        Ok(())
+    });
+    let token = stop.clone();
+    tasks.spawn(async move {
+        joining.run(token).await;
+        Ok(())
+    });
+}
+
+fn spawn_renewal(tasks: &mut Tasks, certificates: &Arc<Certificates>, stop: &CancellationToken) {
+    let (own, token) = (certificates.clone(), stop.clone());
+    tasks.spawn(async move {
+        own.run(RENEWAL_INTERVAL, token).await;
+        Ok(())
+    });
+}
+
+/// What the loops of the one that leads need.
+struct Led {
+    registry: Registry,
+    feed: Feed,
+    ca_certificate: String,
+    address: SocketAddr,
+}
+
+impl Led {
+    /// Scheduler, controllers, and what else acts on what is written.
+    fn act(self, arguments: &Arguments, tasks: &mut Tasks, stop: &CancellationToken) {
+        let grace = Duration::from_secs(arguments.node_grace_period_s);
+        let store = self.registry.store();
+        let (hold, end) = Hold::of(store);
+        let holding = hold::run(store.clone(), grace, end, stop.clone());
+        tasks.spawn(async move {
+            holding.await;
+            Ok(())
+        });
+        let settings = controllers::Settings {
+            cluster_cidr: arguments.cluster_cidr,
+            node_prefix_len: arguments.node_cidr_prefix,
+            node_prefix_len_v6: arguments.node_cidr_prefix_v6,
+            node_grace_period: grace,
+            hold,
+            ca_certificate: self.ca_certificate,
+            autoscale_interval: controllers::Settings::default().autoscale_interval,
+            load_balancer_pool: AddressPool::new(arguments.load_balancer_pool.clone()),
+        };
+        let place = ApiPlace {
+            cluster_ip: arguments.api_service_ip(),
+            listen: self.address,
+            advertise: arguments.advertise_address,
+        };
+        let remover: Arc<dyn controllers::VolumeRemover> = Arc::new(self.feed.clone());
+        let usage: Arc<dyn controllers::UsageSource> = Arc::new(self.feed);
+        let nodes = Nodes { remover, usage };
+        spawn_loops(tasks, &self.registry, settings, nodes, place, stop);
+    }
 }
 
 fn feed_settings(arguments: &Arguments, tokens: Tokens) -> feed::Settings {
@@ -308,7 +411,7 @@ struct Nodes {
 
 /// The loops that act on what the API takes.
 fn spawn_loops(
-    tasks: &mut JoinSet<Result<(), ServeError>>,
+    tasks: &mut Tasks,
     registry: &Registry,
     settings: controllers::Settings,
     nodes: Nodes,
@@ -365,6 +468,13 @@ fn open_store(data_dir: &Path, store_key: &Path) -> Result<Store, StartError> {
         .and_then(|directory| directory.sync_all())
         .map_err(failed)?;
     Ok(store)
+}
+
+async fn listen_at(address: SocketAddr) -> Result<(TcpListener, SocketAddr), StartError> {
+    let listener = listen(address).await?;
+    let bound = listener.local_addr();
+    let bound = bound.map_err(|source| StartError::Listen { address, source })?;
+    Ok((listener, bound))
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener, StartError> {

@@ -116,6 +116,12 @@ fn needs(purpose: For) -> Vec<Need> {
                 &["docker-registry"][..],
             ),
             need(
+                "etcd",
+                "the store's tests start three of it",
+                run::which("etcd").is_some(),
+                &["etcd-server"],
+            ),
+            need(
                 "CNI plugins",
                 "third-party CNI tests",
                 plugins,

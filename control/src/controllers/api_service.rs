@@ -81,6 +81,12 @@ pub async fn run(registry: Registry, place: ApiPlace, stop: CancellationToken) {
     }
 }
 
+/// The URL at which other control planes reach this one: as pods do, or on loopback if it listens there only.
+pub(crate) fn reached_at(listen: SocketAddr, configured: Option<IpAddr>) -> String {
+    let address = advertised(listen.ip(), configured, own_address()).unwrap_or(listen.ip());
+    format!("https://{}", SocketAddr::new(address, listen.port()))
+}
+
 /// The address that pods are told: the configured one, else the one listened on, else this
 /// machine's. None: only loopback.
 fn advertised(listen: IpAddr, configured: Option<IpAddr>, own: Option<IpAddr>) -> Option<IpAddr> {

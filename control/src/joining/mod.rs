@@ -37,6 +37,7 @@ use crate::config::check_node_name;
 use crate::controllers::pods;
 use crate::feed::{Feed, INCARNATION_ANNOTATION};
 use crate::pki::NodeKey;
+use crate::server::forwarded;
 use crate::server::identity::{CertificateFacts, Identity};
 use crate::server::registry::DeleteOptions;
 use crate::server::{Part, Registry, WriteOptions};
@@ -410,7 +411,7 @@ impl proto::joining_server::Joining for Joining {
         &self,
         request: Request<proto::JoinRequest>,
     ) -> Result<Response<proto::NodeCertificate>, tonic::Status> {
-        let address = request.remote_addr().map(|address| address.ip());
+        let address = forwarded::address(&request);
         self.inner.may_try(address)?;
         let request = request.into_inner();
         match self.inner.join(&request, Timestamp::now()).await {

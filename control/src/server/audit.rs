@@ -25,6 +25,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
+use super::forwarded;
 use super::identity::Identity;
 use super::rbac::Attributes;
 
@@ -220,9 +221,7 @@ impl Call {
             key: key.cloned().unwrap_or_default(),
             subresource: String::new(),
             dry_run: false,
-            source: request
-                .remote_addr()
-                .map(|address| address.ip().to_string()),
+            source: forwarded::address(request).map(|address| address.to_string()),
             agent: agent.and_then(|text| text.to_str().ok()).map(str::to_owned),
             received: Timestamp::now(),
         })

@@ -18,7 +18,7 @@ use super::commit::store_status;
 use super::object;
 use super::registry::kind_named;
 use super::rules::generated_name;
-use crate::store::{Store, StoreError, TXN_OPERATION_COUNT_MAX, Txn};
+use crate::store::{Store, StoreError, Txn};
 
 /// How long an event is kept after it was seen last.
 const TIME_TO_LIVE: Duration = Duration::from_secs(3600);
@@ -144,7 +144,7 @@ impl Events {
             .filter(|(index, (seen, _))| *index < surplus || *seen < oldest)
             .map(|(_, (_, key))| key)
             .collect();
-        for chunk in old.chunks(TXN_OPERATION_COUNT_MAX) {
+        for chunk in old.chunks(store.operation_count_max()) {
             let txn = chunk
                 .iter()
                 .fold(Txn::new(), |txn, k| txn.delete(k.as_str()));

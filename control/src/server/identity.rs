@@ -8,6 +8,7 @@
 //! | any other        | what roles are bound to them ([`super::rbac`])        |
 //!
 //! Who may impersonate asks as somebody else ([`super::rbac::impersonation`]), and then as nobody but them.
+//! Of a control plane (group [`CONTROL_GROUP`]) the certificate counts that it sends along, or the token.
 //!
 //! TLS has verified the chain, the dates and the key before this is asked. The certificate of a node that
 //! has joined (organizational unit [`JOINED_UNIT`]) speaks for it as long as the Node object names its
@@ -19,6 +20,7 @@ use jiff::Timestamp;
 use tonic::service::Interceptor;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use super::forwarded;
 use super::rbac::impersonation;
 use super::registry::Registry;
 use super::tokens::{self, Tokens};
@@ -29,6 +31,8 @@ use crate::pki::key_hash;
 pub const MASTERS_GROUP: &str = "system:masters";
 /// Group of the node agents.
 pub const NODES_GROUP: &str = "system:nodes";
+/// Group of the control planes, for requests that one brings to another ([`super::forwarded`]).
+pub const CONTROL_GROUP: &str = "system:control-planes";
 /// Organizational unit of the certificates of nodes that have joined.
 pub const JOINED_UNIT: &str = "gantry:joined";
 /// What precedes the node's name in an agent's user name.
@@ -195,12 +199,11 @@ impl Authenticator {
         &self,
         request: &tonic::Request<()>,
     ) -> Result<Option<(Identity, CertificateFacts)>, Status> {
-        let certificates = request.peer_certs();
-        let Some(leaf) = certificates.as_ref().and_then(|chain| chain.first()) else {
+        let Some(leaf) = forwarded::certificate(request)? else {
             return Ok(None);
         };
-        let identity = Identity::from_certificate(leaf)?;
-        let facts = CertificateFacts::from_certificate(leaf)?;
+        let identity = Identity::from_certificate(&leaf)?;
+        let facts = CertificateFacts::from_certificate(&leaf)?;
         self.check_joined(&identity, &facts)?;
         Ok(Some((identity, facts)))
     }

@@ -5,6 +5,9 @@
 //!                or none and a token (tokens.rs)                                ├► Pods, Feed (crate::feed)
 //!                or neither ────────────────────────────────────────────────────► Joining (crate::joining)
 //! ```
+//! One of several control planes over etcd has [`front`] before the services: what it does not answer itself it
+//! brings to the one that leads.
+//!
 //! Invariants: no request but `Join` is served without an identity; a slow or dead client holds memory only for
 //! one stream window; a stop ends every stream within [`STREAM_END_DEADLINE`].
 
@@ -15,6 +18,8 @@ mod commit;
 mod event;
 mod eviction;
 mod families;
+pub(crate) mod forwarded;
+mod front;
 pub mod identity;
 mod maintenance;
 mod merge;
@@ -31,6 +36,7 @@ mod service;
 mod table;
 mod tls;
 pub mod tokens;
+mod upstream;
 mod view;
 mod watch;
 mod write;
@@ -45,6 +51,7 @@ use tokio::net::TcpListener;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::interceptor::InterceptedService;
+use tonic::service::{AxumRouter, Routes};
 
 use crate::feed::Feed;
 use crate::joining::Joining;
@@ -54,6 +61,7 @@ use objects::ObjectsService;
 
 pub use audit::AuditSettings;
 pub(crate) use eviction::covers;
+pub(crate) use front::Front;
 pub use object::{decode, present, to_value};
 pub use registry::Registry;
 pub use rules::Part;
@@ -84,6 +92,9 @@ pub enum ServeError {
     /// The certificates do not fit.
     #[error("cannot set up TLS: {0}")]
     Tls(#[source] TlsError),
+    /// One of several control planes has to end.
+    #[error("{0}: start it again, it will follow")]
+    Ended(String),
     /// The server ended by itself.
     #[error("the API server failed: {0}")]
     Serve(#[source] tonic::transport::Error),
@@ -92,7 +103,7 @@ pub enum ServeError {
 /// The API over one registry, before it listens.
 pub struct Server {
     authenticator: Authenticator,
-    router: tonic::transport::server::Router,
+    routes: Routes,
     tls: Arc<rustls::ServerConfig>,
     stop: CancellationToken,
 }
@@ -106,6 +117,27 @@ impl Server {
         serving: ServingCertificate,
         tokens: &Tokens,
     ) -> Result<Server, ServeError> {
+        let mut server = Server::reader(registry, ca_certificate, serving, tokens)?;
+        let (pods, agents) = (
+            server.authenticator.for_service(Service::Pods),
+            server.authenticator.for_service(Service::Feed),
+        );
+        server.routes = server
+            .routes
+            .add_service(InterceptedService::new(feed.pods_server(), pods.clone()))
+            .add_service(InterceptedService::new(feed.stats_server(), pods.clone()))
+            .add_service(InterceptedService::new(feed.images_server(), pods))
+            .add_service(InterceptedService::new(feed.feed_server(), agents));
+        Ok(server)
+    }
+
+    /// The part that needs nothing but the registry.
+    pub(crate) fn reader(
+        registry: &Registry,
+        ca_certificate: &str,
+        serving: ServingCertificate,
+        tokens: &Tokens,
+    ) -> Result<Server, ServeError> {
         let tls = tls::config(ca_certificate, serving).map_err(ServeError::Tls)?;
         let stop = CancellationToken::new();
         let authenticator = Authenticator::new(registry.clone(), tokens.clone());
@@ -113,12 +145,7 @@ impl Server {
         let objects = ObjectsServer::new(objects)
             .max_decoding_message_size(REQUEST_BYTES_MAX)
             .max_encoding_message_size(ANSWER_BYTES_MAX);
-        let router = tonic::transport::Server::builder()
-            .max_concurrent_streams(STREAM_COUNT_MAX)
-            .initial_stream_window_size(STREAM_WINDOW_BYTES)
-            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
-            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        let routes = Routes::default()
             .add_service(InterceptedService::new(
                 objects,
                 authenticator.for_service(Service::Objects),
@@ -126,26 +153,10 @@ impl Server {
             .add_service(InterceptedService::new(
                 AccessServer::new(rbac::AccessService::new(registry.clone())),
                 authenticator.for_service(Service::Objects),
-            ))
-            .add_service(InterceptedService::new(
-                feed.pods_server(),
-                authenticator.for_service(Service::Pods),
-            ))
-            .add_service(InterceptedService::new(
-                feed.stats_server(),
-                authenticator.for_service(Service::Pods),
-            ))
-            .add_service(InterceptedService::new(
-                feed.images_server(),
-                authenticator.for_service(Service::Pods),
-            ))
-            .add_service(InterceptedService::new(
-                feed.feed_server(),
-                authenticator.for_service(Service::Feed),
             ));
         Ok(Server {
             authenticator,
-            router,
+            routes,
             tls,
             stop,
         })
@@ -155,8 +166,8 @@ impl Server {
     #[must_use]
     pub fn with_joining(mut self, joining: &Joining) -> Server {
         let admit = self.authenticator.for_joining();
-        self.router = self
-            .router
+        self.routes = self
+            .routes
             .add_service(InterceptedService::new(joining.server(), admit));
         self
     }
@@ -176,9 +187,19 @@ impl Server {
         };
         let service = MaintenanceService::server(registry.clone(), places);
         let admit = self.authenticator.for_service(Service::Objects);
-        self.router = self
-            .router
+        self.routes = self
+            .routes
             .add_service(InterceptedService::new(service, admit));
+        self
+    }
+
+    /// Answers what `front` has it answer; the rest goes to who leads.
+    #[must_use]
+    pub(crate) fn behind(mut self, front: &Front) -> Server {
+        let reads = std::mem::take(&mut self.routes);
+        front.follow(reads);
+        let router = AxumRouter::new().fallback_service(front.clone());
+        self.routes = router.into();
         self
     }
 
@@ -191,7 +212,14 @@ impl Server {
         let accepted = tls::accept(listener, self.tls, stop.clone());
         let incoming = ReceiverStream::new(accepted);
         let stopped = stop.clone().cancelled_owned();
-        let serving = self.router.serve_with_incoming_shutdown(incoming, stopped);
+        let router = tonic::transport::Server::builder()
+            .max_concurrent_streams(STREAM_COUNT_MAX)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+            .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+            .add_routes(self.routes.prepare());
+        let serving = router.serve_with_incoming_shutdown(incoming, stopped);
         // Not in the future that is given away: tonic drops it when the connections end first.
         let deadline = async {
             stop.cancelled().await;

@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 
 use super::admit;
 use super::allocation::Allocator;
-use super::audit::{AuditLog, AuditSettings};
+use super::audit::AuditLog;
 use super::event::Events;
 use super::object;
 use super::pod_admission;
@@ -145,13 +145,13 @@ impl Registry {
         self
     }
 
-    /// Notes every request of users in a file.
-    ///
-    /// # Errors
-    /// The file cannot be opened.
-    pub fn with_audit(self, settings: AuditSettings) -> std::io::Result<Registry> {
-        let _ = self.inner.audit.set(AuditLog::open(settings)?); // said before
-        Ok(self)
+    /// Notes every request of users in this log.
+    #[must_use]
+    pub(crate) fn with_audit_log(self, log: Option<AuditLog>) -> Registry {
+        if let Some(log) = log {
+            let _ = self.inner.audit.set(log); // said before
+        }
+        self
     }
 
     pub(crate) fn audit(&self) -> Option<&AuditLog> {

@@ -32,6 +32,7 @@ mod backups;
 mod evictions;
 mod impersonation;
 mod limits;
+mod replicas;
 
 type Client = ObjectsClient<Channel>;
 

@@ -90,6 +90,17 @@ impl Index {
         state.forget(|_| true)
     }
 
+    /// Another content, of which it is not known how it came about: every watch has to list again.
+    pub(super) fn replace(&self, entries: BTreeMap<Arc<str>, Arc<Entry>>, revision: Revision) {
+        let mut state = self.state.write().unwrap_or_else(PoisonError::into_inner);
+        // One more than there were: also those that have seen all of it are behind.
+        state.history_start += state.history.len() as u64 + 1;
+        state.history.clear();
+        state.history_bytes = 0;
+        state.entries = entries;
+        (state.revision, state.compacted) = (revision, revision);
+    }
+
     pub(super) fn get(&self, key: &str) -> Option<Arc<Entry>> {
         self.read().entries.get(key).cloned()
     }

@@ -18,10 +18,11 @@
 //! * after a failed log write, writes are refused until the log was reopened and agrees with memory;
 //!   reads go on.
 //!
-//! [`Backend`] is the seam for another store (etcd): it orders and persists transactions, and feeds
+//! [`Backend`] is the seam for another store ([`etcd`]): it orders and persists transactions, and feeds
 //! the same index. Keys are Kubernetes' own: `/registry/<plural>/<namespace>/<name>`.
 
 pub mod backup;
+mod etcd;
 mod index;
 mod log;
 mod restore;
@@ -37,8 +38,14 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+pub use etcd::{Candidate, Leader, Replica, Servers as EtcdServers, Tls as EtcdTls};
 pub use index::{HISTORY_BYTES_MAX, HISTORY_CHANGE_COUNT_MAX, Watch};
-pub use restore::{BACKUP_PREFIX, Keys, RESTORED_KEY, RestoreError, Restored, STORE_FILE, restore};
+pub use restore::{
+    BACKUP_PREFIX, Keys, RESTORED_KEY, RestoreError, Restored, STORE_FILE, restore, restore_etcd,
+};
+
+#[cfg(test)]
+pub(crate) use etcd::tests as etcd_tests;
 
 use index::Index;
 use log::RedbLog;
@@ -51,7 +58,7 @@ pub type Revision = u64;
 pub const VALUE_BYTES_MAX: usize = 1_572_864;
 /// Longest key in bytes: four path segments of at most 253 bytes fit.
 pub const KEY_BYTES_MAX: usize = 1_024;
-/// Most operations of one transaction.
+/// Most operations of one transaction; a store may take fewer: [`Store::operation_count_max`].
 pub const TXN_OPERATION_COUNT_MAX: usize = 512;
 
 /// Which history of the store this is. A restore from a backup starts a new one, so that a revision
@@ -263,9 +270,9 @@ pub enum StoreError {
         /// The key.
         key: Arc<str>,
     },
-    /// The log could not be written: nothing of the transaction is visible, but it may appear once
-    /// the log works again. Read before a retry.
-    #[error("the store cannot write its log: {reason}; reads go on, free space or repair the disk")]
+    /// The transaction could not be written: nothing of it is visible, but it may appear once the log, or
+    /// etcd, works again. Read before a retry.
+    #[error("the store cannot write: {reason}")]
     Unavailable {
         /// What the log said.
         reason: String,
@@ -295,6 +302,15 @@ pub enum OpenError {
     /// What is sealed in it cannot be opened.
     #[error("the store's Secrets cannot be read: {0}")]
     Key(#[from] seal::KeyError),
+    /// The control planes over one etcd are of one cluster.
+    #[error(
+        "{path} is the store of another cluster, whose nodes would not trust this control plane: copy the \
+         directory pki of one that serves it, or remove this one's and restore a backup"
+    )]
+    OtherCluster {
+        /// The servers.
+        path: String,
+    },
     /// The file is not a store of this version.
     #[error("{path} is damaged or of another version: {reason}; restore it from a backup")]
     Corrupt {
@@ -310,6 +326,16 @@ pub enum OpenError {
 trait Backend: Send + Sync {
     /// Returns the transaction's revision once it is durable and visible to readers.
     async fn commit(&self, txn: Txn) -> Result<Revision, StoreError>;
+
+    /// See [`Store::operation_count_max`].
+    fn operation_count_max(&self) -> usize {
+        TXN_OPERATION_COUNT_MAX
+    }
+
+    /// See [`Store::fresh`].
+    async fn fresh(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
 
     /// Finishes what is queued, refuses the rest, closes the log.
     async fn close(&self);
@@ -359,6 +385,27 @@ impl Store {
     pub fn open_sealed(path: &Path, keys: &Path) -> Result<Store, OpenError> {
         let (path, keys) = (path.to_owned(), keys.to_owned());
         Store::open_with(Box::new(move || RedbLog::open(&path, Some(&keys))))
+    }
+
+    /// Opens the store in etcd: to read, and, by the [`Candidate`], to write when no other control plane does.
+    ///
+    /// * `keys` – as in [`Store::open_sealed`]: every control plane has the same.
+    /// * `cluster` – digest of what else they have in common.
+    /// * `lost` – cancelled when this one has to end: it does not lead any more, or the store is another one.
+    pub async fn open_etcd(
+        servers: EtcdServers,
+        keys: &Path,
+        cluster: &str,
+        lost: tokio_util::sync::CancellationToken,
+        stop: &tokio_util::sync::CancellationToken,
+    ) -> Result<(Store, Candidate), OpenError> {
+        let opened = etcd::open(servers, keys, cluster, lost, stop).await?;
+        let store = Store {
+            index: opened.index,
+            backend: opened.backend,
+            lineage: Arc::new(opened.lineage),
+        };
+        Ok((store, opened.candidate))
     }
 
     fn open_with(opener: writer::LogOpener) -> Result<Store, OpenError> {
@@ -414,6 +461,17 @@ impl Store {
     pub async fn commit(&self, txn: Txn) -> Result<Revision, StoreError> {
         check_limits(&txn)?;
         self.backend.commit(txn).await
+    }
+
+    /// Most operations, and most preconditions, that one transaction may have here.
+    pub fn operation_count_max(&self) -> usize {
+        self.backend.operation_count_max()
+    }
+
+    /// Waits until readers see everything that was acknowledged before this call, also by other control planes
+    /// over the same store.
+    pub async fn fresh(&self) -> Result<(), StoreError> {
+        self.backend.fresh().await
     }
 
     /// Makes a new key, by which Secrets are sealed from now on; those of older keys follow while the

@@ -18,7 +18,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::backup::{Damage, Frame, Header, Reader};
-use super::log::{Filling, Held, hold};
+use super::etcd;
+use super::log::{Filling, hold};
 use super::seal::KeyFile;
 use super::{Entry, Lineage, OpenError, Revision};
 
@@ -142,7 +143,10 @@ pub fn restore(
     let fresh = data_dir.join("store.redb.new");
     let mut reader = open(file, keys)?;
     let header = reader.header().clone();
-    let (lineage, revision) = next_history(&header, held.as_ref(), unix_seconds());
+    let known = held
+        .as_ref()
+        .map(|held| (held.lineage.counter, held.revision));
+    let (lineage, revision) = next_history(&header, known, unix_seconds());
     files(carried)?;
     remove(&fresh)?;
     let wrong = |reason: String| failed("write", &fresh, reason);
@@ -174,6 +178,36 @@ pub fn restore(
     })
 }
 
+/// Restores `file` into etcd, as [`restore`] does into a file; what etcd held of ours is gone then.
+pub async fn restore_etcd(
+    file: &Path,
+    servers: etcd::Servers,
+    keys: &Keys,
+    files: impl FnOnce(Vec<(String, bytes::Bytes)>) -> Result<(), RestoreError>,
+) -> Result<Restored, RestoreError> {
+    let carried = verify(file, keys)?;
+    let mut reader = open(file, keys)?;
+    let header = reader.header().clone();
+    files(carried)?;
+    let now_s = unix_seconds();
+    let mut filling = etcd::Filling::begin(servers, &keys.store, &header, now_s).await?;
+    let mut entries = 0;
+    while let Some(frame) = reader.read().map_err(|reason| bad(file, reason))? {
+        if let Frame::Entry(entry) = frame {
+            entries += 1;
+            filling.put(entry).await?;
+        }
+    }
+    let (lineage, revision) = filling.finish(&header).await?;
+    Ok(Restored {
+        header,
+        lineage,
+        revision,
+        entries,
+        before: None,
+    })
+}
+
 /// Reads all of the backup; returns the control plane's files in it.
 fn verify(file: &Path, keys: &Keys) -> Result<Vec<(String, bytes::Bytes)>, RestoreError> {
     let mut reader = open(file, keys)?;
@@ -187,8 +221,14 @@ fn verify(file: &Path, keys: &Keys) -> Result<Vec<(String, bytes::Bytes)>, Resto
 }
 
 /// The lineage of the restored store and its first revision: above all that is known of.
-fn next_history(header: &Header, held: Option<&Held>, now_s: u64) -> (Lineage, Revision) {
-    let (counter, revision) = held.map_or((0, 0), |held| (held.lineage.counter, held.revision));
+///
+/// * `held` – the lineage's counter and the revision of the store that is replaced.
+pub(super) fn next_history(
+    header: &Header,
+    held: Option<(u64, Revision)>,
+    now_s: u64,
+) -> (Lineage, Revision) {
+    let (counter, revision) = held.unwrap_or_default();
     let counter = (header.lineage_counter.max(counter) + 1).max(now_s);
     let lineage = Lineage {
         counter,

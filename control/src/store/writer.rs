@@ -288,7 +288,7 @@ impl Writer {
                     doubtful_revision: revision,
                     last_attempt: Instant::now(),
                 };
-                Err(StoreError::Unavailable { reason })
+                Err(unwritable(&reason))
             }
         }
     }
@@ -311,16 +311,12 @@ impl Writer {
             return Ok(());
         };
         if last_attempt.elapsed() < REOPEN_PAUSE {
-            return Err(StoreError::Unavailable {
-                reason: reason.clone(),
-            });
+            return Err(unwritable(reason));
         }
         *last_attempt = Instant::now();
         let stopped = |reason: &mut String, now: String| {
             *reason = now;
-            Err(StoreError::Unavailable {
-                reason: reason.clone(),
-            })
+            Err(unwritable(reason))
         };
         let (log, content) = match (self.opener)() {
             Ok(opened) => opened,
@@ -434,5 +430,11 @@ impl Staged<'_> {
             expected,
             found,
         })
+    }
+}
+
+fn unwritable(reason: &str) -> StoreError {
+    StoreError::Unavailable {
+        reason: format!("its log: {reason}; reads go on, free space or repair the disk"),
     }
 }

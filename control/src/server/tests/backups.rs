@@ -46,6 +46,7 @@ fn restore_with(
     let arguments = RestoreArguments {
         file: file.to_owned(),
         data_dir,
+        etcd: crate::config::EtcdArguments::default(),
         store_key: None,
         backup_key,
     };
