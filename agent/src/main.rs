@@ -87,8 +87,9 @@ struct Run {
     /// the host's]
     #[arg(long, value_name = "NAME")]
     node_name: Option<String>,
-    /// The control plane [default: what was joined, else https://127.0.0.1:6443]
-    #[arg(long, value_name = "URL")]
+    /// The control plane, or several of one cluster, of which one that answers is used
+    /// [default: what was joined, else https://127.0.0.1:6443]
+    #[arg(long, value_name = "URL,...")]
     server: Option<String>,
     /// A container's log is put aside when it is larger than this many bytes
     #[arg(long, value_name = "BYTES", default_value_t = 10 << 20)]

@@ -55,6 +55,8 @@ pub(super) struct Driver {
     pub(super) lingers_until: Option<tokio::time::Instant>,
     /// The next stream asks for everything.
     pub(super) resync: bool,
+    /// Which of the servers is dialled next.
+    pub(super) server: usize,
 }
 
 impl Driver {
@@ -90,6 +92,10 @@ impl Driver {
         let node = &self.config.node;
         let jittered = backoff.mul_f64(rand::random::<f64>());
         let mut link = Link::Offline;
+        if !matches!(ended, Ended::Renewed) {
+            // Whatever was wrong: another control plane may do better, and one that is alone is next again.
+            self.server = self.server.wrapping_add(1);
+        }
         let wait = match ended {
             Ended::Broken(reason) => {
                 tracing::info!(

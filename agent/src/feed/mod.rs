@@ -66,7 +66,8 @@ const STUCK_MAX: usize = 64;
 /// Where the control plane is and who this node is.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// `https://control.example:6443`
+    /// `https://control.example:6443`, or several of them with commas between: one after the other is dialled
+    /// until one answers
     pub server: String,
     /// Directory of [`crate::credentials`]; read again at every dial.
     pub credentials: PathBuf,
@@ -544,6 +545,7 @@ pub fn run(
         lingers_until: None,
         // What the disk held has to be offered to readers as a whole once more.
         resync: false,
+        server: 0,
     };
     let keeper = tokio::spawn(driver::keep_finals(files, shared.clone(), shutdown.clone()));
     let task = tokio::spawn(async move {

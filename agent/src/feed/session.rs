@@ -93,7 +93,8 @@ impl Driver {
     }
 
     async fn dial(&self) -> Result<Channel, Ended> {
-        let server = self.config.server.clone();
+        let servers: Vec<&str> = self.config.server.split(',').collect();
+        let server = servers[self.server % servers.len()].trim().to_owned();
         let error = |e: &dyn std::fmt::Display| Ended::Broken(format!("{server}: {e}"));
         let mut endpoint = Endpoint::from_shared(server.clone())
             .map_err(|e| error(&e))?
@@ -116,7 +117,9 @@ impl Driver {
         } else if !server.starts_with("http://127.0.0.1:") {
             return Err(error(&"want an https:// address: the feed carries Secrets"));
         }
-        endpoint.connect().await.map_err(|e| {
+        let connected = timeout(DIAL_TIMEOUT, endpoint.connect()).await;
+        let connected = connected.map_err(|_| error(&"does not answer"))?;
+        connected.map_err(|e| {
             let held = credentials::joined(&self.config.credentials);
             if held.is_ok_and(|held| held.is_some_and(|held| held.has_ended())) {
                 return Ended::Unwelcome(format!(

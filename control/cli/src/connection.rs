@@ -97,8 +97,8 @@ impl Session {
             environment.as_deref(),
             home.as_deref(),
         );
-        let access = kubeconfig::load(&paths, global.context.as_deref())?;
-        let channel = connect(&access).await?;
+        let mut access = kubeconfig::load(&paths, global.context.as_deref())?;
+        let channel = connect(&mut access).await?;
         Ok(Self::over(channel, &access, global))
     }
 
@@ -244,8 +244,25 @@ pub(crate) fn parse(json: &[u8]) -> Result<Value, Failure> {
         .map_err(|e| Failure::local(format!("the server sent an object that is no JSON: {e}")))
 }
 
-async fn connect(access: &Access) -> Result<Channel, Failure> {
-    let server = access.server.trim_end_matches('/');
+/// To the first server that answers; the kubeconfig may name several control planes of one cluster, with commas
+/// between.
+async fn connect(access: &mut Access) -> Result<Channel, Failure> {
+    let servers = access.server.clone();
+    let mut failures = Vec::new();
+    for server in servers.split(',').map(str::trim) {
+        match connect_to(server.trim_end_matches('/'), access).await {
+            Ok(channel) => {
+                server.clone_into(&mut access.server);
+                return Ok(channel);
+            }
+            Err(Failure::Connection(text)) => failures.push(text),
+            Err(failure) => return Err(failure),
+        }
+    }
+    Err(Failure::Connection(failures.join("\n")))
+}
+
+async fn connect_to(server: &str, access: &Access) -> Result<Channel, Failure> {
     let malformed = |detail: &dyn std::fmt::Display| {
         Failure::local(format!(
             "the kubeconfig's server {server:?} is no URL: {detail}"
@@ -277,10 +294,12 @@ async fn connect(access: &Access) -> Result<Channel, Failure> {
         .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(Duration::from_secs(20))
         .keep_alive_timeout(Duration::from_secs(20));
-    endpoint
-        .connect()
-        .await
-        .map_err(|error| refused(&address, &error))
+    match tokio::time::timeout(CONNECT_TIMEOUT, endpoint.connect()).await {
+        Ok(connected) => connected.map_err(|error| refused(&address, &error)),
+        Err(_) => Err(Failure::Connection(format!(
+            "Unable to connect to the server {address}: no answer in {CONNECT_TIMEOUT:?}"
+        ))),
+    }
 }
 
 fn refused(address: &str, error: &tonic::transport::Error) -> Failure {
