@@ -171,6 +171,7 @@ mod tests {
             unit.contains("ExecStop=/usr/bin/gantry-agent shutdown"),
             "{unit}"
         );
+        assert!(!unit.contains("ExecStart="), "it runs no other program");
         assert_eq!(quoted(""), "\"\"");
         assert_eq!(quoted("a\"$x"), "\"a\\\"$$x\"");
     }
