@@ -16,7 +16,7 @@ use super::bed::ip;
 use super::frames::{TCP, UDP};
 use super::maps::Maps;
 use super::outside::{CLIENT, NODE, OTHER, Outside};
-use super::wires::{Place, SHORT, Wires, at, received, tcp_to, udp_to};
+use super::wires::{Place, SHORT, Wires, at, listen_again, received, tcp_to, udp_to};
 use crate::dataplane::uplinks::UplinkPrograms;
 use crate::dataplane::{XdpMode, load};
 use crate::services::index::addr_of;
@@ -110,7 +110,7 @@ fn serve(maps: &impl Maps, family: usize, flags: u32) {
 /// Whom the pod sees as its client, by TCP and by UDP; the client is answered by what it asked.
 fn seen(outside: &Outside, family: usize, frontend: SocketAddr) -> [SocketAddr; 2] {
     let backend = at(REMOTE[family], 8080);
-    let listener = outside.other.run(|| TcpListener::bind(backend)).unwrap();
+    let listener = listen_again(&outside.other, backend);
     let socket = outside.other.run(|| UdpSocket::bind(backend)).unwrap();
     let (tcp, peer) = tcp_to(&outside.client, &listener, frontend).unwrap();
     let (udp, answered) = udp_to(&outside.client, &socket, frontend).unwrap();

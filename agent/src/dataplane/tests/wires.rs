@@ -287,6 +287,23 @@ pub(super) fn tcp_to(
     Ok((seen, client.peer_addr()?))
 }
 
+/// Listens where a listener may just have been: a child of another test has that one too, until it executes its
+/// program, which takes long on an emulated machine.
+pub(super) fn listen_again(namespace: &Namespace, address: SocketAddr) -> TcpListener {
+    let began = std::time::Instant::now();
+    loop {
+        match namespace.run(|| TcpListener::bind(address)) {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::AddrInUse
+                    && began.elapsed() < Duration::from_secs(5) =>
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => return other.unwrap(),
+        }
+    }
+}
+
 /// A datagram from `from` to `server` in `to` and back: the source that each side sees.
 pub(super) fn udp_between(
     from: &Namespace,
