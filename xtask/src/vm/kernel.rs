@@ -8,10 +8,11 @@ use anyhow::{Context, Result, bail};
 use crate::{report, run};
 
 /// What the guest needs that Debian builds as modules.
-const WANTED: [&str; 14] = [
+const WANTED: [&str; 15] = [
     "overlay",
     "veth",
     "bridge",
+    "8021q",
     "sch_ingress",
     "cls_bpf",
     "inet_diag",
