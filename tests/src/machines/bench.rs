@@ -29,6 +29,7 @@ pub fn run(installation: &Installation, place: &Place) -> Result<Value> {
     let join_s = join_to_first_pod(&nodes)?;
     nodes.join_all()?;
     let silence_ms = outside::moved(&mut nodes)?.as_secs_f64() * 1e3;
+    let cut_ms = outside::taken_over(&mut nodes)?.as_secs_f64() * 1e3;
     let change_ms = endpoint_change(&nodes)?;
     let direct = wires(&nodes, "direct")?;
     for worker in &nodes.workers {
@@ -83,6 +84,7 @@ pub fn run(installation: &Installation, place: &Place) -> Result<Value> {
             "join to first pod Ready, s": rounded(join_s),
             "gantry apply of a label to first connection from another node, ms": rounded(change_ms),
             "silence of a load balancer address that moves, ms": rounded(silence_ms),
+            "silence of a load balancer address whose machine loses its power, ms": rounded(cut_ms),
         },
         "targets": targets,
     }))

@@ -174,6 +174,11 @@ pub(crate) fn moved(nodes: &mut Nodes) -> Result<Duration> {
 /// The node that has the address loses its power: another one answers within seconds, and it gets its
 /// address back when it has come back, without a pause.
 pub(super) fn balancer_power_cut(nodes: &mut Nodes) -> Result<()> {
+    taken_over(nodes).map(drop)
+}
+
+/// The same: for how long the address was silent.
+pub(crate) fn taken_over(nodes: &mut Nodes) -> Result<Duration> {
     let manifest = [
         server("a", 2, "kept"),
         server("b", 3, "kept"),
@@ -251,7 +256,8 @@ pub(super) fn balancer_power_cut(nodes: &mut Nodes) -> Result<()> {
     let cluster = &nodes.cluster;
     ask(at, PATIENCE).context("from the machine that is back")?;
     delete(cluster, "service", &["kept"])?;
-    delete(cluster, "pod", &[left])
+    delete(cluster, "pod", &[left])?;
+    Ok(silence)
 }
 
 /// The number of the machine that answers for an address, by what this machine's kernel has learnt.
