@@ -56,12 +56,15 @@ impl Reset {
             if !path.exists() {
                 continue;
             }
+            let mut disable = vec!["disable", "--now", unit];
             if unit == systemd::SHUTDOWN {
+                // Without its file systemd knows it only while it is active.
+                disable.retain(|word| *word != "--now" || systemd::is_active(unit));
                 // Its stop would end the pods in order, which takes their grace periods: they go anyway.
                 note(remove(&path));
             }
             if has_systemd {
-                note(systemd::ask(&["disable", "--now", unit]));
+                note(systemd::ask(&disable));
             }
             note(remove(&path));
         }

@@ -135,6 +135,13 @@ pub(super) fn ask(arguments: &[&str]) -> Result<(), Failure> {
     )))
 }
 
+/// Whether a unit is active.
+pub(super) fn is_active(name: &str) -> bool {
+    let mut asked = Command::new("systemctl");
+    let asked = asked.args(["is-active", "--quiet", name]).status();
+    asked.is_ok_and(|ended| ended.success())
+}
+
 /// Starts a unit now and at every boot; one whose text is new is started anew.
 pub(super) fn start(name: &str, is_new: bool) -> Result<(), Failure> {
     ask(&["daemon-reload"])?;
