@@ -3,7 +3,8 @@
 //! ```text
 //! tests/integration.rs  one test per scenario on this machine (root; else skipped in words)
 //! src/bin/gantry-vm-init.rs  the same scenarios as init of a virtual machine
-//!        └──► machines/  the same on several of them: their hands, their faults
+//!        ├──► machines/  the same on several of them: their hands, their faults
+//!        └──► units.rs   one where systemd is the first process
 //! src/sweep.rs  SIGKILL of agent, shim and helper at their system calls
 //!        └──► scenario.rs (its files: one an area) ──► cluster.rs ──► gantry-control, gantry-agent, gantry
 //! tests/nodes.rs  nodes in network namespaces (src/nodes.rs): what goes from one to another
@@ -23,6 +24,7 @@ pub mod nodes;
 mod plugin_socket;
 pub mod scenario;
 pub mod sweep;
+pub mod units;
 
 #[cfg(test)]
 mod feed;

@@ -70,7 +70,7 @@ pub fn archive(recipe: &Recipe) -> Result<PathBuf> {
         recipe.reference,
         recipe.packages.join(", ")
     ));
-    packages_to_tar(recipe, &files)?;
+    packages_to_tar(recipe.packages, &files)?;
     let made = images.join(format!("{name}.tar.new"));
     write(recipe, &files, &made).with_context(|| format!("write {}", made.display()))?;
     std::fs::remove_file(&files)?;
@@ -78,13 +78,27 @@ pub fn archive(recipe: &Recipe) -> Result<PathBuf> {
     Ok(archive)
 }
 
-fn packages_to_tar(recipe: &Recipe, files: &Path) -> Result<()> {
+/// Packages and what they need, unpacked: `target/images/NAME.files.tar`, made unless it is there.
+pub fn files_of(packages: &[&str]) -> Result<PathBuf> {
+    let images = run::target().join("images");
+    std::fs::create_dir_all(&images).with_context(|| format!("create {}", images.display()))?;
+    let files = images.join(format!("{}.files.tar", packages.join("-")));
+    if !files.exists() {
+        report::note(format!("unpacking {}", packages.join(", ")));
+        let made = files.with_extension("new.tar");
+        packages_to_tar(packages, &made)?;
+        std::fs::rename(&made, &files)?;
+    }
+    Ok(files)
+}
+
+fn packages_to_tar(packages: &[&str], files: &Path) -> Result<()> {
     let mut mmdebstrap = run::program("mmdebstrap", ["--quiet", "--variant=extract"]);
     if !run::is_root() {
         // The others want a user's range of ids; what is only unpacked needs none.
         mmdebstrap.arg("--mode=chrootless");
     }
-    mmdebstrap.arg(format!("--include={}", recipe.packages.join(",")));
+    mmdebstrap.arg(format!("--include={}", packages.join(",")));
     let noise = [
         "usr/share/doc",
         "usr/share/man",

@@ -4,22 +4,23 @@
 //! initramfs ─► switch: everything moves to a tmpfs (containers cannot pivot out of an initramfs)
 //!           ─► init: mounts, modules, its place among several; then reaps whatever is orphaned
 //!                ├─► run: the scenarios, one verdict line each ─► end ─► reset
-//!                └─► hand: of one of several machines, for the scenarios on node-1
+//!                ├─► hand: of one of several machines, for the scenarios on node-1
+//!                └─► systemd, where the initramfs has one; its unit runs `units`
 //! ```
 
 use std::fs;
-use std::io;
+use std::io::{self, BufRead, BufReader};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use gantry_tests::cluster::Installation;
 use gantry_tests::machines::place::Place;
 use gantry_tests::machines::{self, hand, wire};
-use gantry_tests::{census, scenario};
+use gantry_tests::{census, scenario, units};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::{WaitStatus, wait};
@@ -29,6 +30,7 @@ fn main() -> ExitCode {
     let done = match stage.as_deref() {
         Some("init") => init(),
         Some("run") => run(),
+        Some("units") => under_systemd(),
         Some("hand") => installation().and_then(|i| hand::serve(&i)),
         Some("list") => {
             list();
@@ -48,7 +50,8 @@ fn main() -> ExitCode {
     if let Err(error) = &done {
         println!("vm: FAILED init: {error:#}");
     }
-    if std::process::id() == 1 {
+    // Below systemd nobody else ends the machine.
+    if std::process::id() == 1 || stage.as_deref() == Some("units") {
         let _ = reboot(RebootMode::RB_AUTOBOOT);
     }
     if done.is_ok() {
@@ -122,8 +125,64 @@ fn move_tree(from: &Path, to: &Path) -> io::Result<()> {
     fs::remove_file(from)
 }
 
+/// Debian's, before and after its directories were merged.
+const SYSTEMD: [&str; 2] = ["/lib/systemd/systemd", "/usr/lib/systemd/systemd"];
+/// What a machine with nobody before it does not need, and what would ask questions or fail for ever.
+const MASKED: [&str; 4] = [
+    "getty.target",
+    "serial-getty@ttyS0.service",
+    "systemd-firstboot.service",
+    "systemd-logind.service",
+];
+const UNIT: &str = "[Unit]
+Description=What this virtual machine is for
+
+[Service]
+Type=oneshot
+ExecStart=/init units
+Environment=PATH=/usr/lib/gantry:/bin:/usr/bin:/sbin HOME=/root
+Environment=GANTRY_BIN=/usr/lib/gantry GANTRY_IMAGES=/images
+StandardOutput=file:/dev/console
+StandardError=file:/dev/console
+";
+
+/// systemd becomes this process, and makes the machine.
+fn hand_over(systemd: &str) -> Result<()> {
+    load_modules()?;
+    let units = Path::new("/etc/systemd/system");
+    fs::create_dir_all(units.join("multi-user.target.wants"))?;
+    let unit = units.join("gantry-vm.service");
+    fs::write(&unit, UNIT)?;
+    symlink(
+        &unit,
+        units.join("multi-user.target.wants/gantry-vm.service"),
+    )?;
+    symlink(
+        "/lib/systemd/system/multi-user.target",
+        units.join("default.target"),
+    )?;
+    for name in MASKED {
+        symlink("/dev/null", units.join(name))?;
+    }
+    // Without one it asks for the machine's name, language and passwords first.
+    fs::write("/etc/machine-id", "0123456789abcdef0123456789abcdef\n")?;
+    Err(Command::new(systemd).exec()).context(systemd.to_owned())
+}
+
+/// The scenario of units, and the end of the machine.
+fn under_systemd() -> Result<()> {
+    let began = Instant::now();
+    let done = installation().and_then(|installation| units::units(&installation));
+    verdict(units::NAME, began, done);
+    println!("vm: end");
+    Ok(())
+}
+
 /// Makes the machine, starts the runner, and reaps until it has ended.
 fn init() -> Result<()> {
+    if let Some(systemd) = SYSTEMD.into_iter().find(|path| Path::new(path).exists()) {
+        return hand_over(systemd);
+    }
     fs_mount("proc", "/proc", None)?;
     fs_mount("sysfs", "/sys", None)?;
     fs_mount("devtmpfs", "/dev", None)?;
@@ -216,34 +275,56 @@ fn installation() -> Result<Installation> {
 /// The agent's own tests of its programs: each loads, and does to packets and sockets what is claimed.
 const PROGRAMS: &str = "ebpf-programs";
 const TESTS: &str = "/usr/lib/gantry-tests";
+/// They take minutes: whoever waits is told after so many.
+const TOLD_EVERY: usize = 20;
 
-/// Runs them; what fails is on the console above the verdict.
-fn programs() -> Result<String> {
+/// Runs them, each told as it passes; what fails is on the console above the verdict.
+fn programs(named: Option<&str>) -> Result<String> {
     let mut tests = Command::new(TESTS);
+    let named = named.into_iter().flat_map(|words| words.split(','));
     // What needs a wire's speed cannot be judged on an emulated machine.
-    tests.args(["dataplane::", "--skip", "bandwidth", "--test-threads", "2"]);
-    let output = tests.arg("--show-output").output().context(TESTS)?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    for line in text.lines().filter(|line| !line.ends_with("... ok")) {
-        match line.strip_prefix("skipped: ") {
-            Some(reason) => println!("vm: skipped {PROGRAMS}: {reason}"),
-            None => println!("{line}"),
+    tests.args(["--skip", "bandwidth", "--test-threads", "2"]);
+    // Those of the whole module if no word is given.
+    let words: Vec<String> = named
+        .map(|word| format!("dataplane::tests::{word}"))
+        .collect();
+    if words.is_empty() {
+        tests.arg("dataplane::");
+    }
+    tests.args(words);
+    tests.arg("--show-output").stdout(Stdio::piped());
+    let began = Instant::now();
+    let mut child = tests.spawn().context(TESTS)?;
+    let output = child.stdout.take().context("no output")?;
+    let (mut result, mut passed) = (None, 0);
+    for line in BufReader::new(output).lines() {
+        let line = line.context(TESTS)?;
+        if line.ends_with("... ok") {
+            passed += 1;
+            println!("{line} after {} s", began.elapsed().as_secs());
+            if passed % TOLD_EVERY == 0 {
+                println!(
+                    "vm: so far {passed} tests in {} s",
+                    began.elapsed().as_secs()
+                );
+            }
+        } else if let Some(reason) = line.strip_prefix("skipped: ") {
+            println!("vm: skipped {PROGRAMS}: {reason}");
+        } else {
+            println!("{line}");
         }
+        result = result.or(line.starts_with("test result: ").then_some(line));
     }
-    for line in String::from_utf8_lossy(&output.stderr).lines() {
-        println!("{line}");
-    }
-    let result = text.lines().find(|line| line.starts_with("test result: "));
-    let result = result.context("no result")?.to_owned();
-    anyhow::ensure!(output.status.success(), "{result}");
-    let passed = result.split_whitespace().nth(3).unwrap_or("0");
-    anyhow::ensure!(passed != "0", "no test ran: {result}");
+    let status = child.wait().context(TESTS)?;
+    let result = result.context("no result")?;
+    anyhow::ensure!(status.success(), "{result}");
+    anyhow::ensure!(passed > 0, "no test ran: {result}");
     Ok(format!("{passed} tests"))
 }
 
 /// All scenarios: on how many machines, and the name.
 fn list() {
-    println!("one {PROGRAMS}");
+    println!("one {PROGRAMS}\none {}", units::NAME);
     for scenario in scenario::ALL {
         println!("one {}", scenario.name);
     }
@@ -273,7 +354,10 @@ fn run() -> Result<()> {
     }
     if wanted == PROGRAMS {
         let began = Instant::now();
-        match programs() {
+        let named = command_line
+            .split_whitespace()
+            .find_map(|word| word.strip_prefix("gantry.tests="));
+        match programs(named) {
             Ok(words) => {
                 let took = began.elapsed().as_secs_f64();
                 println!("vm: ok {PROGRAMS} {took:.1} s, {words}");
@@ -299,20 +383,18 @@ fn run() -> Result<()> {
     let own = own.filter(|(index, _)| index % shard.1 == shard.0);
     for (_, scenario) in own {
         let began = Instant::now();
-        match scenario.run(&installation) {
-            Ok(()) => println!(
-                "vm: ok {} {:.1} s",
-                scenario.name,
-                began.elapsed().as_secs_f64()
-            ),
-            Err(error) if error.is::<scenario::Skipped>() => {
-                println!("vm: skipped {}: {error}", scenario.name);
-            }
-            Err(error) => {
-                let words = format!("{error:#}").replace('\n', "\nvm | ");
-                println!("vm: FAILED {}: {words}", scenario.name);
-            }
-        }
+        verdict(scenario.name, began, scenario.run(&installation));
     }
     Ok(())
+}
+
+fn verdict(name: &str, began: Instant, done: Result<()>) {
+    match done {
+        Ok(()) => println!("vm: ok {name} {:.1} s", began.elapsed().as_secs_f64()),
+        Err(error) if error.is::<scenario::Skipped>() => println!("vm: skipped {name}: {error}"),
+        Err(error) => {
+            let words = format!("{error:#}").replace('\n', "\nvm | ");
+            println!("vm: FAILED {name}: {words}");
+        }
+    }
 }

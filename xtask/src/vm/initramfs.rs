@@ -1,9 +1,9 @@
 //! The guest's first root: our binaries as they are installed, the libraries they name, a static
 //! busybox, strace, images, and kernel modules numbered in load order.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::BufWriter;
+use std::io::{BufWriter, Read};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -23,6 +23,8 @@ pub struct Contents<'a> {
     pub modules: &'a [PathBuf],
     /// The agent's own tests, if they are to run.
     pub tests: Option<&'a Path>,
+    /// A tar of packages, if systemd is to be the first process.
+    pub systemd: Option<&'a Path>,
 }
 
 /// Writes the archive. The guest finds: `/init`, `/usr/lib/gantry/*` (binaries),
@@ -34,6 +36,7 @@ pub fn write(to: &Path, contents: &Contents) -> Result<()> {
         images,
         modules,
         tests,
+        systemd,
     } = *contents;
     let file = File::create(to).with_context(|| to.display().to_string())?;
     let mut archive = Archive::new(BufWriter::new(file));
@@ -41,6 +44,10 @@ pub fn write(to: &Path, contents: &Contents) -> Result<()> {
         "proc", "sys", "dev", "run", "tmp", "root", "etc", "var/lib", "mnt",
     ] {
         archive.directory(directory)?;
+    }
+    // First: what is ours comes in the place of what packages bring by the same name.
+    if let Some(systemd) = systemd {
+        add_tar(&mut archive, systemd).with_context(|| systemd.display().to_string())?;
     }
     archive.file("etc/hostname", 0o644, b"vm-1\n")?;
     archive.file(
@@ -105,6 +112,39 @@ pub fn write(to: &Path, contents: &Contents) -> Result<()> {
         )?;
     }
     archive.finish()?;
+    Ok(())
+}
+
+/// Adds what packages hold. Links at the top, of merged directories, are left out: directories of ours are there.
+fn add_tar(archive: &mut Archive<BufWriter<File>>, tar: &Path) -> Result<()> {
+    let mut files: BTreeMap<PathBuf, Vec<u8>> = BTreeMap::new();
+    for entry in tar::Archive::new(File::open(tar)?).entries()? {
+        let mut entry = entry?;
+        let path = entry.path()?.into_owned();
+        let path = path.strip_prefix("./").unwrap_or(&path).to_owned();
+        let name = path.to_string_lossy().into_owned();
+        let target = entry.link_name()?.map(std::borrow::Cow::into_owned);
+        match (entry.header().entry_type(), target) {
+            (tar::EntryType::Directory, _) => archive.directory(&name)?,
+            (tar::EntryType::Symlink, Some(to)) if name.contains('/') => {
+                archive.link(&name, &to.to_string_lossy())?;
+            }
+            (tar::EntryType::Link, Some(to)) => {
+                let to = to.strip_prefix("./").unwrap_or(&to);
+                let bytes = files
+                    .get(to)
+                    .with_context(|| format!("{name}: no {to:?}"))?;
+                archive.file(&name, 0o755, bytes)?;
+            }
+            (tar::EntryType::Regular, _) => {
+                let mut bytes = Vec::new();
+                entry.read_to_end(&mut bytes)?;
+                archive.file(&name, entry.header().mode()? & 0o7777, &bytes)?;
+                files.insert(path, bytes);
+            }
+            _ => {}
+        }
+    }
     Ok(())
 }
 

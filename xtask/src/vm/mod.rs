@@ -11,10 +11,13 @@
 //! mounts a pure cgroup v2, runs the scenarios and prints one line for each:
 //! `vm: ok NAME SECONDS`, `vm: FAILED NAME: WORDS`, `vm: skipped NAME: REASON`, then `vm: end`.
 
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::up::{self, Cluster};
 use crate::{build, image, report, run, setup};
@@ -32,8 +35,12 @@ mod switch;
 
 /// All scenarios, boot to power-off: up to a minute a scenario under TCG, with room for a loaded machine.
 const LIMIT: Duration = Duration::from_secs(3_600);
+/// Lines of the console of a machine that has not come to its end.
+const LAST_WORDS: usize = 20;
 /// The agent's own tests of its programs, in the guest.
 const PROGRAMS: &str = "ebpf-programs";
+/// The units of both daemons, in a machine whose first process is systemd.
+const UNITS: &str = "systemd-units";
 /// The scenarios of one machine that depend on the kernel.
 const EVERY_KERNEL: &str = "every-kernel";
 /// The scenarios of several machines that `cargo xtask test` runs.
@@ -59,6 +66,9 @@ pub struct Arguments {
     /// `every-kernel` (of one machine: those that depend on the kernel)
     #[arg(long, value_name = "NAME")]
     pub scenario: Option<String>,
+    /// Of `ebpf-programs` only these areas (AREA,...): the names of its tests after `dataplane::tests::` begin so
+    #[arg(long, value_name = "AREA", requires = "scenario")]
+    pub tests: Option<String>,
     /// Print the names of all scenarios, and run none
     #[arg(long)]
     pub list: bool,
@@ -90,6 +100,7 @@ impl Arguments {
             nodes: 3,
             routed: 0,
             scenario: None,
+            tests: None,
             list: false,
             keep: false,
             stop: false,
@@ -145,8 +156,19 @@ pub fn task(arguments: &Arguments) -> Result<()> {
     let named = arguments.scenario.as_deref().unwrap_or_default();
     if of_matrix || named == PROGRAMS {
         built.tests = Some(build::agent_tests()?);
-    } else if named.split(',').any(|name| name == PROGRAMS) {
-        bail!("{PROGRAMS} runs alone: --scenario {PROGRAMS}");
+    }
+    if arguments.tests.is_some() && named != PROGRAMS {
+        bail!("--tests are those of {PROGRAMS}: --scenario {PROGRAMS}");
+    }
+    if named == UNITS {
+        built.systemd = Some(image::files_of(&["systemd"])?);
+    }
+    let runs_alone = [PROGRAMS, UNITS].into_iter().find(|alone| {
+        let mut others = named.split(',').filter(|name| name != alone);
+        named.split(',').any(|name| name == *alone) && others.next().is_some()
+    });
+    if let Some(name) = runs_alone {
+        bail!("{name} runs alone: --scenario {name}");
     }
     let mut outcome = Outcome::default();
     if arguments.kernel_matrix.is_empty() {
@@ -251,6 +273,8 @@ struct Built {
     images: [PathBuf; 2],
     /// The agent's own tests, for [`PROGRAMS`].
     tests: Option<PathBuf>,
+    /// Files of packages, for [`UNITS`].
+    systemd: Option<PathBuf>,
 }
 
 /// A kernel and an initramfs.
@@ -270,6 +294,7 @@ impl Built {
                 image::archive(&image::BUSYBOX)?,
             ],
             tests: None,
+            systemd: None,
         })
     }
 
@@ -298,6 +323,7 @@ impl Built {
             images: &self.images,
             modules: &modules,
             tests: self.tests.as_deref(),
+            systemd: self.systemd.as_deref(),
         };
         initramfs::write(&initrd, &contents)?;
         let accelerator = if guest::kvm_works(&kernel)? {
@@ -386,7 +412,11 @@ impl Booted {
         let outcomes: Vec<Result<Outcome>> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..shards)
                 .map(|shard| {
-                    let words = format!("gantry.scenario={scenario} gantry.shard={shard}/{shards}");
+                    let mut words =
+                        format!("gantry.scenario={scenario} gantry.shard={shard}/{shards}");
+                    if let Some(tests) = &arguments.tests {
+                        words += &format!(" gantry.tests={tests}");
+                    }
                     let mut qemu = guest::qemu(accelerator, &self.kernel, &words);
                     qemu.arg("-initrd").arg(&self.initrd).args(["-m", "3072"]);
                     scope.spawn(move || boot(arguments, qemu, shard))
@@ -406,28 +436,30 @@ impl Booted {
 }
 
 fn boot(arguments: &Arguments, qemu: std::process::Command, shard: usize) -> Result<Outcome> {
+    let path = directory().join(format!("console-{shard}.log"));
+    let mut file = File::create(&path).with_context(|| path.display().to_string())?;
     let mut guest = guest::Guest::start(qemu)?;
     let mut outcome = Outcome::default();
     let began = Instant::now();
-    let mut log = String::new();
+    let mut last = VecDeque::new();
     while let Some(line) = guest.line(LIMIT.saturating_sub(began.elapsed())) {
-        log.push_str(&line);
-        log.push('\n');
+        writeln!(file, "{line}").with_context(|| path.display().to_string())?;
         if arguments.console {
             println!("  {shard} | {line}");
         }
         verdict(&line, &mut outcome);
+        last.push_back(line);
+        if last.len() > LAST_WORDS {
+            last.pop_front();
+        }
     }
     guest.end();
-    std::fs::write(directory().join(format!("console-{shard}.log")), &log)?;
     if !outcome.ended {
         outcome.failed += 1;
-        let last: Vec<&str> = log.lines().rev().take(20).collect();
-        let last: Vec<&str> = last.into_iter().rev().collect();
         println!(
             "FAILED vm: no end after {} s; its last words:\n{}",
             began.elapsed().as_secs(),
-            last.join("\n")
+            Vec::from(last).join("\n")
         );
     }
     Ok(outcome)
@@ -441,6 +473,8 @@ fn verdict(line: &str, outcome: &mut Outcome) {
     if let Some(name) = words.strip_prefix("ok ") {
         report::note(format!("ok {name}"));
         outcome.passed += 1;
+    } else if words.starts_with("so far ") {
+        report::note(words);
     } else if let Some(words) = words.strip_prefix("FAILED ") {
         println!("FAILED vm {words}");
         outcome.failed += 1;
@@ -465,6 +499,7 @@ mod tests {
             "vm: ok main-job 12.1 s",
             "[    9.9] vm: FAILED devices: opened /dev/ttyS0",
             "vm: skipped ipv6: no module",
+            "vm: so far 20 tests in 9 s",
         ] {
             verdict(line, &mut outcome);
         }
