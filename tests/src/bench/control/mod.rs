@@ -139,7 +139,8 @@ async fn measure(bin: &Path, out: &Path, options: &Options) -> Result<Report> {
     let mut progress = Progress::new(options.step_count());
     let mut step = Step(&mut progress);
     if options.writes {
-        writes::run(bin, dir.path(), options.rounds, &mut report, &mut step).await?;
+        let measured = writes::run(bin, dir.path(), options.rounds, &mut report, &mut step);
+        Box::pin(measured).await?;
     }
     let place = scale::Place {
         bin,
@@ -157,7 +158,8 @@ async fn measure(bin: &Path, out: &Path, options: &Options) -> Result<Report> {
                 continue;
             }
             let rounds = options.rounds_of(*nodes);
-            scale::run(&place, *nodes, rounds, empty_kib, &mut report, &mut step).await?;
+            let measured = scale::run(&place, *nodes, rounds, empty_kib, &mut report, &mut step);
+            Box::pin(measured).await?;
         }
     }
     progress.end();
