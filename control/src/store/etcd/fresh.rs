@@ -62,6 +62,6 @@ async fn look(client: &Client) -> Answer {
             async move { open.kv().range(request).await }
         })
         .await
-        .map_err(|failure| unavailable(failure))?;
+        .map_err(unavailable)?;
     Ok(found.kvs.first().map_or(0, |kv| kv.mod_revision))
 }

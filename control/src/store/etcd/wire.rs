@@ -88,7 +88,7 @@ impl Offset {
 
     /// A revision that etcd never gave is 0 there: no key was written then.
     pub(super) fn raw(self, shown: Revision) -> i64 {
-        let raw = shown.checked_sub(self.0).unwrap_or(0);
+        let raw = shown.saturating_sub(self.0);
         i64::try_from(raw).unwrap_or(0)
     }
 }

@@ -1,7 +1,7 @@
 //! Three real etcd servers on loopback.
 
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -69,10 +69,6 @@ impl Members {
             members.run(index);
         }
         Some(members)
-    }
-
-    pub(crate) fn dir(&self) -> &Path {
-        self.dir.path()
     }
 
     pub(crate) fn keys(&self) -> PathBuf {
