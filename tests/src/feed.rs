@@ -39,6 +39,7 @@ use tonic::service::interceptor::InterceptedService;
 
 mod joining;
 mod policies;
+mod replicas;
 mod restores;
 
 const WAIT: Duration = Duration::from_secs(20);
