@@ -13,6 +13,7 @@
 //! Invariants of absence: only `dataplane` knows aya; nothing here knows libcontainer (that is
 //! `gantry-rt`) or rtnetlink (that is `gantry-cni`); nothing opens a port outside the pod network.
 
+pub mod blocking;
 pub mod cgroups;
 pub mod check;
 pub mod cleanup;

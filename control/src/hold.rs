@@ -17,6 +17,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use gantry_api::rules::{self, Rule};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -46,7 +47,8 @@ impl Default for Hold {
 impl Hold {
     /// The hold of this store, and the sender that [`run`] ends it with.
     pub fn of(store: &Store) -> (Hold, watch::Sender<bool>) {
-        let (sender, receiver) = watch::channel(store.get(RESTORED_KEY).is_some());
+        let is_on = store.get(RESTORED_KEY).is_some() && !rules::is_off(Rule::Hold);
+        let (sender, receiver) = watch::channel(is_on);
         (Hold(receiver), sender)
     }
 

@@ -17,6 +17,7 @@ use gantry_api::digest::{Digest, item_hash};
 use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto;
 use gantry_api::proto::item::Value;
+use gantry_api::rules::{self, Rule};
 use imbl::OrdMap;
 use prost::Message as _;
 
@@ -255,6 +256,30 @@ impl Content {
         })
     }
 
+    /// The commit of a batch that is everything, for [`super::read_untrusted`].
+    pub(super) fn commit_of(&self, items: &[Bytes]) -> proto::Commit {
+        let mut hashes = BTreeMap::new();
+        for bytes in items {
+            if let Ok(item) = proto::Item::decode(bytes.clone()) {
+                let is_there = !matches!(item.value, None | Some(Value::Deleted(_)));
+                hashes.insert(item.key, is_there.then(|| item_hash(bytes)));
+            }
+        }
+        let digest = |of_private| {
+            let hashes = hashes
+                .iter()
+                .filter(|(key, _)| is_private(key) == of_private);
+            let digest: Digest = hashes.filter_map(|(_, hash)| *hash).collect();
+            digest.value()
+        };
+        proto::Commit {
+            rev: self.rev() + 1,
+            common_digest: digest(false),
+            private_digest: digest(true),
+            want_ack: false,
+        }
+    }
+
     /// The hashes of the Secrets held.
     pub(super) fn secret_hashes(&self) -> BTreeSet<u64> {
         self.secrets().map(|(_, held)| held.hash).collect()
@@ -310,7 +335,7 @@ impl Content {
 
 fn check(part: &'static str, rev: u64, got: Digest, want: u64) -> Result<(), Mismatch> {
     let got = got.value();
-    if got == want {
+    if got == want || rules::is_off(Rule::Digest) {
         Ok(())
     } else {
         Err(Mismatch::Digest {

@@ -11,6 +11,7 @@ use super::content::{Content, Mismatch};
 use super::finals::Finals;
 use super::log::Log;
 use super::{Config, Link, NodeInfoSource, Shared, TunnelTarget, lock};
+use crate::blocking;
 use crate::view::View;
 
 /// The first wait between two dials; grows to [`Config::backoff_max`]. Each is taken with full
@@ -153,7 +154,7 @@ impl Driver {
     /// Brings the log to the disk, on a thread that may block.
     pub(super) async fn sync_log(&self) {
         let log = self.log.clone();
-        match tokio::task::spawn_blocking(move || lock(&log).sync()).await {
+        match blocking::run(move || lock(&log).sync()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!(%error, "the feed's state is not on the disk"),
             Err(error) => tracing::error!(%error, "the feed's state is not on the disk"),
@@ -187,7 +188,7 @@ async fn keep_finals_once(files: &Finals, shared: &Arc<Shared>) -> Result<(), ()
         return Ok(());
     }
     let files = files.clone();
-    let done = tokio::task::spawn_blocking(move || {
+    let done = blocking::run(move || {
         let mut written = Vec::new();
         let mut failed = false;
         for (uid, status) in write {

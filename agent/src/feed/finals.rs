@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
+use gantry_api::rules::{self, Rule};
 use prost::Message;
 
 use super::log::{DiskError, at, frame, unframe, write_atomically};
@@ -103,7 +104,10 @@ pub(super) fn next_incarnation(feed_dir: &Path) -> Result<u64, DiskError> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => unix_seconds(),
         Err(error) => return Err(at("read", &path)(error)),
     };
-    let next = last.saturating_add(1);
+    let next = match rules::is_off(Rule::Incarnation) {
+        false => last.saturating_add(1),
+        true => 1,
+    };
     write_atomically(&path, format!("{next}\n").as_bytes())?;
     Ok(next)
 }

@@ -12,14 +12,16 @@
 use std::collections::BTreeMap;
 
 use gantry_api::proto;
+use gantry_api::rules::{self, Rule};
 use tokio::sync::watch;
 
 /// Waits sent and not answered; the control plane takes 256.
 const IN_FLIGHT_MAX: usize = 64;
 
-/// All waits of this node, by revision: those of one revision share theirs.
+/// All waits of this node, by revision: those of one revision share theirs. Beside them the last answer,
+/// which is kept only when the simulation has switched that rule off.
 #[derive(Default)]
-pub(super) struct FloorWaits(BTreeMap<u64, Wait>);
+pub(super) struct FloorWaits(BTreeMap<u64, Wait>, Option<proto::Floor>);
 
 struct Wait {
     is_sent: bool,
@@ -34,6 +36,9 @@ impl FloorWaits {
             is_sent: false,
             answer: watch::Sender::new(None),
         });
+        if let Some(old) = self.1.as_ref().filter(|floor| floor.rev >= rev) {
+            wait.answer.send_replace(Some(old.clone()));
+        }
         wait.answer.subscribe()
     }
 
@@ -52,6 +57,9 @@ impl FloorWaits {
     pub(super) fn answered(&mut self, floor: proto::Floor) {
         let rev = floor.waited;
         let is_last = floor.missing_count == 0;
+        if is_last && rules::is_off(Rule::FloorIsAnswer) {
+            self.1 = Some(floor.clone());
+        }
         if let Some(wait) = self.0.get(&rev) {
             wait.answer.send_replace(Some(floor));
         }

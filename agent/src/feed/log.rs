@@ -309,7 +309,7 @@ fn records(mut bytes: Bytes) -> impl Iterator<Item = (Record, u64)> {
 }
 
 /// The state after the last good record, and where that record ends (0: nothing is usable).
-fn replay(bytes: Bytes, secrets: &SecretFiles) -> (Loaded, u64) {
+pub(super) fn replay(bytes: Bytes, secrets: &SecretFiles) -> (Loaded, u64) {
     let mut good = if bytes.starts_with(MAGIC) {
         MAGIC.len() as u64
     } else {

@@ -27,6 +27,7 @@ use bytes::Bytes;
 use futures_util::stream::BoxStream;
 use gantry_api::k8s_openapi::api::core::v1::{Event, Node, PodStatus};
 use gantry_api::proto;
+use gantry_api::rules::{self, Rule};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
@@ -38,6 +39,7 @@ use crate::runtime::ExecSession;
 use crate::view::{Settings, View};
 
 mod content;
+mod dial;
 mod driver;
 mod finals;
 mod floors;
@@ -50,6 +52,7 @@ mod session;
 mod tokens;
 mod tunnel;
 
+pub use dial::{Dialer, Dialling, Wire};
 use finals::Finals;
 use floors::FloorWaits;
 use reports::{Reports, Status};
@@ -83,6 +86,8 @@ pub struct Config {
     pub backoff_max: Duration,
     /// How long pods run on that a restored control plane does not know.
     pub linger: Duration,
+    /// Another way to the control plane than TCP: the simulation's.
+    pub dialer: Option<Dialer>,
 }
 
 impl Config {
@@ -100,6 +105,7 @@ impl Config {
             beat,
             backoff_max,
             linger: Duration::from_secs(300),
+            dialer: None,
         }
     }
 }
@@ -395,7 +401,9 @@ impl Reporter {
         let mut persisted = self.shared.persisted.subscribe();
         loop {
             persisted.borrow_and_update();
-            if lock(&self.shared.reports).is_persisted_final(uid) {
+            if lock(&self.shared.reports).is_persisted_final(uid)
+                || rules::is_off(Rule::FinalOnDisk)
+            {
                 return;
             }
             if persisted.changed().await.is_err() {
@@ -564,6 +572,22 @@ pub fn run(
         tokens: ControlPlaneTokens { shared },
         task,
     })
+}
+
+/// For fuzz targets: reads `state` as the state file of an earlier start, then takes `items` as a commit
+/// would. Whatever the bytes are, they are refused or left out. Returns how many objects the view has.
+pub fn read_untrusted(state: Bytes, items: &[Bytes]) -> usize {
+    let none = secrets::SecretFiles::open(std::path::Path::new("/dev/null"));
+    let (mut loaded, _) = log::replay(state, &none);
+    let content = &mut loaded.content;
+    content.forget_missing();
+    let commit = content.commit_of(items);
+    if let Ok(prepared) = content.prepare(true, false, items, &commit) {
+        prepared.pods();
+        content.apply(prepared);
+    }
+    let view = content.view();
+    view.pods.len() + view.services.len() + view.backends.len() + view.nodes.len()
 }
 
 /// The cluster's settings as Welcome has them; what does not parse counts as not given.

@@ -19,6 +19,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use gantry_api::proto;
 use gantry_api::proto::status_ack::Outcome;
+use gantry_api::rules::{self, Rule};
 
 use crate::ids::PodUid;
 
@@ -103,7 +104,11 @@ impl Reports {
         match self.entries.get_mut(uid) {
             Some(entry) if entry.status == status => false,
             // A pod that has ended stays so, whatever a worker that lost its memory says.
-            Some(entry) if entry.status.is_final && !is_final => false,
+            Some(entry)
+                if entry.status.is_final && !is_final && !rules::is_off(Rule::FinalStays) =>
+            {
+                false
+            }
             Some(entry) => {
                 entry.status = status;
                 entry.dirty = true;
@@ -171,7 +176,7 @@ impl Reports {
         match ack.outcome() {
             Outcome::Durable => entry.durable = !entry.dirty,
             // Not durable: kept, and offered again when the view shows the pod, or after a reconnect.
-            Outcome::NotBound => {}
+            Outcome::NotBound => entry.durable |= rules::is_off(Rule::NotBoundIsKept),
             Outcome::Gone => {
                 entry.dirty = false;
                 entry.durable = true;

@@ -14,6 +14,7 @@ use gantry_api::k8s_openapi::api::core::v1::Node;
 use gantry_api::proto;
 use gantry_api::proto::feed_client::FeedClient;
 use gantry_api::proto::{down, up};
+use gantry_api::rules::{self, Rule};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::task::JoinSet;
@@ -27,9 +28,9 @@ use super::driver::{Driver, Ended};
 use super::log::Record;
 use super::reports::Seen;
 use super::{Link, lock, settings_of, tunnel};
-use crate::credentials;
 use crate::ids::PodUid;
 use crate::view::View;
+use crate::{blocking, credentials};
 
 /// Messages between the loop and the connection: more wait in their source, where the newest wins.
 const UP_QUEUE: usize = 16;
@@ -117,7 +118,13 @@ impl Driver {
         } else if !server.starts_with("http://127.0.0.1:") {
             return Err(error(&"want an https:// address: the feed carries Secrets"));
         }
-        let connected = timeout(DIAL_TIMEOUT, endpoint.connect()).await;
+        let dial = async {
+            match self.config.dialer.clone() {
+                None => endpoint.connect().await,
+                Some(dialer) => endpoint.connect_with_connector(dialer).await,
+            }
+        };
+        let connected = timeout(DIAL_TIMEOUT, dial).await;
         let connected = connected.map_err(|_| error(&"does not answer"))?;
         connected.map_err(|e| {
             let held = credentials::joined(&self.config.credentials);
@@ -479,8 +486,11 @@ impl Driver {
 
     /// False: the record is not on disk.
     async fn write(&self, record: Record, sync: bool) -> bool {
+        if rules::is_off(Rule::LogFirst) {
+            return true;
+        }
         let log = self.log.clone();
-        let written = tokio::task::spawn_blocking(move || lock(&log).append(record, sync)).await;
+        let written = blocking::run(move || lock(&log).append(record, sync)).await;
         match written {
             Ok(Ok(())) => return true,
             Ok(Err(error)) => {
@@ -511,6 +521,9 @@ impl Driver {
         lock(&self.shared.outbox).counters.commits += 1;
         stream.applied = view.rev;
         stream.applied_due = true;
+        if rules::is_off(Rule::AckAfterFlip) {
+            lock(&self.shared.outbox).programmed = view.rev;
+        }
         self.view.send_replace(view);
         let link = Link::Live {
             session: stream.welcome.session,

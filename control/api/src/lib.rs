@@ -39,6 +39,7 @@ pub mod network_policy;
 pub mod pod_resources;
 pub mod pod_security;
 pub mod quantity;
+pub mod rules;
 pub mod selector;
 pub mod service_manager;
 pub mod status;

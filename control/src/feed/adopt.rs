@@ -14,6 +14,7 @@
 
 use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto;
+use gantry_api::rules::{self, Rule};
 use gantry_api::status::{Reason, Status};
 
 use super::Inner;
@@ -41,7 +42,7 @@ impl Inner {
                 unknown.push(held.uid.clone());
                 continue;
             };
-            if pods::node(&pod).is_some() {
+            if pods::node(&pod).is_some() || rules::is_off(Rule::Adopt) {
                 continue;
             }
             match self.registry.bind(namespace, name, &held.uid, node).await {

@@ -21,6 +21,7 @@ use gantry_api::WIREGUARD_KEY_ANNOTATION;
 use gantry_api::k8s_openapi::api::core::v1 as core;
 use gantry_api::k8s_openapi::api::discovery::v1::{Endpoint, EndpointSlice};
 use gantry_api::proto;
+use gantry_api::rules::{self, Rule};
 use gantry_api::validation;
 use ipnet::IpNet;
 
@@ -318,7 +319,10 @@ pub(super) fn backend(
             uid,
         } => {
             let pod = pod?;
-            backend.set_state(pod_state(pod, publish_not_ready));
+            backend.set_state(match rules::is_off(Rule::JoinInFeed) {
+                false => pod_state(pod, publish_not_ready),
+                true => first.state,
+            });
             backend.node = pod.pod.node.clone();
             backend.pod_uid = uid.clone();
             backend.pod_name = name.clone();

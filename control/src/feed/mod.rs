@@ -40,6 +40,7 @@ use gantry_api::proto::feed_server::FeedServer;
 use gantry_api::proto::images_server::ImagesServer;
 use gantry_api::proto::pods_server::PodsServer;
 use gantry_api::proto::stats_server::StatsServer;
+use gantry_api::rules::{self, Rule};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
@@ -211,12 +212,34 @@ impl Feed {
         ImagesServer::new(images::NodeImages::new(self.clone()))
     }
 
+    /// Up to which revision the agent of a node has said that everything common is programmed.
+    pub fn acked(&self, node: &str) -> u64 {
+        let link = self.inner.known_link(node);
+        link.map_or(0, |link| link.state().acked)
+    }
+
     /// Whether the agent of a node has a stream now.
     pub fn is_connected(&self, node: &str) -> bool {
         self.inner
             .known_link(node)
             .is_some_and(|link| link.state().tunnels.is_some())
     }
+}
+
+/// For fuzz targets: takes these keys and values as changes of the store, one revision each, and steps every
+/// node that is named. Whatever the values are, they are left out or shown. Returns how many items were sent.
+pub fn index_untrusted(changes: &[(String, Option<bytes::Bytes>)]) -> usize {
+    let mut index = Index::new(0);
+    let mut cursor = view::Cursor::default();
+    let mut count = 0;
+    for (rev, (key, value)) in (1..).zip(changes) {
+        index.apply(key, value.as_ref(), rev);
+        index.advance(rev);
+        count += index
+            .step("n1", &mut cursor)
+            .map_or(0, |step| step.items.len());
+    }
+    count
 }
 
 impl Inner {
@@ -264,7 +287,15 @@ impl Inner {
         let index = self.index();
         let nodes = self.nodes();
         let acked = |name: &str| nodes.get(name).map_or(0, |link| link.state().acked);
-        let participants = index.nodes().filter(|(_, dead)| !dead);
+        let is_counted = |name: &str| match rules::is_off(Rule::FloorOfAbsent) {
+            false => true,
+            true => nodes
+                .get(name)
+                .is_some_and(|link| link.state().tunnels.is_some()),
+        };
+        let participants = index
+            .nodes()
+            .filter(|(name, dead)| !dead && is_counted(name));
         Floors::new(
             participants
                 .map(|(name, _)| (name.to_owned(), acked(name)))

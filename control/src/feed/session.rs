@@ -17,6 +17,7 @@ use gantry_api::k8s_openapi::api::core::v1::Event;
 use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::proto;
 use gantry_api::proto::{down, up};
+use gantry_api::rules::{self, Rule};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -199,7 +200,8 @@ impl Session {
                 })?;
         {
             let mut state = link.state();
-            if state.boot_id != hello.boot_id {
+            let voids = !rules::is_off(Rule::RebootVoidsAck);
+            if voids && state.boot_id != hello.boot_id {
                 state.boot_id.clone_from(&hello.boot_id);
                 state.acked = 0; // the kernel's maps went with the reboot
             }
@@ -213,7 +215,7 @@ impl Session {
         let same_lineage = hello
             .lineage
             .as_ref()
-            .is_some_and(|held| held.id == lineage.id);
+            .is_some_and(|held| held.id == lineage.id || rules::is_off(Rule::Lineage));
         let resume = same_lineage
             .then(|| {
                 inner

@@ -13,6 +13,7 @@ use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::kinds;
 use gantry_api::proto;
 use gantry_api::proto::status_ack::Outcome;
+use gantry_api::rules::{self, Rule};
 use gantry_api::status::{Reason, Status};
 use serde_json::{Value, json};
 
@@ -106,6 +107,7 @@ impl Inner {
         let state = link.state();
         let last = state.statuses.get(&report.uid);
         last.is_none_or(|last| (report.incarnation, report.seq) > *last)
+            || rules::is_off(Rule::StatusOrder)
     }
 
     async fn store_status(&self, report: &proto::StatusReport) -> Result<(), Status> {
@@ -148,7 +150,7 @@ const TERMINATION_BY_AGENT: &str = "TerminationByKubelet";
 /// so, whatever an agent that lost its memory says.
 fn merge(old: &Value, new: &Value) -> Value {
     let ended = |status: &Value| matches!(status["phase"].as_str(), Some("Succeeded" | "Failed"));
-    if ended(old) && !ended(new) {
+    if ended(old) && !ended(new) && !rules::is_off(Rule::FinalStays) {
         return old.clone();
     }
     let mut merged = new.clone();

@@ -22,6 +22,7 @@ use gantry_api::k8s_openapi::api::core::v1 as core;
 use gantry_api::k8s_openapi::api::discovery::v1::EndpointSlice;
 use gantry_api::proto;
 use gantry_api::proto::item::Value;
+use gantry_api::rules::{self, Rule};
 use prost::Message as _;
 use serde::de::DeserializeOwned;
 
@@ -620,6 +621,9 @@ impl Index {
         let policy_digest = self.policies.step(node, seen, self.rev, &mut items);
         let private_digest: Digest = [private_digest, policy_digest].into_iter().collect();
         cursor.common = Some(self.rev);
+        if rules::is_off(Rule::BatchIsWhole) && cursor.welcomed {
+            items.pop();
+        }
         if items.is_empty() && cursor.welcomed {
             return None;
         }

@@ -14,6 +14,7 @@
 
 use gantry_api::field::{FieldError, Path};
 use gantry_api::kinds::Kind;
+use gantry_api::rules::{Rule, is_off};
 use gantry_api::status::Status;
 use jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
@@ -484,7 +485,7 @@ pub(crate) fn prepare_bind(
         return Err(Status::conflict(kind, name, &detail));
     }
     let bound = pod["spec"]["nodeName"].as_str().unwrap_or_default();
-    if !bound.is_empty() {
+    if !bound.is_empty() && !is_off(Rule::BoundOnce) {
         let detail = format!("pod {name} is already assigned to node {bound:?}");
         return Err(Status::conflict(kind, name, &detail));
     }

@@ -350,6 +350,12 @@ trait Backend: Send + Sync {
     async fn report(&self) -> Result<Report, String>;
 }
 
+/// From now on, stores that are opened write in a task of the caller's runtime instead of a thread of
+/// their own: for the simulation, where one thread is everything and its order is the seed's.
+pub fn write_in_a_task() {
+    writer::WRITES_IN_A_TASK.store(true, std::sync::atomic::Ordering::Relaxed);
+}
+
 /// What a store says of itself, for people.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Report {

@@ -14,9 +14,11 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use gantry_api::rules::{self, Rule};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::index::{Dropped, Index};
@@ -35,6 +37,9 @@ const REOPEN_PAUSE: Duration = Duration::from_secs(1);
 /// Opens the log again after a failure.
 pub(super) type LogOpener =
     Box<dyn Fn() -> Result<(Box<dyn Log>, Content), OpenError> + Send + 'static>;
+
+/// See [`super::write_in_a_task`].
+pub(super) static WRITES_IN_A_TASK: AtomicBool = AtomicBool::new(false);
 
 type Answer = oneshot::Sender<Result<Revision, StoreError>>;
 
@@ -68,6 +73,10 @@ impl Embedded {
             dropped,
             reseal_failed: false,
         };
+        if WRITES_IN_A_TASK.load(Ordering::Relaxed) {
+            tokio::spawn(writer.run_in_a_task(jobs));
+            return Ok(Embedded { queue });
+        }
         std::thread::Builder::new()
             .name("store-writer".to_owned())
             .spawn(move || writer.run(jobs))
@@ -151,29 +160,7 @@ struct Writer {
 impl Writer {
     fn run(mut self, mut jobs: mpsc::Receiver<Job>) {
         while let Some(job) = self.wait(&mut jobs) {
-            let mut txns = Vec::new();
-            let (mut closing, mut aside) = (None, None);
-            let mut bytes = 0;
-            let mut next = Some(job);
-            while let Some(job) = next.take() {
-                match job {
-                    Job::Commit(txn, answer) => {
-                        bytes += txn.puts.iter().map(|(_, v)| v.len()).sum::<usize>();
-                        txns.push((txn, answer));
-                    }
-                    Job::Close(done) => closing = Some(done),
-                    Job::Aside(act) => aside = Some(act),
-                }
-                let is_full = txns.len() >= BATCH_TXN_COUNT_MAX || bytes >= BATCH_BYTES_MAX;
-                if closing.is_none() && aside.is_none() && !is_full {
-                    next = jobs.try_recv().ok();
-                }
-            }
-            self.commit_batch(txns);
-            if let Some(act) = aside {
-                act(&mut self);
-            }
-            if let Some(done) = closing {
+            if let Some(done) = self.turn(job, &mut jobs) {
                 drop(jobs);
                 // Closes the file and its lock before the answer.
                 drop(self);
@@ -181,6 +168,46 @@ impl Writer {
                 return;
             }
         }
+    }
+
+    /// As [`Writer::run`], between other tasks of the runtime.
+    async fn run_in_a_task(mut self, mut jobs: mpsc::Receiver<Job>) {
+        while let Some(job) = jobs.recv().await {
+            while self.reseal() {}
+            if let Some(done) = self.turn(job, &mut jobs) {
+                drop(jobs);
+                drop(self);
+                let _ = done.send(());
+                return;
+            }
+        }
+    }
+
+    /// Does what waits, up to the size of a batch; who waits for the end, if that was asked for.
+    fn turn(&mut self, job: Job, jobs: &mut mpsc::Receiver<Job>) -> Option<oneshot::Sender<()>> {
+        let mut txns = Vec::new();
+        let (mut closing, mut aside) = (None, None);
+        let mut bytes = 0;
+        let mut next = Some(job);
+        while let Some(job) = next.take() {
+            match job {
+                Job::Commit(txn, answer) => {
+                    bytes += txn.puts.iter().map(|(_, v)| v.len()).sum::<usize>();
+                    txns.push((txn, answer));
+                }
+                Job::Close(done) => closing = Some(done),
+                Job::Aside(act) => aside = Some(act),
+            }
+            let is_full = txns.len() >= BATCH_TXN_COUNT_MAX || bytes >= BATCH_BYTES_MAX;
+            if closing.is_none() && aside.is_none() && !is_full {
+                next = jobs.try_recv().ok();
+            }
+        }
+        self.commit_batch(txns);
+        if let Some(act) = aside {
+            act(self);
+        }
+        closing
     }
 
     /// The next job. While rows wait to be sealed anew, a few are each time before it, more as long as
@@ -251,6 +278,9 @@ impl Writer {
             .collect();
         let (changes, revision) = (staged.changes, staged.revision);
         let result = if changes.is_empty() {
+            Ok(())
+        } else if rules::is_off(Rule::DurableFirst) {
+            self.publish(&changes, revision);
             Ok(())
         } else {
             self.append(changes, revision)
