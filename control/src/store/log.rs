@@ -115,12 +115,14 @@ impl RedbLog {
         path: &Path,
         keys: Option<&Path>,
     ) -> Result<(Box<dyn Log>, Content), OpenError> {
-        let shown = path.display().to_string();
-        let database = redb::Builder::new()
-            .set_cache_size(CACHE_BYTES)
-            .create(path)
-            .map_err(|error| open_error(&shown, error))?;
-        RedbLog::load(database, path, keys)
+        guarded(path, || {
+            let shown = path.display().to_string();
+            let database = redb::Builder::new()
+                .set_cache_size(CACHE_BYTES)
+                .create(path)
+                .map_err(|error| open_error(&shown, error))?;
+            RedbLog::load(database, path, keys)
+        })
     }
 
     /// Reads the whole content of an open database, writing the first rows of a new one.
@@ -181,7 +183,9 @@ impl RedbLog {
 
 impl Log for RedbLog {
     fn append(&mut self, batch: &Batch<'_>) -> Result<(), String> {
-        self.write(batch).map_err(|error| error.to_string())
+        let write = || self.write(batch).map_err(|error| error.to_string());
+        let written = std::panic::catch_unwind(std::panic::AssertUnwindSafe(write));
+        written.unwrap_or_else(|_| Err("its pages make no sense".to_owned()))
     }
 
     fn is_resealing(&self) -> bool {
@@ -382,20 +386,38 @@ pub(super) fn hold(path: &Path) -> Result<Option<Held>, OpenError> {
     if !path.exists() {
         return Ok(None);
     }
-    let shown = path.display().to_string();
-    let database = redb::Builder::new()
-        .set_cache_size(CACHE_BYTES)
-        .open(path)
-        .map_err(|error| open_error(&shown, error))?;
-    let (lineage, revision) = read_history(&database).map_err(|reason| OpenError::Corrupt {
-        path: shown,
-        reason,
-    })?;
-    Ok(Some(Held {
-        _database: database,
-        lineage,
-        revision,
-    }))
+    guarded(path, || {
+        let shown = path.display().to_string();
+        let database = redb::Builder::new()
+            .set_cache_size(CACHE_BYTES)
+            .open(path)
+            .map_err(|error| open_error(&shown, error))?;
+        let (lineage, revision) = read_history(&database).map_err(|reason| OpenError::Corrupt {
+            path: shown,
+            reason,
+        })?;
+        Ok(Some(Held {
+            _database: database,
+            lineage,
+            revision,
+        }))
+    })
+}
+
+/// Reads a file that may be damaged. redb verifies the checksums of pages only after an unclean end; else
+/// it trusts what it reads and panics where that makes no sense.
+fn guarded<T>(path: &Path, read: impl FnOnce() -> Result<T, OpenError>) -> Result<T, OpenError> {
+    let read = std::panic::catch_unwind(std::panic::AssertUnwindSafe(read));
+    read.unwrap_or_else(|panic| {
+        let words = panic
+            .downcast_ref::<&str>()
+            .map(|words| (*words).to_owned());
+        let words = words.or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(OpenError::Corrupt {
+            path: path.display().to_string(),
+            reason: format!("its pages make no sense: {}", words.unwrap_or_default()),
+        })
+    })
 }
 
 /// A new file on its way to become a store: a restore fills it.

@@ -184,3 +184,29 @@ async fn a_write_in_doubt_is_either_seen_by_all_or_by_none() {
         }
     }
 }
+
+/// A bit of the file has changed while nobody looked. It is found, or it is in what is not read; the process
+/// goes on, so that the words and a restore are possible.
+#[tokio::test]
+async fn a_damaged_file_is_refused_in_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("store.redb");
+    let store = open(dir.path());
+    for n in 0..20 {
+        store.commit(Txn::new().put(key(n), "x")).await.unwrap();
+    }
+    store.close().await;
+    let whole = std::fs::read(&path).unwrap();
+    let mut refused = 0;
+    for place in (0..whole.len()).step_by(4_096) {
+        let mut damaged = whole.clone();
+        damaged[place] ^= 0x80;
+        std::fs::write(&path, damaged).unwrap();
+        match Store::open(&path) {
+            Ok(store) => store.close().await,
+            Err(OpenError::Corrupt { .. } | OpenError::Io { .. }) => refused += 1,
+            Err(error) => panic!("{error}"),
+        }
+    }
+    assert!(refused > 0);
+}
