@@ -8,9 +8,12 @@
 //! A target takes any bytes and returns; a panic, an overflow or a broken property is a finding. An input
 //! that found something is committed to the corpus, and so is run for ever.
 
+use std::sync::OnceLock;
+
 use bytes::Bytes;
 use gantry_api::proto;
 use gantry_control::store::backup::Reader;
+use gantry_control::store::{Store, Txn};
 use prost::Message as _;
 
 mod api;
@@ -32,11 +35,57 @@ pub const TARGETS: [(&str, Target); 6] = [
     ("feed_messages", feed_messages),
 ];
 
-/// A backup, as a restore reads it.
+/// A small store, made once.
+fn template() -> &'static [u8] {
+    static TEMPLATE: OnceLock<Vec<u8>> = OnceLock::new();
+    TEMPLATE.get_or_init(|| {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let path = dir.path().join("store.redb");
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        runtime.expect("a runtime").block_on(async {
+            let store = Store::open(&path).expect("a new store");
+            for number in 0..40 {
+                let key = format!("/registry/pods/default/p{}", number % 25);
+                let txn = match number % 7 {
+                    6 => Txn::new().delete(key.as_str()),
+                    _ => Txn::new().put(key.as_str(), format!("{{\"n\": {number}}}")),
+                };
+                store.commit(txn).await.expect("a commit");
+            }
+            store.close().await;
+        });
+        std::fs::read(&path).expect("the store's file")
+    })
+}
+
+/// With `R` in front: a backup. Else: changes to the file of a small store, five bytes each (where, xor),
+/// and with a `T` in front of them the file is cut where the first one says.
 pub fn store_files(data: &[u8]) {
-    let backup = data.strip_prefix(b"R").unwrap_or(data);
-    if let Ok(mut reader) = Reader::new(backup, None) {
-        while let Ok(Some(_)) = reader.read() {}
+    if let Some(backup) = data.strip_prefix(b"R") {
+        if let Ok(mut reader) = Reader::new(backup, None) {
+            while let Ok(Some(_)) = reader.read() {}
+        }
+        return;
+    }
+    let (is_cut, changes) = match data.strip_prefix(b"T") {
+        Some(changes) => (true, changes),
+        None => (false, data),
+    };
+    let mut file = template().to_vec();
+    for (number, change) in changes.chunks_exact(5).enumerate() {
+        let place = u32::from_le_bytes([change[0], change[1], change[2], change[3]]);
+        let place = place as usize % file.len();
+        if is_cut && number == 0 {
+            file.truncate(place.max(1));
+        } else {
+            file[place] ^= change[4];
+        }
+    }
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let path = dir.path().join("store.redb");
+    std::fs::write(&path, file).expect("a file");
+    if let Ok(store) = Store::open(&path) {
+        store.list("/");
     }
 }
 
