@@ -106,6 +106,7 @@ pub async fn run(dir: PathBuf, tokens: Tokens, door: Door) {
     let identity = Identity {
         user: "admin".into(),
         groups: vec![MASTERS_GROUP.into()],
+        impersonated_by: None,
     };
     let identify = move |mut request: tonic::Request<()>| {
         request.extensions_mut().insert(identity.clone());
