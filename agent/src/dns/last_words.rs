@@ -48,18 +48,26 @@ pub(super) async fn keep(
                 }
             }
             let seen = Seen::of(&newest);
-            let begun = Instant::now();
             let (directory, servers) = (directory.clone(), forwarder.order());
             // Thousands of Services are half a megabyte of text: not between questions.
+            // Only the work counts, not the wait for a thread: on a busy machine that would be 2 s each time.
             let wrote = tokio::task::spawn_blocking(move || {
-                write_changed(&directory, &Zone::new(newest), &servers, written)
+                let begun = Instant::now();
+                let hash = write_changed(&directory, &Zone::new(newest), &servers, written);
+                (hash, begun.elapsed())
             });
-            match wrote.await {
-                Ok(Ok(hash)) => written = Some(hash),
-                Ok(Err(error)) => tracing::warn!(%error, "names for the agent's absence"),
-                Err(_) => {}
-            }
-            let pause = begun.elapsed() * PAUSE_FACTOR;
+            let took = match wrote.await {
+                Ok((Ok(hash), took)) => {
+                    written = Some(hash);
+                    took
+                }
+                Ok((Err(error), took)) => {
+                    tracing::warn!(%error, "names for the agent's absence");
+                    took
+                }
+                Err(_) => PAUSE_MAX,
+            };
+            let pause = took * PAUSE_FACTOR;
             tokio::time::sleep(pause.clamp(PAUSE_MIN, PAUSE_MAX)).await;
             tokio::select! {
                 // Cancel-safe: both only wait.

@@ -153,6 +153,11 @@ spec:
     let after = figure("coredns_autopath_success_total")?;
     ensure!(after > before, "no search list was answered in one hop");
 
+    // What the agent leaves behind is at most 2 s old, and the Service may be younger.
+    cluster.wait("the agent's last words", Duration::from_secs(5), |_| {
+        let words = std::fs::read_to_string("/run/gantry/resolver/names")?;
+        Ok(words.contains("web.default"))
+    })?;
     let queries = Queries::begin("web.default.svc.cluster.local");
     for round in 0..5 {
         std::thread::sleep(Duration::from_millis(500 + 130 * round));
