@@ -241,7 +241,34 @@ fn install(packages: &[&str]) -> Result<bool> {
     let mut apt = apt_get("install");
     apt.args(["-y", "--no-install-recommends"]).args(packages);
     run::captured(apt.env("DEBIAN_FRONTEND", "noninteractive"))?;
+    stop_services(packages);
     Ok(true)
+}
+
+/// Packages that bring a service, which Debian starts at once and at every boot.
+const SERVICES: [(&str, &str); 2] = [
+    ("docker-registry", "docker-registry.service"),
+    ("etcd-server", "etcd.service"),
+];
+
+/// Tests start their own: a service that only came with its program would take its port for nothing.
+fn stop_services(installed: &[&str]) {
+    if !Path::new("/run/systemd/system").exists() {
+        return;
+    }
+    for (package, service) in SERVICES {
+        if !installed.contains(&package) {
+            continue;
+        }
+        let stopped = run::captured(&mut run::program(
+            "systemctl",
+            ["disable", "--now", service],
+        ));
+        match stopped {
+            Ok(_) => println!("setup: {service}, which came with {package}, is not started"),
+            Err(error) => println!("setup: {service} came with {package} and runs: {error:#}"),
+        }
+    }
 }
 
 /// `apt-get update`, once a run and only when the lists are older than a day.
