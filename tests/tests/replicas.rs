@@ -436,7 +436,8 @@ impl Load {
         }
         tokio::time::sleep(Duration::from_secs(3)).await;
         self.seen_all.cancel();
-        let told = self.told.lock().unwrap();
+        // Everybody who tells has ended.
+        let told = std::mem::take(&mut *self.told.lock().unwrap());
         eprintln!(
             "{} writes, {} of unknown fate",
             told.acknowledged.len(),

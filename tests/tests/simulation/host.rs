@@ -246,7 +246,7 @@ fn identity(fd: c_int) -> Option<((u64, u64), u64)> {
     // SAFETY: `stat` is valid for writes.
     let done = unsafe { libc::fstat(fd, &mut stat) } == 0;
     let is_file = done && stat.st_mode & libc::S_IFMT == libc::S_IFREG;
-    is_file.then(|| ((stat.st_dev, stat.st_ino), stat.st_size as u64))
+    is_file.then_some(((stat.st_dev, stat.st_ino), stat.st_size as u64))
 }
 
 /// Remembers what a write replaces.
