@@ -16,7 +16,7 @@ use super::{host, missed, world};
 
 const NAME: &str = "simulation";
 /// How many seeds are run when nobody says otherwise: half a second of processor time each.
-const SEED_COUNT: u64 = 250;
+const SEED_COUNT: u64 = 100;
 /// How many of them are run once more.
 const TWICE_COUNT: u64 = 8;
 /// Of what a violation says: all of them must fit into a pipe.
