@@ -88,7 +88,8 @@ impl Latest {
             tombstones_max,
             digest: Digest::default(),
             complete_since: start_rev,
-            changed_at: 0,
+            // A deletion that is not known of may have been the last change.
+            changed_at: start_rev,
         }
     }
 
@@ -97,7 +98,7 @@ impl Latest {
         self.digest.value()
     }
 
-    /// The last revision that changed anything here.
+    /// The last revision that changed anything here, or may have before this began.
     pub(super) fn changed_at(&self) -> u64 {
         self.changed_at
     }

@@ -166,7 +166,8 @@ impl Index {
         self.rev
     }
 
-    /// The last revision that changed the common part.
+    /// The last revision that changed the common part, or may have: what was deleted before the control plane
+    /// started is not known.
     pub(super) fn common_rev(&self) -> u64 {
         self.common.changed_at()
     }

@@ -3,6 +3,7 @@ use serde_json::{Value as Json, json};
 
 use gantry_api::digest::item_hash;
 
+use super::super::floor::Floors;
 use super::*;
 
 /// The items an agent holds, kept by nothing but what is sent.
@@ -571,4 +572,20 @@ fn a_restarted_control_plane_sends_nothing_when_nothing_changed() {
     let step = restarted.step("n", &mut cursor).unwrap();
     assert!(step.items.is_empty(), "only the commit");
     assert!(restarted.step("n", &mut cursor).is_none());
+}
+
+/// Found by the simulation: a floor was answered by an ack from before a deletion that the restarted control plane
+/// had not seen, and a pod ended while its node still got connections for it.
+#[test]
+fn an_ack_from_before_a_deletion_is_no_floor_after_a_restart() {
+    let (mut store, mut index) = one_backend();
+    let acked = store.rev;
+    store.delete(&mut index, "/registry/endpointslices/d/x");
+    let restarted = store.index();
+    let floors = |acked: u64| {
+        let nodes = vec![("n".to_owned(), acked)];
+        Floors::new(nodes, restarted.rev(), restarted.common_rev())
+    };
+    assert!(floors(acked).reached(store.rev).is_none());
+    assert!(floors(store.rev).reached(store.rev).is_some());
 }
