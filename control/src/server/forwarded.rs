@@ -1,7 +1,7 @@
 //! What a control plane says of a request that it brings to the leader, and what the leader believes.
 //!
 //! Whoever connects may send these headers; they are read of a connection with a certificate of
-//! [`CONTROL_GROUP`] alone, and a control plane removes what its own client sent of them.
+//! [`super::identity::CONTROL_GROUP`] alone, and a control plane removes what its own client sent of them.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -11,7 +11,7 @@ use tonic::metadata::{MetadataMap, MetadataValue};
 use tonic::service::AxumBody;
 use tonic::transport::server::{TcpConnectInfo, TlsConnectInfo};
 
-use super::identity::{CONTROL_GROUP, Identity};
+use super::identity::Identity;
 
 /// Says that a request was brought by another control plane.
 pub(super) const MARK: &str = "gantry-forwarded";
@@ -42,18 +42,10 @@ pub(super) fn mark(mut request: Request<AxumBody>) -> Result<Request<AxumBody>, 
     Ok(request)
 }
 
-/// The certificate of who asks: the connection's own, or the one that another control plane has verified.
+/// The certificate that another control plane has verified, on a connection of its own.
 pub(super) fn certificate(
     request: &tonic::Request<()>,
 ) -> Result<Option<Vec<u8>>, gantry_api::status::Status> {
-    let certificates = request.peer_certs();
-    let Some(leaf) = certificates.as_deref().and_then(|chain| chain.first()) else {
-        return Ok(None);
-    };
-    if !is_of_control_plane(leaf) {
-        return Ok(Some(leaf.to_vec()));
-    }
-    // Not an identity of its own: without a client's certificate the client's token speaks.
     let Some(value) = request.metadata().get_bin(CERTIFICATE) else {
         return Ok(None);
     };
@@ -65,7 +57,7 @@ pub(super) fn certificate(
 
 fn is_of_control_plane(leaf: &CertificateDer<'_>) -> bool {
     let identity = Identity::from_certificate(leaf);
-    identity.is_ok_and(|identity| identity.groups.iter().any(|group| group == CONTROL_GROUP))
+    identity.is_ok_and(|identity| identity.is_control_plane())
 }
 
 /// Where who asks is.

@@ -14,6 +14,8 @@
 //! has joined (organizational unit [`JOINED_UNIT`]) speaks for it as long as the Node object names its
 //! key: with the object its certificates go. What `--agent-credentials` makes needs no object.
 
+use std::borrow::Cow;
+
 use gantry_api::k8s_openapi::api::core::v1::Node;
 use gantry_api::status::{Reason, Status};
 use jiff::Timestamp;
@@ -91,6 +93,11 @@ impl Identity {
     /// Whether the caller may do everything.
     pub fn is_master(&self) -> bool {
         self.is_in(MASTERS_GROUP)
+    }
+
+    /// Whether another control plane has connected, with what its clients ask.
+    pub(super) fn is_control_plane(&self) -> bool {
+        self.is_in(CONTROL_GROUP)
     }
 
     /// Whether the caller comes as a node's agent, whatever node.
@@ -199,10 +206,20 @@ impl Authenticator {
         &self,
         request: &tonic::Request<()>,
     ) -> Result<Option<(Identity, CertificateFacts)>, Status> {
-        let Some(leaf) = forwarded::certificate(request)? else {
+        let certificates = request.peer_certs();
+        let Some(leaf) = certificates.as_deref().and_then(|chain| chain.first()) else {
             return Ok(None);
         };
-        let identity = Identity::from_certificate(&leaf)?;
+        let mut leaf = Cow::from(leaf.as_ref());
+        let mut identity = Identity::from_certificate(&leaf)?;
+        if identity.is_control_plane() {
+            // Not an identity of its own: without a client's certificate the client's token speaks.
+            let Some(brought) = forwarded::certificate(request)? else {
+                return Ok(None);
+            };
+            leaf = brought.into();
+            identity = Identity::from_certificate(&leaf)?;
+        }
         let facts = CertificateFacts::from_certificate(&leaf)?;
         self.check_joined(&identity, &facts)?;
         Ok(Some((identity, facts)))
