@@ -188,9 +188,9 @@ pub async fn restore_etcd(
     let carried = verify(file, keys)?;
     let mut reader = open(file, keys)?;
     let header = reader.header().clone();
-    files(carried)?;
-    let now_s = unix_seconds();
-    let mut filling = etcd::Filling::begin(servers, &keys.store, &header, now_s).await?;
+    let (now_s, files) = (unix_seconds(), || files(carried));
+    let filling = etcd::Filling::begin(servers, &keys.store, &header, now_s, files);
+    let mut filling = filling.await?;
     let mut entries = 0;
     while let Some(frame) = reader.read().map_err(|reason| bad(file, reason))? {
         if let Frame::Entry(entry) = frame {

@@ -44,11 +44,14 @@ fn failed(client: &Client, reason: impl ToString) -> RestoreError {
 
 impl Filling {
     /// Takes the place of the leader and removes what etcd holds of ours.
+    ///
+    /// * `files` – takes the files of the control plane: nobody leads then, and nothing is removed yet.
     pub(in super::super) async fn begin(
         servers: Servers,
         keys: &std::path::Path,
         header: &Header,
         now_s: u64,
+        files: impl FnOnce() -> Result<(), RestoreError>,
     ) -> Result<Filling, RestoreError> {
         let client = Client::new(servers);
         let active = leader::holder(&client).await;
@@ -66,6 +69,10 @@ impl Filling {
         let term = leader::stand(&client, &us, seen, lost, &stop)
             .await
             .map_err(|failure| failed(&client, failure))?;
+        if let Err(error) = files() {
+            stop.cancel();
+            return Err(error);
+        }
         match Filling::clear(&client, keys, header, now_s, term).await {
             Ok((meta, meta_revision, values)) => Ok(Filling {
                 client,
@@ -142,11 +149,14 @@ impl Filling {
 
     /// Adds one object.
     pub(in super::super) async fn put(&mut self, entry: Entry) -> Result<(), RestoreError> {
-        self.bytes += entry.value.len() + entry.key.len();
-        self.batch.push(entry);
-        if self.bytes >= BATCH_BYTES || self.batch.len() >= OPERATION_COUNT_MAX {
+        let bytes = entry.value.len() + entry.key.len();
+        // A large one goes alone: with others it would be more than etcd takes.
+        let is_full = self.bytes + bytes > BATCH_BYTES || self.batch.len() >= OPERATION_COUNT_MAX;
+        if is_full && !self.batch.is_empty() {
             self.flush().await?;
         }
+        self.bytes += bytes;
+        self.batch.push(entry);
         Ok(())
     }
 

@@ -342,18 +342,7 @@ async fn who_led_writes_nothing_any_more_whatever_it_believes() {
         closed: CancellationToken::new(),
         ended: watch_channel(false).1,
     };
-    let client = Client::new(members.servers());
-    let request = TxnRequest {
-        success: vec![wire::delete(DeleteRangeRequest {
-            key: leader::KEY.into(),
-            range_end: Bytes::new(),
-        })],
-        ..TxnRequest::default()
-    };
-    client
-        .call(|open| async move { open.kv().txn(request).await })
-        .await
-        .unwrap();
+    depose(&members).await;
     second.stand("second").await;
     assert_eq!(second.store.get("/a").unwrap().value, "1");
     let late = asleep.commit(Txn::new().put("/a", "late")).await;
@@ -369,12 +358,8 @@ async fn who_led_writes_nothing_any_more_whatever_it_believes() {
     second.store.close().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn who_led_ends_when_it_sees_another_one() {
-    let Some(members) = Members::start() else {
-        return;
-    };
-    let first = members.lead("first").await;
+/// Takes the leader's place from it, as the end of its lease does.
+async fn depose(members: &Members) {
     let client = Client::new(members.servers());
     let request = TxnRequest {
         success: vec![wire::delete(DeleteRangeRequest {
@@ -387,6 +372,15 @@ async fn who_led_ends_when_it_sees_another_one() {
         .call(|open| async move { open.kv().txn(request).await })
         .await
         .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_led_ends_when_it_sees_another_one() {
+    let Some(members) = Members::start() else {
+        return;
+    };
+    let first = members.lead("first").await;
+    depose(&members).await;
     let lost = tokio::time::timeout(Duration::from_secs(5), first.lost.cancelled());
     lost.await.unwrap();
     first.store.close().await;
@@ -584,6 +578,14 @@ async fn a_backup_goes_from_a_file_to_etcd_and_back() {
     old.commit(Txn::new().put(secret.as_str(), "hidden"))
         .await
         .unwrap();
+    // Each is less than etcd takes at once, both together are more.
+    for (name, kib) in [("large-a", 400), ("large-b", 1_400)] {
+        let txn = Txn::new().put(
+            format!("/registry/configmaps/a/{name}"),
+            "x".repeat(kib << 10),
+        );
+        old.commit(txn).await.unwrap();
+    }
     let file = dir.path().join("backup");
     let (revision, entries) = (old.revision(), backup(&old, &keys, &file));
     old.close().await;
@@ -601,6 +603,9 @@ async fn a_backup_goes_from_a_file_to_etcd_and_back() {
         .unwrap();
     let (lineage, before) = (active.store.lineage().clone(), active.store.revision());
     assert!(matches!(restore().await, Err(RestoreError::Running { .. })));
+    let touched = |_| panic!("the files of a control plane that runs");
+    let refused = restore_etcd(&file, members.servers(), &places, touched).await;
+    assert!(matches!(refused, Err(RestoreError::Running { .. })));
     assert!(active.store.get("/registry/old").is_some());
     active.store.close().await;
     // One that only follows does not hinder it, and ends.
