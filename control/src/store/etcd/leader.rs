@@ -17,12 +17,11 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, Failure};
-use super::proto::compare::{CompareResult, CompareTarget, TargetUnion};
 use super::proto::{
     Compare, KeyValue, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseRevokeRequest, PutRequest,
     RangeRequest, TxnRequest,
 };
-use super::wire::{put, range_of};
+use super::wire::{is_made_at, put, range_of};
 
 /// Who leads: the key's value is a [`Replica`].
 pub(super) const KEY: &str = "/gantry/leader";
@@ -79,12 +78,7 @@ pub(super) struct Term {
 impl Term {
     /// Holds as long as nobody else has led since.
     pub(super) fn holds(self) -> Compare {
-        Compare {
-            result: CompareResult::Equal.into(),
-            target: CompareTarget::Create.into(),
-            key: KEY.into(),
-            target_union: Some(TargetUnion::CreateRevision(self.created)),
-        }
+        is_made_at(KEY, self.created)
     }
 
     /// Whether the key as it was read is ours.
@@ -172,15 +166,9 @@ async fn campaign(client: &Client, us: &Replica) -> Result<Option<(Term, i64, In
         Err(failure @ Failure::Refused(_)) => return Err(failure),
         Err(_) => return Ok(None),
     };
-    let absent = Compare {
-        result: CompareResult::Equal.into(),
-        target: CompareTarget::Create.into(),
-        key: KEY.into(),
-        target_union: Some(TargetUnion::CreateRevision(0)),
-    };
     let value = serde_json::to_vec(us).map_err(|e| Failure::Refused(e.to_string()))?;
     let request = TxnRequest {
-        compare: vec![absent],
+        compare: vec![is_made_at(KEY, 0)],
         success: vec![put(PutRequest {
             key: KEY.into(),
             value: value.into(),

@@ -11,9 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::super::OpenError;
 use super::super::seal::{self, DataKeys, KeyFile, SEALED_PREFIX, Wrapped};
 use super::client::{Client, Failure};
-use super::proto::compare::{CompareResult, CompareTarget, TargetUnion};
 use super::proto::{Compare, PutRequest, TxnRequest};
-use super::wire::{Sealer, put, range_of};
+use super::wire::{Sealer, is_changed_at, put, range_of};
 use super::{START_PATIENCE, cannot_open};
 
 /// Of which history it is, and by which keys it is sealed.
@@ -191,12 +190,7 @@ pub(super) async fn write(
     revision: i64,
     holds: Option<Compare>,
 ) -> Result<Option<i64>, Failure> {
-    let unchanged = Compare {
-        result: CompareResult::Equal.into(),
-        target: CompareTarget::Mod.into(),
-        key: META.into(),
-        target_union: Some(TargetUnion::ModRevision(revision)),
-    };
+    let unchanged = is_changed_at(META, revision);
     let value = serde_json::to_vec(meta).map_err(|e| Failure::Refused(e.to_string()))?;
     let request = TxnRequest {
         compare: holds.into_iter().chain([unchanged]).collect(),

@@ -99,32 +99,40 @@ pub(super) trait Sealer {
     fn open(&self, key: &str, value: Bytes) -> Result<Bytes, String>;
 }
 
-fn compare(key: &str, target: CompareTarget, union: TargetUnion, result: CompareResult) -> Compare {
+/// That a key of etcd's was made by this revision; 0: that it is not there.
+pub(super) fn is_made_at(key: impl Into<Bytes>, revision: i64) -> Compare {
     Compare {
-        result: result.into(),
-        target: target.into(),
-        key: outer(key),
-        target_union: Some(union),
+        result: CompareResult::Equal.into(),
+        target: CompareTarget::Create.into(),
+        key: key.into(),
+        target_union: Some(TargetUnion::CreateRevision(revision)),
+    }
+}
+
+/// That a key of etcd's was last changed by this revision; 0: that it is not there.
+pub(super) fn is_changed_at(key: impl Into<Bytes>, revision: i64) -> Compare {
+    Compare {
+        target: CompareTarget::Mod.into(),
+        target_union: Some(TargetUnion::ModRevision(revision)),
+        ..is_made_at(key, revision)
     }
 }
 
 fn condition(precondition: &Precondition, offset: Offset) -> Compare {
-    let created = TargetUnion::CreateRevision(0);
     match precondition {
         Precondition::At { key, revision } => {
-            let union = TargetUnion::ModRevision(match offset.raw(*revision) {
+            let at = match offset.raw(*revision) {
                 // Of another history, or none: no key has it.
                 0 => -1,
                 raw => raw,
-            });
-            compare(key, CompareTarget::Mod, union, CompareResult::Equal)
+            };
+            is_changed_at(outer(key), at)
         }
-        Precondition::Absent { key } => {
-            compare(key, CompareTarget::Create, created, CompareResult::Equal)
-        }
-        Precondition::Exists { key } => {
-            compare(key, CompareTarget::Create, created, CompareResult::Greater)
-        }
+        Precondition::Absent { key } => is_made_at(outer(key), 0),
+        Precondition::Exists { key } => Compare {
+            result: CompareResult::Greater.into(),
+            ..is_made_at(outer(key), 0)
+        },
     }
 }
 
