@@ -4,15 +4,20 @@ use super::*;
 use gantry_api::proto::LogsRequest;
 use gantry_api::proto::pods_client::PodsClient;
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_request_is_noted_and_no_content() {
+/// A control plane with an audit log, and where that is.
+pub(super) async fn audited() -> (Cluster, std::path::PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("audit.log");
     let stop = CancellationToken::new();
     let mut arguments = arguments(dir.path(), "127.0.0.1:0");
     arguments.audit_log = Some(file.clone());
     let control = Control::open(&arguments, &stop).await.unwrap();
-    let cluster = Cluster { dir, control, stop };
+    (Cluster { dir, control, stop }, file)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_request_is_noted_and_no_content() {
+    let (cluster, file) = audited().await;
     let mut admin = cluster.admin().await;
     let secret = json!({"apiVersion": "v1", "kind": "Secret",
         "metadata": {"name": "s", "namespace": "default"}, "stringData": {"password": "open-sesame"}});

@@ -165,13 +165,7 @@ async fn who_may_not_is_told_in_kubernetes_words() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_audit_log_names_both() {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("audit.log");
-    let stop = CancellationToken::new();
-    let mut arguments = arguments(dir.path(), "127.0.0.1:0");
-    arguments.audit_log = Some(file.clone());
-    let control = Control::open(&arguments, &stop).await.unwrap();
-    let cluster = Cluster { dir, control, stop };
+    let (cluster, file) = audit::audited().await;
     let mut admin = cluster.admin().await;
     status(
         admin
