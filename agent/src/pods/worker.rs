@@ -40,8 +40,8 @@ use crate::volumes::{self, ReadyVolumes};
 
 /// Inputs that may wait for the worker; senders wait beyond that.
 const INPUTS_MAX: usize = 64;
-/// A pod that is only on its way is told of after this long: most run before, and two writes of the
-/// store less are what their start does not wait for (it is 2 ms longer with them on two cores).
+/// A pod that is only on its way is told of after this long: most run before, and their start does not
+/// share the processors with two writes of the store.
 const START_IS_TOLD_AFTER: Duration = Duration::from_millis(50);
 /// Two Unhealthy events of one container are at least this far apart.
 const UNHEALTHY_EVENT_EVERY: Duration = Duration::from_secs(10);
