@@ -15,8 +15,8 @@ use super::plan::Plan;
 use super::{host, missed, world};
 
 const NAME: &str = "simulation";
-/// How many seeds are run when nobody says otherwise: half a second of processor time each.
-const SEED_COUNT: u64 = 100;
+/// How many seeds are run when nobody says otherwise: a third of a second of processor time each.
+const SEED_COUNT: u64 = 500;
 /// How many of them are run once more.
 const TWICE_COUNT: u64 = 8;
 /// Of what a violation says: all of them must fit into a pipe.
