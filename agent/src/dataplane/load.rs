@@ -1,17 +1,21 @@
 //! From the embedded object to loaded programs on pinned maps.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use aya::maps::{Map, MapError};
 use aya::programs::{Program, ProgramError, ProgramFd};
 use aya::{Ebpf, EbpfError, EbpfLoader};
 use ebpf_maps::LAYOUT_VERSION;
+use nix::sys::signal::{SigSet, SigmaskHow};
 
 use super::DataplaneError;
 use super::hooks::{DEVICE_HOOK, SERVICE_HOOKS};
 use super::pods::POD_HOOKS;
+use super::repair::lock;
 use super::uplinks::UPLINK_HOOKS;
 use crate::paths::Paths;
 
@@ -20,7 +24,7 @@ pub(super) static OBJECT: &[u8] =
     aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gantry.o"));
 
 /// The maps that outlive the agent.
-pub(super) const PINNED_MAPS: [&str; 27] = [
+pub(super) const PINNED_MAPS: [&str; 29] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
@@ -38,11 +42,13 @@ pub(super) const PINNED_MAPS: [&str; 27] = [
     "AFFINITY",
     "COUNTERS",
     "ENDPOINTS",
+    "NEAR",
     "INTERFACES",
     "FLOWS",
     "ZONES",
     "DROPS",
     "POLICY_PODS",
+    "OPEN_PODS",
     "POLICY_PEERS",
     "POLICY_RULES",
     "POLICY_FLOWS",
@@ -93,12 +99,11 @@ pub(super) fn load(paths: &Paths) -> Result<Loaded, DataplaneError> {
     let fresh = !directory.join("FRONTENDS").exists();
     // Refusing with ECONNREFUSED needs a helper that these hooks have since Linux 6.1.
     let mut ebpf = open(&directory, true)?;
-    if let Err(first) = load_services(&mut ebpf) {
+    if let Err(first) = load_hooks(&mut ebpf) {
         ebpf = open(&directory, false)?;
-        load_services(&mut ebpf).map_err(|_| first)?;
+        load_hooks(&mut ebpf).map_err(|_| first)?;
         tracing::info!("connects to a service without backends fail with EPERM on this kernel");
     }
-    load_packets(&mut ebpf)?;
     let device_guard = match load_program(&mut ebpf, DEVICE_HOOK.program) {
         Ok(program) => program.try_clone().map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
@@ -172,17 +177,50 @@ pub(super) fn open(directory: &Path, has_set_retval: bool) -> Result<Ebpf, Datap
     })
 }
 
-/// Loads the programs of all service hooks.
-pub(super) fn load_services(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
-    SERVICE_HOOKS
-        .iter()
-        .try_for_each(|hook| load_program(ebpf, hook.program).map(drop))
+/// The programs of all hooks that see packets.
+pub(super) fn of_packets() -> Vec<&'static str> {
+    let hooks = POD_HOOKS.iter().chain(&UPLINK_HOOKS);
+    hooks.map(|hook| hook.program).collect()
 }
 
-/// Loads the programs of all hooks that see packets.
-pub(super) fn load_packets(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
-    let mut hooks = POD_HOOKS.iter().chain(&UPLINK_HOOKS);
-    hooks.try_for_each(|hook| load_program(ebpf, hook.program).map(drop))
+/// Loads the programs of all hooks, the long ones first.
+pub(super) fn load_hooks(ebpf: &mut Ebpf) -> Result<(), DataplaneError> {
+    let mut names = of_packets();
+    names.extend(SERVICE_HOOKS.iter().map(|hook| hook.program));
+    load_programs(ebpf, &names)
+}
+
+/// Loads programs on as many threads as there are processors: the verifier looks at one program per caller,
+/// and has most of the time of an agent's start. The error is of the first one in `names` that has one.
+pub(super) fn load_programs(ebpf: &mut Ebpf, names: &[&str]) -> Result<(), DataplaneError> {
+    let mut found: BTreeMap<usize, &mut Program> = BTreeMap::new();
+    for (name, program) in ebpf.programs_mut() {
+        let at = names.iter().position(|wanted| *wanted == name);
+        found.extend(at.map(|at| (at, program)));
+    }
+    if let Some(at) = (0..names.len()).find(|at| !found.contains_key(at)) {
+        return Err(missing("program", names[at]));
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let left = Mutex::new(found);
+    let failed = Mutex::new(BTreeMap::new());
+    let work = || {
+        loop {
+            let next = lock(&left).pop_first();
+            let Some((at, program)) = next else { return };
+            if let Err(error) = verify(program) {
+                lock(&failed).insert(at, error);
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads.min(names.len()) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    let first = lock(&failed).pop_first();
+    first.map_or(Ok(()), |(at, error)| Err(refused(names[at], &error)))
 }
 
 pub(super) fn load_program<'a>(
@@ -192,6 +230,23 @@ pub(super) fn load_program<'a>(
     let program = ebpf
         .program_mut(name)
         .ok_or_else(|| missing("program", name))?;
+    verify(program).map_err(|error| refused(name, &error))?;
+    program.fd().map_err(|error| refused(name, &error))
+}
+
+/// Has the kernel verify and take a program. The verifier gives up when its thread has a signal to handle: a
+/// child that ends is enough, and a start has many. So another thread gets them meanwhile.
+fn verify(program: &mut Program) -> Result<(), ProgramError> {
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK);
+    let loaded = take(program);
+    if let Ok(before) = before {
+        // What was just the mask is one.
+        let _ = before.thread_set_mask();
+    }
+    loaded
+}
+
+fn take(program: &mut Program) -> Result<(), ProgramError> {
     let mut load = || match program {
         Program::CgroupSockAddr(program) => program.load(),
         Program::CgroupSock(program) => program.load(),
@@ -207,8 +262,7 @@ pub(super) fn load_program<'a>(
         }
         loaded = load();
     }
-    loaded.map_err(|error| refused(name, &error))?;
-    program.fd().map_err(|error| refused(name, &error))
+    loaded
 }
 
 /// A signal has come while the verifier was at work.

@@ -26,6 +26,7 @@ mod flows;
 mod full;
 mod hooks;
 mod load;
+mod near;
 mod neighbours;
 mod nodes;
 mod pods;

@@ -1,7 +1,7 @@
 //! The packet programs of pods: rows in the maps, then programs on the host end of the pod's veth.
 //!
 //! ```text
-//!  attach   INTERFACES, ENDPOINTS ─► from_pod (ingress), to_pod (egress)
+//!  attach   INTERFACES, ENDPOINTS, NEAR ─► from_pod (ingress), to_pod (egress)
 //!             clsact: filter of priority 1, handle 1, made or replaced
 //!             tcx, where the kernel has no such filters:
 //!                     no pin, or its interface is gone ─► link ─► pin
@@ -27,12 +27,14 @@ use aya::maps::{HashMap, MapData, MapError};
 use aya::programs::ProgramFd;
 use ebpf_maps::endpoint::{
     DIRECT, ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue, LIMITED,
+    NEAR_COUNT, near_place,
 };
 use ebpf_maps::services::Addr;
 
 use super::bandwidth::BandwidthMap;
 use super::clsact::{self, Direction};
 use super::load::{absent_is_fine, failed, program_fd, take_map, unexpected};
+use super::near::NearMap;
 use super::{Bandwidth, DataplaneError, PodInterface, PodPlaces, TrialPod, hooks, sys};
 use crate::ids::PodUid;
 use crate::paths::Paths;
@@ -92,6 +94,7 @@ pub(super) struct PodPrograms {
     programs: Vec<(&'static Hook, ProgramFd)>,
     attachment: Attachment,
     endpoints: HashMap<MapData, Addr, EndpointValue>,
+    near: NearMap,
     interfaces: HashMap<MapData, u32, InterfaceValue>,
     bandwidth: BandwidthMap,
     /// What the maps hold: whose it is.
@@ -100,7 +103,7 @@ pub(super) struct PodPrograms {
 
 #[derive(Default)]
 struct Owners {
-    addresses: BTreeMap<Addr, u64>,
+    addresses: BTreeMap<Addr, EndpointValue>,
     interfaces: BTreeMap<u32, u64>,
 }
 
@@ -122,13 +125,27 @@ impl PodPrograms {
             // interfaces held: 9 ms a program here, at attaching and at the interface's end.
             attachment: Attachment::Clsact,
             endpoints: endpoints.map_err(|error: MapError| unexpected("ENDPOINTS", error))?,
+            near: NearMap::take(ebpf)?,
             interfaces: interfaces.map_err(|error: MapError| unexpected("INTERFACES", error))?,
             bandwidth: BandwidthMap::take(ebpf)?,
             owners: Owners::default(),
         };
         for row in taken.endpoints.iter() {
             let (addr, value) = row.map_err(|error| failed("read ENDPOINTS", &error))?;
-            taken.owners.addresses.insert(addr, value.pod_id);
+            taken.owners.addresses.insert(addr, value);
+        }
+        let mut by_place: BTreeMap<u32, Vec<(Addr, EndpointValue)>> = BTreeMap::new();
+        for (addr, row) in &taken.owners.addresses {
+            by_place
+                .entry(near_place(addr))
+                .or_default()
+                .push((*addr, *row));
+        }
+        for place in 0..NEAR_COUNT {
+            let rows = by_place.get(&place).into_iter().flatten();
+            taken
+                .near
+                .settle(place, rows.map(|(addr, row)| (addr, row)))?;
         }
         for row in taken.interfaces.iter() {
             let (ifindex, value) = row.map_err(|error| failed("read INTERFACES", &error))?;
@@ -141,7 +158,9 @@ impl PodPrograms {
     pub(super) fn places(&self) -> PodPlaces {
         let addresses = self.owners.addresses.iter();
         PodPlaces {
-            addresses: addresses.map(|(addr, id)| (ip_of(addr), *id)).collect(),
+            addresses: addresses
+                .map(|(addr, row)| (ip_of(addr), row.pod_id))
+                .collect(),
             interfaces: self.owners.interfaces.clone(),
         }
     }
@@ -197,9 +216,11 @@ impl PodPrograms {
                 host_mac: pod.host_mac,
                 _pad: [0; 4],
             };
+            self.near.doubt(&addr)?;
             (self.endpoints.insert(addr, value, 0))
                 .map_err(|error| full("ENDPOINTS", ENDPOINT_COUNT_MAX, &error))?;
-            self.owners.addresses.insert(addr, pod_id);
+            self.owners.addresses.insert(addr, value);
+            self.settle(near_place(&addr))?;
         }
         if pod.prepared {
             return Ok(());
@@ -248,7 +269,7 @@ impl PodPrograms {
     ) -> Result<(), DataplaneError> {
         let live: BTreeSet<u64> = live.map(|pod| label64(pod.as_str())).collect();
         let owners = &self.owners;
-        let mut found: BTreeSet<u64> = owners.addresses.values().copied().collect();
+        let mut found: BTreeSet<u64> = owners.addresses.values().map(|row| row.pod_id).collect();
         found.extend(owners.interfaces.values());
         found.extend(self.bandwidth.pods());
         let pins = fs::read_dir(&self.links).into_iter().flatten().flatten();
@@ -276,6 +297,11 @@ impl PodPrograms {
         Ok(())
     }
 
+    /// Programs find again what ENDPOINTS has at this place of NEAR.
+    fn settle(&mut self, place: u32) -> Result<(), DataplaneError> {
+        self.near.settle(place, self.owners.addresses.iter())
+    }
+
     /// Removes the rows of this pod, but for those that it is to keep.
     fn remove_rows(
         &mut self,
@@ -283,17 +309,20 @@ impl PodPrograms {
         keep: impl Fn(&Addr) -> bool,
         interface: Option<u32>,
     ) -> Result<(), DataplaneError> {
-        let owners = &mut self.owners;
-        let of_pod = owners.addresses.iter().filter(|(_, id)| **id == pod_id);
+        let rows = self.owners.addresses.iter();
+        let of_pod = rows.filter(|(_, row)| row.pod_id == pod_id);
         let gone: Vec<Addr> = of_pod
             .map(|(addr, _)| *addr)
             .filter(|addr| !keep(addr))
             .collect();
         for addr in gone {
+            self.near.doubt(&addr)?;
             absent_is_fine(self.endpoints.remove(&addr))
                 .map_err(|error| failed("remove from ENDPOINTS", &error))?;
-            owners.addresses.remove(&addr);
+            self.owners.addresses.remove(&addr);
+            self.settle(near_place(&addr))?;
         }
+        let owners = &mut self.owners;
         let of_pod = owners.interfaces.iter().filter(|(_, id)| **id == pod_id);
         let gone: Vec<u32> = of_pod.map(|(ifindex, _)| *ifindex).collect();
         for ifindex in gone

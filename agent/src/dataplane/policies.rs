@@ -4,21 +4,27 @@
 //!  View ─► pods of this node, with the last known of those that are attached but not in the view
 //!          ─► policy::compile ─► policy::plan ─► POLICY_RULES, POLICY_PEERS, POLICY_PODS
 //! ```
+//! OPEN_PODS has some of the pods that POLICY_PODS says are open, where programs find them without a call: it is
+//! told last of a pod that opens, and first of one that does so no longer.
+//!
 //! Invariants: a pod without a row passes nothing, and only a plan made of a view gives it one; a row
 //! goes when the pod is detached, not when the API forgets the pod. After a failed write the picture is
 //! void, and the next call adopts the maps again before it plans.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::net::IpAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{HashMap, MapData, MapError};
+use aya::maps::{HashMap, Map, MapData, MapError};
 use bytes::Bytes;
 use ebpf_maps::policy::{
-    PEER_PREFIX_COUNT_MAX, PodPolicies, RULE_BITS_ALL, RULE_BITS_PROTO, RULE_COUNT_MAX, RuleKey,
+    OPEN_POD_COUNT, PEER_PREFIX_COUNT_MAX, POLICY_OPEN, PodPolicies, RULE_BITS_ALL,
+    RULE_BITS_PROTO, RULE_COUNT_MAX, RuleKey, open_place,
 };
 use ebpf_maps::services::Addr;
 use gantry_api::k8s_openapi::api::core::v1::Pod;
@@ -28,6 +34,7 @@ use imbl::OrdMap;
 
 use super::DataplaneError;
 use super::load::{absent_is_fine, failed, take_map, unexpected};
+use super::sys::MappedArray;
 use crate::ids::PodUid;
 use crate::policy::plan::{Found, Pair, Rule, Step, Table};
 use crate::policy::prefix::{PortPrefix, Prefix};
@@ -53,6 +60,7 @@ pub(super) struct Policies {
     pods: HashMap<MapData, u64, PodPolicies>,
     peers: LpmTrie<MapData, Addr, u32>,
     rules: LpmTrie<MapData, RuleKey, u8>,
+    open: MappedArray<u64>,
     table: Table,
     local: BTreeMap<u64, LocalPod>,
     attached: BTreeSet<u64>,
@@ -73,6 +81,7 @@ impl Policies {
             pods: pods.map_err(|error: MapError| unexpected("POLICY_PODS", error))?,
             peers: peers.map_err(|error: MapError| unexpected("POLICY_PEERS", error))?,
             rules: rules.map_err(|error: MapError| unexpected("POLICY_RULES", error))?,
+            open: open_pods(ebpf)?,
             table: Table::default(),
             local: BTreeMap::new(),
             attached: BTreeSet::new(),
@@ -174,10 +183,19 @@ impl Policies {
 
     fn adopt(&mut self) -> Result<(), DataplaneError> {
         let mut found = Found::default();
+        let mut open = BTreeMap::new();
         for row in self.pods.iter() {
             let (id, row) = row.map_err(|error| failed("read POLICY_PODS", &error))?;
             let (ingress, egress) = (row.ingress, row.egress);
-            found.endpoints.insert(id, Pair { ingress, egress });
+            let pair = Pair { ingress, egress };
+            if is_open(&pair) {
+                open.insert(open_place(id), id);
+            }
+            found.endpoints.insert(id, pair);
+        }
+        for place in 0..OPEN_POD_COUNT {
+            let id = open.get(&place).copied().unwrap_or(0);
+            self.open.write(place, id).map_err(unmapped)?;
         }
         for row in self.peers.iter() {
             let (key, identity) = row.map_err(|error| failed("read POLICY_PEERS", &error))?;
@@ -203,6 +221,22 @@ impl Policies {
     }
 
     fn perform_one(&mut self, step: &Step) -> Result<(), DataplaneError> {
+        if let Step::SetEndpoint(id, _) | Step::RemoveEndpoint(id) = step {
+            let place = open_place(*id);
+            if self.open.read(place).map_err(unmapped)? == Some(*id) {
+                self.open.write(place, 0).map_err(unmapped)?;
+            }
+        }
+        self.perform_in_maps(step)?;
+        if let Step::SetEndpoint(id, pair) = step
+            && is_open(pair)
+        {
+            self.open.write(open_place(*id), *id).map_err(unmapped)?;
+        }
+        Ok(())
+    }
+
+    fn perform_in_maps(&mut self, step: &Step) -> Result<(), DataplaneError> {
         let peer = |prefix: &Prefix| Key::new(prefix.bits(), prefix.addr());
         match step {
             Step::AddRule(rule) => self.rules.insert(&key_of(rule), 1, 0),
@@ -221,6 +255,21 @@ impl Policies {
         }
         .map_err(|error| failed(&format!("policy maps: {step:?}"), &error))
     }
+}
+
+fn is_open(pair: &Pair) -> bool {
+    pair.ingress == POLICY_OPEN && pair.egress == POLICY_OPEN
+}
+
+fn open_pods(ebpf: &mut Ebpf) -> Result<MappedArray<u64>, DataplaneError> {
+    match take_map(ebpf, "OPEN_PODS")? {
+        Map::Array(data) => MappedArray::map(data.fd().as_fd(), OPEN_POD_COUNT).map_err(unmapped),
+        _ => Err(unexpected("OPEN_PODS", "not an array")),
+    }
+}
+
+fn unmapped(error: io::Error) -> DataplaneError {
+    DataplaneError::kernel("map OPEN_PODS into memory", &error)
 }
 
 /// Who may ask the cluster's DNS may ask the node's resolver: that is where its packets go.

@@ -60,8 +60,8 @@ struct Work {
     targets: Option<BTreeSet<Target>>,
     view: View,
     /// What is programmed beside the view's backends, where everything is looked at: the node's own
-    /// resolver, host ports.
-    programmed: BTreeSet<(IpAddr, u16)>,
+    /// resolver, host ports. Put in order by the thread, if there is anything to compare it with.
+    programmed: Vec<(IpAddr, u16)>,
 }
 
 impl Repair {
@@ -96,14 +96,14 @@ impl Repair {
     /// Ends what points at `targets`, unless `view` has them; does not wait for it.
     pub(super) fn end(&self, targets: BTreeSet<Target>, view: &View) {
         if !targets.is_empty() {
-            self.give(Some(targets), view, BTreeSet::new());
+            self.give(Some(targets), view, Vec::new());
         }
     }
 
     /// Looks at every socket that went through a Service: for what went while no agent ran.
     ///
     /// * `programmed` – where backends are now, those of no Service among them.
-    pub(super) fn look(&self, view: &View, programmed: BTreeSet<(IpAddr, u16)>) {
+    pub(super) fn look(&self, view: &View, programmed: Vec<(IpAddr, u16)>) {
         self.give(None, view, programmed);
     }
 
@@ -121,7 +121,7 @@ impl Repair {
             begins
         };
         if begins {
-            self.give(Some(BTreeSet::new()), view, BTreeSet::new()); // the thread has to look at its clock
+            self.give(Some(BTreeSet::new()), view, Vec::new()); // the thread has to look at its clock
         }
     }
 
@@ -130,12 +130,7 @@ impl Repair {
         self.ended.load(Ordering::Relaxed)
     }
 
-    fn give(
-        &self,
-        targets: Option<BTreeSet<Target>>,
-        view: &View,
-        programmed: BTreeSet<(IpAddr, u16)>,
-    ) {
+    fn give(&self, targets: Option<BTreeSet<Target>>, view: &View, programmed: Vec<(IpAddr, u16)>) {
         let work = Work {
             targets,
             view: view.clone(),
@@ -155,7 +150,7 @@ struct Worker {
     counted: Arc<Mutex<BTreeSet<u32>>>,
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -199,9 +194,20 @@ impl Worker {
         let Some(newest) = all.last() else {
             return Stale::new();
         };
+        let mut stale = Stale::new();
+        let looks = all.iter().any(|work| work.targets.is_none());
+        let connected: Vec<(IpAddr, u16)> = match looks {
+            true => self.connected().map(|(_, place)| place).collect(),
+            false => Vec::new(),
+        };
+        let has_targets = all
+            .iter()
+            .any(|work| work.targets.as_ref().is_some_and(|own| !own.is_empty()));
+        if connected.is_empty() && !has_targets {
+            return stale; // as at a node's first start: of 30,000 Services nothing is put in order
+        }
         let mut there = present(&newest.view);
         there.extend(all.iter().flat_map(|work| &work.programmed));
-        let mut stale = Stale::new();
         let targets = all
             .iter()
             .filter_map(|work| work.targets.as_ref())
@@ -217,12 +223,10 @@ impl Worker {
                 stale.entry(place).or_default().insert(transport);
             }
         }
-        if all.iter().any(|work| work.targets.is_none()) {
-            // Whether a pod has ended or only left its Service is not known any more: see `gone`.
-            for (_, place) in self.connected() {
-                if !there.contains(&place) {
-                    stale.entry(place).or_default().insert(Transport::Udp);
-                }
+        // Whether a pod has ended or only left its Service is not known any more: see `gone`.
+        for place in connected {
+            if !there.contains(&place) {
+                stale.entry(place).or_default().insert(Transport::Udp);
             }
         }
         stale

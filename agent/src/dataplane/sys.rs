@@ -22,6 +22,7 @@ use tokio::io::unix::AsyncFd;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_MAP_UPDATE_BATCH: libc::c_int = 26;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 const BPF_LINK_DETACH: libc::c_int = 34;
@@ -278,6 +279,44 @@ pub(super) fn link_detach(link: BorrowedFd<'_>) -> io::Result<()> {
     unsafe { bpf(BPF_LINK_DETACH, &mut LinkDetachAttr { link_fd: fd(link) }) }.map(drop)
 }
 
+#[repr(C)]
+struct BatchAttr {
+    in_batch: u64,
+    out_batch: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+/// Writes elements of a hash map by one call, in this order; each is replaced whole. Linux 5.6; its source:
+/// `generic_map_update_batch` in kernel/bpf/syscall.c.
+///
+/// # Errors
+/// Some of the first ones may be written.
+pub(super) fn update_batch<K: Pod, V: Pod>(
+    map: BorrowedFd<'_>,
+    keys: &[K],
+    values: &[V],
+) -> io::Result<()> {
+    let count = u32::try_from(keys.len().min(values.len())).map_err(io::Error::other)?;
+    let mut attr = BatchAttr {
+        in_batch: 0,
+        out_batch: 0,
+        keys: keys.as_ptr() as u64,
+        values: values.as_ptr() as u64,
+        count,
+        map_fd: fd(map),
+        elem_flags: 0,
+        flags: 0,
+    };
+    // SAFETY: both slices have at least `count` elements and live through the call, which only reads them;
+    // the caller's types are those of the map.
+    unsafe { bpf(BPF_MAP_UPDATE_BATCH, &mut attr) }.map(drop)
+}
+
 /// Which program and target a link joins.
 pub(super) fn link_info(link: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let mut info = RawLinkInfo::default();
@@ -490,5 +529,6 @@ impl Drop for Window {
 const _: () = {
     assert!(size_of::<ObjectAttr>() == 16);
     assert!(size_of::<InfoAttr>() == 16);
+    assert!(size_of::<BatchAttr>() == 56);
     assert!(size_of::<RawLinkInfo>() == 32);
 };

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{Ordering, fence};
 
 use aya::Ebpf;
@@ -16,9 +16,12 @@ use ebpf_maps::services::{
 
 use super::DataplaneError;
 use super::load::{absent_is_fine, failed, take_map, unexpected};
-use super::sys::MappedArray;
+use super::sys::{self, MappedArray};
 use crate::services::index::SourceRange;
-use crate::services::plan::{BackendId, Found, Step};
+use crate::services::plan::{BackendId, Found, Step, Write, in_batches};
+
+/// Frontends that are written by one system call.
+const SWITCH_COUNT_MAX: usize = 1_024;
 
 /// Words of a `TrafficValue`.
 const TRAFFIC_WORDS: u32 = 2;
@@ -32,6 +35,8 @@ pub(super) fn traffic_words(id: BackendId) -> [u32; 2] {
 /// FRONTENDS, SLOTS, BACKENDS, SOURCE_RANGES and NODE_ADDRESSES.
 pub(super) struct Tables {
     frontends: HashMap<MapData, FrontendKey, FrontendValue>,
+    /// The same map, for calls that the library lacks.
+    pub(super) frontends_fd: OwnedFd,
     slots: MappedArray<u32>,
     backends: MappedArray<BackendValue>,
     source_ranges: LpmTrie<MapData, SourceRangeKey, u32>,
@@ -44,11 +49,19 @@ impl Tables {
     /// Takes the maps out of a loaded object.
     pub(super) fn take(ebpf: &mut Ebpf) -> Result<Self, DataplaneError> {
         let hash = |ebpf: &mut Ebpf, name: &str| take_map(ebpf, name);
-        let frontends = hash(ebpf, "FRONTENDS")?.try_into();
+        let frontends = hash(ebpf, "FRONTENDS")?;
+        let frontends_fd = match &frontends {
+            Map::HashMap(data) => data.fd().as_fd().try_clone_to_owned(),
+            _ => return Err(unexpected("FRONTENDS", "not a hash map")),
+        };
+        let frontends_fd =
+            frontends_fd.map_err(|error| DataplaneError::kernel("map FRONTENDS", &error))?;
+        let frontends = frontends.try_into();
         let source_ranges = hash(ebpf, "SOURCE_RANGES")?.try_into();
         let node_addresses = hash(ebpf, "NODE_ADDRESSES")?.try_into();
         Ok(Self {
             frontends: frontends.map_err(|error: MapError| unexpected("FRONTENDS", error))?,
+            frontends_fd,
             slots: mapped(ebpf, "SLOTS", SLOT_COUNT)?,
             backends: mapped(ebpf, "BACKENDS", BACKEND_COUNT)?,
             source_ranges: source_ranges
@@ -59,12 +72,34 @@ impl Tables {
         })
     }
 
-    /// Performs steps in order.
+    /// Performs steps in the order of [`in_batches`].
     ///
     /// # Errors
     /// The steps before the failed one have been performed, the ones after it have not.
     pub(super) fn perform(&mut self, steps: &[Step]) -> Result<(), DataplaneError> {
-        steps.iter().try_for_each(|step| self.perform_one(step))
+        in_batches(steps, SWITCH_COUNT_MAX, |write| match write {
+            Write::Switches(keys, values) => self.switch(keys, values),
+            Write::One(step) => self.perform_one(step),
+        })
+    }
+
+    fn switch(
+        &mut self,
+        keys: &[FrontendKey],
+        values: &[FrontendValue],
+    ) -> Result<(), DataplaneError> {
+        // Whoever sees a frontend's new value also sees its slots and backends.
+        fence(Ordering::SeqCst);
+        if keys.len() > 1 && sys::update_batch(self.frontends_fd.as_fd(), keys, values).is_ok() {
+            return Ok(());
+        }
+        // A kernel without such calls, or one that stopped at an element: it has written those before, and
+        // to write them again changes nothing. If one cannot be written this says which error it is.
+        for (key, value) in keys.iter().zip(values) {
+            let inserted = self.frontends.insert(key, value, 0);
+            inserted.map_err(|error| failed("write FRONTENDS", &error))?;
+        }
+        Ok(())
     }
 
     /// A second view of TRAFFIC, for another thread.
@@ -130,12 +165,7 @@ impl Tables {
             Step::WriteBackend { id, value } => self.write_backend(*id, *value),
             Step::WriteSlots { base, ids } => self.write_slots(*base, ids),
             Step::RetireBackend { id } => self.retire(*id),
-            Step::SetFrontend { key, value } => {
-                // Whoever sees the frontend's new value also sees its slots and backends.
-                fence(Ordering::SeqCst);
-                let inserted = self.frontends.insert(key, value, 0);
-                return inserted.map_err(|error| failed("write FRONTENDS", &error));
-            }
+            Step::SetFrontend { key, value } => return self.switch(&[*key], &[*value]),
             Step::AddSourceRange { service_id, range } => {
                 let inserted = self
                     .source_ranges

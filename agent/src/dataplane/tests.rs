@@ -9,6 +9,7 @@
 
 mod apart;
 mod bandwidth;
+mod batches;
 mod bed;
 mod direct;
 mod ejection;
@@ -26,6 +27,7 @@ mod passage;
 mod policy;
 mod policy_wires;
 mod programs;
+mod routed;
 mod translation;
 mod wires;
 mod xdp;
@@ -702,7 +704,49 @@ fn programs_load_also_for_kernels_without_set_retval() {
     let Some(bed) = Bed::new() else { return };
     drop(bed.start()); // mounts and makes the directories
     let mut ebpf = load::open(&load::map_directory(&bed.paths), false).unwrap();
-    load::load_services(&mut ebpf).unwrap();
+    load::load_hooks(&mut ebpf).unwrap();
+}
+
+#[test]
+fn of_programs_that_cannot_be_loaded_the_first_is_told() {
+    let Some(bed) = Bed::new() else { return };
+    drop(bed.start());
+    let mut ebpf = load::open(&load::map_directory(&bed.paths), true).unwrap();
+    let error = load::load_programs(&mut ebpf, &["connect4", "nobody", "connect6", "nothing"]);
+    let words = error.unwrap_err().to_string();
+    assert!(
+        words.contains("nobody") && !words.contains("nothing"),
+        "{words}"
+    );
+    load::load_hooks(&mut ebpf).unwrap();
+    // Loaded twice: refused, the first in the order of the names.
+    let words = load::load_hooks(&mut ebpf).unwrap_err().to_string();
+    assert!(words.contains(load::of_packets()[0]), "{words}");
+}
+
+/// What an agent's start waits for. `cargo test --workspace --lib measure_load -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn measure_load() {
+    let Some(bed) = Bed::new() else { return };
+    drop(bed.start());
+    for _ in 0..5 {
+        let mut ebpf = load::open(&load::map_directory(&bed.paths), true).unwrap();
+        let began = Instant::now();
+        load::load_hooks(&mut ebpf).unwrap();
+        let together = began.elapsed();
+        let mut ebpf = load::open(&load::map_directory(&bed.paths), true).unwrap();
+        let mut names = load::of_packets();
+        names.extend(hooks::SERVICE_HOOKS.iter().map(|hook| hook.program));
+        let began = Instant::now();
+        for name in names {
+            load::load_program(&mut ebpf, name).unwrap();
+        }
+        println!(
+            "together {together:?}, one after the other {:?}",
+            began.elapsed()
+        );
+    }
 }
 
 #[test]

@@ -22,7 +22,7 @@ use super::{DataplaneError, sys};
 use crate::paths::Paths;
 
 /// Maps that only the agent writes. Every other one is a trial's own.
-const LIVE_MAPS: [&str; 12] = [
+const LIVE_MAPS: [&str; 14] = [
     "FRONTENDS",
     "SLOTS",
     "BACKENDS",
@@ -30,9 +30,11 @@ const LIVE_MAPS: [&str; 12] = [
     "SOURCE_RANGES",
     "NODE_ADDRESSES",
     "ENDPOINTS",
+    "NEAR",
     "INTERFACES",
     "UPLINKS",
     "POLICY_PODS",
+    "OPEN_PODS",
     "POLICY_PEERS",
     "POLICY_RULES",
 ];

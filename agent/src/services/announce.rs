@@ -82,6 +82,15 @@ impl Announcements {
         }
     }
 
+    /// Looks at every Service again.
+    pub fn update_all(&mut self, services: &Shared, around: &Around<'_>) {
+        self.by_service.clear();
+        // Most have no such address, and are not looked for.
+        let balanced = services.services();
+        let balanced = balanced.filter(|(_, it)| !it.load_balancer_ips.is_empty());
+        self.update(balanced.map(|(name, _)| name), services, around);
+    }
+
     /// All of them.
     pub fn addresses(&self) -> BTreeSet<Addr> {
         let shares = self.by_service.values();
@@ -369,6 +378,26 @@ mod tests {
         assert!(of("a", &local).is_empty());
         let none = view(&["a"], true, &[]);
         assert_eq!(of("a", &none).len(), 40);
+    }
+
+    #[test]
+    fn a_look_at_all_finds_what_a_look_at_each_finds_and_forgets_who_is_gone() {
+        let full = view(&["a", "b"], false, &[]);
+        let mut empty = full.clone();
+        empty.services = Arc::default();
+        let seen = Seen::default();
+        let mut all = looking("a", &full, &seen);
+        let each = (all.addresses(), all.watch());
+        let around = |view| Around {
+            nodes: view,
+            own: "a",
+            seen: &seen,
+        };
+        all.update_all(&Shared::of(&full), &around(&full.nodes));
+        assert_eq!((all.addresses(), all.watch()), each);
+        assert!(!each.1.is_empty(), "the test has something to find");
+        all.update_all(&Shared::of(&empty), &around(&empty.nodes));
+        assert_eq!((all.addresses(), all.watch()), Default::default());
     }
 
     #[test]

@@ -33,7 +33,11 @@ pub struct Target {
 
 /// The targets that Services have lost between `last` and `view`; `names` are the Services that
 /// differ. Those that are [`present`] have not gone: another Service has them.
-pub fn lost(last: &Shared, view: &View, names: &BTreeSet<ServiceName>) -> BTreeSet<Target> {
+pub fn lost<'a>(
+    last: &Shared,
+    view: &View,
+    names: impl Iterator<Item = &'a ServiceName>,
+) -> BTreeSet<Target> {
     let mut gone = BTreeSet::new();
     for name in names {
         let Some(before) = last.backends(name) else {
@@ -138,7 +142,7 @@ mod tests {
     fn gone_between(before: &View, after: &View) -> Vec<(IpAddr, u8)> {
         let last = Shared::of(before);
         let there = present(after);
-        let lost = lost(&last, after, &changed(&last, after));
+        let lost = lost(&last, after, changed(&last, after).iter());
         let gone = lost
             .into_iter()
             .filter(|t| !there.contains(&(t.address, t.port)));

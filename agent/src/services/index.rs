@@ -15,7 +15,7 @@
 //! * `loadBalancerSourceRanges` limits who may use the load balancer IPs from outside;
 //! * the cluster's DNS address is served by each node's own resolver, if it has one.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use ebpf_maps::services::{
@@ -139,48 +139,42 @@ pub fn index(
         };
         let node_port = node_port(port, &mut indexed.faults);
         for v6 in [false, true] {
-            let keys = |addresses: &[Addr], scope: u8| {
+            let keys = |addresses: &[Addr], scope: u8, into: &mut Vec<FrontendKey>| {
                 let own = addresses.iter().filter(|addr| is_v4_mapped(addr) != v6);
-                let key = |addr: &Addr| FrontendKey {
+                into.extend(own.map(|addr| FrontendKey {
                     addr: *addr,
                     port_be: number.to_be(),
                     proto,
                     scope,
-                };
-                own.map(key).collect::<BTreeSet<_>>()
+                }));
             };
-            let inside = keys(&cluster, SCOPE_ADDRESS);
-            let mut nodes_own = keys(&external, SCOPE_ADDRESS);
-            nodes_own.extend(keys(&balancer, SCOPE_ADDRESS));
-            let mut outside = keys(&external, SCOPE_OUTSIDE_ADDRESS);
-            let balanced = keys(&balancer, SCOPE_OUTSIDE_ADDRESS);
-            outside.extend(&balanced);
-            if let Some(number) = node_port.filter(|_| !inside.is_empty()) {
+            // Of all backends, and of this node's.
+            let mut by_policy: [Vec<FrontendKey>; 2] = Default::default();
+            let [inside, outside] =
+                [service.internal_local, service.external_local].map(usize::from);
+            keys(&cluster, SCOPE_ADDRESS, &mut by_policy[inside]);
+            let has_inside = !by_policy[inside].is_empty();
+            keys(&external, SCOPE_ADDRESS, &mut by_policy[0]);
+            keys(&balancer, SCOPE_ADDRESS, &mut by_policy[0]);
+            keys(&external, SCOPE_OUTSIDE_ADDRESS, &mut by_policy[outside]);
+            keys(&balancer, SCOPE_OUTSIDE_ADDRESS, &mut by_policy[outside]);
+            if let Some(number) = node_port.filter(|_| has_inside) {
                 let key = |scope| FrontendKey {
                     addr: if v6 { [0; 4] } else { v4_mapped(0) },
                     port_be: number.to_be(),
                     proto,
                     scope,
                 };
-                nodes_own.insert(key(SCOPE_NODE_PORT));
-                outside.insert(key(SCOPE_OUTSIDE_NODE_PORT));
+                by_policy[0].push(key(SCOPE_NODE_PORT));
+                by_policy[outside].push(key(SCOPE_OUTSIDE_NODE_PORT));
             }
-            let mut by_policy: BTreeMap<bool, BTreeSet<FrontendKey>> = BTreeMap::new();
-            by_policy
-                .entry(service.internal_local)
-                .or_default()
-                .extend(inside);
-            by_policy.entry(false).or_default().extend(nodes_own);
-            by_policy
-                .entry(service.external_local)
-                .or_default()
-                .extend(outside);
-            for (local, frontends) in by_policy {
-                let wanted = frontends.difference(&surroundings.reserved);
-                let frontends: Vec<_> = wanted.copied().collect();
+            for (local, mut frontends) in [false, true].into_iter().zip(by_policy) {
+                frontends.retain(|key| !surroundings.reserved.contains(key));
                 if frontends.is_empty() {
                     continue;
                 }
+                frontends.sort_unstable();
+                frontends.dedup();
                 let name = SetName {
                     port: port.name.clone(),
                     proto,
@@ -195,10 +189,12 @@ pub fn index(
                 let elsewhere = local
                     && chosen.is_empty()
                     && !choose_backends(service, backends, &everywhere, surroundings).is_empty();
-                let restricted = frontends
-                    .iter()
-                    .filter(|key| !service.source_ranges.is_empty() && balanced.contains(key));
-                let restricted: Vec<_> = restricted.copied().collect();
+                let is_restricted = |key: &&FrontendKey| {
+                    !service.source_ranges.is_empty()
+                        && key.scope == SCOPE_OUTSIDE_ADDRESS
+                        && balancer.contains(&key.addr)
+                };
+                let restricted: Vec<_> = frontends.iter().filter(is_restricted).copied().collect();
                 let own = source_ranges
                     .iter()
                     .filter(|range| !restricted.is_empty() && is_v4_mapped(&range.addr) != v6);
@@ -452,9 +448,8 @@ fn choose_backends(
 ) -> Vec<Backend> {
     use proto::backend::State;
 
-    // By address and port: a backend that is listed twice must not get twice its share.
-    let mut serving = BTreeMap::new();
-    let mut draining = BTreeMap::new();
+    let mut serving = Vec::new();
+    let mut draining = Vec::new();
     let close = match name.local {
         true => Close::Anywhere,
         false => Close::of(service, backends, surroundings),
@@ -471,36 +466,43 @@ fn choose_backends(
             State::Draining => &mut draining,
             State::Serving | State::NotReady => continue,
         };
-        for target in targets(backend, name) {
-            into.insert((target.addr, target.port_be), target);
-        }
+        into.extend(targets(backend, name));
     }
-    let chosen = if serving.is_empty() {
+    let mut chosen = if serving.is_empty() {
         draining
     } else {
         serving
     };
-    chosen.into_values().collect()
+    // A backend that is listed twice must not get twice its share: the last one counts.
+    let place = |backend: &Backend| (backend.addr, backend.port_be);
+    chosen.sort_by_key(place);
+    chosen.dedup_by(|later, kept| {
+        let is_same = place(later) == place(kept);
+        if is_same {
+            *kept = *later;
+        }
+        is_same
+    });
+    chosen
 }
 
 /// Where one endpoint answers for a set: usually one address.
-fn targets(backend: &proto::Backend, name: &SetName) -> Vec<Backend> {
+fn targets(backend: &proto::Backend, name: &SetName) -> impl Iterator<Item = Backend> {
     let port = backend
         .ports
         .iter()
         .find(|port| port.name == name.port && port.protocol == u32::from(name.proto));
-    let Some(number) = port
+    // None: this pod has no port of that name.
+    let number = port
         .and_then(|port| u16::try_from(port.port).ok())
-        .filter(|n| *n != 0)
-    else {
-        return Vec::new(); // this pod has no port of that name
-    };
-    backend
+        .filter(|number| *number != 0);
+    let addresses = backend
         .addresses
         .iter()
         .filter_map(|bytes| parse_address(bytes))
-        .filter(|addr| is_v4_mapped(addr) != name.v6)
-        .map(|addr| Backend {
+        .filter(|addr| is_v4_mapped(addr) != name.v6);
+    let made = number.map(|number| {
+        addresses.map(move |addr| Backend {
             addr,
             port_be: number.to_be(),
             proto: name.proto,
@@ -508,7 +510,8 @@ fn targets(backend: &proto::Backend, name: &SetName) -> Vec<Backend> {
             pod_id: label64(&backend.pod_uid),
             on_trial: false,
         })
-        .collect()
+    });
+    made.into_iter().flatten()
 }
 
 #[cfg(test)]

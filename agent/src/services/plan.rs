@@ -31,117 +31,35 @@
 //! fails the picture is void and must be made again with [`Table::adopt`].
 
 mod adopt;
+mod batch;
+mod claims;
+mod look;
+mod number;
 mod place;
 mod source_ranges;
+mod step;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::net::IpAddr;
+use std::hash::BuildHasherDefault;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ebpf_maps::services::{
-    BACKEND_COUNT, BACKEND_ON_TRIAL, BackendValue, FRONTEND_COUNT_MAX, FRONTEND_DIRECT_RETURN,
-    FRONTEND_DROP, FRONTEND_LEAST_CONNECTIONS, FRONTEND_RESTRICTED, FrontendKey, FrontendValue,
-    SCOPE_NODE_PORT, SCOPE_OUTSIDE_NODE_PORT, SLOT_COUNT, SOURCE_RANGE_COUNT_MAX,
+    BACKEND_ON_TRIAL, BackendValue, FRONTEND_DIRECT_RETURN, FRONTEND_DROP,
+    FRONTEND_LEAST_CONNECTIONS, FRONTEND_RESTRICTED, FrontendKey, FrontendValue, SCOPE_NODE_PORT,
+    SCOPE_OUTSIDE_NODE_PORT,
 };
 
 pub use self::adopt::Found;
+pub use self::batch::{Write, in_batches};
+pub use self::step::{BackendId, Limits, Plan, Step};
 use super::arena::Arena;
-use super::ejection::Target;
-use super::index::{Backend, BackendSet, SetName, SourceRange, ip_of};
+use super::index::{Backend, BackendSet, SetName, ip_of};
 use super::maglev;
-use super::shown::Fill;
 use crate::view::ServiceName;
+use number::{ByNumber, NumberHasher};
 use place::Request;
 use source_ranges::SourceRanges;
-
-/// An index into BACKENDS; 0 is none.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct BackendId(pub u32);
-
-/// One write.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Step {
-    /// BACKENDS[id] = value, and TRAFFIC[id] = 0: what an earlier backend of this id had is not its.
-    WriteBackend {
-        /// Referred to by no slot yet.
-        id: BackendId,
-        /// State: in use, or on trial.
-        value: BackendValue,
-    },
-    /// SLOTS[base ..] = ids.
-    WriteSlots {
-        /// The first slot.
-        base: u32,
-        /// At least one.
-        ids: Vec<BackendId>,
-    },
-    /// FRONTENDS[key] = value, replacing what is there.
-    SetFrontend {
-        /// Address, port, protocol, scope.
-        key: FrontendKey,
-        /// Where its backends are.
-        value: FrontendValue,
-    },
-    /// Removes FRONTENDS[key].
-    RemoveFrontend {
-        /// Address, port, protocol, scope.
-        key: FrontendKey,
-    },
-    /// BACKENDS[id].state = retired.
-    RetireBackend {
-        /// In no slot that a frontend refers to.
-        id: BackendId,
-    },
-    /// Adds an element of SOURCE_RANGES.
-    AddSourceRange {
-        /// Whose frontends.
-        service_id: u32,
-        /// Who may use them.
-        range: SourceRange,
-    },
-    /// Removes an element of SOURCE_RANGES.
-    RemoveSourceRange {
-        /// Whose frontends.
-        service_id: u32,
-        /// Who could use them.
-        range: SourceRange,
-    },
-}
-
-/// The difference between programmed and wanted.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Plan {
-    /// To be performed in this order.
-    pub steps: Vec<Step>,
-    /// Services of which a part could not be added, and why.
-    pub stuck: BTreeMap<ServiceName, String>,
-    /// When planning the stuck ones again may succeed, because a quarantine ends.
-    pub retry_at: Option<Duration>,
-}
-
-/// How much fits.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Entries of FRONTENDS.
-    pub frontend_count: u32,
-    /// Slots in the arena.
-    pub slot_count: u32,
-    /// Backends, id 0 included.
-    pub backend_count: u32,
-    /// Entries of SOURCE_RANGES.
-    pub source_range_count: u32,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            frontend_count: FRONTEND_COUNT_MAX,
-            slot_count: SLOT_COUNT,
-            backend_count: BACKEND_COUNT,
-            source_range_count: SOURCE_RANGE_COUNT_MAX,
-        }
-    }
-}
 
 /// A range of slots that frontends refer to.
 #[derive(Debug)]
@@ -159,26 +77,34 @@ struct Known {
     slot_count: u32,
 }
 
+/// What is a Service's.
+#[derive(Debug, Default)]
+struct Own {
+    /// The frontends that it has claimed, each once.
+    keys: Vec<FrontendKey>,
+    /// The ids of its sets.
+    ids: Vec<(SetName, u32)>,
+}
+
 /// What is programmed, and what of the arenas is free.
 #[derive(Debug)]
 pub struct Table {
     limits: Limits,
     frontends: HashMap<FrontendKey, FrontendValue>,
     /// By first slot.
-    ranges: HashMap<u32, Range>,
-    backends: HashMap<BackendId, Known>,
+    ranges: ByNumber<u32, Range>,
+    backends: ByNumber<BackendId, Known>,
     slots: Arena,
     ids: Arena,
     /// Unreferenced since the last plan, not yet in quarantine: the clock starts when the steps
     /// have been performed.
     left_ranges: Vec<(u32, u32)>,
     left_ids: Vec<BackendId>,
-    claims: HashMap<FrontendKey, ServiceName>,
-    keys: HashMap<ServiceName, BTreeSet<FrontendKey>>,
+    claims: HashMap<FrontendKey, Arc<ServiceName>>,
+    services: HashMap<Arc<ServiceName>, Own>,
     /// Programmed, but claimed by nobody: removed by the next plan.
     unclaimed: BTreeSet<FrontendKey>,
-    service_ids: HashMap<(ServiceName, SetName), u32>,
-    service_ids_in_use: HashSet<u32>,
+    service_ids_in_use: HashSet<u32, BuildHasherDefault<NumberHasher>>,
     next_service_id: u32,
     /// By service id; no empty ones.
     source_ranges: BTreeMap<u32, SourceRanges>,
@@ -198,6 +124,7 @@ impl Table {
         now: Duration,
     ) -> Plan {
         let mut plan = Plan::default();
+        self.reserve(wanted);
         for (name, sets) in wanted {
             self.let_go(name, sets);
         }
@@ -213,7 +140,7 @@ impl Table {
         for (name, sets) in wanted {
             for set in sets {
                 let frontends = set.frontends.iter();
-                let own = frontends.filter(|key| self.claims.get(key) == Some(name));
+                let own = frontends.filter(|key| self.owner(key) == Some(name));
                 let own: Vec<FrontendKey> = own.copied().collect();
                 if !own.is_empty() {
                     self.plan_set(name, set, &own, &Moment { generation, now }, &mut plan);
@@ -231,133 +158,6 @@ impl Table {
         }
         for id in std::mem::take(&mut self.left_ids) {
             self.ids.free(id.0, 1, now);
-        }
-    }
-
-    /// Frontends programmed now.
-    pub fn frontend_count(&self) -> usize {
-        self.frontends.len()
-    }
-
-    /// Backends that some frontend refers to now.
-    pub fn backend_count(&self) -> usize {
-        self.backends.len()
-    }
-
-    /// Where the backends are that some frontend refers to: of Services, of host ports, the node's own.
-    pub fn places(&self) -> impl Iterator<Item = (IpAddr, u16)> {
-        let backends = self.backends.values().map(|known| known.backend);
-        backends.map(|backend| (ip_of(&backend.addr), u16::from_be(backend.port_be)))
-    }
-
-    /// How full the maps are. What is in quarantine counts as free: after a restart that is all that
-    /// is not in use, and an apply that needs it waits for it.
-    pub fn fill(&self) -> Vec<Fill> {
-        let of = |map, used: u32, limit: u32| Fill { map, used, limit };
-        let Limits {
-            frontend_count,
-            slot_count,
-            backend_count,
-            source_range_count,
-        } = self.limits;
-        let ranges = self.source_ranges.values().map(|own| own.ranges.len());
-        let ranges = u32::try_from(ranges.sum::<usize>()).unwrap_or(u32::MAX);
-        let frontends = u32::try_from(self.frontends.len()).unwrap_or(u32::MAX);
-        let slots = slot_count.saturating_sub(self.slots.unused_count());
-        let backends = backend_count.saturating_sub(self.ids.unused_count());
-        vec![
-            of("FRONTENDS", frontends, frontend_count),
-            of("SLOTS", slots, slot_count),
-            of("BACKENDS", backends, backend_count),
-            of("SOURCE_RANGES", ranges, source_range_count),
-        ]
-    }
-
-    /// Who owns a frontend.
-    pub fn owner(&self, key: &FrontendKey) -> Option<&ServiceName> {
-        self.claims.get(key)
-    }
-
-    /// Backends of frontends whose connections are counted.
-    pub fn counted(&self) -> BTreeSet<u32> {
-        let counted = |value: &&FrontendValue| value.flags & FRONTEND_LEAST_CONNECTIONS != 0;
-        let values = self.frontends.values().filter(counted);
-        let ranges = values.filter_map(|value| self.ranges.get(&value.base));
-        ranges
-            .flat_map(|range| range.ids.iter().map(|id| id.0))
-            .collect()
-    }
-
-    /// The ids of the backends that listen there, and whose they are.
-    ///
-    /// A look at every backend: for those few that do not answer.
-    pub fn at(&self, targets: &BTreeSet<Target>) -> BTreeMap<Target, Vec<BackendId>> {
-        let mut found: BTreeMap<Target, Vec<BackendId>> = BTreeMap::new();
-        for (id, known) in &self.backends {
-            if let Some(target) = Target::of(&known.backend)
-                && targets.contains(&target)
-            {
-                found.entry(target).or_default().push(*id);
-            }
-        }
-        found
-    }
-
-    /// The Services whose ranges hold one of these ids.
-    pub fn owners_of(&self, ids: &[BackendId]) -> BTreeSet<ServiceName> {
-        let holds = |range: &&Range| range.ids.iter().any(|id| ids.contains(id));
-        let held: HashSet<u32> = self
-            .ranges
-            .values()
-            .filter(holds)
-            .map(|r| r.service_id)
-            .collect();
-        let names = self.service_ids.iter().filter(|(_, id)| held.contains(id));
-        names.map(|((name, _), _)| name.clone()).collect()
-    }
-
-    /// Gives up the frontends and names that a Service does not want any more.
-    fn let_go(&mut self, name: &ServiceName, sets: &[BackendSet]) {
-        let wanted: BTreeSet<_> = sets.iter().flat_map(|set| set.frontends.iter()).collect();
-        if let Some(keys) = self.keys.get_mut(name) {
-            keys.retain(|key| {
-                let keep = wanted.contains(key);
-                if !keep {
-                    self.claims.remove(key);
-                    self.unclaimed.insert(*key);
-                }
-                keep
-            });
-            if keys.is_empty() {
-                self.keys.remove(name);
-            }
-        }
-        if sets.is_empty() {
-            self.service_ids.retain(|(service, _), id| {
-                let keep = service != name;
-                if !keep {
-                    self.service_ids_in_use.remove(id);
-                }
-                keep
-            });
-        }
-    }
-
-    fn claim(&mut self, name: &ServiceName, sets: &[BackendSet], plan: &mut Plan) {
-        for key in sets.iter().flat_map(|set| &set.frontends) {
-            match self.claims.get(key) {
-                Some(owner) if owner == name => {}
-                Some(owner) => {
-                    let (namespace, other) = (&owner.namespace, &owner.name);
-                    let reason = format!("{} belongs to {namespace}/{other}", describe(key));
-                    plan.stuck.insert(name.clone(), reason);
-                }
-                None => {
-                    self.claims.insert(*key, name.clone());
-                    self.keys.entry(name.clone()).or_default().insert(*key);
-                    self.unclaimed.remove(key);
-                }
-            }
         }
     }
 
@@ -457,27 +257,6 @@ impl Table {
         if let Some(old) = old {
             self.unrefer(&old, plan);
         }
-    }
-
-    /// The id of a set: the one it has, else the one its frontends were found with, else a new one.
-    fn service_id(&mut self, name: &ServiceName, set: &BackendSet, keys: &[FrontendKey]) -> u32 {
-        let full_name = (name.clone(), set.name.clone());
-        if let Some(id) = self.service_ids.get(&full_name) {
-            return *id;
-        }
-        let found = keys
-            .iter()
-            .filter_map(|key| self.frontends.get(key))
-            .map(|value| value.service_id)
-            .find(|id| *id != 0 && !self.service_ids_in_use.contains(id));
-        let id = found.unwrap_or_else(|| {
-            let id = self.next_service_id;
-            self.next_service_id = id.wrapping_add(1).max(1);
-            id
-        });
-        self.service_ids.insert(full_name, id);
-        self.service_ids_in_use.insert(id);
-        id
     }
 
     /// One frontend has left this value's range.

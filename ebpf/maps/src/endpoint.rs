@@ -3,7 +3,11 @@
 //! ```text
 //!  agent (dataplane::pods) ──► ENDPOINTS[address] = {pod, host end of its veth, hardware addresses}
 //!                         └──► INTERFACES[ifindex] = {pod, hardware addresses}
+//!        (dataplane::near) ──► NEAR[place of the address] = {address, its row of ENDPOINTS, whole}
 //! ```
+//! NEAR says again what ENDPOINTS says, as an array, where a program looks without a call. A place has room
+//! for one address; where it is not said to be whole, ENDPOINTS is asked as well. So a map of zeros is right.
+//!
 //! Written by the agent only: both rows before the programs are attached to the interface, and gone
 //! before the address may be given to another pod. An interface without a row belongs to no pod,
 //! and nothing passes it.
@@ -11,11 +15,15 @@
 use core::mem::{offset_of, size_of};
 
 use crate::plain_old_data;
+use crate::services::Addr;
 
 /// Entries of `ENDPOINTS`: a pod has one per address.
 pub const ENDPOINT_COUNT_MAX: u32 = 8_192;
 /// Entries of `INTERFACES`.
 pub const INTERFACE_COUNT_MAX: u32 = 4_096;
+
+/// Entries of `NEAR`. 128 KiB, which the agent maps.
+pub const NEAR_COUNT: u32 = 2_048;
 
 /// `EndpointValue::flags`: packets from other pods of this node may be put into the pod at once.
 /// Not where something else on the host end must see them (a third party's shaper).
@@ -45,6 +53,31 @@ pub struct EndpointValue {
     pub _pad: [u8; 4],
 }
 
+/// Value of `NEAR`, whose key is [`near_place`] of the address.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct NearValue {
+    /// The address that is here.
+    pub addr: Addr,
+    /// Its row of `ENDPOINTS`; its interface is 0 where no address is here.
+    pub value: EndpointValue,
+    /// 1: no other row of `ENDPOINTS` has its place here.
+    pub is_whole: u32,
+    /// Always 0.
+    pub _pad: [u32; 3],
+}
+
+/// The place of an address in `NEAR`. Addresses that differ in their last byte alone have places of their own.
+#[inline(always)]
+pub const fn near_place(addr: &Addr) -> u32 {
+    let sum = addr[0]
+        .wrapping_mul(0x9e37_79b1)
+        .wrapping_add(addr[1].wrapping_mul(0x85eb_ca77))
+        .wrapping_add(addr[2].wrapping_mul(0xc2b2_ae3d))
+        .wrapping_add(addr[3].wrapping_mul(0x27d4_eb2f));
+    sum >> (u32::BITS - NEAR_COUNT.trailing_zeros())
+}
+
 /// Value of `INTERFACES`, whose key is the index of the host end of a pod's veth.
 #[repr(C)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
@@ -66,10 +99,16 @@ const _: () = {
     assert!(offset_of!(EndpointValue, host_mac) == 22);
     assert!(offset_of!(EndpointValue, _pad) == 28);
 
+    assert!(NEAR_COUNT.is_power_of_two());
+    assert!(size_of::<NearValue>() == 64);
+    assert!(offset_of!(NearValue, value) == 16);
+    assert!(offset_of!(NearValue, is_whole) == 48);
+    assert!(offset_of!(NearValue, _pad) == 52);
+
     assert!(size_of::<InterfaceValue>() == 24);
     assert!(offset_of!(InterfaceValue, pod_mac) == 8);
     assert!(offset_of!(InterfaceValue, host_mac) == 14);
     assert!(offset_of!(InterfaceValue, flags) == 20);
 };
 
-plain_old_data!(EndpointValue, InterfaceValue);
+plain_old_data!(EndpointValue, NearValue, InterfaceValue);

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  POLICY_PODS[pod's id]           = {ingress, egress}      OPEN: allowed; none: nothing is
+//!  OPEN_PODS[place of the id]      = pod's id               it is OPEN both ways: POLICY_PODS says so too
 //!  POLICY_FLOWS[pod, peer, ports]  = last use               present: allowed, either way
 //!  POLICY_PEERS[peer's address]    = identity               longest prefix; none: 0
 //!  POLICY_RULES[policy, identity, protocol, port]           longest prefix; present: allowed
@@ -17,6 +18,9 @@ use crate::services::Addr;
 
 /// Entries of `POLICY_PODS`: the pods of this node.
 pub const POLICY_POD_COUNT_MAX: u32 = 4_096;
+/// Entries of `OPEN_PODS`, in which a program looks without a call. One place may be that of many pods, of which
+/// one is there.
+pub const OPEN_POD_COUNT: u32 = 4_096;
 /// Entries of `POLICY_PEERS`. The agent plans for half: during a change old and new are there.
 pub const PEER_PREFIX_COUNT_MAX: u32 = 131_072;
 /// Entries of `POLICY_RULES`. The agent plans for an eighth: during a change old, new and those of
@@ -29,6 +33,12 @@ pub const POLICY_OPEN: u32 = 0;
 pub const POLICY_CLOSED: u32 = 1;
 /// The first number of a policy with rules.
 pub const POLICY_FIRST: u32 = 2;
+
+/// The place of a pod in `OPEN_PODS`.
+#[inline(always)]
+pub const fn open_place(pod_id: u64) -> u32 {
+    pod_id as u32 & (OPEN_POD_COUNT - 1)
+}
 
 /// Value of `POLICY_PODS`, whose key is the pod's id (`InterfaceValue::pod_id`).
 ///
@@ -105,6 +115,7 @@ pub const RULE_BITS_PROTO: u32 = 80;
 pub const RULE_BITS_PORT: u32 = 96;
 
 const _: () = {
+    assert!(OPEN_POD_COUNT.is_power_of_two());
     assert!(size_of::<PodPolicies>() == 16);
     assert!(offset_of!(PodPolicies, ingress) == 8);
     assert!(offset_of!(PodPolicies, egress) == 12);

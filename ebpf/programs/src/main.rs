@@ -14,6 +14,12 @@
 //! processes; a Service costs once per connection and nothing per packet. The packet hooks attach
 //! to the host end of each pod's veth.
 //!
+//! Functions that are called where many things may have happened before, in loops above all, are exported
+//! (`no_mangle`): the verifier walks such a one by itself, once, with arguments of which it knows the type and
+//! nothing else, and takes each call for a step. All others it walks anew at each call, with whatever is known
+//! there. Their arguments are numbers, the context, and pointers to structures of a known size; their answer is
+//! a number. What they get by a pointer is no map's element any more: see `maps::work_of`.
+//!
 //! Invariants: no program writes FRONTENDS, SLOTS, BACKENDS, ENDPOINTS or INTERFACES; none can
 //! reach a panic (a program that can is refused by the verifier); what is no frontend passes the
 //! service hooks untouched; a packet is never dropped without a reason that is counted.
@@ -23,6 +29,7 @@
 
 mod announce;
 mod bandwidth;
+mod checksum;
 mod conntrack;
 mod device;
 mod direct;
@@ -42,6 +49,7 @@ mod service;
 mod socket;
 mod spoof;
 mod translate;
+mod way;
 mod work;
 mod xdp;
 

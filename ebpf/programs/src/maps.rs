@@ -10,23 +10,27 @@ use ebpf_maps::bandwidth::{BANDWIDTH_COUNT_MAX, BandwidthKey, BandwidthValue};
 use ebpf_maps::counter::COUNTER_COUNT;
 use ebpf_maps::device::{DEVICE_EXEMPT_COUNT_MAX, DEVICE_RULE_COUNT_MAX, DeviceRuleKey};
 use ebpf_maps::drop::DROP_COUNT;
-use ebpf_maps::endpoint::{ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue};
+use ebpf_maps::endpoint::{
+    ENDPOINT_COUNT_MAX, EndpointValue, INTERFACE_COUNT_MAX, InterfaceValue, NEAR_COUNT, NearValue,
+    near_place,
+};
 use ebpf_maps::event::{BUDGET_COUNT, Budget, EVENTS_BYTES, SEEN_COUNT_MAX};
 use ebpf_maps::flow::{FLOW_COUNT_MAX, FlowKey, FlowValue, ZONE_COUNT};
 use ebpf_maps::policy::{
-    self, PEER_PREFIX_COUNT_MAX, POLICY_POD_COUNT_MAX, PodPolicies, RULE_COUNT_MAX, RuleKey,
+    self, OPEN_POD_COUNT, PEER_PREFIX_COUNT_MAX, POLICY_POD_COUNT_MAX, PodPolicies, RULE_COUNT_MAX,
+    RuleKey,
 };
 use ebpf_maps::services::{
     AFFINITY_COUNT_MAX, Addr, AffinityKey, AffinityValue, BACKEND_COUNT, BackendValue,
     FAILURE_COUNT_MAX, FRONTEND_COUNT_MAX, FailureKey, FailureValue, FrontendKey, FrontendValue,
-    NODE_ADDRESS_COUNT_MAX, PEER_COUNT_MAX, PeerValue, REVERSE_COUNT_MAX, ReverseKey, ReverseValue, SLOT_COUNT, SLOTS_PER_ELEMENT,
-    TrafficValue,
-    SOURCE_RANGE_COUNT_MAX, SourceRangeKey,
+    NODE_ADDRESS_COUNT_MAX, PEER_COUNT_MAX, PeerValue, REVERSE_COUNT_MAX, ReverseKey, ReverseValue,
+    SLOT_COUNT, SLOTS_PER_ELEMENT, SOURCE_RANGE_COUNT_MAX, SourceRangeKey, TrafficValue,
 };
 use ebpf_maps::uplink::{
     ANNOUNCED_COUNT_MAX, MASQUERADE_COUNT_MAX, SWITCH_COUNT, UPLINK_COUNT_MAX, UplinkValue,
 };
 
+use crate::way::{WAY_COUNT, Way};
 use crate::work::Work;
 
 /// What clients address. Written by the agent only, one element at a time.
@@ -89,6 +93,30 @@ pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_CO
 pub static ENDPOINTS: HashMap<Addr, EndpointValue> =
     HashMap::with_max_entries(ENDPOINT_COUNT_MAX, BPF_F_NO_PREALLOC);
 
+/// The same again, where they are found without a call. Written by the agent only, through its mapping.
+#[map]
+pub static NEAR: Array<NearValue> = Array::with_max_entries(NEAR_COUNT, BPF_F_MMAPABLE);
+
+/// The pod of this node that has this address.
+#[inline(always)]
+pub fn endpoint(addr: &Addr) -> Option<&'static EndpointValue> {
+    let near = NEAR.get(near_place(addr))?;
+    let is_here = near.value.ifindex != 0
+        && near.addr[3] == addr[3]
+        && near.addr[2] == addr[2]
+        && near.addr[1] == addr[1]
+        && near.addr[0] == addr[0];
+    if is_here {
+        return Some(&near.value);
+    }
+    if near.is_whole != 0 {
+        return None;
+    }
+    // SAFETY: the element stays mapped while the program runs; if it is reused meanwhile, the packet
+    // goes to the pod that has taken the place, which drops what is not addressed to it.
+    ENDPOINTS.get_ptr(addr).map(|value| unsafe { &*value })
+}
+
 /// The pods of this node by the host ends of their veths. Written by the agent only.
 #[map]
 pub static INTERFACES: HashMap<u32, InterfaceValue> =
@@ -135,6 +163,10 @@ pub static FLOWS: LruHashMap<FlowKey, FlowValue> = LruHashMap::with_max_entries(
 #[map]
 static WORK: PerCpuArray<Work> = PerCpuArray::with_max_entries(1, 0);
 
+/// See [`Way`].
+#[map]
+pub static WAYS: PerCpuArray<Way> = PerCpuArray::with_max_entries(WAY_COUNT, 0);
+
 /// This CPU's place to work. None cannot happen, but the verifier wants it looked at.
 #[inline(always)]
 pub fn work() -> Option<&'static mut Work> {
@@ -147,6 +179,20 @@ pub fn work() -> Option<&'static mut Work> {
 #[inline(always)]
 pub fn work_in_use() -> Option<*mut Work> {
     WORK.get_ptr_mut(0)
+}
+
+/// The same for a function that is verified by itself: the place that its caller has passed to it. Linux 6.1
+/// takes no key of a map from what is behind an argument of such a function.
+#[inline(always)]
+pub fn work_of(held: *mut Work) -> Option<&'static mut Work> {
+    let mut work = held;
+    let own = WORK.get_ptr_mut(0)?;
+    // SAFETY: both are this CPU's own element. Seen as made from the argument, because the caller's reference
+    // to it is unique: what is written by it would not be there, and what is written here not seen.
+    unsafe {
+        asm!("{} = {}", inout(reg) work, in(reg) own);
+        Some(&mut *work)
+    }
 }
 
 /// Until when somebody watches, nanoseconds of the monotonic clock; 0: nobody. Written by the agent only.
@@ -173,10 +219,14 @@ pub static ZONES: Array<u32> = Array::with_max_entries(ZONE_COUNT, 0);
 #[map]
 pub static DROPS: PerCpuArray<u64> = PerCpuArray::with_max_entries(DROP_COUNT, 0);
 
-/// What is allowed to each pod and from it. This and the next two are written by the agent only.
+/// What is allowed to each pod and from it. This and the next three are written by the agent only.
 #[map]
 pub static POLICY_PODS: HashMap<u64, PodPolicies> =
     HashMap::with_max_entries(POLICY_POD_COUNT_MAX, BPF_F_NO_PREALLOC);
+
+/// Pods that POLICY_PODS says are open both ways. Written by the agent only, through its mapping.
+#[map]
+pub static OPEN_PODS: Array<u64> = Array::with_max_entries(OPEN_POD_COUNT, BPF_F_MMAPABLE);
 
 /// The identity of a peer, by its address; the longest prefix counts.
 #[map]

@@ -146,7 +146,7 @@ pub fn remember_fragments(ctx: &TcContext, work: &mut Work) {
     work.key.ends.source_port_be = source_port_be;
     work.key.ends.destination_port_be = destination_port_be;
     conntrack::set_ends(&mut work.answer.ends, &work.becomes, false);
-    work.answer.used = conntrack::ticks();
+    work.answer.used = conntrack::ticks(work);
     work.answer.backend_id = 0;
     work.answer.service_id = 0;
     work.answer.flags = work.flow.flags & DIRECT_RETURN;

@@ -31,8 +31,8 @@ use aya_ebpf::programs::TcContext;
 use ebpf_maps::endpoint::Mac;
 use ebpf_maps::flow::{DIRECT_RETURN, Ends, FlowValue, IS_REPLY, ZONE_OUTSIDE};
 use ebpf_maps::services::{
-    AFFINITY_ADDRESS, Addr, FRONTEND_DIRECT_RETURN, FRONTEND_DROP, FRONTEND_RESTRICTED, FRONTEND_TABLE,
-    FrontendKey, FrontendValue, RENDEZVOUS_COUNT_MAX, SCOPE_OUTSIDE_ADDRESS,
+    AFFINITY_ADDRESS, Addr, FRONTEND_DIRECT_RETURN, FRONTEND_DROP, FRONTEND_RESTRICTED,
+    FRONTEND_TABLE, FrontendKey, FrontendValue, RENDEZVOUS_COUNT_MAX, SCOPE_OUTSIDE_ADDRESS,
     SCOPE_OUTSIDE_NODE_PORT, SOURCE_RANGE_BITS, SourceRangeKey, flow_hash, mix, v4_mapped, weight,
 };
 use ebpf_maps::uplink::NODE_OWN;
@@ -357,7 +357,11 @@ fn choose_from(frontend: &Frontend, packet: &Packet) -> u32 {
     }
     let [a, b, c, d] = packet.source;
     // An IPv4 address is its own number.
-    let high = if packet.is_v6 { mix(a ^ mix(b ^ mix(c))) } else { 0 };
+    let high = if packet.is_v6 {
+        mix(a ^ mix(b ^ mix(c)))
+    } else {
+        0
+    };
     let client = (u64::from(high) << 32) | u64::from(d);
     // Without a memory of the client all of its flows still agree, and so do the nodes.
     let flow = mix(high ^ d);
@@ -388,13 +392,26 @@ pub fn hash_of(packet: &Packet) -> u32 {
 /// The backend of a flow: by the table, else the heaviest of the list; 0: a slot is broken.
 #[inline(always)]
 fn of_flow(frontend: &Frontend, flow: u32) -> u32 {
-    let Frontend {
-        base,
-        count,
-        service_id,
-        ..
-    } = *frontend;
-    if frontend.flags & FRONTEND_TABLE != 0 || count > RENDEZVOUS_COUNT_MAX {
+    let is_table = frontend.flags & FRONTEND_TABLE != 0;
+    backend_of_flow(
+        frontend.base,
+        frontend.count,
+        frontend.service_id,
+        u32::from(is_table),
+        flow,
+    )
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn backend_of_flow(
+    base: u32,
+    count: u32,
+    service_id: u32,
+    is_table: u32,
+    flow: u32,
+) -> u32 {
+    if is_table != 0 || count > RENDEZVOUS_COUNT_MAX {
         // Neighbours in a table are mostly of different backends.
         let mut step = 0;
         let mut on_trial = 0;
@@ -429,8 +446,10 @@ fn of_flow(frontend: &Frontend, flow: u32) -> u32 {
 /// The weight of the backend in a slot in the upper half, its id in the lower; 0: it belongs to another
 /// Service by now. One that is on trial and takes no more has no weight: it is for those who find nobody
 /// else.
+// Verified by itself, see `main`: it is called for every slot.
+#[unsafe(no_mangle)]
 #[inline(never)]
-fn weighed(slot: u32, service_id: u32, flow: u32) -> u64 {
+extern "C" fn weighed(slot: u32, service_id: u32, flow: u32) -> u64 {
     match backend_at(slot, service_id) {
         Some((id, backend)) if takes_more(id, backend) => {
             (u64::from(weight(flow, backend.hash) | 1) << 32) | u64::from(id)

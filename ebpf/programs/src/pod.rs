@@ -23,11 +23,10 @@ use ebpf_maps::bandwidth::{INTO_POD, OUT_OF_POD};
 use ebpf_maps::drop;
 use ebpf_maps::endpoint::{DIRECT, EndpointValue, LIMITED, Mac};
 use ebpf_maps::flow::ZONE_SERVICE;
-use ebpf_maps::services::Addr;
 
 use crate::drop::drop;
-use crate::maps::{ENDPOINTS, INTERFACES, work};
-use crate::packet::{Frame, parse, read};
+use crate::maps::{INTERFACES, endpoint, work};
+use crate::packet::{Frame, parse, read, same_mac};
 use crate::translate::Outcome;
 use crate::work::Work;
 use crate::{bandwidth, conntrack, failing, policy, reject, spoof, translate};
@@ -42,10 +41,10 @@ pub fn sent(ctx: &TcContext) -> i32 {
         return drop(drop::MALFORMED);
     };
     let frame = parse(ctx, &mut work.packet);
-    let pod_id = match spoof::check(ctx, frame, &work.packet, &mut work.pod_flags) {
-        Ok(pod_id) => pod_id,
-        Err(reason) => return drop(reason),
-    };
+    if let Err(reason) = spoof::check(ctx, frame, work) {
+        return drop(reason);
+    }
+    let pod_id = work.pod_id;
     if frame != Frame::Ip {
         return TC_ACT_UNSPEC; // ARP
     }
@@ -153,7 +152,7 @@ fn refuse(ctx: &TcContext, work: &Work, own: u32) -> i32 {
 #[inline(always)]
 fn put_into(ctx: &TcContext, to: &EndpointValue) -> i32 {
     // Addressed to the gateway until a Service was translated, or by a routed wiring.
-    if read::<Mac>(ctx, 0).is_none_or(|mac| !equal(&mac, &to.pod_mac))
+    if read::<Mac>(ctx, 0).is_none_or(|mac| !same_mac(&mac, &to.pod_mac))
         && ctx.store(0, &[to.pod_mac, to.host_mac], 0).is_err()
     {
         return drop(drop::MALFORMED);
@@ -170,20 +169,7 @@ fn redirect(ctx: &TcContext, ifindex: u32) -> i32 {
 }
 
 #[inline(always)]
-fn endpoint(addr: &Addr) -> Option<&'static EndpointValue> {
-    // SAFETY: the element stays mapped while the program runs; if it is reused meanwhile, the packet
-    // goes to the pod that has taken the place, which drops what is not addressed to it.
-    ENDPOINTS.get_ptr(addr).map(|value| unsafe { &*value })
-}
-
-#[inline(always)]
 fn ifindex(ctx: &TcContext) -> u32 {
     // SAFETY: the kernel passes a valid context.
     unsafe { (*ctx.skb.skb).ifindex }
-}
-
-/// Equality without a call to memcmp.
-#[inline(always)]
-fn equal(a: &Mac, b: &Mac) -> bool {
-    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4] && a[5] == b[5]
 }

@@ -2,7 +2,7 @@
 //! past them ask here.
 //!
 //! ```text
-//!  neither direction of the pod is isolated ─► allowed                           (1 lookup)
+//!  neither direction of the pod is isolated ─► allowed                           (no call, or 1 lookup)
 //!  part of what was allowed before: a connection, its ICMP errors,
 //!    the other fragments of a packet        ─► allowed, either way               (1 more)
 //!  from the node itself to its pod          ─► allowed, and remembered           (probes)
@@ -20,17 +20,18 @@
 
 use core::ptr::{addr_of, read_volatile};
 
+use aya_ebpf::bindings::__sk_buff;
 use aya_ebpf::helpers::bpf_ktime_get_coarse_ns;
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
 use ebpf_maps::flow::Ends;
 use ebpf_maps::policy::{
     FLOW, FLOW_TIMEOUT_S, FRAGMENTS_IN, FRAGMENTS_OUT, FRAGMENTS_TIMEOUT_S, FlowKey, POLICY_CLOSED,
-    POLICY_OPEN, PodPolicies, RULE_BITS_PORT, RULE_BITS_PROTO, RuleKey,
+    POLICY_OPEN, PodPolicies, RULE_BITS_PORT, RULE_BITS_PROTO, RuleKey, open_place,
 };
 use ebpf_maps::services::{Addr, v4_mapped};
 
-use crate::maps::{POLICY_FLOWS, POLICY_PEERS, POLICY_PODS, POLICY_RULES};
+use crate::maps::{OPEN_PODS, POLICY_FLOWS, POLICY_PEERS, POLICY_PODS, POLICY_RULES};
 use crate::packet::{
     self, ICMP, ICMP_V6, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, TCP, UDP, V4_LENGTH, V6_LENGTH,
 };
@@ -68,9 +69,41 @@ pub fn allows_ingress(ctx: &TcContext, packet: &Packet, pod_id: u64) -> bool {
     allows(ctx, packet, pod_id, false)
 }
 
-// Called and not inlined: both directions of both hooks have one copy, with a stack of its own.
-#[inline(never)]
+#[inline(always)]
 fn allows(ctx: &TcContext, packet: &Packet, pod_id: u64, outgoing: bool) -> bool {
+    // Of what an open pod sends and is sent, only what opens a connection is of interest.
+    if !opens(packet) && OPEN_PODS.get(open_place(pod_id)) == Some(&pod_id) {
+        return true;
+    }
+    let packet = core::ptr::from_ref(packet);
+    judge_packet(ctx.skb.skb, packet, pod_id, outgoing) != 0
+}
+
+/// A connection begins with it.
+#[inline(always)]
+fn opens(packet: &Packet) -> bool {
+    packet.proto == TCP && packet.kind & (SYN | ACK) == SYN
+}
+
+// Called and not inlined: both directions of both hooks have one copy, with a stack of its own; and verified by
+// itself, see `main`.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn judge_packet(
+    ctx: *mut __sk_buff,
+    packet: *const Packet,
+    pod_id: u64,
+    outgoing: bool,
+) -> u32 {
+    // SAFETY: null, or the caller's reference.
+    match unsafe { packet.as_ref() } {
+        Some(packet) => u32::from(judges(&TcContext::new(ctx), packet, pod_id, outgoing)),
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn judges(ctx: &TcContext, packet: &Packet, pod_id: u64, outgoing: bool) -> bool {
     let Some((ingress, egress)) = policies_of(pod_id) else {
         return false;
     };
@@ -97,7 +130,7 @@ fn allows(ctx: &TcContext, packet: &Packet, pod_id: u64, outgoing: bool) -> bool
         _pad: 0,
     };
     let has_l4 = packet.flags & NO_L4 == 0;
-    let opens = packet.proto == TCP && has_l4 && packet.kind & (SYN | ACK) == SYN;
+    let opens = has_l4 && opens(packet);
     if ingress == POLICY_OPEN && egress == POLICY_OPEN {
         if opens {
             remember(&flow);

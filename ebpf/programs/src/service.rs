@@ -295,6 +295,41 @@ fn backend_from(frontend: &Frontend, index: u32) -> Option<(u32, &'static Backen
 /// A random backend of the frontend, or the one with fewer connections of two.
 #[inline(always)]
 pub fn choose_any(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
+    let Frontend {
+        base,
+        count,
+        service_id,
+        flags,
+        ..
+    } = *frontend;
+    let id = any_backend(base, count, service_id, flags);
+    if id == 0 {
+        return None;
+    }
+    let backend = BACKENDS.get(id)?;
+    (backend.service_id == service_id).then_some((id, backend))
+}
+
+/// The id of that, or 0.
+// Verified by itself, see `main`: three times it is tried.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn any_backend(base: u32, count: u32, service_id: u32, flags: u32) -> u32 {
+    let frontend = Frontend {
+        base,
+        count,
+        service_id,
+        affinity_s: 0,
+        flags,
+    };
+    match any_of(&frontend) {
+        Some((id, _)) => id,
+        None => 0,
+    }
+}
+
+#[inline(always)]
+fn any_of(frontend: &Frontend) -> Option<(u32, &'static BackendValue)> {
     // SAFETY: takes nothing, returns a number.
     let random = unsafe { bpf_get_prandom_u32() };
     // checked_rem: the verifier must see that no division by zero can panic.

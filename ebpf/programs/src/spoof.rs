@@ -2,7 +2,7 @@
 //! entries.
 //!
 //! ```text
-//!  source is an address of this very pod, from its hardware address ─► passes     (one lookup)
+//!  source is an address of this very pod, from its hardware address ─► passes     (no call)
 //!  else: link-local or no source ─► neighbour and multicast discovery for itself  ─► passes
 //!        no source               ─► a DHCP client's broadcast                     ─► passes
 //!        ARP                     ─► for its own address                           ─► passes
@@ -19,8 +19,10 @@ use ebpf_maps::drop;
 use ebpf_maps::endpoint::{InterfaceValue, Mac};
 use ebpf_maps::services::{Addr, v4_mapped};
 
-use crate::maps::{ENDPOINTS, INTERFACES};
+use crate::drop::{packed, unpacked};
+use crate::maps::{ENDPOINTS, INTERFACES, endpoint};
 use crate::packet::{self, Frame, ICMP_V6, IP_OFFSET, NO_L4, Packet, UDP};
+use crate::work::Work;
 
 /// ICMPv6 types: RFC 4861, 2710, 3810.
 const LISTENER_REPORT: u8 = 131;
@@ -55,21 +57,36 @@ struct Arp {
     target: [u8; 4],
 }
 
-/// The id of the pod that sent this frame, or why it must not have sent it.
-///
-/// * `flags` – becomes the pod's.
+/// Whose frame this is: `work.pod_id` and `work.pod_flags`; or why it must not have been sent.
 #[inline(always)]
-pub fn check(
-    ctx: &TcContext,
-    frame: Frame,
-    packet: &Packet,
-    flags: &mut u32,
-) -> Result<u64, u32> {
-    // SAFETY: the kernel passes a valid context.
-    let ifindex = unsafe { (*ctx.skb.skb).ifindex };
+pub fn check(ctx: &TcContext, frame: Frame, work: &mut Work) -> Result<(), u32> {
+    if frame == Frame::Ip
+        && work.packet.proto != ICMP_V6
+        && let Some(own) = endpoint(&work.packet.source)
+        && own.ifindex == ifindex(ctx)
+        && let Some(mac) = packet::source_mac(ctx)
+        && packet::same_mac(&mac, &own.pod_mac)
+    {
+        work.pod_id = own.pod_id;
+        work.pod_flags = own.flags;
+        return Ok(());
+    }
+    unpacked(check_any(ctx, frame, work))
+}
+
+/// What is not the usual packet of a pod.
+#[inline(never)]
+fn check_any(ctx: &TcContext, frame: Frame, work: &mut Work) -> u32 {
+    packed(check_here(ctx, frame, work))
+}
+
+#[inline(always)]
+fn check_here(ctx: &TcContext, frame: Frame, work: &mut Work) -> Result<(), u32> {
+    let ifindex = ifindex(ctx);
     let Some(mac) = packet::source_mac(ctx) else {
         return Err(drop::MALFORMED);
     };
+    let packet = &work.packet;
     if frame == Frame::Ip
         && let Some(own) = ENDPOINTS.get_ptr(&packet.source)
     {
@@ -77,11 +94,12 @@ pub fn check(
         let (at, pod_id, own_mac) = unsafe { ((*own).ifindex, (*own).pod_id, (*own).pod_mac) };
         if at == ifindex && equal(&mac, &own_mac) {
             // SAFETY: as above.
-            *flags = unsafe { (*own).flags };
+            work.pod_flags = unsafe { (*own).flags };
+            work.pod_id = pod_id;
             if packet.proto == ICMP_V6 && packet.is_v6 {
                 discovery(ctx, packet, ifindex, &mac, false)?;
             }
-            return Ok(pod_id);
+            return Ok(());
         }
     }
     let Some(interface) = INTERFACES.get_ptr(&ifindex) else {
@@ -92,19 +110,19 @@ pub fn check(
         pod_id, pod_mac, ..
     } = unsafe { *interface };
     // Before it has an address it says little.
-    *flags = 0;
+    work.pod_flags = 0;
+    work.pod_id = pod_id;
     if !equal(&mac, &pod_mac) {
         return Err(drop::SOURCE_MAC);
     }
     match frame {
-        Frame::Ip if packet.is_v6 => without_address_v6(ctx, packet, ifindex, &pod_mac)?,
-        Frame::Ip if asks_for_lease(packet) => {}
-        Frame::Ip => return Err(drop::SOURCE_ADDRESS),
-        Frame::Arp => arp(ctx, ifindex, &pod_mac)?,
-        Frame::Other => return Err(drop::LINK_PROTOCOL),
-        Frame::Malformed => return Err(drop::MALFORMED),
+        Frame::Ip if packet.is_v6 => without_address_v6(ctx, packet, ifindex, &pod_mac),
+        Frame::Ip if asks_for_lease(packet) => Ok(()),
+        Frame::Ip => Err(drop::SOURCE_ADDRESS),
+        Frame::Arp => arp(ctx, ifindex, &pod_mac),
+        Frame::Other => Err(drop::LINK_PROTOCOL),
+        Frame::Malformed => Err(drop::MALFORMED),
     }
-    Ok(pod_id)
 }
 
 /// From the link-local or the unspecified address only discovery comes.
@@ -213,6 +231,12 @@ fn link_local(mac: &Mac) -> Addr {
         u32::from_ne_bytes([mac[0] ^ 2, mac[1], mac[2], 0xff]),
         u32::from_ne_bytes([0xfe, mac[3], mac[4], mac[5]]),
     ]
+}
+
+#[inline(always)]
+fn ifindex(ctx: &TcContext) -> u32 {
+    // SAFETY: the kernel passes a valid context.
+    unsafe { (*ctx.skb.skb).ifindex }
 }
 
 /// Equality without a call to memcmp.

@@ -58,8 +58,30 @@ impl Outcome {
 }
 
 /// A packet that a pod sends to something that is no pod of this node.
-#[inline(never)]
+#[inline(always)]
 pub fn sent(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Outcome {
+    // A flow that goes on is what most packets are of; inlined, because calls are what costs.
+    if work.packet.flags & (NO_L4 | IS_FRAGMENT) == 0
+        && matches!(work.packet.proto, TCP | UDP)
+        && conntrack::is_used(ZONE_SERVICE)
+        && conntrack::find(work, ZONE_SERVICE)
+        && stands(&work.flow, &work.packet)
+    {
+        conntrack::set_ends(&mut work.becomes, &work.flow.ends, false);
+        if work.flow.backend_id != 0 {
+            event::note_translated(work);
+        }
+        return match nat::rewrite_here(ctx, work) {
+            Ok(()) => Outcome::TRANSLATED,
+            Err(reason) => Outcome(reason),
+        };
+    }
+    sent_anew(ctx, work, pod_id)
+}
+
+/// The same of no flow that goes on.
+#[inline(never)]
+fn sent_anew(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Outcome {
     match sent_here(ctx, work, pod_id) {
         Ok(outcome) => outcome,
         Err(reason) => Outcome(reason),
@@ -79,21 +101,17 @@ fn sent_here(ctx: &TcContext, work: &mut Work, pod_id: u64) -> Result<Outcome, u
     if !matches!(work.packet.proto, TCP | UDP) {
         return Ok(Outcome::UNTOUCHED);
     }
-    if is_used && conntrack::find(work, ZONE_SERVICE) && stands(&work.flow, &work.packet) {
-        work.becomes = work.flow.ends;
-    } else {
-        match choose(&work.packet, pod_id)? {
-            Choice::NoFrontend if is_used && begins(&work.packet) && goes_apart(work) => {}
-            Choice::NoFrontend => return Ok(Outcome::UNTOUCHED),
-            Choice::NoBackend => return Ok(Outcome::REFUSED),
-            Choice::Backend(id, backend) => {
-                work.flow.backend_id = id;
-                work.flow.service_id = backend.service_id;
-                set_backend(work, pod_id, backend);
-            }
+    match choose(&work.packet, pod_id)? {
+        Choice::NoFrontend if is_used && begins(&work.packet) && goes_apart(work) => {}
+        Choice::NoFrontend => return Ok(Outcome::UNTOUCHED),
+        Choice::NoBackend => return Ok(Outcome::REFUSED),
+        Choice::Backend(id, backend) => {
+            work.flow.backend_id = id;
+            work.flow.service_id = backend.service_id;
+            set_backend(work, pod_id, backend);
         }
-        begin(work)?;
     }
+    begin(work)?;
     if work.flow.backend_id != 0 {
         event::note_translated(work);
     }

@@ -14,8 +14,9 @@ use crate::packet::Packet;
 pub struct Work {
     /// The packet: `packet::parse`, kept true by `nat`.
     pub packet: Packet,
-    /// The flags of the pod that sent it, as `EndpointValue` has them: `spoof::check`.
+    /// The flags of the pod that sent it, as `EndpointValue` has them, and its id: `spoof::check`.
     pub pod_flags: u32,
+    pub pod_id: u64,
     /// What it is to become: the input of `nat::rewrite` and `conntrack::begin`.
     pub becomes: Ends,
     /// The flags of its frontend, and its backend's Service: `outside::choose`.
@@ -28,6 +29,9 @@ pub struct Work {
     pub key: FlowKey,
     pub twin: FlowKey,
     pub answer: FlowValue,
+    /// The clock as `conntrack` has read it last, and when that was.
+    pub clock_jiffies: u64,
+    pub clock_ticks: u32,
     /// `event`'s own.
     pub notes: Notes,
 }

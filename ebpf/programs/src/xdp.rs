@@ -16,12 +16,12 @@
 //! Limits: a packet whose sum is not complete yet (made on this machine: of a veth, of a virtual machine)
 //! is left to the kernel, which alone knows that. It looks like one with the sum of its pseudo header. A
 //! neighbour's hardware address is used as it is known; the kernel asks again when something else is sent
-//! there.
+//! there. Of a route or a neighbour that changes it hears some milliseconds late: see `way`.
 
 use core::mem::size_of;
 
 use aya_ebpf::bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX};
-use aya_ebpf::bindings::{bpf_fib_lookup as FibLookup, xdp_md};
+use aya_ebpf::bindings::xdp_md;
 use aya_ebpf::helpers::bpf_redirect;
 use aya_ebpf::programs::XdpContext;
 use ebpf_maps::counter;
@@ -31,16 +31,16 @@ use ebpf_maps::flow::{DIRECT_RETURN, Ends, IS_REPLY, ZONE_OUTSIDE};
 use ebpf_maps::services::Addr;
 use ebpf_maps::uplink::XDP_OFF;
 
+use crate::checksum::{difference, folded, mended};
 use crate::maps::{UPLINKS, count, work};
 use crate::outside::{
-    FIB_SUCCESS, Hook, NO_BACKEND, NO_BACKEND_HERE, NO_FRONTEND, NOT_ADMITTED, is_to, same,
-    same_mac,
+    Hook, NO_BACKEND, NO_BACKEND_HERE, NO_FRONTEND, NOT_ADMITTED, is_to, same, same_mac,
 };
 use crate::packet::{
     ACK, Frame, IP_OFFSET, Packet, SYN, TCP, UDP, V4_LENGTH, V6_LENGTH, parse, read,
 };
 use crate::work::Work;
-use crate::{conntrack, direct, event, failing, outside};
+use crate::{conntrack, event, failing, outside, way};
 
 /// Where the layer above IP begins: of packets without options.
 const V4_L4: usize = IP_OFFSET + V4_LENGTH;
@@ -48,7 +48,6 @@ const V6_L4: usize = IP_OFFSET + V6_LENGTH;
 /// From there to the checksum.
 const TCP_SUM: usize = 16;
 const UDP_SUM: usize = 6;
-const NO_MAC: Mac = [0; 6];
 
 /// The hardware addresses of a frame.
 #[repr(C)]
@@ -147,29 +146,20 @@ fn send(ctx: &XdpContext, work: &mut Work) -> Option<u32> {
         false => u16::from_be(read(ctx, IP_OFFSET + 2)?),
         true => u16::from_be(read::<u16>(ctx, IP_OFFSET + 4)?).checked_add(V6_LENGTH as u16)?,
     };
-    // SAFETY: made of integers, for which zero is a value.
-    let mut way: FibLookup = unsafe { core::mem::zeroed() };
-    if hook.look_up(packet.is_v6, becomes, length, &mut way) != FIB_SUCCESS {
+    let way = way::of(hook, packet.is_v6, becomes)?;
+    if length > way.length_max {
         return None;
-    }
-    if same_mac(&way.dmac, &NO_MAC) {
-        return None; // asked for, and has not answered yet
     }
     let is_back = way.ifindex == hook.ifindex;
     if is_back {
         // The hardware address that it leaves from is the one that it has to have come to.
-        if !same_mac(&read(ctx, 0)?, &way.smac) {
+        if !same_mac(&read(ctx, 0)?, &way.from) {
             return None;
         }
     } else if !is_to(ctx, hook.ifindex) || !takes_frames(way.ifindex) {
         return None;
     }
-    if is_direct
-        && same(
-            &direct::next_hop(&way, packet.is_v6, becomes),
-            &becomes.destination,
-        )
-    {
+    if is_direct && way.is_neighbour != 0 {
         return None;
     }
     let done = match (packet.is_v6, is_direct) {
@@ -182,8 +172,8 @@ fn send(ctx: &XdpContext, work: &mut Work) -> Option<u32> {
     let ethernet = place::<Ethernet>(ctx, 0)?;
     // SAFETY: within the packet, as just checked.
     unsafe {
-        (*ethernet).to = way.dmac;
-        (*ethernet).from = way.smac;
+        (*ethernet).to = way.to;
+        (*ethernet).from = way.from;
     }
     failing::heard(packet);
     count(counter::XDP_SENT);
@@ -340,26 +330,4 @@ fn rewrite_l4<const AT: usize>(
     // SAFETY: as above.
     unsafe { *ports = [becomes.source_port_be, becomes.destination_port_be] }
     Some(())
-}
-
-/// What a sum changes by, where one word becomes another.
-#[inline(always)]
-fn difference(from: u32, to: u32) -> u64 {
-    u64::from(!from) + u64::from(to)
-}
-
-/// A checksum after such a change of what it covers (RFC 1624).
-#[inline(always)]
-fn mended(sum: u16, change: u64) -> u16 {
-    !folded(u64::from(!sum) + change)
-}
-
-/// The ones' complement sum of all 16-bit words of this one.
-#[inline(always)]
-fn folded(sum: u64) -> u16 {
-    let sum = (sum & 0xffff_ffff) + (sum >> 32);
-    let sum = (sum & 0xffff) + ((sum >> 16) & 0xffff) + (sum >> 32);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    let sum = (sum & 0xffff) + (sum >> 16);
-    sum as u16
 }

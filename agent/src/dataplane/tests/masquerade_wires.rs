@@ -25,6 +25,10 @@ fn masquerading(attachment: Option<Attachment>, with_pods: bool) -> Option<Outsi
     } else {
         Wires::new()?
     };
+    masquerading_around(wires, attachment)
+}
+
+fn masquerading_around(wires: Wires, attachment: Option<Attachment>) -> Option<Outside> {
     let mut outside = Outside::around(wires, attachment)?;
     let mut nodes = outside.wires.hash::<Addr, u32>("NODE_ADDRESSES");
     for address in OTHER {
@@ -92,9 +96,12 @@ fn is_echoed(pod: &Namespace, address: SocketAddr) -> bool {
 }
 
 fn pods_reach_the_outside(attachment: Option<Attachment>, with_pods: bool) {
-    let Some(mut outside) = masquerading(attachment, with_pods) else {
-        return;
-    };
+    if let Some(outside) = masquerading(attachment, with_pods) {
+        reach_the_outside(outside);
+    }
+}
+
+fn reach_the_outside(mut outside: Outside) {
     for family in [0, 1] {
         let server = at(CLIENT[family], 8080);
         let seen = seen_by(&outside, &outside.client, server);
@@ -134,6 +141,14 @@ fn pods_reach_the_outside_from_the_nodes_address_by_links() {
 #[test]
 fn pods_reach_the_outside_from_the_nodes_address_by_filters() {
     pods_reach_the_outside(Some(Attachment::Clsact), true);
+}
+
+#[test]
+fn pods_without_a_bridge_reach_the_outside_too() {
+    let wires = Wires::routed();
+    if let Some(outside) = wires.and_then(|wires| masquerading_around(wires, None)) {
+        reach_the_outside(outside);
+    }
 }
 
 #[test]

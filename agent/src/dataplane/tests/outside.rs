@@ -194,9 +194,13 @@ impl Outside {
 }
 
 fn backends_everywhere(attachment: Attachment) {
-    let Some(outside) = Outside::new(Some(attachment)) else {
-        return;
-    };
+    if let Some(outside) = Outside::new(Some(attachment)) {
+        reaches_everywhere(&outside);
+    }
+}
+
+/// Backends on this node, in its own network and on another one, by every kind of frontend.
+pub(super) fn reaches_everywhere(outside: &Outside) {
     for family in [0, 1] {
         let client = at(CLIENT[family], 0).ip();
         // A pod of the node sees the client's own address.

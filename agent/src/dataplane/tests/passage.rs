@@ -13,9 +13,9 @@ use super::wires::{
 
 /// Frontends of each family, and the node's own address for its pods.
 const FRONTENDS: [&str; 2] = ["10.96.0.1", "fd00:96::1"];
-const NODE: [&str; 2] = ["10.244.0.1", "fd00:244::1"];
+pub(super) const NODE: [&str; 2] = ["10.244.0.1", "fd00:244::1"];
 
-fn serve(wires: &Wires, family: usize, backend: &str, port: u16) {
+pub(super) fn serve(wires: &Wires, family: usize, backend: &str, port: u16) {
     let (frontend, backend) = (at(FRONTENDS[family], 80), at(backend, port));
     for proto in [TCP, UDP] {
         // Both ids differ by protocol: a backend is of one.
@@ -25,7 +25,7 @@ fn serve(wires: &Wires, family: usize, backend: &str, port: u16) {
 }
 
 /// A client in pod 0 reaches `backend` by the frontend and is answered by it.
-fn reaches(
+pub(super) fn reaches(
     wires: &Wires,
     family: usize,
     server: &super::wires::Namespace,
@@ -80,12 +80,15 @@ fn a_service_reaches_another_pod_also_by_the_bridge() {
 
 #[test]
 fn a_pod_reaches_itself_by_its_own_service() {
-    let Some(wires) = Wires::attached() else {
-        return;
-    };
+    if let Some(wires) = Wires::attached() {
+        reaches_itself(&wires);
+    }
+}
+
+pub(super) fn reaches_itself(wires: &Wires) {
     for family in [0, 1] {
         let own = [V4, V6][family][0];
-        serve(&wires, family, own, 8080);
+        serve(wires, family, own, 8080);
         let (frontend, pod) = (at(FRONTENDS[family], 80), &wires.pods[0]);
         let listener = pod.run(|| TcpListener::bind(at(own, 8080))).unwrap();
         let socket = pod.run(|| UdpSocket::bind(at(own, 8080))).unwrap();

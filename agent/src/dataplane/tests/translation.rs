@@ -345,6 +345,11 @@ fn a_flow_is_forgotten_when_its_state_allows() {
     assert!(!lives(&mut node, TCP, SYN | ACK), "nobody answered the SYN");
     send(&mut node, TCP, SYN);
     assert!(lives(&mut node, TCP, SYN | ACK));
+    node.age_flows(u32::MAX);
+    assert!(
+        lives(&mut node, TCP, ACK),
+        "last seen by a CPU whose clock is a tick ahead"
+    );
     node.age_flows(TCP_ESTABLISHED_TICKS - 2);
     send(&mut node, TCP, ACK);
     node.age_flows(TCP_OPENING_TICKS + 2);
@@ -440,8 +445,7 @@ fn measure_packets() {
     let Some(mut node) = node() else { return };
     let to = |address: &str| frame(POD, OTHER, &tcp("10.244.0.2:4000", address, ACK, &[0; 64]));
     let measure = |node: &mut Programs, what: &str, program, frame: &[u8]| {
-        let times = (0..7).map(|_| node.time(program, frame));
-        eprintln!("{what}: {} ns", times.min().unwrap());
+        eprintln!("{what}: {} ns", node.time(program, frame));
     };
     measure(
         &mut node,

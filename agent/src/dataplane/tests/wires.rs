@@ -131,6 +131,16 @@ impl Wires {
         Some(wires)
     }
 
+    /// As [`Wires::attached`], where the pods are no ports of the bridge: the node has a route to each.
+    pub(super) fn routed() -> Option<Self> {
+        let mut wires = Self::new()?;
+        for pod in [0, 1] {
+            unbridge(&wires.node, &wires.pods[pod], pod);
+        }
+        wires.attach();
+        Some(wires)
+    }
+
     /// Puts both pods into the packet path.
     pub(super) fn attach(&mut self) {
         for pod in [0, 1] {
@@ -252,6 +262,43 @@ fn wire(node: &Namespace, namespace: &Namespace, pod: usize) {
     });
 }
 
+/// As `gantry_cni::bridge::routed` has it.
+fn unbridge(node: &Namespace, namespace: &Namespace, pod: usize) {
+    let last = pod + 2;
+    let (mac, host_mac) = (
+        format!("0a:58:0a:f4:00:0{last}"),
+        format!("0e:00:00:00:00:0{last}"),
+    );
+    let families = [
+        (V4[pod], "24", "32", GATEWAY),
+        (V6[pod], "64", "128", "fd00:244::1"),
+    ];
+    node.run(|| ip(&format!("link set gvpod{pod} nomaster")));
+    for (address, of_bridge, alone, gateway) in families {
+        namespace.run(|| {
+            ip(&format!("addr del {address}/{of_bridge} dev eth0"));
+            let nodad = if alone == "128" { " nodad" } else { "" };
+            ip(&format!("addr add {address}/{alone} dev eth0{nodad}"));
+            ip(&format!(
+                "neigh replace {gateway} lladdr {host_mac} dev eth0"
+            ));
+            let family = if alone == "128" { "-6 " } else { "" };
+            ip(&format!(
+                "{family}route replace default via {gateway} dev eth0 onlink"
+            ));
+        });
+        node.run(|| {
+            ip(&format!(
+                "neigh replace {address} lladdr {mac} dev gvpod{pod}"
+            ));
+            let family = if alone == "128" { "-6 " } else { "" };
+            ip(&format!(
+                "{family}route add {address}/{alone} dev gvpod{pod} src {gateway}"
+            ));
+        });
+    }
+}
+
 /// A TCP server in one namespace, a client in another: what each sees as its peer.
 pub(super) fn tcp_between(
     from: &Namespace,
@@ -351,7 +398,7 @@ pub(super) fn received(
 }
 
 /// Both pods reach each other and the node, by both protocols and families.
-fn everything_passes(wires: &Wires) {
+pub(super) fn everything_passes(wires: &Wires) {
     let [a, b] = &wires.pods;
     for (port, addresses) in [(8080, V4), (8081, V6)] {
         for (from, to, server, client) in [(a, b, 1, 0), (b, a, 0, 1)] {

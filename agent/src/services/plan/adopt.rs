@@ -11,7 +11,7 @@ use ebpf_maps::services::{
     BACKEND_IN_USE, BACKEND_ON_TRIAL, BackendValue, FRONTEND_TABLE, FrontendKey, FrontendValue,
 };
 
-use super::{BackendId, Known, Limits, Range, SourceRanges, Table, backend_of};
+use super::{BackendId, ByNumber, Known, Limits, Range, SourceRanges, Table, backend_of};
 use crate::services::arena::Arena;
 use crate::services::index::SourceRange;
 
@@ -34,8 +34,8 @@ impl Table {
     ///   let go of them a moment ago. Zero with new maps.
     pub fn adopt(found: Found, limits: Limits, release_at: Duration) -> Self {
         let mut frontends = HashMap::new();
-        let mut ranges: HashMap<u32, Range> = HashMap::new();
-        let mut backends: HashMap<BackendId, Known> = HashMap::new();
+        let mut ranges: ByNumber<u32, Range> = ByNumber::default();
+        let mut backends: ByNumber<BackendId, Known> = ByNumber::default();
         let mut used_slots = BTreeMap::new();
         let mut used_ids = BTreeMap::new();
         let mut next_service_id = 1;
@@ -117,9 +117,8 @@ impl Table {
             left_ranges: Vec::new(),
             left_ids: Vec::new(),
             claims: HashMap::new(),
-            keys: HashMap::new(),
-            service_ids: HashMap::new(),
-            service_ids_in_use: HashSet::new(),
+            services: HashMap::new(),
+            service_ids_in_use: HashSet::default(),
             next_service_id,
             source_ranges,
         }

@@ -106,8 +106,9 @@ impl Table {
             count,
             flags: if as_table { FRONTEND_TABLE } else { 0 },
         };
-        for base in self.present_ranges(request.all, service_id) {
-            if let Some(range) = self.ranges.get(&base)
+        let present = self.present_ranges(request.all, service_id);
+        for base in &present {
+            if let Some(range) = self.ranges.get(base)
                 && range.is_table == as_table
                 && range.ids.len() == slots.len()
                 && range
@@ -116,11 +117,10 @@ impl Table {
                     .zip(&slots)
                     .all(|(id, index)| self.is(*id, &backends[*index]))
             {
-                return Ok(placed(base));
+                return Ok(placed(*base));
             }
         }
-        let known: HashMap<Backend, BackendId> = self
-            .present_ranges(request.all, service_id)
+        let known: HashMap<Backend, BackendId> = present
             .iter()
             .filter_map(|base| self.ranges.get(base))
             .flat_map(|range| &range.ids)
@@ -131,13 +131,19 @@ impl Table {
             .allocate(count, moment.now)
             .map_err(|full| Full::of("SLOTS", self.limits.slot_count, full))?;
         let mut own = Vec::with_capacity(backends.len());
-        let mut fresh = Vec::new();
+        let mut fresh = Vec::with_capacity(backends.len() - known.len().min(backends.len()));
+        // In a row as long as there is one: one search for all.
+        let missing = backends.iter().filter(|it| !known.contains_key(it)).count();
+        let row = u32::try_from(missing).ok().filter(|missing| *missing > 1);
+        let row = row.and_then(|len| Some((self.ids.allocate(len, moment.now).ok()?, len)));
+        let mut row = row.map_or(0..0, |(first, len)| first..first + len);
         for backend in backends {
             if let Some(id) = known.get(backend) {
                 own.push(*id);
                 continue;
             }
-            match self.ids.allocate(1, moment.now) {
+            let in_row = row.next();
+            match in_row.map_or_else(|| self.ids.allocate(1, moment.now), Ok) {
                 Ok(id) => {
                     own.push(BackendId(id));
                     fresh.push((BackendId(id), *backend));

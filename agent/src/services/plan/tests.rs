@@ -5,6 +5,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::services::arena::QUARANTINE;
+use crate::services::index::SourceRange;
 
 type Wanted = BTreeMap<ServiceName, Vec<BackendSet>>;
 
@@ -120,6 +121,7 @@ impl Maps {
                 assert!(self.frontends.remove(key).is_some(), "removed twice");
             }
             Step::RetireBackend { id } => {
+                assert!(!self.is_held(*id), "retired while it is used");
                 self.backends.get_mut(id).unwrap().state = BACKEND_RETIRED;
             }
             Step::AddSourceRange { service_id, range } => {
@@ -138,11 +140,9 @@ impl Maps {
     }
 
     fn is_held(&self, id: BackendId) -> bool {
-        let mut ranges = self
-            .frontends
-            .values()
-            .flat_map(|v| v.base..v.base + v.count);
-        ranges.any(|slot| self.slots[&slot] == id)
+        let ranges = self.frontends.values().map(|v| v.base..v.base + v.count);
+        let mut slots = ranges.flat_map(|range| self.slots.range(range));
+        slots.any(|(_, held)| *held == id)
     }
 
     /// What a program gets that holds this value: every slot, resolved as the program would.
@@ -484,6 +484,8 @@ enum Change {
     Apply {
         services: Vec<(usize, Option<Drawn>)>,
         after_ms: u64,
+        /// The agent dies when it has written so many steps, and another one goes on.
+        dies_after: Option<usize>,
     },
     RestartAgent,
 }
@@ -506,8 +508,14 @@ fn changes() -> impl Strategy<Value = Vec<Change>> {
         )
     });
     let services = prop::collection::vec((0usize..5, prop::option::weighted(0.8, sets)), 1..4);
-    let apply = (services, 0u64..1500)
-        .prop_map(|(services, after_ms)| Change::Apply { services, after_ms });
+    let dies_after = prop::option::weighted(0.2, 0usize..12);
+    let apply = (services, 0u64..1500, dies_after).prop_map(|(services, after_ms, dies_after)| {
+        Change::Apply {
+            services,
+            after_ms,
+            dies_after,
+        }
+    });
     prop::collection::vec(
         prop_oneof![9 => apply, 1 => Just(Change::RestartAgent)],
         1..40,
@@ -523,7 +531,26 @@ struct Model {
 /// What programs may still hold: the value, when it was read last and what it resolved to then.
 type Readers = HashMap<FrontendValue, (Duration, BTreeSet<Backend>)>;
 
-/// Plans and performs step by step, looking at every frontend after each.
+/// The steps in the order in which they are written; of switches that are written at once, each is one.
+fn as_written(steps: &[Step], most: usize) -> Vec<Step> {
+    let mut written = Vec::new();
+    let all: Result<(), ()> = in_batches(steps, most, |write| {
+        match write {
+            Write::Switches(keys, values) => {
+                assert!(!keys.is_empty() && keys.len() <= most && keys.len() == values.len());
+                let switches = keys.iter().copied().zip(values.iter().copied());
+                written.extend(switches.map(|(key, value)| Step::SetFrontend { key, value }));
+            }
+            Write::One(step) => written.push(step.clone()),
+        }
+        Ok(())
+    });
+    all.unwrap();
+    assert_eq!(written.len(), steps.len());
+    written
+}
+
+/// Plans and performs so many steps one by one, looking at every frontend after each. No plan: there were more.
 fn perform(
     table: &mut Table,
     maps: &mut Maps,
@@ -531,12 +558,15 @@ fn perform(
     changed: &Wanted,
     generation: u64,
     now: &mut Duration,
-) -> Result<Plan, TestCaseError> {
+    step_count_max: usize,
+) -> Result<Option<Plan>, TestCaseError> {
     let before = maps.clone();
     let plan = table.plan(changed, generation, *now);
     let mut after = maps.clone();
     plan.steps.iter().for_each(|step| after.perform(step));
-    for step in &plan.steps {
+    let most = [1, 3, 1_000][generation as usize % 3];
+    let written = as_written(&plan.steps, most);
+    for step in written.iter().take(step_count_max) {
         maps.perform(step);
         *now += Duration::from_micros(10);
         for key in (1..12).map(outside) {
@@ -580,8 +610,11 @@ fn perform(
             );
         }
     }
+    if written.len() > step_count_max {
+        return Ok(None);
+    }
     table.performed(*now);
-    Ok(plan)
+    Ok(Some(plan))
 }
 
 fn check_history(history: &[Change], limits: Limits) -> Result<(), TestCaseError> {
@@ -591,13 +624,19 @@ fn check_history(history: &[Change], limits: Limits) -> Result<(), TestCaseError
     let mut now = T;
     let mut readers = Readers::new();
     for (generation, change) in (1u64..).zip(history) {
-        let changed: Wanted = match change {
+        let mut left = usize::MAX;
+        let mut changed: Wanted = match change {
             Change::RestartAgent => {
                 table = Table::adopt(maps.found(), limits, now + QUARANTINE);
                 model.services.clone()
             }
-            Change::Apply { services, after_ms } => {
+            Change::Apply {
+                services,
+                after_ms,
+                dies_after,
+            } => {
                 now += Duration::from_millis(*after_ms);
+                left = dies_after.unwrap_or(usize::MAX);
                 let sets = services.iter().map(|(name, wanted)| {
                     let sets = wanted
                         .iter()
@@ -620,25 +659,28 @@ fn check_history(history: &[Change], limits: Limits) -> Result<(), TestCaseError
             }
         };
         model.services.extend(changed.clone());
-        let mut plan = perform(
-            &mut table,
-            &mut maps,
-            &mut readers,
-            &changed,
-            generation,
-            &mut now,
-        )?;
-        while let Some(retry_at) = plan.retry_at {
-            now = now.max(retry_at);
-            plan = perform(
+        let plan = loop {
+            let performed = perform(
                 &mut table,
                 &mut maps,
                 &mut readers,
                 &changed,
                 generation,
                 &mut now,
+                std::mem::replace(&mut left, usize::MAX),
             )?;
-        }
+            match performed {
+                None => {
+                    table = Table::adopt(maps.found(), limits, now + QUARANTINE);
+                    changed = model.services.clone();
+                }
+                Some(Plan {
+                    retry_at: Some(retry_at),
+                    ..
+                }) => now = now.max(retry_at),
+                Some(plan) => break plan,
+            }
+        };
         check_outcome(&table, &maps, &plan, &changed)?;
         let again = table.plan(&changed, generation, now);
         prop_assert!(again.steps.is_empty(), "not idempotent: {:?}", again.steps);
@@ -657,7 +699,7 @@ fn check_outcome(
         for set in sets {
             let wanted: BTreeSet<Backend> = set.backends.iter().copied().collect();
             for key in &set.frontends {
-                if table.claims.get(key) == Some(name) {
+                if table.owner(key) == Some(name) {
                     prop_assert_eq!(maps.backends_of(key), Some(wanted.clone()));
                     for host in 1..4 {
                         let admits = !set.restricted.contains(key)

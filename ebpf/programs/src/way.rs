@@ -1,0 +1,112 @@
+//! Where packets leave, and to whom: what the node's routes and neighbours say, remembered for a moment.
+//!
+//! ```text
+//!  asked within two jiffies (2 to 20 ms, by the kernel's configuration) ─► as it was then
+//!  else ─► bpf_fib_lookup ─► remembered, unless it was no answer
+//! ```
+//! The kernel's lookup costs more than everything else that is done to a packet, and packets that are many
+//! are many to the same few. A place is of this CPU, and is overwritten by whoever is of the same place.
+
+use core::ffi::c_void;
+use core::mem::size_of;
+
+use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
+use aya_ebpf::helpers::bpf_jiffies64;
+use ebpf_maps::endpoint::Mac;
+use ebpf_maps::flow::Ends;
+use ebpf_maps::services::Addr;
+
+use crate::direct;
+use crate::maps::WAYS;
+use crate::outside::{FIB_SUCCESS, Hook, same, same_mac};
+
+/// Entries of `WAYS`, on each CPU.
+pub const WAY_COUNT: u32 = 128;
+/// How long an answer holds.
+const JIFFIES: u64 = 2;
+const NO_MAC: Mac = [0; 6];
+/// Asked about a packet of no length, the kernel does not say how long one may be.
+const SOME_LENGTH: u16 = 1;
+
+/// An answer, and to what.
+#[repr(C)]
+pub struct Way {
+    source: Addr,
+    destination: Addr,
+    /// When; 0 with an interface of 0: never.
+    jiffies: u64,
+    /// The interface that the packet has come by.
+    came_by: u32,
+    /// The interface that it leaves by.
+    pub ifindex: u32,
+    /// The hardware address of the next hop.
+    pub to: Mac,
+    /// That of the interface.
+    pub from: Mac,
+    /// The longest IP packet that may leave so.
+    pub length_max: u16,
+    /// 1: the next hop is the destination itself.
+    pub is_neighbour: u16,
+}
+
+/// The way of packets with these ends; none: there is none, or the next hop is not known yet.
+#[inline(always)]
+pub fn of(hook: Hook, is_v6: bool, ends: &Ends) -> Option<&'static Way> {
+    let place = WAYS.get_ptr_mut(place_of(ends))?;
+    // SAFETY: this CPU's own element, checked by the lookup; programs of one CPU do not run in the middle of
+    // each other at this hook.
+    let way = unsafe { &mut *place };
+    // SAFETY: takes nothing, returns a number.
+    let jiffies = unsafe { bpf_jiffies64() };
+    let is_fresh = way.ifindex != 0
+        && jiffies.wrapping_sub(way.jiffies) < JIFFIES
+        && way.came_by == hook.ifindex
+        && same(&way.destination, &ends.destination)
+        && same(&way.source, &ends.source);
+    if !is_fresh && ask(hook.ctx, hook.ifindex, is_v6, ends, way) != FIB_SUCCESS {
+        return None;
+    }
+    Some(way)
+}
+
+#[inline(always)]
+fn place_of(ends: &Ends) -> u32 {
+    let sum = ends.destination[3]
+        .wrapping_mul(0x9e37_79b1)
+        .wrapping_add(ends.source[3].wrapping_mul(0x85eb_ca77));
+    sum >> (u32::BITS - WAY_COUNT.trailing_zeros())
+}
+
+/// Asks the kernel. What it answers, but for an answer that is of no use.
+#[inline(never)]
+fn ask(ctx: *mut c_void, ifindex: u32, is_v6: bool, ends: &Ends, way: &mut Way) -> i64 {
+    way.ifindex = 0;
+    // SAFETY: made of integers, for which zero is a value.
+    let mut found: FibLookup = unsafe { core::mem::zeroed() };
+    let hook = Hook { ctx, ifindex };
+    let answer = hook.look_up(is_v6, ends, SOME_LENGTH, &mut found);
+    if answer != FIB_SUCCESS {
+        return answer;
+    }
+    if same_mac(&found.dmac, &NO_MAC) {
+        return -1; // asked for, and has not answered yet
+    }
+    way.source = ends.source;
+    way.destination = ends.destination;
+    // SAFETY: takes nothing, returns a number.
+    way.jiffies = unsafe { bpf_jiffies64() };
+    way.came_by = ifindex;
+    way.to = found.dmac;
+    way.from = found.smac;
+    // SAFETY: the helper has written it in the place of the length that it was asked about.
+    way.length_max = unsafe { found.__bindgen_anon_1.mtu_result };
+    let hop = direct::next_hop(&found, is_v6, ends);
+    way.is_neighbour = u16::from(same(&hop, &ends.destination));
+    way.ifindex = found.ifindex;
+    answer
+}
+
+const _: () = {
+    assert!(size_of::<Way>() == 64);
+    assert!(WAY_COUNT.is_power_of_two());
+};
