@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! ADD   bridge ─► lease ─► veth (one message, peer born in the pod's netns) ─► address ─► default route
+//!         ─► without the bridge: the node's routes to it, see [`routed`]
 //! DEL   veth ─► lease           an address is free only when nothing answers for it any more
 //! ```
 //! Each step is idempotent, so ADD after a crash finishes what is there, and DEL after a crash
@@ -15,35 +16,24 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use crate::config::{BridgeNetwork, mac_of};
+use crate::config::{BridgeNetwork, PodLink, mac_of, routed_mac_of};
 use crate::error::CniError;
 use crate::ipam::{Ipam, Owner, boot_id};
 use crate::netlink::{BridgeSpec, LOOPBACK_INDEX, Link, Netlink, Route, VethSpec};
 use crate::netns::Netns;
 use crate::result::{Attached, AttachedAddress};
 
-/// Prefix of every host-side veth of ours.
-pub const HOST_IFNAME_PREFIX: &str = "gv";
+mod check;
+pub mod routed;
+mod veth;
+
+pub use check::{check, status};
+pub use veth::{HOST_IFNAME_PREFIX, host_ifname};
+
+use veth::ensure_veth;
 
 /// MTU where neither the configuration nor an uplink says one.
 const MTU_DEFAULT: u32 = 1500;
-
-/// The name of the veth end on the node: `gv` + 13 base-32 digits of a 64-bit hash, 15 bytes.
-pub fn host_ifname(network: &str, owner: &Owner) -> String {
-    const DIGITS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
-    // FNV-1a: stable across versions and machines, which std's hasher does not promise.
-    let mut hash: u64 = 0xcbf2_9ce4_8422_2325;
-    for part in [network, &owner.container_id, &owner.ifname] {
-        for byte in part.bytes().chain([0]) {
-            hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-        }
-    }
-    let mut name = String::from(HOST_IFNAME_PREFIX);
-    for digit in 0..13 {
-        name.push(char::from(DIGITS[((hash >> (5 * digit)) & 31) as usize]));
-    }
-    name
-}
 
 /// The leases of `network` in this boot.
 pub fn ipam(network: &BridgeNetwork) -> Result<Ipam, CniError> {
@@ -144,27 +134,45 @@ pub async fn add(
     let attached = wire(host, network, owner, netns, &bridge, &allocation.addresses).await;
     if attached.is_err() && allocation.new {
         // The first error is the one to report; what fails here is found by the next DEL or GC.
-        if let Err(error) = remove(host, network, owner).await {
+        let undone = remove(host, network, owner, &allocation.addresses).await;
+        if let Err(error) = undone {
             tracing::warn!(%error, container = %owner.container_id, "undo of a failed ADD");
         }
     }
     attached
 }
 
-/// The node's side of an attachment, if it is in place: the veth is up and a port of the bridge. Its
-/// other end lives and dies with it; addresses and routes in there are the container's to change.
+/// The node's side of an attachment, if it is in place: the veth is up, and a port of the bridge or
+/// with the ways to the pod, which are mended. Its other end lives and dies with it; addresses and routes
+/// in there are the container's to change.
 pub async fn standing(
     host: &Netlink,
     network: &BridgeNetwork,
     owner: &Owner,
+    addresses: &[IpAddr],
 ) -> Result<Option<Link>, CniError> {
-    let Some(bridge) = host.link_by_name(&network.bridge).await? else {
-        return Ok(None);
-    };
     let port = host
         .link_by_name(&host_ifname(&network.name, owner))
         .await?;
-    Ok(port.filter(|port| bridge.up && port.up && port.master == Some(bridge.index)))
+    let Some(port) = port.filter(|port| port.up) else {
+        return Ok(None);
+    };
+    match network.link {
+        PodLink::Bridge => {
+            let bridge = host.link_by_name(&network.bridge).await?;
+            let bridge = bridge.filter(|bridge| bridge.up);
+            let is_port = |bridge: Link| port.master == Some(bridge.index);
+            Ok(bridge.is_some_and(is_port).then_some(port))
+        }
+        PodLink::Routed => {
+            let Some(first) = addresses.first().filter(|_| routed::is_of(&port)) else {
+                return Ok(None);
+            };
+            let (bridge, mac) = (ensure_bridge(host, network).await?, mac_of(*first));
+            routed::ensure_ways(host, network, &bridge, &port, mac, addresses).await?;
+            Ok(Some(port))
+        }
+    }
 }
 
 /// The link, its addresses and its routes.
@@ -186,9 +194,10 @@ async fn wire(
     let veth = VethSpec {
         host_name: &host_name,
         peer_name: &owner.ifname,
+        host_mac: (network.link == PodLink::Routed).then(|| routed_mac_of(*first)),
         peer_mac: mac_of(*first),
         netns,
-        master: bridge.index,
+        master: (network.link == PodLink::Bridge).then_some(bridge.index),
         mtu: bridge.mtu,
     };
     let pod = Netlink::open_in(netns).await?;
@@ -208,14 +217,25 @@ async fn wire(
     // The container's own; a runtime may have done it already.
     pod.set_up(LOOPBACK_INDEX).await?;
     for (address, range) in addresses.iter().zip(&network.ranges) {
-        let address = IpNet::new_assert(*address, range.prefix().prefix_len());
-        pod.ensure_address(peer.index, address).await?;
         let gateway = range.gateway();
-        pod.ensure_route(&default_route(gateway, peer.index))
-            .await?;
+        let mut route = default_route(gateway, peer.index);
+        let address = match network.link {
+            PodLink::Bridge => IpNet::new_assert(*address, range.prefix().prefix_len()),
+            PodLink::Routed => routed::alone(*address),
+        };
+        pod.ensure_address(peer.index, address).await?;
+        if network.link == PodLink::Routed {
+            route.onlink = true;
+            pod.ensure_neighbour(peer.index, gateway, attached.host_mac)
+                .await?;
+        }
+        pod.ensure_route(&route).await?;
         attached
             .addresses
             .push(AttachedAddress { address, gateway });
+    }
+    if network.link == PodLink::Routed {
+        routed::ensure_ways(host, network, bridge, &host_link, attached.mac, addresses).await?;
     }
     Ok(attached)
 }
@@ -235,58 +255,14 @@ fn default_route(gateway: IpAddr, link: u32) -> Route {
     }
 }
 
-/// Creates the pair, or adopts it when it is whole; half of one is removed first.
-async fn ensure_veth(
-    host: &Netlink,
-    pod: &Netlink,
-    veth: &VethSpec<'_>,
-) -> Result<(Link, Link), CniError> {
-    for _attempt in 0..2 {
-        match host.create_veth(veth).await {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => {}
-            Err(error) => return Err(error),
-        }
-        let host_link = host.link_by_name(veth.host_name).await?;
-        let peer = pod.link_by_name(veth.peer_name).await?;
-        match (host_link, peer) {
-            (Some(host_link), Some(peer)) if peer.peer == Some(host_link.index) => {
-                if host_link.master != Some(veth.master) {
-                    host.set_master(host_link.index, veth.master).await?;
-                }
-                for (side, link) in [(host, &host_link), (pod, &peer)] {
-                    if link.mtu != veth.mtu {
-                        side.set_mtu(link.index, veth.mtu).await?;
-                    }
-                    if !link.up {
-                        side.set_up(link.index).await?;
-                    }
-                }
-                return Ok((host_link, peer));
-            }
-            // An earlier netns of this container, not yet taken down by the kernel.
-            (Some(host_link), _) => host.remove_link(host_link.index).await?,
-            (None, _) => {
-                return Err(CniError::Container(format!(
-                    "interface {} exists already in {} and was not made by this plugin: DEL it \
-                     with the plugin that made it, or use another CNI_IFNAME",
-                    veth.peer_name,
-                    veth.netns.path().display()
-                )));
-            }
-        }
-    }
-    Err(CniError::Container(format!(
-        "veth {}: appears and disappears: another process uses the same container id",
-        veth.host_name
-    )))
-}
-
 /// Detaches: the link first, then the lease. Ok when there is nothing (left).
+///
+/// * `addresses` – the attachment's, as far as known: nobody answers for those of a routed one any more.
 pub async fn remove(
     host: &Netlink,
     network: &BridgeNetwork,
     owner: &Owner,
+    addresses: &[IpAddr],
 ) -> Result<(), CniError> {
     if let Some(link) = host
         .link_by_name(&host_ifname(&network.name, owner))
@@ -294,7 +270,7 @@ pub async fn remove(
     {
         host.remove_link(link.index).await?;
     }
-    release(network, owner).await
+    release(host, network, owner, addresses).await
 }
 
 /// Keeps these addresses for a later ADD of this owner, where they are free.
@@ -308,102 +284,26 @@ pub async fn prefer(
 }
 
 /// Gives the addresses back. Only for a caller who knows that the link is gone.
-pub async fn release(network: &BridgeNetwork, owner: &Owner) -> Result<(), CniError> {
+pub async fn release(
+    host: &Netlink,
+    network: &BridgeNetwork,
+    owner: &Owner,
+    addresses: &[IpAddr],
+) -> Result<(), CniError> {
+    if network.link == PodLink::Routed {
+        routed::forget(host, network, addresses).await?;
+    }
     let owner = owner.clone();
     leasing(&ipam(network)?, move |ipam| ipam.release(&owner)).await?;
     Ok(())
 }
 
-/// CHECK: is the attachment what ADD answered?
-///
-/// * `expected` – the addresses of prevResult.
-///
-/// # Errors
-/// [`CniError::Check`] says what differs.
-pub async fn check(
-    host: &Netlink,
-    network: &BridgeNetwork,
-    owner: &Owner,
-    netns: &Netns,
-    expected: &[IpNet],
-) -> Result<(), CniError> {
-    let wrong = |text: String| Err(CniError::Check(text));
-    let name = &network.bridge;
-    let Some(bridge) = host.link_by_name(name).await?.filter(|link| link.up) else {
-        return wrong(format!("bridge {name}: missing or down"));
-    };
-    let host_name = host_ifname(&network.name, owner);
-    let Some(host_link) = host.link_by_name(&host_name).await? else {
-        return wrong(format!("veth {host_name}: missing"));
-    };
-    if host_link.master != Some(bridge.index) || !host_link.up {
-        return wrong(format!(
-            "veth {host_name}: not an active port of bridge {name}"
-        ));
-    }
-    let pod = Netlink::open_in(netns).await?;
-    let (ifname, at) = (&owner.ifname, netns.path().display());
-    let Some(link) = pod.link_by_name(ifname).await?.filter(|link| link.up) else {
-        return wrong(format!("interface {ifname} in {at}: missing or down"));
-    };
-    if link.peer != Some(host_link.index) {
-        return wrong(format!(
-            "interface {ifname} in {at}: not the other end of {host_name}"
-        ));
-    }
-    let addresses = pod.addresses(link.index).await?;
-    let routes = pod.routes().await?;
-    let leases = leasing(&ipam(network)?, Ipam::leases).await?;
-    for wanted in expected {
-        if !addresses.contains(wanted) {
-            return wrong(format!(
-                "interface {ifname} in {at}: address {wanted} is missing"
-            ));
-        }
-        if leases.get(&wanted.addr()) != Some(owner) {
-            return wrong(format!(
-                "address {wanted}: not leased to {}",
-                owner.container_id
-            ));
-        }
-        let is_ours = |route: &&Route| {
-            route.destination.prefix_len() == 0
-                && route.link == Some(link.index)
-                && route.destination.addr().is_ipv4() == wanted.addr().is_ipv4()
-        };
-        if !routes.iter().any(|route| is_ours(&route)) {
-            return wrong(format!(
-                "default route by {ifname} in {at}: missing for {wanted}"
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// STATUS: would ADD work now?
-pub async fn status(host: &Netlink, network: &BridgeNetwork) -> Result<(), CniError> {
-    let not_ready = |text: String| Err(CniError::NotReady(text));
-    if let Some(link) = host.link_by_name(&network.bridge).await?
-        && link.kind != "bridge"
-    {
-        return not_ready(format!("link {} exists and is no bridge", network.bridge));
-    }
-    let ipam = ipam(network)?;
-    let leases = leasing(&ipam, Ipam::leases).await?;
-    for range in ipam.ranges() {
-        let prefix = range.prefix();
-        let used = leases
-            .keys()
-            .filter(|address| prefix.contains(*address))
-            .count() as u64;
-        if used >= range.size() {
-            return not_ready(format!(
-                "all {} addresses of {prefix} are leased",
-                range.size()
-            ));
-        }
-    }
-    Ok(())
+/// The names of these attachments' ends on the node.
+fn host_ifnames(network: &BridgeNetwork, owners: &HashSet<Owner>) -> HashSet<String> {
+    let names = owners.iter();
+    names
+        .map(|owner| host_ifname(&network.name, owner))
+        .collect()
 }
 
 /// GC: removes the links and leases of every attachment that is not in `valid`. Goes on after a
@@ -414,9 +314,7 @@ pub async fn collect(
     valid: &HashSet<Owner>,
 ) -> Result<(), CniError> {
     let mut errors = Vec::new();
-    let kept: HashSet<String> = (valid.iter())
-        .map(|owner| host_ifname(&network.name, owner))
-        .collect();
+    let kept = host_ifnames(network, valid);
     let bridge = host.link_by_name(&network.bridge).await?;
     if let Some(bridge) = bridge {
         for link in ports(&host.links().await?, &bridge) {
@@ -448,9 +346,11 @@ pub fn ports<'a>(links: &'a [Link], bridge: &Link) -> Vec<&'a Link> {
     ours.collect()
 }
 
-/// Removes the bridge with every port of ours, and all leases. Idempotent.
+/// Removes the agent's network: the bridge with every port of ours, routed pods' links, and all leases.
+/// Idempotent.
 pub async fn remove_network(host: &Netlink, network: &BridgeNetwork) -> Result<(), CniError> {
     let mut errors = Vec::new();
+    errors.extend(routed::collect(host, network, &HashSet::new()).await.err());
     if let Some(bridge) = host.link_by_name(&network.bridge).await? {
         for port in ports(&host.links().await?, &bridge) {
             if let Err(error) = host.remove_link(port.index).await {

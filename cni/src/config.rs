@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ipnet::IpNet;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::CniError;
@@ -23,6 +23,36 @@ pub const BRIDGE_NAME: &str = "gantry0";
 /// Where leases live unless configured: on tmpfs.
 pub const LEASE_DIR: &str = "/run/gantry/ipam";
 
+/// What the node's end of a pod's veth is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum PodLink {
+    /// A port of the bridge.
+    #[default]
+    Bridge,
+    /// No port: a route of the node's leads to each address of the pod.
+    Routed,
+}
+
+impl std::fmt::Display for PodLink {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Bridge => "bridge",
+            Self::Routed => "routed",
+        })
+    }
+}
+
+impl std::str::FromStr for PodLink {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = [Self::Bridge, Self::Routed];
+        let found = all.into_iter().find(|link| link.to_string() == text);
+        found.ok_or_else(|| format!("{text:?}: want bridge or routed"))
+    }
+}
+
 /// What we speak, oldest first.
 pub const SUPPORTED_VERSIONS: [&str; 3] = ["0.4.0", "1.0.0", "1.1.0"];
 
@@ -31,8 +61,10 @@ pub const SUPPORTED_VERSIONS: [&str; 3] = ["0.4.0", "1.0.0", "1.1.0"];
 pub struct BridgeNetwork {
     /// The network's name: the directory of its leases.
     pub name: String,
-    /// The bridge's name.
+    /// The bridge's name. It has the gateways' addresses also where pods are no ports of it.
     pub bridge: String,
+    /// How pods are attached from now on; a `gantry-bridge` attaches to its bridge.
+    pub link: PodLink,
     /// Bytes; none: that of the link the default route leaves by, else 1500.
     pub mtu: Option<u32>,
     /// At most one per family, in the order of the configuration.
@@ -183,6 +215,7 @@ impl BridgeNetwork {
         let network = Self {
             name: "gantry".into(),
             bridge: BRIDGE_NAME.into(),
+            link: PodLink::Bridge,
             mtu: None,
             ranges: ranges(prefixes)?,
             lease_dir,
@@ -224,6 +257,7 @@ impl BridgeNetwork {
         Ok(Self {
             name,
             bridge,
+            link: PodLink::Bridge,
             mtu,
             ranges: ranges(&prefixes)?,
             lease_dir,
@@ -316,6 +350,17 @@ pub fn mac_of(address: IpAddr) -> [u8; 6] {
     [0x0a, 0x58, last[0], last[1], last[2], last[3]]
 }
 
+/// The hardware address of the node's end of a routed pod's veth, by the pod's first address. Given
+/// when the link is made, so that no rule of the machine's device manager replaces it: the pod's way
+/// out is an entry with this address.
+pub fn routed_mac_of(address: IpAddr) -> [u8; 6] {
+    let ([first, second], [.., a, b, c, d]) = (ROUTED_MAC, mac_of(address));
+    [first, second, a, b, c, d]
+}
+
+/// What such an address begins with.
+pub const ROUTED_MAC: [u8; 2] = [0x0a, 0x59];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -387,6 +432,10 @@ mod tests {
         assert_eq!(
             mac_of("fd00::1:5".parse().unwrap()),
             [0x0a, 0x58, 0, 1, 0, 5]
+        );
+        assert_eq!(
+            routed_mac_of("10.244.1.5".parse().unwrap()),
+            [0x0a, 0x59, 10, 244, 1, 5]
         );
     }
 }

@@ -24,6 +24,7 @@ pub mod config;
 pub mod error;
 pub mod genetlink;
 pub mod ipam;
+mod neighbours;
 pub mod netlink;
 pub mod netns;
 pub mod plugin;

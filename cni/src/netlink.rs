@@ -29,8 +29,14 @@ use tokio::sync::Mutex;
 use crate::error::CniError;
 use crate::netns::{Netns, within};
 
+/// Ports of one bridge at most (`BR_MAX_PORTS`, whose first number is nobody's).
+pub const BRIDGE_PORT_COUNT_MAX: u32 = 1_023;
+
 /// Our mark in the routing table (`RTA_PROTOCOL`): routes with it are ours to change or remove.
 pub const ROUTE_PROTOCOL: u8 = 0x47;
+
+/// The mark of the node's routes to its own pods; they go with the pods' links.
+pub const POD_ROUTE_PROTOCOL: u8 = 0x48;
 
 /// The index of `lo`, the same in every namespace.
 pub const LOOPBACK_INDEX: u32 = 1;
@@ -75,12 +81,14 @@ pub struct VethSpec<'a> {
     pub host_name: &'a str,
     /// Name of the other end.
     pub peer_name: &'a str,
+    /// Hardware address of the end here; none: the kernel draws one.
+    pub host_mac: Option<[u8; 6]>,
     /// Hardware address of the other end.
     pub peer_mac: [u8; 6],
     /// Where the other end goes.
     pub netns: &'a Netns,
-    /// The bridge for the end here.
-    pub master: u32,
+    /// The bridge for the end here; none: it is no port.
+    pub master: Option<u32>,
     /// Bytes, both ends.
     pub mtu: u32,
 }
@@ -184,19 +192,25 @@ impl Netlink {
             .mtu(veth.mtu)
             .setns_by_fd(veth.netns.raw_fd())
             .build();
-        let message = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
+        let mut builder = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
             .name(veth.host_name)
             .mtu(veth.mtu)
-            .controller(veth.master)
             .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)))
-            .up()
-            .build();
+            .up();
+        if let Some(master) = veth.master {
+            builder = builder.controller(master);
+        }
+        if let Some(mac) = veth.host_mac {
+            builder = builder.address(mac.to_vec());
+        }
+        let message = builder.build();
         (self.handle.link().add(message).execute().await).map_err(|error| {
             let what = format!(
-                "create veth {} with peer {} in {}",
+                "create veth {} with peer {} in {}{}",
                 veth.host_name,
                 veth.peer_name,
-                veth.netns.path().display()
+                veth.netns.path().display(),
+                advice_of_port(&error),
             );
             refused(what, error)
         })
@@ -219,8 +233,13 @@ impl Netlink {
     /// Makes a link a port of a bridge.
     pub async fn set_master(&self, index: u32, bridge: u32) -> Result<(), CniError> {
         let message = LinkUnspec::new_with_index(index).controller(bridge).build();
-        (self.handle.link().set(message).execute().await)
-            .map_err(|error| refused(format!("attach link {index} to bridge {bridge}"), error))
+        (self.handle.link().set(message).execute().await).map_err(|error| {
+            let advice = advice_of_port(&error);
+            refused(
+                format!("attach link {index} to bridge {bridge}{advice}"),
+                error,
+            )
+        })
     }
 
     /// Deletes a link. Ok when it is gone already.
@@ -514,6 +533,17 @@ fn address_of(message: &AddressMessage) -> Option<IpNet> {
         })
     };
     IpNet::new(local.or_else(plain)?, message.header.prefix_len).ok()
+}
+
+/// What to do about a bridge that takes no more ports.
+fn advice_of_port(error: &rtnetlink::Error) -> String {
+    match errno(error) {
+        Some(libc::EXFULL) => format!(
+            " (the bridge is full: it takes {BRIDGE_PORT_COUNT_MAX} ports; run fewer pods on this node, \
+             or start its agent with --pod-link routed, which needs none)"
+        ),
+        _ => String::new(),
+    }
 }
 
 pub(crate) fn errno(error: &rtnetlink::Error) -> Option<i32> {

@@ -123,7 +123,7 @@ async fn perform(environment: &Environment, stdin: &[u8]) -> Result<Option<Value
             Ok(Some(chain(&config, attached.to_json(&config.version))))
         }
         "DEL" => {
-            bridge::remove(&host, network, &environment.owner()?).await?;
+            bridge::remove(&host, network, &environment.owner()?, &[]).await?;
             Ok(None)
         }
         "CHECK" => {

@@ -24,7 +24,7 @@ use rtnetlink::{MulticastGroup, new_multicast_connection};
 use crate::bridge::HOST_IFNAME_PREFIX;
 use crate::config::BRIDGE_NAME;
 use crate::error::CniError;
-use crate::netlink::{Link, Netlink, ROUTE_PROTOCOL, Route};
+use crate::netlink::{Link, Netlink, POD_ROUTE_PROTOCOL, ROUTE_PROTOCOL, Route};
 use crate::tunnel::{self, Tunnel};
 use crate::wireguard::{self, WireGuard};
 
@@ -215,7 +215,7 @@ impl Changes {
     }
 }
 
-/// Not what every pod brings that starts or ends: its veth, and the bridge's news about it.
+/// Not what every pod brings that starts or ends: its veth, its routes, and the bridge's news about it.
 fn concerns(message: &RouteNetlinkMessage) -> bool {
     match message {
         RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address) => {
@@ -227,6 +227,7 @@ fn concerns(message: &RouteNetlinkMessage) -> bool {
         }
         RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
             Route::from_message(route).is_some_and(|route| match route.destination {
+                _ if route.protocol == POD_ROUTE_PROTOCOL => false,
                 IpNet::V4(_) => true,
                 IpNet::V6(net) => !net.addr().is_unicast_link_local() && !net.addr().is_multicast(),
             })

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use gantry_cni::bridge;
 use gantry_cni::config::{BRIDGE_NAME, BridgeNetwork};
-use gantry_cni::netlink::{LOOPBACK_INDEX, Netlink, ROUTE_PROTOCOL};
+use gantry_cni::netlink::{LOOPBACK_INDEX, Netlink, POD_ROUTE_PROTOCOL, ROUTE_PROTOCOL};
 use gantry_cni::routes::Wanted;
 use gantry_cni::tunnel::TUNNEL_NAME;
 use gantry_cni::wireguard::WIREGUARD_NAME;
@@ -27,7 +27,7 @@ pub struct Census {
     pub namespaces: Vec<String>,
     /// `address owner`.
     pub leases: Vec<String>,
-    /// Routes to other nodes' pods.
+    /// Routes to pods: other nodes', and those of this one that are no ports of the bridge.
     pub routes: Vec<String>,
     /// The resolver's address on `lo`.
     pub addresses: Vec<String>,
@@ -88,7 +88,7 @@ pub async fn census(paths: &Paths) -> Result<Census, NetworkError> {
             .push(format!("{address} {}", owner.container_id));
     }
     for route in host.routes().await.map_err(from_cni)? {
-        if route.protocol == ROUTE_PROTOCOL {
+        if [ROUTE_PROTOCOL, POD_ROUTE_PROTOCOL].contains(&route.protocol) {
             census.routes.push(route.to_string());
         }
     }

@@ -22,6 +22,7 @@ mod pod_networks;
 mod pool;
 mod record;
 mod resolv;
+pub mod room;
 pub mod routes;
 mod uplinks;
 mod wires;

@@ -63,7 +63,11 @@ pub(super) async fn follow(
 }
 
 /// Gives all pods of our bridge this size. Goes on after a failure and returns the first.
-async fn apply(wirer: &Arc<Wirer>, pool: &Arc<Pool>, mtu: u32) -> Result<(), NetworkError> {
+pub(super) async fn apply(
+    wirer: &Arc<Wirer>,
+    pool: &Arc<Pool>,
+    mtu: u32,
+) -> Result<(), NetworkError> {
     let host = Netlink::open().map_err(from_cni)?;
     let bridge = host.link_by_name(BRIDGE_NAME).await.map_err(from_cni)?;
     let Some(bridge) = bridge.filter(|link| link.kind == "bridge") else {
@@ -72,7 +76,7 @@ async fn apply(wirer: &Arc<Wirer>, pool: &Arc<Pool>, mtu: u32) -> Result<(), Net
     if bridge.mtu < mtu {
         host.set_mtu(bridge.index, mtu).await.map_err(from_cni)?;
     }
-    let name = wirer.network(&[])?.name;
+    let name = wirer.network(&[], wirer.link)?.name;
     let mut count = 0;
     let mut first = Ok(());
     for (pod, dir) in pinned(&wirer.paths)? {

@@ -23,7 +23,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use gantry_cni::CniError;
 use gantry_cni::bridge;
-use gantry_cni::config::{BridgeNetwork, mac_of};
+use gantry_cni::config::{BridgeNetwork, PodLink, mac_of};
 use gantry_cni::ipam::Owner;
 use gantry_cni::netlink::{LOOPBACK_INDEX, Netlink};
 use gantry_cni::netns::Netns;
@@ -63,6 +63,8 @@ pub struct NetworkConfig {
     pub ready_count: usize,
     /// How other nodes are reached: pods send packets that fit every way.
     pub routes: watch::Receiver<Routes>,
+    /// How new pods are attached; those that run stay as they are.
+    pub link: PodLink,
 }
 
 /// Types of the plugins of the third party's list that counts on this machine, in order of ADD.
@@ -85,6 +87,7 @@ impl NetworkConfig {
             ready_count: READY_COUNT,
             // The sender may go: the last value stays readable.
             routes: watch::channel(Routes::default()).1,
+            link: PodLink::default(),
         }
     }
 }
@@ -155,6 +158,7 @@ impl PodNetworks {
             view: view.clone(),
             dataplane: dataplane.clone(),
             routes: config.routes.clone(),
+            link: config.link,
         };
         Self {
             pool: Arc::new(Pool::new(config.ready_count)),
@@ -186,7 +190,10 @@ impl PodNetworks {
             _ => {
                 let prefixes: Vec<IpNet> = self.view.borrow().settings.pod_cidrs().collect();
                 match prefixes.is_empty() {
-                    false => Ok(Wiring::Bridge { prefixes }),
+                    false => Ok(Wiring::Bridge {
+                        prefixes,
+                        link: self.config.link,
+                    }),
                     true => Err(NetworkError::NotReady(
                         "this node has no pod prefix yet: the control plane has not allocated one"
                             .into(),
@@ -208,8 +215,9 @@ impl PodNetworks {
         addresses.filter_map(|text| text.parse().ok()).collect()
     }
 
-    fn network(&self, prefixes: &[IpNet]) -> Result<BridgeNetwork, NetworkError> {
-        self.wirer.network(prefixes)
+    /// The network as its leases and links are found by.
+    fn own_network(&self) -> Result<BridgeNetwork, NetworkError> {
+        self.wirer.network(&[], self.config.link)
     }
 
     /// Namespaces and attachment: those of the pool for a new pod, where they fit.
@@ -258,8 +266,8 @@ impl PodNetworks {
         };
         let owner = record.owner(pod);
         match record.wiring.clone() {
-            Wiring::Bridge { prefixes } => {
-                let network = self.network(&prefixes)?;
+            Wiring::Bridge { prefixes, link } => {
+                let network = self.wirer.network(&prefixes, link)?;
                 if record.addresses.is_empty() {
                     record.store(run, pod)?;
                 }
@@ -271,7 +279,8 @@ impl PodNetworks {
                 // An agent's start asks for every pod of the node.
                 let was_attached = !record.addresses.is_empty() && !netns_is_new;
                 if was_attached {
-                    let standing = bridge::standing(&host, &network, &owner).await;
+                    let addresses = &record.addresses;
+                    let standing = bridge::standing(&host, &network, &owner, addresses).await;
                     if let Some(port) = standing.map_err(from_cni)?
                         && let (Some(host_mac), Some(first)) = (port.mac, record.addresses.first())
                     {
@@ -406,9 +415,9 @@ impl PodNetworks {
         &self,
         pod: &PodUid,
         owner: &Owner,
-        prefixes: &[IpNet],
+        network: &BridgeNetwork,
+        addresses: &[IpAddr],
     ) -> Result<(), NetworkError> {
-        let network = self.network(prefixes)?;
         let host = Netlink::open().map_err(from_cni)?;
         let name = bridge::host_ifname(&network.name, owner);
         let mut pause = Duration::from_millis(1);
@@ -417,7 +426,7 @@ impl PodNetworks {
             if waited >= LINK_GONE_WAIT {
                 // Something still holds the namespace. The pod is over, so its link goes too.
                 tracing::debug!(%pod, link = %name, "namespace still held; link deleted");
-                return bridge::remove(&host, &network, owner)
+                return bridge::remove(&host, network, owner, addresses)
                     .await
                     .map_err(from_cni);
             }
@@ -425,13 +434,15 @@ impl PodNetworks {
             waited += pause;
             pause = (pause * 2).min(Duration::from_millis(50));
         }
-        bridge::release(&network, owner).await.map_err(from_cni)
+        bridge::release(&host, network, owner, addresses)
+            .await
+            .map_err(from_cni)
     }
 
     /// Every pod of which anything is left, and the containers that are not to be touched.
     async fn found(&self, live: &HashSet<PodUid>) -> Result<Found, NetworkError> {
         // In this order: an attachment that leaves the pool between two looks is in a record then.
-        let leases = bridge::ipam(&self.network(&[])?).and_then(|ipam| ipam.leases());
+        let leases = bridge::ipam(&self.own_network()?).and_then(|ipam| ipam.leases());
         let leases = leases.map_err(from_cni)?;
         let owners: HashSet<Owner> = leases.into_values().collect();
         let held = |owner: &&Owner| self.pool.is_held(&owner.container_id);
@@ -521,13 +532,18 @@ impl Network for PodNetworks {
         match &record {
             Some(record) => match &record.wiring {
                 Wiring::Chain(_) => {}
-                Wiring::Bridge { prefixes } => {
+                Wiring::Bridge { prefixes, link } => {
                     let owner = record.owner(pod);
-                    self.detach_bridge(pod, &owner, prefixes).await?;
+                    let network = self.wirer.network(prefixes, *link)?;
+                    self.detach_bridge(pod, &owner, &network, &record.addresses)
+                        .await?;
                 }
             },
             // Host network, nothing at all, or a lost record: then the names still find it.
-            None => self.detach_bridge(pod, &owner(pod), &[]).await?,
+            None => {
+                let network = self.own_network()?;
+                self.detach_bridge(pod, &owner(pod), &network, &[]).await?;
+            }
         }
         Record::remove(&self.paths.run, pod)
     }
@@ -551,7 +567,10 @@ impl Network for PodNetworks {
         // Ports whose lease and record are both gone.
         kept.extend(live.iter().map(owner));
         let host = Netlink::open().map_err(from_cni)?;
-        let collected = bridge::collect(&host, &self.network(&[])?, &kept).await;
+        let network = self.own_network()?;
+        let collected = bridge::routed::collect(&host, &network, &kept).await;
+        first = first.and(collected.map_err(from_cni));
+        let collected = bridge::collect(&host, &network, &kept).await;
         first = first.and(collected.map_err(from_cni));
         if let Some(list) = self.third_party() {
             first = first.and(self.runner.collect(&list, live).await);
@@ -645,7 +664,7 @@ fn owner(pod: &PodUid) -> Owner {
     wires::owner(pod.as_str())
 }
 
-fn addresses_of(attached: &bridge_result::Attached) -> Vec<IpAddr> {
+pub(super) fn addresses_of(attached: &bridge_result::Attached) -> Vec<IpAddr> {
     let addresses = attached.addresses.iter();
     addresses.map(|ip| ip.address.addr()).collect()
 }

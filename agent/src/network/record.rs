@@ -8,6 +8,7 @@ use std::io::ErrorKind;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
+use gantry_cni::config::PodLink;
 use gantry_cni::ipam::Owner;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -25,6 +26,9 @@ pub(super) enum Wiring {
     Bridge {
         /// The node's pod prefixes at that time.
         prefixes: Vec<IpNet>,
+        /// Whether its link is a port of the bridge, at that time.
+        #[serde(default)]
+        link: PodLink,
     },
     /// A third party's plugins.
     Chain(NetworkList),

@@ -1,6 +1,6 @@
 //! Attachments made in advance: all of a pod's network but the pod.
 //!
-//! A ready set of namespaces is added to the bridge under a container id of its own, with a lease,
+//! A ready set of namespaces is added to the network under a container id of its own, with a lease,
 //! addresses, routes and packet programs. The pod that takes it writes that id into its record, so
 //! nothing is renamed; until then nothing passes (`INTERFACES` has no row of it).
 //!
@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use gantry_cni::bridge;
-use gantry_cni::config::BridgeNetwork;
+use gantry_cni::config::{BridgeNetwork, PodLink};
 use gantry_cni::ipam::Owner;
 use gantry_cni::netlink::Netlink;
 use gantry_cni::netns::Netns;
@@ -23,7 +23,7 @@ use ipnet::IpNet;
 use tokio::sync::watch;
 
 use super::chain::{self, IFNAME};
-use super::pod_networks::{from_cni, lease_dir};
+use super::pod_networks::{addresses_of, from_cni, lease_dir};
 use super::{NetworkError, Routes, forwarding};
 use crate::dataplane::Dataplane;
 use crate::paths::Paths;
@@ -59,6 +59,8 @@ pub(super) struct Wirer {
     pub view: watch::Receiver<Arc<View>>,
     pub dataplane: Arc<dyn Dataplane>,
     pub routes: watch::Receiver<Routes>,
+    /// How new pods are attached.
+    pub link: PodLink,
 }
 
 impl Wirer {
@@ -74,10 +76,16 @@ impl Wirer {
         }
     }
 
-    pub(super) fn network(&self, prefixes: &[IpNet]) -> Result<BridgeNetwork, NetworkError> {
+    /// * `link` – of a pod that is attached already: how it was.
+    pub(super) fn network(
+        &self,
+        prefixes: &[IpNet],
+        link: PodLink,
+    ) -> Result<BridgeNetwork, NetworkError> {
         let network = BridgeNetwork::new(prefixes, lease_dir(&self.paths)).map_err(from_cni)?;
         Ok(BridgeNetwork {
             mtu: self.routes.borrow().mtu,
+            link,
             ..network
         })
     }
@@ -89,7 +97,7 @@ impl Wirer {
         container: String,
         prefixes: Vec<IpNet>,
     ) -> Result<Wires, NetworkError> {
-        let network = self.network(&prefixes)?;
+        let network = self.network(&prefixes, self.link)?;
         forwarding::ensure(&self.paths.run, &network)?;
         let host = Netlink::open().map_err(from_cni)?;
         let attached = bridge::add(&host, &network, &owner(&container), netns).await;
@@ -112,9 +120,11 @@ impl Wirer {
     /// DEL. What it cannot do, the next agent's `retain` does.
     pub(super) async fn unwire(&self, wires: Wires) {
         let removed = async {
-            let network = self.network(&wires.prefixes)?;
+            let network = self.network(&wires.prefixes, self.link)?;
             let host = Netlink::open().map_err(from_cni)?;
-            let removed = bridge::remove(&host, &network, &owner(&wires.container)).await;
+            let had = addresses_of(&wires.attached);
+            let owner = owner(&wires.container);
+            let removed = bridge::remove(&host, &network, &owner, &had).await;
             removed.map_err(from_cni)
         };
         if let Err(error) = removed.await {

@@ -11,6 +11,8 @@ use nix::sched::{CloneFlags, unshare};
 use super::*;
 use crate::netns::within;
 
+mod routed;
+
 /// Runs `test` with a runtime inside a new network namespace; skips without root.
 fn on_a_node<F, T>(test: F)
 where
@@ -140,8 +142,8 @@ fn add_and_remove_are_idempotent() {
             .unwrap();
         status(&host, &network).await.unwrap();
 
-        remove(&host, &network, &owner("a")).await.unwrap();
-        remove(&host, &network, &owner("a")).await.unwrap();
+        remove(&host, &network, &owner("a"), &[]).await.unwrap();
+        remove(&host, &network, &owner("a"), &[]).await.unwrap();
         let error = check(&host, &network, &owner("a"), &pod, &expected)
             .await
             .unwrap_err();
@@ -205,7 +207,7 @@ fn what_a_crash_leaves_is_repaired_or_removed() {
         let name = host_ifname("gantry", &id);
         let link = host.link_by_name(&name).await.unwrap().unwrap();
         host.remove_link(link.index).await.unwrap();
-        remove(&host, &network, &id).await.unwrap();
+        remove(&host, &network, &id, &[]).await.unwrap();
         assert!(ipam(&network).unwrap().leases().unwrap().is_empty());
     });
 }
@@ -389,7 +391,7 @@ fn measure_add_and_del() {
         }
         for (n, pod) in pods.into_iter().enumerate().take(30) {
             let begun = Instant::now();
-            remove(&host, &network, &owner(&format!("pod-{n}")))
+            remove(&host, &network, &owner(&format!("pod-{n}")), &[])
                 .await
                 .unwrap();
             dels.push(begun.elapsed());

@@ -16,11 +16,14 @@ use super::*;
 use crate::dataplane::fake::FakeDataplane;
 use crate::view::Settings;
 
+mod routed;
+
 struct Node {
     dir: tempfile::TempDir,
     settings: Settings,
     dataplane: Arc<FakeDataplane>,
     ready_count: usize,
+    link: PodLink,
 }
 
 /// Runs `test` on a fresh node; skips without root.
@@ -58,6 +61,7 @@ where
                 settings,
                 dataplane,
                 ready_count: 0,
+                link: PodLink::Bridge,
             })
             .await;
         });
@@ -88,6 +92,7 @@ impl Node {
             plugin_dirs: vec!["/opt/cni/bin".into(), "/usr/lib/cni".into()],
             node_addresses: vec![IpAddr::from([192, 0, 2, 7])],
             ready_count: self.ready_count,
+            link: self.link,
             ..NetworkConfig::standard(Vec::new())
         };
         PodNetworks::new(self.paths(), config, view, self.dataplane.clone())
@@ -114,7 +119,12 @@ fn spec(name: &str) -> PodNetworkSpec {
 
 /// A server in pod `to` tells the client in pod `from` which address it sees.
 async fn seen_address(from: &PodNetwork, to: &PodNetwork) -> IpAddr {
-    let server = SocketAddr::new(to.addresses[0], 8080);
+    seen_address_of(0, from, to).await
+}
+
+/// The same by another of their addresses.
+async fn seen_address_of(which: usize, from: &PodNetwork, to: &PodNetwork) -> IpAddr {
+    let server = SocketAddr::new(to.addresses[which], 8080);
     let netns = Netns::open(to.netns.as_ref().unwrap()).unwrap();
     within(&netns, move || {
         let listener = TcpListener::bind(server).unwrap();
@@ -199,7 +209,7 @@ fn a_new_agent_mends_a_port_that_was_broken_meanwhile() {
         let a = node.networks().ensure(&spec("a")).await.unwrap();
         let b = node.networks().ensure(&spec("b")).await.unwrap();
         let host = Netlink::open().unwrap();
-        let bridge = node.networks().network(&[]).unwrap();
+        let bridge = node.networks().own_network().unwrap();
         let port = bridge::host_ifname(&bridge.name, &owner(&spec("a").pod));
         let link = host.link_by_name(&port).await.unwrap().unwrap();
         host.remove_link(link.index).await.unwrap();
@@ -448,9 +458,8 @@ fn retain_removes_what_no_living_pod_owns() {
         Record::remove(&node.paths().run, &c).unwrap();
         networks.detach_lease_only(&c).await;
         networks.remove(&d).await.unwrap();
-        let network = networks
-            .network(&["10.78.1.0/24".parse().unwrap()])
-            .unwrap();
+        let prefixes = ["10.78.1.0/24".parse().unwrap()];
+        let network = networks.wirer.network(&prefixes, PodLink::Bridge).unwrap();
         bridge::ipam(&network)
             .unwrap()
             .allocate(&owner(&d))
@@ -482,7 +491,8 @@ fn retain_removes_what_no_living_pod_owns() {
 
 impl PodNetworks {
     async fn detach_lease_only(&self, pod: &PodUid) {
-        bridge::release(&self.network(&[]).unwrap(), &owner(pod))
+        let (host, network) = (Netlink::open().unwrap(), self.own_network().unwrap());
+        bridge::release(&host, &network, &owner(pod), &[])
             .await
             .unwrap();
         namespaces::remove(&self.paths.namespaces(pod)).unwrap();

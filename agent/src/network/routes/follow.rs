@@ -18,7 +18,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use gantry_cni::CniError;
-use gantry_cni::netlink::Netlink;
+use gantry_cni::netlink::{Netlink, POD_ROUTE_PROTOCOL};
 use gantry_cni::routes::{self, Changes};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -184,9 +184,12 @@ async fn facts(host: &Netlink) -> Result<Facts, CniError> {
     for index in indexes {
         links.extend(host.link_by_index(index).await?);
     }
+    let mut table = host.routes().await?;
+    // Those to its own pods come and go with every pod.
+    table.retain(|route| route.protocol != POD_ROUTE_PROTOCOL);
     Ok(Facts {
         links,
         networks,
-        table: host.routes().await?,
+        table,
     })
 }
