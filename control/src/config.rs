@@ -115,6 +115,10 @@ pub struct Arguments {
     #[arg(long, value_name = "SECONDS", default_value_t = 1_209_600, value_parser = clap::value_parser!(u64).range(5..=31_536_000))]
     pub node_certificate_life_s: u64,
 
+    /// Tokens of service accounts live for at most this many seconds, also where more is asked for
+    #[arg(long, value_name = "SECONDS", default_value_t = crate::server::tokens::LIFETIME_S_MAX, value_parser = clap::value_parser!(i64).range(30..=1 << 32))]
+    pub service_account_max_token_expiration_s: i64,
+
     /// Who asked for what is written here, a line of JSON a request (audit.k8s.io/v1, level Metadata)
     /// [default: none]
     #[arg(long, value_name = "FILE")]

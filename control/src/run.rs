@@ -33,7 +33,7 @@ use crate::scheduler;
 use crate::server::audit::AuditLog;
 use crate::server::registry::{Patience, Registry, Settings};
 use crate::server::{AuditSettings, ServeError, Server, Tokens};
-use crate::store::{OpenError, RestoreError, STORE_FILE, Store, StoreError};
+use crate::store::{Candidate, OpenError, RestoreError, STORE_FILE, Store, StoreError};
 
 /// What a drain may take: open streams get a little time to end by themselves.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -135,6 +135,7 @@ impl Control {
             feed,
             ca_certificate: certificates.ca().to_owned(),
             address: *address,
+            others: None,
         };
         led.act(arguments, tasks, stop);
         Ok(control)
@@ -260,7 +261,7 @@ fn tokens(arguments: &Arguments, key: &rcgen::KeyPair) -> Tokens {
         "https://kubernetes.default.svc.{}",
         arguments.cluster_domain
     );
-    Tokens::new(key, &issuer)
+    Tokens::new(key, &issuer).with_lifetime_max(arguments.service_account_max_token_expiration_s)
 }
 
 fn registry_over(arguments: &Arguments, store: Store, audit: Option<AuditLog>) -> Registry {
@@ -358,6 +359,8 @@ struct Led {
     feed: Feed,
     ca_certificate: String,
     address: SocketAddr,
+    /// Over etcd: who knows the other control planes.
+    others: Option<Candidate>,
 }
 
 impl Led {
@@ -389,7 +392,12 @@ impl Led {
         let remover: Arc<dyn controllers::VolumeRemover> = Arc::new(self.feed.clone());
         let usage: Arc<dyn controllers::UsageSource> = Arc::new(self.feed);
         let nodes = Nodes { remover, usage };
-        spawn_loops(tasks, &self.registry, settings, nodes, place, stop);
+        let (own, others, token) = (self.registry.clone(), self.others, stop.clone());
+        tasks.spawn(async move {
+            api_service::run(own, place, others, token).await;
+            Ok(())
+        });
+        spawn_loops(tasks, &self.registry, settings, nodes, stop);
     }
 }
 
@@ -415,7 +423,6 @@ fn spawn_loops(
     registry: &Registry,
     settings: controllers::Settings,
     nodes: Nodes,
-    place: ApiPlace,
     stop: &CancellationToken,
 ) {
     let (own, token) = (registry.clone(), stop.clone());
@@ -428,11 +435,6 @@ fn spawn_loops(
         if token.run_until_cancelled(hold.over()).await.is_some() {
             scheduler::run(own, token).await;
         }
-        Ok(())
-    });
-    let (own, token) = (registry.clone(), stop.clone());
-    tasks.spawn(async move {
-        api_service::run(own, place, token).await;
         Ok(())
     });
     let (own, token) = (registry.clone(), stop.clone());

@@ -20,6 +20,8 @@ pub enum Rule {
     LogFirst,
     /// 4: an ack follows the programming.
     AckAfterFlip,
+    /// After a reboot Services come from the disk only when this node holds no drain any more.
+    GraceAfterReboot,
     /// 5: an ack is void after a reboot.
     RebootVoidsAck,
     /// 9: a floor waits for nodes without a stream too.
@@ -34,6 +36,8 @@ pub enum Rule {
     FinalStays,
     /// 8: a final status is on disk before the last trace of the pod goes.
     FinalOnDisk,
+    /// 8: what has ended on a node never starts there again, also after a restore.
+    Tombstones,
     /// 8: a status that found the pod unbound is kept.
     NotBoundIsKept,
     /// 10: after a restore nobody is placed before it is known what runs.
@@ -49,12 +53,13 @@ pub enum Rule {
 }
 
 /// All of them.
-pub const ALL: [Rule; 18] = [
+pub const ALL: [Rule; 20] = [
     Rule::BatchIsWhole,
     Rule::JoinInFeed,
     Rule::Digest,
     Rule::LogFirst,
     Rule::AckAfterFlip,
+    Rule::GraceAfterReboot,
     Rule::RebootVoidsAck,
     Rule::FloorOfAbsent,
     Rule::FloorIsAnswer,
@@ -62,6 +67,7 @@ pub const ALL: [Rule; 18] = [
     Rule::Incarnation,
     Rule::FinalStays,
     Rule::FinalOnDisk,
+    Rule::Tombstones,
     Rule::NotBoundIsKept,
     Rule::Hold,
     Rule::Adopt,

@@ -2,6 +2,7 @@
 
 use crate::Global;
 use crate::connection::{Session, key};
+use crate::events;
 use crate::failure::Failure;
 use crate::files::Files;
 use crate::names::{self, targets};
@@ -303,19 +304,76 @@ pub(crate) async fn wait_gone(
 ) -> Result<(), Failure> {
     loop {
         let object = session.find(key(kind, namespace, name)).await?;
-        let there = object.is_some_and(|object| {
+        let there = object.filter(|object| {
             let own = object.pointer("/metadata/uid").and_then(Value::as_str);
             uid.is_none() || own == uid
         });
-        if !there {
+        let Some(object) = there else {
             return Ok(());
-        }
+        };
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            // Best effort: whoever may delete may not be allowed to read events.
+            let events = events::about(session, kind, &object).await;
+            let why = why_there(&object, &events.unwrap_or_default());
+            let (plural, why) = (kind.plural, why.join("; "));
             return Err(Failure::local(format!(
-                "timed out waiting for the condition on {}/{name}",
-                kind.plural
+                "timed out waiting for the condition on {plural}/{name}: {why}"
             )));
         }
         tokio::time::sleep(POLL).await;
+    }
+}
+
+/// What an object that should have gone waits for, as far as it shows; `events` oldest first.
+fn why_there(object: &Value, events: &[Value]) -> Vec<String> {
+    let text = |at: &str| object.pointer(at).and_then(Value::as_str);
+    let mut why = Vec::new();
+    let Some(since) = text("/metadata/deletionTimestamp") else {
+        return vec!["it is there, and nobody has deleted it".to_owned()];
+    };
+    why.push(format!("it is being deleted since {since}"));
+    let finalizers = object.pointer("/metadata/finalizers");
+    let finalizers = finalizers.and_then(Value::as_array).into_iter().flatten();
+    for finalizer in finalizers.filter_map(Value::as_str) {
+        why.push(format!("its finalizer {finalizer} has not been removed"));
+    }
+    if let Some(node) = text("/spec/nodeName") {
+        why.push(format!("node {node} has not said that it has ended"));
+    }
+    let newest = |event: &&Value| event.get("type").and_then(Value::as_str) == Some("Warning");
+    if let Some(event) = events.iter().rev().find(newest) {
+        let part = |field: &str| event.get(field).and_then(Value::as_str).unwrap_or_default();
+        why.push(format!("{}: {}", part("reason"), part("message")));
+    }
+    why
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_is_still_there_says_what_it_waits_for() {
+        let pod = json!({
+            "metadata": {"deletionTimestamp": "2026-01-02T03:04:05Z", "finalizers": ["example.com/keep"]},
+            "spec": {"nodeName": "node-2"},
+        });
+        let events = [
+            json!({"type": "Warning", "reason": "Unhealthy", "message": "old"}),
+            json!({"type": "Warning", "reason": "FailedKillPod", "message": "process 7 (dd)"}),
+            json!({"type": "Normal", "reason": "Killing", "message": "Stopping container main"}),
+        ];
+        assert_eq!(
+            why_there(&pod, &events),
+            [
+                "it is being deleted since 2026-01-02T03:04:05Z",
+                "its finalizer example.com/keep has not been removed",
+                "node node-2 has not said that it has ended",
+                "FailedKillPod: process 7 (dd)",
+            ]
+        );
+        let alive = why_there(&json!({"metadata": {}}), &events);
+        assert_eq!(alive, ["it is there, and nobody has deleted it"]);
     }
 }

@@ -280,6 +280,7 @@ mod tests {
             "get events --field-selector involvedObject.name=web --sort-by=.lastTimestamp",
             "apply -f web.yaml -f - --dry-run=server --validate=warn",
             "create -f web.yaml",
+            "create token ci -n shop --duration 20m --audience vault -o json",
             "delete pod web --grace-period=0 --force",
             "delete pods --all --now --wait=false",
             "delete -f web.yaml --ignore-not-found --timeout=30s",

@@ -46,8 +46,8 @@ pub(crate) enum Token {
         /// Print the whole command for the machine that is to join
         #[arg(long)]
         print_join_command: bool,
-        /// The control plane's address in that command [default: the one that pods use]
-        #[arg(long, value_name = "HOST:PORT")]
+        /// The control plane's address in that command, or those of several [default: what pods use]
+        #[arg(long, value_name = "HOST:PORT,...")]
         server: Option<String>,
     },
     /// List tokens, without what they are used with
@@ -180,26 +180,33 @@ pub(crate) async fn join_line(
     ))
 }
 
-/// Where other machines reach the control plane: as pods do.
+/// Where other machines reach the control plane, or all of several: as pods do.
 async fn address(session: &Session) -> Result<String, Failure> {
     let kind = resolve("endpointslices");
     let kind = kind.ok_or_else(|| Failure::local("this version knows no EndpointSlices"))?;
     let slice = session.find(key(kind, "default", "kubernetes")).await?;
-    let slice = slice.unwrap_or_default();
-    let address = slice
-        .pointer("/endpoints/0/addresses/0")
-        .and_then(Value::as_str);
-    let port = slice.pointer("/ports/0/port").and_then(Value::as_i64);
-    let (Some(address), Some(port)) = (address, port) else {
+    let addresses = addresses(&slice.unwrap_or_default());
+    if addresses.is_empty() {
         return Err(Failure::local(
             "the control plane knows no address of its own that others can reach: give one with --server, or \
              start gantry-control with --advertise-address",
         ));
-    };
-    match address.contains(':') {
-        true => Ok(format!("[{address}]:{port}")),
-        false => Ok(format!("{address}:{port}")),
     }
+    Ok(addresses.join(","))
+}
+
+/// All of a slice, with their port.
+fn addresses(slice: &Value) -> Vec<String> {
+    let port = slice.pointer("/ports/0/port").and_then(Value::as_i64);
+    let endpoints = slice["endpoints"].as_array().into_iter().flatten();
+    let addresses = endpoints.filter_map(|endpoint| {
+        let (address, port) = (endpoint.pointer("/addresses/0")?.as_str()?, port?);
+        Some(match address.contains(':') {
+            true => format!("[{address}]:{port}"),
+            false => format!("{address}:{port}"),
+        })
+    });
+    addresses.collect()
 }
 
 fn text_of(secret: &Value) -> BTreeMap<String, String> {

@@ -2,16 +2,18 @@
 //!
 //! ```text
 //!  service CIDR ─► its first address ─► Service (no selector) ─┐
-//!  listen, advertise, this machine's addresses ─► EndpointSlice ┴─► feed ─► connect(10.96.0.1:443)
+//!  listen, advertise, this machine's addresses ┬► EndpointSlice ┴─► feed ─► connect(10.96.0.1:443)
+//!  over etcd: those of all control planes ─────┘
 //! ```
 //! Looked at every [`INTERVAL`], as Kubernetes' apiserver does: a Service that somebody deleted is
 //! back, and an address that this machine got later is in the slice. The address is never a loopback
 //! one, which each pod would take for itself; while there is none, the slice is empty and a pod's
-//! connect is refused at once.
+//! connect is refused at once. A control plane over etcd that has died is out with its lease, and the
+//! agents leave it out before that. Those with another port or family than ours have slices of their own.
 //!
 //! Source: Kubernetes `pkg/controlplane/controller/kubernetesservice/controller.go`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
@@ -26,11 +28,12 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::endpointslice::SERVICE_NAME;
-use crate::server::registry::Registry;
+use crate::server::registry::{DeleteOptions, Registry};
+use crate::store::{Candidate, Replica};
 
 /// The namespace of the Service.
 const NAMESPACE: &str = "default";
-/// Its name, and its slice's.
+/// Its name, and that of its slice with our port.
 const NAME: &str = "kubernetes";
 /// Its key in the store: whose the address is.
 pub(crate) const API_SERVICE_KEY: &str = "/registry/services/default/kubernetes";
@@ -50,11 +53,17 @@ pub struct ApiPlace {
     pub advertise: Option<IpAddr>,
 }
 
-/// Keeps Service and slice until `stop`.
-pub async fn run(registry: Registry, place: ApiPlace, stop: CancellationToken) {
+/// Keeps Service and slices until `stop`; over etcd, `others` knows all that serve.
+pub async fn run(
+    registry: Registry,
+    place: ApiPlace,
+    others: Option<Candidate>,
+    stop: CancellationToken,
+) {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut told = None;
+    let mut known = BTreeSet::new();
     loop {
         tokio::select! {
             // Both arms are cancel safe.
@@ -75,7 +84,18 @@ pub async fn run(registry: Registry, place: ApiPlace, stop: CancellationToken) {
                 ),
             }
         }
-        if let Err(error) = ensure(&registry, place, address).await {
+        if let Some(others) = &others {
+            match others.replicas().await {
+                Ok(replicas) => known = reached(&replicas),
+                // The last ones known stay.
+                Err(error) => {
+                    tracing::warn!(%error, "etcd does not say which control planes serve")
+                }
+            }
+        }
+        let mut all = known.clone();
+        all.extend(address.map(|ip| SocketAddr::new(ip, place.listen.port())));
+        if let Err(error) = ensure(&registry, place, &all).await {
             tracing::warn!(%error, "the Service kubernetes is not as it should be; trying again");
         }
     }
@@ -85,6 +105,15 @@ pub async fn run(registry: Registry, place: ApiPlace, stop: CancellationToken) {
 pub(crate) fn reached_at(listen: SocketAddr, configured: Option<IpAddr>) -> String {
     let address = advertised(listen.ip(), configured, own_address()).unwrap_or(listen.ip());
     format!("https://{}", SocketAddr::new(address, listen.port()))
+}
+
+/// Where pods reach these.
+fn reached(replicas: &[Replica]) -> BTreeSet<SocketAddr> {
+    let addresses = replicas.iter().filter_map(|replica| {
+        let address = replica.url.strip_prefix("https://")?;
+        address.parse::<SocketAddr>().ok()
+    });
+    addresses.filter(|it| !it.ip().is_loopback()).collect()
 }
 
 /// The address that pods are told: the configured one, else the one listened on, else this
@@ -122,26 +151,72 @@ fn own_address() -> Option<IpAddr> {
 async fn ensure(
     registry: &Registry,
     place: ApiPlace,
-    address: Option<IpAddr>,
+    addresses: &BTreeSet<SocketAddr>,
 ) -> Result<(), Status> {
     if registry.get::<Service>(NAMESPACE, NAME)?.is_none() {
         ignore_exists(registry.create(&service(place)).await)?;
     }
-    let wanted = slice(address, place.listen.port());
-    match registry.get::<EndpointSlice>(NAMESPACE, NAME)? {
-        None => ignore_exists(registry.create(&wanted).await),
-        Some(found) => {
-            let mut new = found.clone();
-            new.endpoints.clone_from(&wanted.endpoints);
-            new.ports.clone_from(&wanted.ports);
-            let labels = new.metadata.labels.get_or_insert_default();
-            labels.extend(wanted.metadata.labels.unwrap_or_default());
-            if new == found {
-                return Ok(());
+    let wanted = slices(place, addresses);
+    for (name, wanted) in &wanted {
+        match registry.get::<EndpointSlice>(NAMESPACE, name)? {
+            None => ignore_exists(registry.create(wanted).await)?,
+            Some(found) => {
+                let mut new = found.clone();
+                new.endpoints.clone_from(&wanted.endpoints);
+                new.ports.clone_from(&wanted.ports);
+                let labels = new.metadata.labels.get_or_insert_default();
+                labels.extend(wanted.metadata.labels.clone().unwrap_or_default());
+                if new != found {
+                    registry.update(&new).await?;
+                }
             }
-            registry.update(&new).await.map(drop)
         }
     }
+    for slice in registry.list::<EndpointSlice>(Some(NAMESPACE))?.1 {
+        let name = slice.metadata.name.unwrap_or_default();
+        if is_ours(&name) && !wanted.contains_key(&name) {
+            let options = DeleteOptions::default();
+            match registry
+                .delete::<EndpointSlice>(NAMESPACE, &name, &options)
+                .await
+            {
+                Err(status) if status.reason != Reason::NotFound => return Err(status),
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A slice of [`slices`]: nobody else may have these names.
+fn is_ours(name: &str) -> bool {
+    let rest = name
+        .strip_prefix(NAME)
+        .and_then(|rest| rest.strip_prefix('-'));
+    let port = rest.map(|rest| rest.strip_suffix("-ipv6").unwrap_or(rest));
+    port.is_some_and(|port| port.parse::<u16>().is_ok())
+}
+
+/// By name: one for each port and family, ours always.
+fn slices(place: ApiPlace, addresses: &BTreeSet<SocketAddr>) -> BTreeMap<String, EndpointSlice> {
+    let port = place.listen.port();
+    let own = addresses.iter().find(|address| address.port() == port);
+    let own = (own.is_some_and(SocketAddr::is_ipv6), port);
+    let mut grouped = BTreeMap::from([(own, Vec::new())]);
+    for address in addresses {
+        let group = grouped.entry((address.is_ipv6(), address.port()));
+        group.or_default().push(address.ip());
+    }
+    let named = grouped.into_iter().map(|((is_v6, port), addresses)| {
+        let name = match (is_v6, port) {
+            group if group == own => NAME.to_owned(),
+            (true, port) => format!("{NAME}-{port}-ipv6"),
+            (false, port) => format!("{NAME}-{port}"),
+        };
+        let slice = slice(&name, is_v6, &addresses, port);
+        (name, slice)
+    });
+    named.collect()
 }
 
 fn ignore_exists<T>(result: Result<T, Status>) -> Result<(), Status> {
@@ -175,8 +250,8 @@ fn service(place: ApiPlace) -> Service {
     }
 }
 
-fn slice(address: Option<IpAddr>, port: u16) -> EndpointSlice {
-    let endpoint = |address: IpAddr| Endpoint {
+fn slice(name: &str, is_v6: bool, addresses: &[IpAddr], port: u16) -> EndpointSlice {
+    let endpoint = |address: &IpAddr| Endpoint {
         addresses: vec![address.to_string()],
         conditions: Some(EndpointConditions {
             ready: Some(true),
@@ -186,13 +261,10 @@ fn slice(address: Option<IpAddr>, port: u16) -> EndpointSlice {
     };
     let labels = BTreeMap::from([(SERVICE_NAME.to_owned(), NAME.to_owned())]);
     EndpointSlice {
-        address_type: match address {
-            Some(IpAddr::V6(_)) => "IPv6".to_owned(),
-            _ => "IPv4".to_owned(),
-        },
-        endpoints: Some(address.into_iter().map(endpoint).collect()),
+        address_type: if is_v6 { "IPv6" } else { "IPv4" }.to_owned(),
+        endpoints: Some(addresses.iter().map(endpoint).collect()),
         metadata: ObjectMeta {
-            name: Some(NAME.to_owned()),
+            name: Some(name.to_owned()),
             namespace: Some(NAMESPACE.to_owned()),
             labels: Some(labels),
             ..ObjectMeta::default()
@@ -209,7 +281,7 @@ fn slice(address: Option<IpAddr>, port: u16) -> EndpointSlice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::server::registry::{DeleteOptions, Settings};
+    use crate::server::registry::Settings;
     use crate::store::Store;
 
     fn ip(text: &str) -> IpAddr {
@@ -229,6 +301,23 @@ mod tests {
         ] {
             assert_eq!(advertised(ip(listen), configured, own), wanted, "{listen}");
         }
+    }
+
+    #[test]
+    fn a_control_plane_is_reached_where_it_says_but_not_on_loopback() {
+        let replica = |url: &str| Replica {
+            name: String::new(),
+            url: url.to_owned(),
+        };
+        let urls = [
+            "https://192.0.2.7:6443",
+            "https://127.0.0.1:1",
+            "",
+            "https://[2001:db8::1]:6443",
+        ];
+        let found = reached(&urls.map(replica));
+        let wanted = ["192.0.2.7:6443", "[2001:db8::1]:6443"];
+        assert_eq!(found, wanted.map(|it| it.parse().unwrap()).into());
     }
 
     #[tokio::test]
@@ -253,9 +342,10 @@ mod tests {
             let all = endpoints.into_iter().flat_map(|e| e.addresses);
             all.collect::<Vec<String>>()
         };
-        ensure(&registry, place, None).await.unwrap();
+        let set = |all: &[&str]| all.iter().map(|it| it.parse().unwrap()).collect();
+        ensure(&registry, place, &set(&[])).await.unwrap();
         assert!(addresses(&registry).is_empty());
-        ensure(&registry, place, Some(ip("192.0.2.7")))
+        ensure(&registry, place, &set(&["192.0.2.7:6443"]))
             .await
             .unwrap();
         assert_eq!(addresses(&registry), ["192.0.2.7"]);
@@ -269,7 +359,7 @@ mod tests {
         let mut other = service(place);
         other.metadata.name = Some("other".to_owned());
         assert!(registry.create(&other).await.is_err());
-        ensure(&registry, place, Some(ip("192.0.2.8")))
+        ensure(&registry, place, &set(&["192.0.2.8:6443"]))
             .await
             .unwrap();
         let service: Service = registry.get(NAMESPACE, NAME).unwrap().unwrap();
@@ -279,10 +369,32 @@ mod tests {
         );
         assert_eq!(addresses(&registry), ["192.0.2.8"]);
         let revision = registry.store().revision();
-        ensure(&registry, place, Some(ip("192.0.2.8")))
+        ensure(&registry, place, &set(&["192.0.2.8:6443"]))
             .await
             .unwrap();
         assert_eq!(registry.store().revision(), revision, "nothing to write");
+
+        // All control planes; those elsewhere have slices of their own, and these go with them.
+        let names = |registry: &Registry| {
+            let slices = registry.list::<EndpointSlice>(Some(NAMESPACE)).unwrap().1;
+            let names = slices.into_iter().map(|slice| slice.metadata.name.unwrap());
+            names.collect::<Vec<String>>()
+        };
+        let all = set(&[
+            "192.0.2.8:6443",
+            "192.0.2.9:6443",
+            "192.0.2.9:7443",
+            "[2001:db8::1]:6443",
+        ]);
+        ensure(&registry, place, &all).await.unwrap();
+        assert_eq!(addresses(&registry), ["192.0.2.8", "192.0.2.9"]);
+        let three = ["kubernetes", "kubernetes-6443-ipv6", "kubernetes-7443"];
+        assert_eq!(names(&registry), three);
+        ensure(&registry, place, &set(&["192.0.2.8:6443"]))
+            .await
+            .unwrap();
+        assert_eq!(names(&registry), ["kubernetes"]);
+        assert_eq!(addresses(&registry), ["192.0.2.8"]);
         registry.store().close().await;
     }
 }

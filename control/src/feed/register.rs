@@ -17,6 +17,7 @@ use gantry_api::status::{Reason, Status};
 use serde_json::{Map, Value, json};
 
 use super::Inner;
+use super::adopt::Told;
 use crate::joining::{KEYS_ANNOTATION, MACHINE_ANNOTATION};
 use crate::server::{Part, WriteOptions};
 
@@ -39,9 +40,10 @@ impl Inner {
     ///   who deleted it took its certificate back.
     pub(super) async fn register(
         &self,
-        hello: &proto::Hello,
+        told: &Told,
         joined: Option<&str>,
     ) -> Result<(u64, Vec<String>), Status> {
+        let hello = &told.hello;
         let info = hello
             .info
             .as_ref()
@@ -52,7 +54,7 @@ impl Inner {
         let node = self.write_node(hello, joined, &machine).await?;
         self.write_node_status(&hello.node, &machine["status"])
             .await?;
-        let unknown = self.adopt(hello).await?;
+        let unknown = self.adopt(told).await?;
         let uid = node["metadata"]["uid"].as_str().unwrap_or_default();
         let lease = self.renew_lease(&hello.node, Some(uid)).await?;
         let revision = lease.metadata.resource_version.unwrap_or_default();

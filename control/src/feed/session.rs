@@ -25,6 +25,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 
+use super::adopt::{Told, ask_ended};
 use super::floor::Waits;
 use super::view::{Cursor, Step};
 use super::{Inner, NodeLink};
@@ -52,7 +53,7 @@ const WRITES_MAX: usize = 320;
 /// Events in progress; more are dropped, they are best effort.
 const EVENT_WRITES_MAX: usize = 32;
 
-type Down = mpsc::Sender<Result<proto::Down, tonic::Status>>;
+pub(super) type Down = mpsc::Sender<Result<proto::Down, tonic::Status>>;
 
 /// Why a session ends; told to the agent.
 struct Leave {
@@ -123,7 +124,11 @@ pub(super) async fn run(
     let open = async {
         let held = timeout(TAKE_OVER_TIMEOUT, link.session.clone().lock_owned()).await;
         let held = held.map_err(|_| leave("the writes of the session before have not settled"))?;
-        let session = Session::open(&inner, &link, hello, joined.as_deref(), down.clone()).await?;
+        let ours = inner.registry.store().lineage();
+        let ended = ask_ended(&hello, ours, &mut inbound, &down).await;
+        let ended = ended.map_err(leave)?;
+        let told = Told { hello, ended };
+        let session = Session::open(&inner, &link, told, joined.as_deref(), down.clone()).await?;
         Ok::<_, Leave>((held, session))
     };
     let opened = tokio::select! {
@@ -177,12 +182,13 @@ impl Session {
     async fn open(
         inner: &Arc<Inner>,
         link: &Arc<NodeLink>,
-        hello: proto::Hello,
+        told: Told,
         joined: Option<&str>,
         down: Down,
     ) -> Result<Self, Leave> {
-        let node = hello.node.clone();
-        let info = hello
+        let node = told.hello.node.clone();
+        let info = told
+            .hello
             .info
             .as_ref()
             .map(|info| info.node_json.as_ref())
@@ -192,12 +198,13 @@ impl Session {
             .unwrap_or_default();
         let (session, unknown_pods) =
             inner
-                .register(&hello, joined)
+                .register(&told, joined)
                 .await
                 .map_err(|status| Leave {
                     reason: format!("registration of node {node}: {status}"),
                     retry_after: Duration::from_secs(1),
                 })?;
+        let hello = told.hello;
         {
             let mut state = link.state();
             let voids = !rules::is_off(Rule::RebootVoidsAck);
@@ -404,6 +411,7 @@ impl Session {
                 Ok(())
             }
             Some(up::Message::Hello(_)) => Err(leave("a second Hello on one stream")),
+            Some(up::Message::Ended(_)) => Err(leave("nobody has asked for ended pods")),
             None => Ok(()), // a newer agent's message
         }
     }

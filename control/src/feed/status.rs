@@ -99,10 +99,12 @@ impl Inner {
         if link.state().statuses.len() >= REMEMBERED_MAX {
             // Locks are taken in one order everywhere: the index before a link's state.
             let index = self.index();
-            let bound = index.pod_uids(node);
-            link.state()
-                .statuses
-                .retain(|uid, _| bound.contains(uid.as_str()));
+            let mut state = link.state();
+            // A node may have more pods than that: then not with every report of theirs.
+            if state.statuses.len() >= 2 * index.pod_count(node) {
+                let bound = index.pod_uids(node);
+                (state.statuses).retain(|uid, _| bound.contains(uid.as_str()));
+            }
         }
         let state = link.state();
         let last = state.statuses.get(&report.uid);

@@ -287,7 +287,12 @@ impl Index {
         }
     }
 
-    /// The UIDs of the pods bound to a node.
+    /// How many pods are bound to a node.
+    pub(super) fn pod_count(&self, node: &str) -> usize {
+        self.pods_by_node.get(node).map_or(0, |names| names.len())
+    }
+
+    /// Their UIDs.
     pub(super) fn pod_uids(&self, node: &str) -> BTreeSet<&str> {
         let names = self.pods_by_node.get(node).into_iter().flatten();
         names

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::pki::key_hash;
 use crate::server::Front;
-use crate::store::{Candidate, EtcdServers, Replica};
+use crate::store::{EtcdServers, Replica};
 
 /// Serves, and leads when nobody else does.
 pub(super) async fn start(
@@ -50,6 +50,11 @@ pub(super) async fn start(
     let server = server.behind(&front);
     let served = spawn_server(&mut tasks, server, listener, stop);
     spawn_renewal(&mut tasks, &certificates, stop);
+    let (announced, replica) = (candidate.clone(), us.clone());
+    tasks.spawn(async move {
+        announced.announce(&replica).await;
+        Ok(())
+    });
     let leader = Lead {
         arguments: arguments.clone(),
         us,
@@ -135,6 +140,7 @@ impl Lead {
             feed,
             ca_certificate: self.certificates.ca().to_owned(),
             address: self.address,
+            others: Some(self.candidate),
         };
         led.act(&self.arguments, &mut tasks, stop);
         while let Some(ended) = tasks.join_next().await {

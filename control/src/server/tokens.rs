@@ -6,8 +6,8 @@
 //!  any call with `authorization: Bearer JWT` ─► signature, time, audience ─► do account and pod still
 //!                                               exist with the same uid? ─► system:serviceaccount:NS:NAME
 //! ```
-//! Invariants: a token of a pod dies with the pod, one of an account with the account, whatever its
-//! expiry says; nothing is issued for an account that does not exist; a token is never logged.
+//! Invariants: a token dies with the pod, Secret or node that it is bound to, and with its account, whatever
+//! its expiry says; nothing is issued for an account that does not exist; a token is never logged.
 //! Deciding parts get the time as an argument.
 //!
 //! Source: Kubernetes `pkg/serviceaccount` (claims.go, jwt.go), KEP-1205 (bound tokens).
@@ -17,7 +17,7 @@ use std::sync::Arc;
 use gantry_api::k8s_openapi::api::authentication::v1::{
     TokenRequest, TokenRequestStatus, TokenReview, TokenReviewStatus, UserInfo,
 };
-use gantry_api::k8s_openapi::api::core::v1::{Pod, ServiceAccount};
+use gantry_api::k8s_openapi::api::core::v1::{Node, Pod, Secret, ServiceAccount};
 use gantry_api::k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use gantry_api::k8s_openapi::jiff::Timestamp;
 use gantry_api::kinds;
@@ -26,13 +26,13 @@ use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
 use serde::{Deserialize, Serialize};
 
 use super::identity::Identity;
-use super::registry::Registry;
+use super::registry::{Registry, Resource};
 
 /// What a token lives when nobody says.
 pub const LIFETIME_S: i64 = 3_600;
 /// The shortest life that may be asked for (Kubernetes' limit).
 pub const LIFETIME_S_MIN: i64 = 600;
-/// A longer life is shortened to this; the answer says when the token ends.
+/// A longer life is shortened to this where nobody says otherwise; the answer says when the token ends.
 pub const LIFETIME_S_MAX: i64 = 24 * 3_600;
 /// Longest token that is looked at, in bytes.
 const TOKEN_BYTES_MAX: usize = 16 << 10;
@@ -60,7 +60,10 @@ pub struct Subject {
     /// The pod that the token ends with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pod: Option<Reference>,
-    /// The pod's node, for audits.
+    /// The Secret that the token ends with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secret: Option<Reference>,
+    /// The pod's node, for audits; without a pod the node that the token ends with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<Reference>,
 }
@@ -90,6 +93,7 @@ pub struct Issued {
 #[derive(Clone)]
 pub struct Tokens {
     inner: Arc<Keys>,
+    lifetime_s_max: i64,
 }
 
 struct Keys {
@@ -114,6 +118,15 @@ impl Tokens {
         };
         Tokens {
             inner: Arc::new(keys),
+            lifetime_s_max: LIFETIME_S_MAX,
+        }
+    }
+
+    /// The same, whose tokens live for at most so many seconds, whatever is asked for.
+    pub fn with_lifetime_max(self, lifetime_s_max: i64) -> Tokens {
+        Tokens {
+            lifetime_s_max,
+            ..self
         }
     }
 
@@ -141,7 +154,7 @@ impl Tokens {
             return Err(Status::bad_request(text));
         }
         let issued_at_s = now.as_second();
-        let expires_at_s = issued_at_s + lifetime_s.min(LIFETIME_S_MAX);
+        let expires_at_s = issued_at_s + lifetime_s.min(self.lifetime_s_max);
         let account = &subject.serviceaccount.name;
         let mut aud = audiences.to_vec();
         if aud.is_empty() {
@@ -224,7 +237,7 @@ pub fn pod_subject(registry: &Registry, namespace: &str, pod: &Pod) -> Result<Su
     let node = spec.and_then(|spec| spec.node_name.clone());
     let node = node.filter(|node| !node.is_empty());
     let node_object = match &node {
-        Some(node) => registry.get::<gantry_api::k8s_openapi::api::core::v1::Node>("", node)?,
+        Some(node) => registry.get::<Node>("", node)?,
         None => None,
     };
     let pod_name = pod.metadata.name.as_deref().unwrap_or_default();
@@ -232,6 +245,7 @@ pub fn pod_subject(registry: &Registry, namespace: &str, pod: &Pod) -> Result<Su
         namespace: namespace.to_owned(),
         serviceaccount: reference(name, account.metadata.uid.as_ref()),
         pod: Some(reference(pod_name, pod.metadata.uid.as_ref())),
+        secret: None,
         node: node.map(|node| {
             let uid = node_object
                 .as_ref()
@@ -239,6 +253,31 @@ pub fn pod_subject(registry: &Registry, namespace: &str, pod: &Pod) -> Result<Su
             reference(&node, uid)
         }),
     })
+}
+
+/// What a token is to be bound to, if it is the object of that uid.
+fn bound_object<K: Resource>(
+    registry: &Registry,
+    namespace: &str,
+    name: &str,
+    uid: &Option<String>,
+) -> Result<K, Status> {
+    let found = registry.get::<K>(namespace, name)?;
+    let found = found.filter(|found| uid.is_none() || found.metadata().uid == *uid);
+    found.ok_or_else(|| {
+        let kind = K::KIND;
+        Status::bad_request(format!("there is no {kind} {name:?} of this uid"))
+    })
+}
+
+/// Whether the object is still there, and the same.
+fn is_there<K: Resource>(
+    registry: &Registry,
+    namespace: &str,
+    bound: &Reference,
+) -> Result<bool, Status> {
+    let found = registry.get::<K>(namespace, &bound.name)?;
+    Ok(found.is_some_and(|found| found.metadata().uid.as_ref() == Some(&bound.uid)))
 }
 
 /// Answers a TokenRequest for an account, as `gantry create token` sends it.
@@ -251,35 +290,42 @@ pub fn answer_request(
     now: Timestamp,
 ) -> Result<TokenRequest, Status> {
     let mut spec = request.spec.take().unwrap_or_default();
-    let subject = match &spec.bound_object_ref {
-        None => Subject {
-            namespace: namespace.to_owned(),
-            serviceaccount: reference(
-                name,
-                account(registry, namespace, name)?.metadata.uid.as_ref(),
-            ),
-            pod: None,
-            node: None,
-        },
-        Some(bound) if bound.kind.as_deref() == Some("Pod") => {
-            let pod_name = bound.name.as_deref().unwrap_or_default();
-            let pod = registry.get::<Pod>(namespace, pod_name)?;
-            let pod = pod.filter(|pod| bound.uid.is_none() || pod.metadata.uid == bound.uid);
-            let missing =
-                || Status::bad_request(format!("there is no pod {pod_name:?} of this uid"));
-            let subject = pod_subject(registry, namespace, &pod.ok_or_else(missing)?)?;
-            if subject.serviceaccount.name != name {
-                let text = format!("pod {pod_name:?} does not run as service account {name:?}");
+    let mut subject = Subject {
+        namespace: namespace.to_owned(),
+        serviceaccount: reference(
+            name,
+            account(registry, namespace, name)?.metadata.uid.as_ref(),
+        ),
+        pod: None,
+        secret: None,
+        node: None,
+    };
+    if let Some(bound) = &spec.bound_object_ref {
+        let (object, uid) = (bound.name.as_deref().unwrap_or_default(), &bound.uid);
+        match bound.kind.as_deref().unwrap_or_default() {
+            "Pod" => {
+                let pod = bound_object::<Pod>(registry, namespace, object, uid)?;
+                subject = pod_subject(registry, namespace, &pod)?;
+                if subject.serviceaccount.name != name {
+                    let text = format!("pod {object:?} does not run as service account {name:?}");
+                    return Err(Status::bad_request(text));
+                }
+            }
+            "Secret" => {
+                let secret = bound_object::<Secret>(registry, namespace, object, uid)?;
+                subject.secret = Some(reference(object, secret.metadata.uid.as_ref()));
+            }
+            "Node" => {
+                let node = bound_object::<Node>(registry, "", object, uid)?;
+                subject.node = Some(reference(object, node.metadata.uid.as_ref()));
+            }
+            kind => {
+                let text =
+                    format!("a token can be bound to a Pod, a Secret or a Node, not to a {kind:?}");
                 return Err(Status::bad_request(text));
             }
-            subject
         }
-        Some(bound) => {
-            let kind = bound.kind.as_deref().unwrap_or_default();
-            let text = format!("a token can be bound to a Pod, not to a {kind:?}");
-            return Err(Status::bad_request(text));
-        }
-    };
+    }
     let lifetime_s = spec.expiration_seconds.unwrap_or(LIFETIME_S);
     let audiences = spec.audiences.clone().unwrap_or_default();
     let issued = tokens.issue(subject, &audiences, lifetime_s, now)?;
@@ -316,17 +362,25 @@ pub fn authenticate(
         namespace,
         serviceaccount,
         pod,
-        ..
+        secret,
+        node,
     } = subject;
-    let account = registry.get::<ServiceAccount>(&namespace, &serviceaccount.name)?;
-    if account.is_none_or(|account| account.metadata.uid.as_ref() != Some(&serviceaccount.uid)) {
+    if !is_there::<ServiceAccount>(registry, &namespace, &serviceaccount)? {
         return Err(gone("service account"));
     }
-    if let Some(bound) = pod {
-        let pod = registry.get::<Pod>(&namespace, &bound.name)?;
-        if pod.is_none_or(|pod| pod.metadata.uid.as_ref() != Some(&bound.uid)) {
+    if let Some(bound) = secret
+        && !is_there::<Secret>(registry, &namespace, &bound)?
+    {
+        return Err(gone("Secret"));
+    }
+    match (pod, node) {
+        (Some(bound), _) if !is_there::<Pod>(registry, &namespace, &bound)? => {
             return Err(gone("pod"));
         }
+        (None, Some(bound)) if !is_there::<Node>(registry, "", &bound)? => {
+            return Err(gone("node"));
+        }
+        _ => {}
     }
     Ok(Identity {
         user: format!("{ACCOUNT_USER_PREFIX}{namespace}:{}", serviceaccount.name),
@@ -389,6 +443,7 @@ mod tests {
             namespace: "shop".to_owned(),
             serviceaccount: reference("web", Some(&"u1".to_owned())),
             pod: Some(reference("web-1", Some(&"u2".to_owned()))),
+            secret: None,
             node: None,
         }
     }
@@ -413,6 +468,9 @@ mod tests {
         );
         let long = tokens.issue(subject(), &[], i64::MAX / 4, at(0)).unwrap();
         assert_eq!(long.expires_at, at(LIFETIME_S_MAX));
+        let limited = tokens.clone().with_lifetime_max(30);
+        let limited = limited.issue(subject(), &[], 600, at(0)).unwrap();
+        assert_eq!(limited.expires_at, at(30));
         let short = tokens.issue(subject(), &[], 599, at(0)).err().unwrap();
         assert_eq!(short.reason, Reason::BadRequest);
     }

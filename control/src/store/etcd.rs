@@ -24,6 +24,7 @@ mod follow;
 mod fresh;
 mod leader;
 mod meta;
+mod replicas;
 mod restore;
 mod wire;
 
@@ -132,6 +133,17 @@ impl Candidate {
         backend.fresh().await?;
         let _ = backend.term.set(term); // once
         Ok(())
+    }
+
+    /// Tells all control planes where this one serves, until the stop.
+    pub async fn announce(&self, us: &Replica) {
+        replicas::announce(&self.backend.client, us, &self.stop).await;
+    }
+
+    /// All control planes that serve.
+    pub async fn replicas(&self) -> Result<Vec<Replica>, StoreError> {
+        let all = replicas::all(&self.backend.client).await;
+        all.map_err(unavailable)
     }
 }
 

@@ -3,6 +3,7 @@
 use super::pod::quantity;
 use super::{each, names, one_of};
 use crate::field::{FieldError, Path};
+use crate::quantity::Quantity;
 use k8s_openapi::api::core::v1::{
     Container, DownwardAPIVolumeFile, KeyToPath, ProjectedVolumeSource,
     ServiceAccountTokenProjection, Volume, VolumeMount,
@@ -89,7 +90,11 @@ fn volume_source(volume: &Volume, path: &Path, errors: &mut Vec<FieldError>) {
     if let Some(source) = &volume.empty_dir {
         let path = path.child("emptyDir");
         let medium = source.medium.as_deref();
-        one_of(&path.child("medium"), medium, &["Memory"], errors);
+        let sizes = medium.and_then(|medium| medium.strip_prefix("HugePages-"));
+        let is_of_pages = sizes.is_some_and(|size| Quantity::parse(size).is_ok());
+        let media = ["HugePages", "HugePages-2Mi", "Memory"];
+        let medium = medium.filter(|_| !is_of_pages);
+        one_of(&path.child("medium"), medium, &media, errors);
         if let Some(limit) = &source.size_limit {
             quantity(&path.child("sizeLimit"), &limit.0, errors);
         }
@@ -468,6 +473,8 @@ mod tests {
             json!({"csi": {"driver": "Files.csi.example.com", "nodePublishSecretRef": {"name": "s"}}}),
             json!({"nfs": {"server": "fd00::5", "path": "/exports/a"}}),
             json!({"emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}}),
+            json!({"emptyDir": {"medium": "HugePages"}}),
+            json!({"emptyDir": {"medium": "HugePages-1Gi"}}),
             token(3607, "token"),
             file(json!({"path": "l", "fieldRef": {"fieldPath": "metadata.labels"}})),
         ] {
@@ -503,7 +510,7 @@ mod tests {
                 "emptyDir.sizeLimit",
             ),
             (
-                json!({"emptyDir": {"medium": "HugePages"}}),
+                json!({"emptyDir": {"medium": "HugePages-many"}}),
                 "emptyDir.medium",
             ),
             (token(599, "token"), "expirationSeconds"),

@@ -34,6 +34,14 @@ pub(crate) struct Init {
     /// As if this directory were /
     #[arg(long, value_name = "DIR", hide = true)]
     root: Option<PathBuf>,
+    /// Flags of this node's gantry-agent run, for example: --agent-flags "--max-pods 250"
+    #[arg(
+        long,
+        value_name = "FLAGS",
+        value_delimiter = ' ',
+        allow_hyphen_values = true
+    )]
+    agent_flags: Vec<String>,
     /// Flags of gantry-control, for example: -- --cluster-cidr 10.100.0.0/16
     #[arg(last = true, value_name = "FLAGS")]
     control_flags: Vec<String>,
@@ -52,7 +60,7 @@ impl Init {
         }
         let node = self.node_name.clone().unwrap_or_else(host_name);
         let control_arguments = self.control_arguments(&places, &node);
-        let agent_arguments = ["run".to_owned(), "--node-name".to_owned(), node.clone()];
+        let agent_arguments = self.agent_arguments(&node);
         let control = places.program("gantry-control");
         let agent = places.program("gantry-agent");
         let text = systemd::control(&control, &control_arguments);
@@ -102,6 +110,13 @@ impl Init {
                 Ok(())
             }
         }
+    }
+
+    fn agent_arguments(&self, node: &str) -> Vec<String> {
+        let mut words = vec!["run".to_owned(), "--node-name".to_owned(), node.to_owned()];
+        let flags = self.agent_flags.iter().filter(|word| !word.is_empty());
+        words.extend(flags.cloned());
+        words
     }
 
     fn control_arguments(&self, places: &Places, node: &str) -> Vec<String> {

@@ -12,8 +12,8 @@ use crate::output;
 
 #[derive(Args, Debug)]
 pub(crate) struct Join {
-    /// The control plane
-    #[arg(value_name = "HOST:PORT")]
+    /// The control plane, or several of one cluster, of which one that answers is enough
+    #[arg(value_name = "HOST:PORT,...")]
     server: String,
     /// A bootstrap token: gantry token create makes one on the control plane
     #[arg(

@@ -426,6 +426,44 @@ async fn a_service_accounts_token_has_the_rights_of_its_bindings() {
     let bound = binding("all", "", ("ClusterRole", "view"), all);
     created(&mut admin, "clusterrolebindings", &bound).await;
     assert!(lists(&tokens[1], "").await);
+
+    // One that is bound to a Secret ends with it.
+    let secret = json!({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "end", "namespace": "default"}});
+    created(&mut admin, "secrets", &secret).await;
+    let bound_to = |kind: &str, name: &str| {
+        let reference = json!({"apiVersion": "v1", "kind": kind, "name": name});
+        let asked = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+            "spec": {"boundObjectRef": reference}});
+        WriteRequest {
+            json: asked.to_string().into(),
+            ..token_of("ci")
+        }
+    };
+    for (kind, name) in [
+        ("Secret", "none"),
+        ("Node", "none"),
+        ("Pod", "none"),
+        ("Service", "kubernetes"),
+    ] {
+        let refused = status(admin.create(bound_to(kind, name)).await);
+        assert_eq!(refused.code, 400, "{kind}: {refused}");
+    }
+    let reply = admin
+        .create(bound_to("Secret", "end"))
+        .await
+        .unwrap()
+        .into_inner();
+    let token = object(&reply)["status"]["token"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert!(lists(&token, "default").await);
+    let gone = DeleteRequest {
+        key: key("secrets", "default", "end"),
+        ..DeleteRequest::default()
+    };
+    admin.delete(gone).await.unwrap();
+    assert!(!lists(&token, "default").await);
     cluster.stop().await;
 }
 

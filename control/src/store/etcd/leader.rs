@@ -192,7 +192,7 @@ async fn campaign(client: &Client, us: &Replica) -> Result<Option<(Term, i64, In
     }
 }
 
-async fn give_back(client: &Client, lease: i64) {
+pub(super) async fn give_back(client: &Client, lease: i64) {
     let request = LeaseRevokeRequest { id: lease };
     // If it fails, the lease ends by itself.
     let _ = client
@@ -260,7 +260,7 @@ impl Holding {
 }
 
 /// False: it has ended.
-async fn keep_alive(client: &Client, lease: i64) -> Result<bool, Failure> {
+pub(super) async fn keep_alive(client: &Client, lease: i64) -> Result<bool, Failure> {
     let answer = client.call_within(RENEW_TIMEOUT, |open| async move {
         let request = tokio_stream::once(LeaseKeepAliveRequest { id: lease });
         let mut answers = open.lease().lease_keep_alive(request).await?.into_inner();

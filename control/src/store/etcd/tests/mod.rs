@@ -131,6 +131,46 @@ async fn it_is_the_same_store_as_in_a_file() {
     store.close().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_control_plane_is_told_of_all_that_serve() {
+    let Some(members) = Members::start() else {
+        return;
+    };
+    let (first, second) = (members.lead("one").await, members.open().await);
+    let replica = |number: u8| Replica {
+        name: format!("control plane {number}"),
+        url: format!("https://192.0.2.{number}:6443"),
+    };
+    let serve = |opened: &members::Opened, us: Replica| {
+        let candidate = opened.candidate.clone();
+        tokio::spawn(async move { candidate.announce(&us).await })
+    };
+    let served = async |count: usize| {
+        let began = Instant::now();
+        loop {
+            let all = first.candidate.replicas().await.unwrap_or_default();
+            if all.len() == count || began.elapsed() > Duration::from_secs(20) {
+                return all;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    assert_eq!(served(0).await, []);
+    let (one, two) = (serve(&first, replica(1)), serve(&second, replica(2)));
+    assert_eq!(served(2).await, [replica(1), replica(2)]);
+    // One that stops takes its name back; the lease would keep it for longer than this test waits.
+    second.stop.cancel();
+    two.await.unwrap();
+    assert_eq!(served(1).await, [replica(1)]);
+    let revision = first.store.revision();
+    first.stop.cancel();
+    one.await.unwrap();
+    assert_eq!(served(0).await, []);
+    assert_eq!(first.store.revision(), revision, "nothing of the store");
+    first.store.close().await;
+    second.store.close().await;
+}
+
 /// Three stores over the servers, the first of which leads, with writers and watchers.
 struct Load {
     stores: Vec<members::Opened>,
@@ -242,7 +282,9 @@ impl Load {
     }
 }
 
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// Five seconds are promised where there are processors to be had: `tests/tests/replicas.rs`, which runs alone,
+/// holds that. Here four clusters of etcd and all other tests share two: a pause of 8 s was seen.
+const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_of_three_servers_dies_and_nothing_is_lost_doubled_or_reordered() {
