@@ -118,6 +118,13 @@ pub async fn run(paths: &Paths) -> Result<()> {
     {
         note(secrets.display().to_string(), Err(error.to_string()));
     }
+    // The kernel's Services have gone: the next start holds them as after a reboot.
+    let begun = paths.run.join(crate::pods::hold::BEGUN);
+    if let Err(error) = std::fs::remove_file(&begun)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        note(begun.display().to_string(), Err(error.to_string()));
+    }
     let unmounted = run_directory::remove(&paths.run);
     note(
         paths.run.display().to_string(),

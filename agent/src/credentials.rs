@@ -4,7 +4,7 @@
 //!  client.pem   key and certificate of a node that has joined; replaced as one file at a renewal
 //!  client.crt, client.key   what a control plane on this machine writes (`--agent-credentials`)
 //!  ca.crt       whom the node believes
-//!  server       https://HOST:PORT, what it joined
+//!  server       https://HOST:PORT, what it joined; several with commas between
 //!  join.key     only while a join is under way: whoever asks again with the same key uses nothing up
 //! ```
 //! `client.pem` goes before the pair. Invariants: a file appears whole or not at all; keys are 0600 and

@@ -35,6 +35,7 @@ pub mod network;
 pub mod node;
 pub mod oom;
 pub mod open_files;
+pub mod orlov;
 pub mod paths;
 mod plugin_socket;
 pub mod pods;

@@ -20,7 +20,7 @@ use gantry_agent::join::{self, CaHash};
 use gantry_agent::network::reserve_ports;
 use gantry_agent::network::routes::OwnKey;
 use gantry_agent::network::{
-    NetworkConfig, PodNetworks, Routes, follow_near, follow_routes, follow_uplinks,
+    NetworkConfig, PodNetworks, Routes, follow_near, follow_routes, follow_uplinks, room,
 };
 use gantry_agent::node::{NodeResources, flags::NetworkFlags, flags::ResourceFlags};
 use gantry_agent::paths::Paths;
@@ -33,7 +33,8 @@ use gantry_agent::view::View;
 use gantry_agent::volumes::csi::CsiDrivers;
 use gantry_agent::volumes::nfs;
 use gantry_agent::{
-    check, cleanup, credentials, dns, health_check, memory, open_files, policy, run_directory,
+    check, cleanup, credentials, dns, health_check, memory, open_files, orlov, policy,
+    run_directory,
 };
 use gantry_agent::{shutdown, static_pods};
 use gantry_api::service_manager::ServiceManager;
@@ -121,8 +122,8 @@ struct Run {
 
 #[derive(clap::Args)]
 struct Join {
-    /// The control plane, HOST:PORT
-    #[arg(value_name = "HOST:PORT")]
+    /// The control plane, HOST:PORT, or several of one cluster, of which one that answers is enough
+    #[arg(value_name = "HOST:PORT,...")]
     server: String,
     /// A bootstrap token: gantry token create makes one
     #[arg(
@@ -198,6 +199,11 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
+    if let Command::Run(_) = arguments.command
+        && let Err(error) = memory::begin_without_thread_caches()
+    {
+        tracing::warn!("cannot begin without caches of threads, which cost memory: {error}");
+    }
     memory::limit_arenas();
     // Their words are for who ran them, and become an event's: no log line around them.
     let is_helper = matches!(arguments.command, Command::MountNfs(_) | Command::Join(_));
@@ -314,6 +320,8 @@ async fn agent(run: Run) -> Result<()> {
         .map_err(|words| anyhow::anyhow!("--allowed-unsafe-sysctls: {words}"))?;
     let periods = run.resources.shutdown();
     periods.check().map_err(anyhow::Error::msg)?;
+    let (pod_link, pods_max) = (run.network.pod_link, run.resources.max_pods);
+    room::check(pods_max, pod_link).map_err(anyhow::Error::msg)?;
     let masquerade = run.network.masquerade(run.standalone_pod_cidr);
     let masquerade = masquerade.map_err(anyhow::Error::msg)?;
     open_files::raise();
@@ -321,6 +329,8 @@ async fn agent(run: Run) -> Result<()> {
     let shutdown = CancellationToken::new();
     run_directory::ensure(&paths.run)
         .with_context(|| format!("tmpfs on {}", paths.run.display()))?;
+    orlov::ensure_apart(&[&paths.lib, &paths.pods_lib(), &paths.log])
+        .with_context(|| format!("directories below {}", paths.lib.display()))?;
 
     let capacity = node_info::capacity(run.resources.max_pods);
     let policy = run.resources.policy(&capacity, node_info::pid_max());
@@ -376,7 +386,7 @@ async fn agent(run: Run) -> Result<()> {
     ));
     let mut link =
         feed::run(config, node_info, target.clone(), shutdown.clone()).context("feed")?;
-    link.view = static_pods::run(
+    (link.view, link.link) = static_pods::run(
         static_pods::Config {
             directory: run.static_pods,
             node: node_name.clone(),
@@ -386,6 +396,13 @@ async fn agent(run: Run) -> Result<()> {
         paths.clone(),
         link.reporter.clone(),
         link.view,
+        link.link,
+        shutdown.clone(),
+    );
+    let services = pods::hold::services(
+        &paths.run,
+        link.view.clone(),
+        link.link.clone(),
         shutdown.clone(),
     );
     target.follow(&node_name, link.view.clone());
@@ -395,6 +412,7 @@ async fn agent(run: Run) -> Result<()> {
         paths.clone(),
         NetworkConfig {
             routes,
+            link: pod_link,
             ..NetworkConfig::standard(host_addresses.clone())
         },
         link.view.clone(),
@@ -404,7 +422,7 @@ async fn agent(run: Run) -> Result<()> {
     let health_checks = health_check::run(
         node_name.clone(),
         host_addresses.clone(),
-        link.view.clone(),
+        services.clone(),
         shutdown.clone(),
     );
     let uplinks = follow_uplinks(dataplane.clone(), host_addresses.clone(), shutdown.clone());
@@ -484,10 +502,11 @@ async fn agent(run: Run) -> Result<()> {
     tasks.spawn(follow_routes);
     tasks.spawn(follow_near);
     tasks.spawn(packet_size);
+    tasks.spawn(room::follow(pods_max, link.view.clone(), shutdown.clone()));
     tasks.spawn(look_after_backends(
         follower.clone(),
         dataplane.clone(),
-        link.view.clone(),
+        services.clone(),
         link.reporter.clone(),
         shutdown.clone(),
     ));
@@ -500,7 +519,7 @@ async fn agent(run: Run) -> Result<()> {
     tasks.spawn(follow(
         follower,
         dataplane,
-        link.view.clone(),
+        services,
         link.reporter,
         shutdown.clone(),
     ));

@@ -54,9 +54,14 @@ impl Paths {
             .join(run.attempt.to_string())
     }
 
+    /// `/var/lib/gantry/pods`
+    pub fn pods_lib(&self) -> PathBuf {
+        self.lib.join("pods")
+    }
+
     /// `/var/lib/gantry/pods/<uid>`: volumes and writable layers.
     pub fn pod_lib(&self, pod: &PodUid) -> PathBuf {
-        self.lib.join("pods").join(pod.as_str())
+        self.pods_lib().join(pod.as_str())
     }
 
     /// `/var/lib/gantry/pods/<uid>/volume-subpaths`: mounts of parts of volumes.

@@ -150,7 +150,7 @@ fn memory_high_bytes(requests: Amounts, limits: Amounts, policy: &Policy) -> Opt
     let above = top
         .checked_sub(request)
         .filter(|above| *above > 0 && policy.memory_throttling_percent > 0)?;
-    let share = above / 100 * policy.memory_throttling_percent.min(100);
+    let share = above.saturating_mul(policy.memory_throttling_percent.min(100)) / 100;
     let high = (request + share) / PAGE_BYTES * PAGE_BYTES;
     (high > request).then_some(high)
 }

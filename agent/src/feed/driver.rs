@@ -17,6 +17,8 @@ use crate::view::View;
 /// The first wait between two dials; grows to [`Config::backoff_max`]. Each is taken with full
 /// jitter, so that a restarted control plane is not met by every node at once.
 const BACKOFF_MIN: Duration = Duration::from_millis(200);
+/// By which the age of tombstones is counted.
+const HOUR: Duration = Duration::from_hours(1);
 /// The wait after a control plane with an older history than ours.
 const REFUSED_BACKOFF: Duration = Duration::from_secs(30);
 
@@ -49,6 +51,7 @@ pub(super) struct Driver {
     pub(super) view: watch::Sender<Arc<View>>,
     pub(super) link: watch::Sender<Link>,
     pub(super) log: Arc<Mutex<Log>>,
+    pub(super) finals: Finals,
     pub(super) content: Content,
     pub(super) lineage: Option<proto::Lineage>,
     pub(super) incarnation: u64,
@@ -162,15 +165,20 @@ impl Driver {
     }
 }
 
-/// Writes final statuses to disk as they come and removes those that nobody needs any more, with
-/// or without a stream, until `shutdown`.
+/// Writes final statuses to disk as they come, buries those that nobody asks for any more and forgets
+/// them a day later, with or without a stream, until `shutdown`.
 pub(super) async fn keep_finals(files: Finals, shared: Arc<Shared>, shutdown: CancellationToken) {
+    let mut hour_ends = tokio::time::Instant::now() + HOUR;
     loop {
         let retry = keep_finals_once(&files, &shared).await.is_err();
         tokio::select! {
             // One permit is kept while nobody waits: no wake-up is lost.
             () = shared.persist.notified() => {}
             () = tokio::time::sleep(Duration::from_secs(1)), if retry => {}
+            () = tokio::time::sleep_until(hour_ends) => {
+                hour_ends += HOUR;
+                begin_hour(&files, &shared).await;
+            }
             () = shutdown.cancelled() => break,
         }
     }
@@ -178,13 +186,22 @@ pub(super) async fn keep_finals(files: Finals, shared: Arc<Shared>, shutdown: Ca
     let _ = keep_finals_once(&files, &shared).await;
 }
 
+async fn begin_hour(files: &Finals, shared: &Arc<Shared>) {
+    let hour = lock(&shared.reports).next_hour();
+    let files = files.clone();
+    let begun = blocking::run(move || files.begin_hour(hour)).await;
+    if let Ok(Err(error)) = begun {
+        tracing::warn!(%error, "old tombstones stay behind for another hour");
+    }
+}
+
 /// Err: something could not be written and is to be tried again.
 async fn keep_finals_once(files: &Finals, shared: &Arc<Shared>) -> Result<(), ()> {
-    let (write, remove) = {
+    let (write, finished) = {
         let mut reports = lock(&shared.reports);
         (reports.unpersisted(), reports.take_finished())
     };
-    if write.is_empty() && remove.is_empty() {
+    if write.is_empty() && finished.is_empty() {
         return Ok(());
     }
     let files = files.clone();
@@ -200,8 +217,12 @@ async fn keep_finals_once(files: &Finals, shared: &Arc<Shared>) -> Result<(), ()
                 }
             }
         }
-        for uid in remove {
-            if let Err(error) = files.remove(&uid) {
+        let buried = finished.buried.iter().map(|one| (&one.0, files.bury(one)));
+        let removed = finished.removed.iter().map(|uid| (uid, files.remove(uid)));
+        let forgotten = finished.forgotten.iter();
+        let forgotten = forgotten.map(|one| (&one.0, files.forget(one)));
+        for (uid, done) in buried.chain(removed).chain(forgotten) {
+            if let Err(error) = done {
                 tracing::warn!(pod = %uid, %error, "a final record stays behind");
             }
         }

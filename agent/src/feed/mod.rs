@@ -15,6 +15,7 @@
 //!   written to disk, then applied; a mismatch discards it and asks for everything;
 //! * an ack says what was programmed, after it was (4, 5); it never falls;
 //! * statuses have effect exactly once ([`reports`]); final ones survive a power cut ([`finals`]);
+//! * what has ended here never starts here again, whatever a restored store says ([`tombstones`]);
 //! * no wall clock decides anything; no port is opened: tunnels are streams of our own connection.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -50,6 +51,7 @@ mod reports;
 mod secrets;
 mod session;
 mod tokens;
+mod tombstones;
 mod tunnel;
 
 pub use dial::{Dialer, Dialling, Wire};
@@ -323,6 +325,7 @@ impl Reporter {
             json,
             is_final: final_,
             released,
+            is_mirror: false,
         };
         let Some((uid, status)) = self.translate(uid, status) else {
             return;
@@ -389,6 +392,7 @@ impl Reporter {
             json: json.into(),
             is_final: true,
             released: true,
+            is_mirror: true,
         };
         if lock(&self.shared.reports).status(uid, status) {
             self.shared.persist.notify_one();
@@ -516,7 +520,7 @@ pub fn run(
     let disk = |error: log::DiskError| StartError::Disk(error.to_string());
     let dir = config.lib.join("feed");
     let incarnation = finals::next_incarnation(&dir).map_err(disk)?;
-    let (files, records) = Finals::open(&dir).map_err(disk)?;
+    let (files, found) = Finals::open(&dir).map_err(disk)?;
     let secrets = secrets::SecretFiles::open(&config.run.join("secrets"));
     let (log, loaded) = log::Log::open(&dir, secrets).map_err(disk)?;
     tracing::info!(
@@ -525,8 +529,17 @@ pub fn run(
         "feed state loaded from disk"
     );
 
+    let mut reports = Reports::new(incarnation, found.records).remembering(found.tombstones);
+    let first = loaded.content.view();
+    // The disk may have a pod that has ended since: a power cut takes up to a second from it.
+    for tombstone in reports.buried(first.pods.keys()) {
+        let last = files.exhume(&tombstone);
+        let last = last.unwrap_or_else(|| reports::lost(&first, &tombstone.0));
+        reports.revive(&tombstone.0, last);
+    }
+
     let shared = Arc::new(Shared {
-        reports: Mutex::new(Reports::new(incarnation, records)),
+        reports: Mutex::new(reports),
         outbox: Mutex::default(),
         floors: Mutex::default(),
         wake: Notify::new(),
@@ -537,7 +550,7 @@ pub fn run(
     });
     let renewal = renewal::run(config.clone(), shared.clone(), shutdown.clone());
     let renewal = tokio::spawn(renewal);
-    let (view_tx, view) = watch::channel(loaded.content.view());
+    let (view_tx, view) = watch::channel(first);
     let (link_tx, link) = watch::channel(Link::Offline);
     let driver = driver::Driver {
         config,
@@ -547,6 +560,7 @@ pub fn run(
         view: view_tx,
         link: link_tx,
         log: Arc::new(Mutex::new(log)),
+        finals: files.clone(),
         content: loaded.content,
         lineage: loaded.lineage,
         incarnation,

@@ -67,6 +67,7 @@ impl NodeIdentity {
 struct Machine {
     cpu_count: u64,
     memory_bytes: u64,
+    hugepage_bytes: u64,
     swap_bytes: u64,
     disk_bytes: u64,
     hostname: String,
@@ -130,9 +131,11 @@ impl OwnAddress {
 
 /// Cores and memory, before any flag is looked at.
 pub fn capacity(pods_max: u32) -> Capacity {
+    let memory = memory(&text("/proc/meminfo"));
     Capacity {
         cpu_count: cpu_count(),
-        memory_bytes: memory(&text("/proc/meminfo")).0,
+        memory_bytes: memory.bytes,
+        hugepage_bytes: memory.hugepage_bytes,
         pods: u64::from(pods_max),
     }
 }
@@ -159,14 +162,15 @@ fn text(path: &str) -> String {
 
 impl Machine {
     fn read(lib: &Path, known: &OwnAddress) -> Self {
-        let (memory_bytes, swap_bytes) = memory(&text("/proc/meminfo"));
+        let memory = memory(&text("/proc/meminfo"));
         let routes = text("/proc/net/route");
         let v6 = default_interface(&routes)
             .and_then(|name| own_v6_address(&text("/proc/net/if_inet6"), name));
         Self {
             cpu_count: cpu_count(),
-            memory_bytes,
-            swap_bytes,
+            memory_bytes: memory.bytes,
+            hugepage_bytes: memory.hugepage_bytes,
+            swap_bytes: memory.swap_bytes,
             disk_bytes: disk(lib),
             hostname: text("/proc/sys/kernel/hostname"),
             address: known.of(&routes, own_address),
@@ -180,14 +184,26 @@ impl Machine {
     }
 }
 
-/// Memory and swap of the machine, in bytes.
-fn memory(meminfo: &str) -> (u64, u64) {
+/// What /proc/meminfo says, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Memory {
+    bytes: u64,
+    /// Of those, set aside as huge pages.
+    hugepage_bytes: u64,
+    swap_bytes: u64,
+}
+
+fn memory(meminfo: &str) -> Memory {
     let field = |name: &str| {
         let line = meminfo.lines().find_map(|line| line.strip_prefix(name));
         let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
         kib.unwrap_or(0) * 1024
     };
-    (field("MemTotal:"), field("SwapTotal:"))
+    Memory {
+        bytes: field("MemTotal:"),
+        hugepage_bytes: field("Hugetlb:"),
+        swap_bytes: field("SwapTotal:"),
+    }
 }
 
 /// Size of the file system of a path, or of its nearest ancestor that exists.
@@ -462,9 +478,10 @@ fn node(identity: &NodeIdentity, machine: &Machine, pressures: &BTreeSet<Resourc
     labels.insert("kubernetes.io/os".into(), "linux".into());
     let reserved = identity.reserved;
     let cpu_millicores = machine.cpu_count * 1000;
-    // Pages set aside as huge ones are no memory for anything else.
-    let hugepage_bytes: u64 = identity.hugepages.values().sum();
-    let memory_reserved = reserved.memory_bytes.saturating_add(hugepage_bytes);
+    let memory_allocatable = machine
+        .memory_bytes
+        .saturating_sub(reserved.memory_bytes)
+        .saturating_sub(machine.hugepage_bytes);
     let version = concat!("gantry-", env!("CARGO_PKG_VERSION"));
     let named = |kind: &str, address: String| NodeAddress {
         type_: kind.into(),
@@ -479,7 +496,7 @@ fn node(identity: &NodeIdentity, machine: &Machine, pressures: &BTreeSet<Resourc
         )),
         allocatable: Some(resources(
             cpu_millicores.saturating_sub(reserved.cpu_millicores),
-            machine.memory_bytes.saturating_sub(memory_reserved),
+            memory_allocatable,
             machine.disk_bytes.saturating_sub(reserved.disk_bytes),
             identity,
         )),
@@ -528,9 +545,14 @@ mod tests {
 
     #[test]
     fn meminfo_is_read_in_bytes() {
-        let meminfo = "MemTotal:  2048 kB\nMemFree: 1 kB\nSwapTotal:  1024 kB\n";
-        assert_eq!(memory(meminfo), (2 << 20, 1 << 20));
-        assert_eq!(memory(""), (0, 0));
+        let meminfo = "MemTotal:  2048 kB\nMemFree: 1 kB\nSwapTotal:  1024 kB\nHugetlb: 4 kB\n";
+        let read = Memory {
+            bytes: 2 << 20,
+            hugepage_bytes: 4 << 10,
+            swap_bytes: 1 << 20,
+        };
+        assert_eq!(memory(meminfo), read);
+        assert_eq!(memory(""), Memory::default());
     }
 
     #[test]
@@ -636,6 +658,7 @@ mod tests {
         let machine = Machine {
             cpu_count: 2,
             memory_bytes: 6 << 20,
+            hugepage_bytes: 2 << 20,
             disk_bytes: 3 << 20,
             ..Default::default()
         };

@@ -10,7 +10,8 @@
 //! late or repeated one does no harm. A *final* status (every container has ended for good) is on
 //! disk before it is sent and stays there until the control plane holds it *and* the pod has left
 //! the view: should the pod be bound here without a final status after all (a restore), or be
-//! deleted after it had ended, the record is offered again (the level rule).
+//! deleted after it had ended, the record is offered again (the level rule). Then it is a tombstone
+//! ([`super::tombstones`]): should the pod be in the view again, it is revived.
 //!
 //! Pure: no clock and no I/O. [`super::Reporter`] is the handle; `finals.rs` does the disk.
 
@@ -21,7 +22,9 @@ use gantry_api::proto;
 use gantry_api::proto::status_ack::Outcome;
 use gantry_api::rules::{self, Rule};
 
+use super::tombstones::{Tombstone, Tombstones};
 use crate::ids::PodUid;
+use crate::view::View;
 
 /// Statuses sent and not yet acknowledged.
 pub(super) const IN_FLIGHT_MAX: usize = 256;
@@ -37,6 +40,8 @@ pub(super) struct Status {
     pub(super) is_final: bool,
     /// Nothing of the pod is left on this node.
     pub(super) released: bool,
+    /// The last word on an object that shows a static pod, which runs on: no pod's end.
+    pub(super) is_mirror: bool,
 }
 
 /// How the view shows a pod after a commit.
@@ -64,12 +69,44 @@ struct Entry {
     in_view: bool,
 }
 
+impl Entry {
+    /// Of a final status that is on disk.
+    fn of_disk(status: Status) -> Self {
+        Self {
+            status,
+            dirty: true,
+            in_flight: None,
+            durable: false,
+            persisted: true,
+            in_view: true, // not known before the next commit: keep
+        }
+    }
+}
+
 /// See the module.
 pub(super) struct Reports {
     incarnation: u64,
     seq: u64,
     in_flight: usize,
     entries: BTreeMap<PodUid, Entry>,
+    tombstones: Tombstones,
+}
+
+/// What [`Reports::take_finished`] leaves to do on the disk.
+#[derive(PartialEq, Eq, Debug, Default)]
+pub(super) struct Finished {
+    /// Records that are tombstones from now on.
+    pub(super) buried: Vec<Tombstone>,
+    /// Records that nobody needs.
+    pub(super) removed: Vec<PodUid>,
+    /// Tombstones that had to make room.
+    pub(super) forgotten: Vec<Tombstone>,
+}
+
+impl Finished {
+    pub(super) fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Reports {
@@ -79,23 +116,22 @@ impl Reports {
         incarnation: u64,
         finals: impl IntoIterator<Item = (PodUid, Status)>,
     ) -> Self {
-        let entries = finals.into_iter().map(|(uid, status)| {
-            let entry = Entry {
-                status,
-                dirty: true,
-                in_flight: None,
-                durable: false,
-                persisted: true,
-                in_view: true, // not known before the first commit: keep
-            };
-            (uid, entry)
-        });
+        let entries = finals
+            .into_iter()
+            .map(|(uid, status)| (uid, Entry::of_disk(status)));
         Self {
             incarnation,
             seq: 0,
             in_flight: 0,
             entries: entries.collect(),
+            tombstones: Tombstones::default(),
         }
+    }
+
+    /// The same with what earlier starts have left of pods that ended.
+    pub(super) fn remembering(mut self, tombstones: Tombstones) -> Self {
+        self.tombstones = tombstones;
+        self
     }
 
     /// Takes a pod's newest status. Returns whether it differs from the one before.
@@ -116,6 +152,7 @@ impl Reports {
                 entry.persisted = !is_final;
                 true
             }
+            None if !is_final && self.tombstones.of(uid).is_some() => false,
             None => {
                 let entry = Entry {
                     status,
@@ -247,22 +284,94 @@ impl Reports {
     }
 
     /// Forgets entries that nobody needs any more: held by the control plane, pod not in the view.
-    /// Returns those whose record on disk is to be deleted.
-    pub(super) fn take_finished(&mut self) -> Vec<PodUid> {
-        let mut removed = Vec::new();
-        self.entries.retain(|uid, entry| {
+    /// A pod that has ended is remembered by its tombstone.
+    pub(super) fn take_finished(&mut self) -> Finished {
+        let mut finished = Finished::default();
+        let (entries, tombstones) = (&mut self.entries, &mut self.tombstones);
+        entries.retain(|uid, entry| {
             let needed = entry.in_view || !entry.durable || entry.in_flight.is_some();
-            if !needed && entry.status.is_final {
-                removed.push(uid.clone());
+            if needed || !entry.status.is_final {
+                return needed;
             }
-            needed
+            if entry.status.is_mirror {
+                finished.removed.push(uid.clone());
+            } else {
+                finished.forgotten.extend(tombstones.set(uid.clone()));
+                finished.buried.push((uid.clone(), tombstones.hour()));
+            }
+            false
         });
-        removed
+        finished
+    }
+
+    /// One hour more has passed; returns it.
+    pub(super) fn next_hour(&mut self) -> u64 {
+        self.tombstones.next_hour()
+    }
+
+    /// Of these pods those that ended here and are no longer spoken of.
+    pub(super) fn buried<'a>(&self, pods: impl Iterator<Item = &'a PodUid>) -> Vec<Tombstone> {
+        if rules::is_off(Rule::Tombstones) {
+            return Vec::new();
+        }
+        let buried = |uid: &PodUid| Some((uid.clone(), self.tombstones.of(uid)?));
+        pods.filter_map(buried).collect()
+    }
+
+    /// A pod that ended here is in the view again: its last word waits for the control plane once more.
+    pub(super) fn revive(&mut self, uid: &PodUid, status: Status) {
+        self.tombstones.take(uid);
+        let entry = || Entry::of_disk(status);
+        self.entries.entry(uid.clone()).or_insert_with(entry);
+    }
+
+    /// How many [`Reports::ended`] tells of.
+    pub(super) fn ended_count(&self) -> usize {
+        let (held, buried) = (self.held_ended().count(), self.tombstones.len());
+        match rules::is_off(Rule::Tombstones) {
+            true => 0,
+            false => held + buried,
+        }
+    }
+
+    fn held_ended(&self) -> impl Iterator<Item = (&PodUid, &Entry)> {
+        let ended = |entry: &Entry| entry.status.is_final && !entry.status.is_mirror;
+        self.entries.iter().filter(move |(_, entry)| ended(entry))
+    }
+
+    /// Every pod that ended here: those that are still spoken of, as namespace and name have them, and the
+    /// tombstones.
+    pub(super) fn ended(&self) -> (Vec<proto::HeldPod>, Vec<Tombstone>) {
+        let held = self.held_ended().map(|(uid, entry)| proto::HeldPod {
+            uid: uid.as_str().into(),
+            namespace: entry.status.namespace.clone(),
+            name: entry.status.name.clone(),
+        });
+        (held.collect(), self.tombstones.all().collect())
     }
 
     /// The last status given for a pod that ended on this node.
     pub(super) fn final_status(&self, uid: &PodUid) -> Option<&Status> {
         Some(&self.entries.get(uid)?.status).filter(|status| status.is_final)
+    }
+}
+
+/// Stands for the last word of a pod that can be read no more: that it has ended is known.
+pub(super) fn lost(view: &View, uid: &PodUid) -> Status {
+    let pod = view.pods.get(uid).map(|pod| &pod.metadata);
+    let text = |field: Option<&String>| field.cloned().unwrap_or_default();
+    let status = serde_json::json!({
+        "phase": "Failed",
+        "reason": "StatusLost",
+        "message": "the pod has ended on this node before; its last status cannot be read any more",
+    });
+    Status {
+        namespace: text(pod.and_then(|metadata| metadata.namespace.as_ref())),
+        name: text(pod.and_then(|metadata| metadata.name.as_ref())),
+        json: status.to_string().into(),
+        is_final: true,
+        released: true,
+        is_mirror: false,
     }
 }
 

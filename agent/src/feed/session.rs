@@ -26,7 +26,7 @@ use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity
 use super::content::Mismatch;
 use super::driver::{Driver, Ended};
 use super::log::Record;
-use super::reports::Seen;
+use super::reports::{Seen, lost};
 use super::{Link, lock, settings_of, tunnel};
 use crate::ids::PodUid;
 use crate::view::View;
@@ -42,6 +42,8 @@ const MESSAGE_BYTES_MAX: usize = 8 << 20;
 const STREAM_WINDOW_BYTES: u32 = 256 << 10;
 /// All tunnels' windows and 8 MiB for the feed, so that tunnels can never starve it.
 const CONNECTION_WINDOW_BYTES: u32 = tunnel::TUNNELS_MAX as u32 * STREAM_WINDOW_BYTES + (8 << 20);
+/// A few thousand of them fit into the control plane's limit.
+const ENDED_PER_MESSAGE: usize = 1_000;
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The control plane may hold Welcome until this node has a pod prefix.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
@@ -168,6 +170,38 @@ impl Driver {
             }),
             held_pods: self.content.held_pods(),
             held_lineage: self.lineage.clone(),
+            ended_count: lock(&self.shared.reports).ended_count() as u64,
+        }
+    }
+
+    /// Tells of the pods that have ended here, which a restored control plane asks for.
+    async fn tell_ended(&self, up: &mpsc::Sender<proto::Up>) -> Result<(), Ended> {
+        let (mut pods, buried) = lock(&self.shared.reports).ended();
+        let files = self.finals.clone();
+        let named = blocking::run(move || files.names(&buried)).await;
+        let named = named.map_err(|error| Ended::Broken(format!("tombstones: {error}")))?;
+        pods.extend(
+            named
+                .into_iter()
+                .map(|(uid, namespace, name)| proto::HeldPod {
+                    uid: uid.as_str().into(),
+                    namespace,
+                    name,
+                }),
+        );
+        let mut parts = pods.chunks(ENDED_PER_MESSAGE).peekable();
+        loop {
+            let pods = parts.next().unwrap_or_default().to_vec();
+            let is_last = parts.peek().is_none();
+            let message = up::Message::Ended(proto::EndedPods { pods, is_last });
+            let message = proto::Up {
+                message: Some(message),
+            };
+            let sent = up.send(message).await;
+            sent.map_err(|_| Ended::Broken("the stream closed".into()))?;
+            if is_last {
+                return Ok(());
+            }
         }
     }
 
@@ -188,11 +222,17 @@ impl Driver {
         let welcome = async {
             let session = client.session(ReceiverStream::new(queue)).await;
             let mut inbound = session.map_err(broken("session"))?.into_inner();
-            let first = inbound.message().await.map_err(broken("welcome"))?;
-            match first.and_then(|down| down.message) {
-                Some(down::Message::Welcome(welcome)) => Ok((welcome, inbound)),
-                Some(down::Message::GoAway(go_away)) => Err(went_away(go_away)),
-                _ => Err(Ended::Broken("the control plane sent no welcome".into())),
+            loop {
+                let first = inbound.message().await.map_err(broken("welcome"))?;
+                return match first.and_then(|down| down.message) {
+                    Some(down::Message::Welcome(welcome)) => Ok((welcome, inbound)),
+                    Some(down::Message::GoAway(go_away)) => Err(went_away(go_away)),
+                    Some(down::Message::AskEnded(_)) => {
+                        self.tell_ended(&up).await?;
+                        continue;
+                    }
+                    _ => Err(Ended::Broken("the control plane sent no welcome".into())),
+                };
             }
         };
         let welcome = timeout(WELCOME_TIMEOUT, welcome).await;
@@ -402,7 +442,7 @@ impl Driver {
             }
             // A second welcome and what a newer control plane may send are no reason to end the
             // stream.
-            Some(down::Message::Welcome(_)) | None => Ok(()),
+            Some(down::Message::Welcome(_) | down::Message::AskEnded(_)) | None => Ok(()),
         }
     }
 
@@ -453,8 +493,32 @@ impl Driver {
         }
         self.lineage.clone_from(&stream.welcome.lineage);
         (stream.full, stream.same_lineage) = (false, true);
+        self.revive(&changed).await;
         self.publish(stream, &changed);
         Ok(())
+    }
+
+    /// Pods that have ended here and are in the view again have their last word before anyone sees them.
+    async fn revive(&self, changed: &BTreeSet<PodUid>) {
+        let view = self.content.view();
+        let back = changed.iter().filter(|uid| view.pods.contains_key(uid));
+        let buried = lock(&self.shared.reports).buried(back);
+        if buried.is_empty() {
+            return;
+        }
+        tracing::warn!(
+            node = self.config.node,
+            count = buried.len(),
+            "pods that have ended here are bound here again: they are told as ended, not started"
+        );
+        let (files, all) = (self.finals.clone(), buried.clone());
+        let read = move || all.iter().map(|one| files.exhume(one)).collect::<Vec<_>>();
+        let mut read = blocking::run(read).await.unwrap_or_default().into_iter();
+        for (uid, _) in buried {
+            let last = read.next().flatten();
+            let last = last.unwrap_or_else(|| lost(&view, &uid));
+            lock(&self.shared.reports).revive(&uid, last);
+        }
     }
 
     /// The history is another one. What runs and is not known in it may be newer than its beginning: time

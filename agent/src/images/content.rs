@@ -27,6 +27,7 @@ use super::error::ImageError;
 use super::extract::{self, DevicePolicy, ExtractError, ExtractOptions, Summary};
 use super::reference::Digest;
 use super::stream::{Counted, decompressed};
+use crate::orlov;
 use crate::volumes::tree;
 
 /// Entries of one layer; a full desktop distribution has 300,000.
@@ -74,9 +75,11 @@ pub(super) struct Content {
 
 impl Content {
     pub(super) fn open(root: PathBuf) -> Result<Self, ImageError> {
-        for dir in ["blobs/sha256", "layers", "ingest"] {
-            let dir = root.join(dir);
-            fs::create_dir_all(&dir)
+        let blobs = root.join("blobs/sha256");
+        fs::create_dir_all(&blobs)
+            .map_err(ImageError::io(format!("create {}", blobs.display())))?;
+        for dir in ["layers", "ingest"].map(|name| root.join(name)) {
+            orlov::ensure_apart(&[&dir])
                 .map_err(ImageError::io(format!("create {}", dir.display())))?;
         }
         // Layers hold other people's setuid binaries: only root may look inside.

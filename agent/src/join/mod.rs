@@ -4,6 +4,7 @@
 //!  HOST:PORT, CA hash ─► the CA ([`pin`]) ─► a connection checked against it ─► token, name, request
 //!                                                           files in /etc/gantry/agent ◄─ certificate
 //! ```
+//! Of several control planes of one cluster one that answers is enough; the agent gets the addresses of all.
 //! Then `gantry-agent run` needs no flags: the name is in the certificate, the control plane's address
 //! beside it. The key is made here and never leaves. A join that was cut off is repeated with the same key,
 //! which uses up nothing; one on a machine that has joined and is still known says so and does nothing.
@@ -25,6 +26,8 @@ pub use pin::CaHash;
 /// What one call may take.
 const CALL_TIMEOUT: Duration = Duration::from_secs(30);
 const PORT_DEFAULT: u16 = 6443;
+/// Control planes that one join may name.
+const SERVER_COUNT_MAX: usize = 16;
 
 /// Why the machine has not joined, and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -91,7 +94,7 @@ pub enum JoinError {
 
 /// What a join is to do.
 pub struct Join {
-    /// `HOST:PORT` or an `https://` URL of that.
+    /// `HOST:PORT` or an `https://` URL of that, or several with commas between.
     pub server: String,
     /// `abcdef.0123456789abcdef`
     pub token: String,
@@ -112,7 +115,7 @@ pub struct Join {
 pub struct Joined {
     /// The node's name.
     pub node: String,
-    /// `https://HOST:PORT`
+    /// `https://HOST:PORT`, or several with commas between.
     pub server: String,
     /// When the certificate ends, Unix time.
     pub not_after_s: i64,
@@ -165,6 +168,39 @@ fn host_and_port(text: &str) -> Result<(String, u16), JoinError> {
     Ok((host.to_owned(), port))
 }
 
+/// One control plane.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Server {
+    host: String,
+    port: u16,
+}
+
+impl Server {
+    fn address(&self) -> String {
+        authority_text(&self.host, self.port)
+    }
+
+    fn url(&self) -> String {
+        format!("https://{}", self.address())
+    }
+}
+
+/// All of a list with commas, each once.
+fn servers(text: &str) -> Result<Vec<Server>, JoinError> {
+    let mut servers = Vec::new();
+    for word in text.split(',') {
+        let (host, port) = host_and_port(word.trim())?;
+        let server = Server { host, port };
+        if !servers.contains(&server) {
+            servers.push(server);
+        }
+    }
+    match servers.len() > SERVER_COUNT_MAX {
+        true => Err(JoinError::Address(text.to_owned())),
+        false => Ok(servers),
+    }
+}
+
 /// The count of agent starts below `/var/lib/gantry`; 0: none.
 pub fn incarnation(lib: &Path) -> u64 {
     let text = std::fs::read_to_string(lib.join("feed/incarnation"));
@@ -178,10 +214,10 @@ pub fn incarnation(lib: &Path) -> u64 {
 /// # Errors
 /// In words for who ran the command: why not, and what to do.
 pub async fn join(join: &Join) -> Result<Joined, JoinError> {
-    let (host, port) = host_and_port(&join.server)?;
+    let servers = servers(&join.server)?;
     let token = BootstrapToken::parse(&join.token).map_err(JoinError::Token)?;
-    let address = authority_text(&host, port);
-    let url = format!("https://{address}");
+    let urls = servers.iter().map(Server::url).collect::<Vec<_>>();
+    let urls = urls.join(",");
     if let Some(held) = credentials::joined(&join.credentials)? {
         if held.node != join.node {
             return Err(JoinError::OtherName {
@@ -189,72 +225,97 @@ pub async fn join(join: &Join) -> Result<Joined, JoinError> {
                 wanted: join.node.clone(),
             });
         }
-        let is_here = credentials::server(&join.credentials) == Some(url);
-        if is_here && !held.has_ended() && is_known(&address, &join.credentials).await {
+        let is_here = credentials::server(&join.credentials) == Some(urls.clone());
+        if is_here && !held.has_ended() && is_known(&servers, &join.credentials).await {
             return Ok(Joined {
                 node: held.node,
-                server: format!("https://{address}"),
+                server: urls,
                 not_after_s: held.not_after_s,
                 before: true,
             });
         }
     }
-    let ca = pin::authority(&host, port, join.ca_hash).await?;
+    let (server, ca) = reachable(&servers, join.ca_hash).await?;
     let request = credentials::join_request(&join.credentials, &join.node)?;
-    let server = format!("https://{address}");
-    let reply = call(&server, &address, &ca, join, &token, &request).await?;
+    let reply = call(server, &ca, join, &token, &request).await?;
     credentials::write_joined(
         &join.credentials,
-        &server,
+        &urls,
         &ca,
         &reply.certificate_pem,
         &request.key,
     )?;
     Ok(Joined {
         node: join.node.clone(),
-        server,
+        server: urls,
         not_after_s: reply.not_after_s,
         before: false,
     })
 }
 
+/// The first that answers, and its CA. One that shows another CA ends it: what the others say is not asked.
+async fn reachable(servers: &[Server], wanted: CaHash) -> Result<(&Server, String), JoinError> {
+    let mut reasons = Vec::new();
+    for server in servers {
+        match pin::authority(&server.host, server.port, wanted).await {
+            Ok(ca) => return Ok((server, ca)),
+            Err(JoinError::Unreachable { server, reason }) => reasons.push((server, reason)),
+            Err(error) => return Err(error),
+        }
+    }
+    let all = reasons.iter().map(|(server, _)| server.as_str());
+    let server = all.collect::<Vec<_>>().join(" or ");
+    let words = reasons.iter().map(|(_, reason)| reason.as_str());
+    let reason = words.collect::<Vec<_>>().join("; ");
+    Err(JoinError::Unreachable { server, reason })
+}
+
 /// Whether the control plane takes the certificate that is there; one that cannot be asked counts as yes.
-async fn is_known(address: &str, directory: &Path) -> bool {
+async fn is_known(servers: &[Server], directory: &Path) -> bool {
+    for server in servers {
+        if let Some(is_known) = knows(server, directory).await {
+            return is_known;
+        }
+    }
+    true
+}
+
+/// `None`: it cannot be asked.
+async fn knows(server: &Server, directory: &Path) -> Option<bool> {
     let Ok(pem) = credentials::read(directory) else {
-        return false;
+        return Some(false);
     };
     let tls = ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(pem.ca))
         .identity(Identity::from_pem(pem.certificate, pem.key));
-    let endpoint = Endpoint::from_shared(format!("https://{address}"));
+    let endpoint = Endpoint::from_shared(server.url());
     let endpoint = endpoint.and_then(|endpoint| endpoint.tls_config(tls));
-    let Ok(endpoint) = endpoint else { return false };
-    let endpoint = endpoint.connect_timeout(CALL_TIMEOUT).timeout(CALL_TIMEOUT);
-    let Ok(channel) = endpoint.connect().await else {
-        return true;
+    let Ok(endpoint) = endpoint else {
+        return Some(false);
     };
+    let endpoint = endpoint.connect_timeout(CALL_TIMEOUT).timeout(CALL_TIMEOUT);
+    let channel = endpoint.connect().await.ok()?;
     // A request for nothing: who is known is told that it cannot be read.
     let asked = JoiningClient::new(channel)
         .renew(proto::RenewRequest::default())
         .await;
-    !asked.is_err_and(|status| status.code() == tonic::Code::Unauthenticated)
+    Some(!asked.is_err_and(|status| status.code() == tonic::Code::Unauthenticated))
 }
 
 async fn call(
-    server: &str,
-    address: &str,
+    server: &Server,
     ca: &str,
     join: &Join,
     token: &BootstrapToken,
     request: &credentials::Request,
 ) -> Result<proto::NodeCertificate, JoinError> {
     let name = |reason: String| JoinError::Name {
-        server: address.to_owned(),
+        server: server.address(),
         reason,
     };
     let tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca));
-    let endpoint = Endpoint::from_shared(server.to_owned())
-        .map_err(|_| JoinError::Address(address.to_owned()))?
+    let endpoint = Endpoint::from_shared(server.url())
+        .map_err(|_| JoinError::Address(server.address()))?
         .connect_timeout(CALL_TIMEOUT)
         .timeout(CALL_TIMEOUT)
         .tls_config(tls)
@@ -312,6 +373,24 @@ mod tests {
         ] {
             assert!(host_and_port(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn several_control_planes_are_a_list_with_commas() {
+        let urls = |text: &str| {
+            let servers = servers(text).unwrap();
+            servers.iter().map(Server::url).collect::<Vec<_>>()
+        };
+        assert_eq!(urls("a"), ["https://a:6443"]);
+        assert_eq!(
+            urls("a:1, https://b:2/,a:1,[2001:db8::1]"),
+            ["https://a:1", "https://b:2", "https://[2001:db8::1]:6443"]
+        );
+        assert!(servers("a,").is_err());
+        assert!(servers("a,c d").is_err());
+        let many = (0..17).map(|n| format!("c{n}")).collect::<Vec<_>>();
+        assert!(servers(&many[1..].join(",")).is_ok());
+        assert!(servers(&many.join(",")).is_err());
     }
 
     proptest! {

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
+use gantry_cni::config::PodLink;
 use gantry_cni::tunnel::PORT_DEFAULT;
 use ipnet::IpNet;
 
@@ -28,7 +29,7 @@ pub struct ResourceFlags {
     /// Kept for the agent and the pods' shims, written as above [default: computed]
     #[arg(long, value_name = "AMOUNTS", visible_alias = "kube-reserved")]
     pub agent_reserved: Option<Reservation>,
-    /// Pods on this node at most
+    /// Pods on this node at most: 1000 on a bridge, 4000 with --pod-link routed
     #[arg(long, value_name = "COUNT", default_value_t = PODS_MAX_DEFAULT)]
     pub max_pods: u32,
     /// Processes and threads of one pod at most; -1: no limit
@@ -72,6 +73,10 @@ pub struct NetworkFlags {
     /// Services for clients outside: where the node's interfaces look at frames first
     #[arg(long, value_name = "WHERE", value_enum, default_value_t)]
     pub xdp: XdpMode,
+    /// How new pods are attached: bridge (ports of one), or routed (no bridge: a route to each address,
+    /// for more than 1000 pods)
+    #[arg(long, value_name = "HOW", default_value_t)]
+    pub pod_link: PodLink,
     /// How the pods of other nodes are reached; the same on all nodes
     #[arg(long, value_name = "WAY", value_enum, default_value_t)]
     pub routing: Routing,
@@ -178,7 +183,7 @@ impl ResourceFlags {
         Policy {
             pod_pids_max: u64::try_from(self.pod_max_pids).ok().filter(|max| *max > 0),
             memory_throttling_percent: self.memory_throttling_percent,
-            memory_allocatable_bytes: capacity.memory_bytes.saturating_sub(reserved.memory_bytes),
+            memory_allocatable_bytes: capacity.memory_without(&reserved),
             cpu_allocatable_millicores: (capacity.cpu_count * 1000)
                 .saturating_sub(reserved.cpu_millicores),
             exclusive_cpus: self.cpu_manager_policy == "static",
@@ -226,6 +231,7 @@ mod tests {
     const MACHINE: Capacity = Capacity {
         cpu_count: 4,
         memory_bytes: 16 << 30,
+        hugepage_bytes: 1 << 30,
         pods: 110,
     };
 
@@ -237,7 +243,7 @@ mod tests {
         )
         .unwrap();
         let policy = flags.policy(&MACHINE, 32_768);
-        assert_eq!(policy.memory_allocatable_bytes, 14 << 30);
+        assert_eq!(policy.memory_allocatable_bytes, 13 << 30);
         assert_eq!(policy.cpu_allocatable_millicores, 3500);
         assert_eq!(policy.pids_allocatable, Some(32_668));
         assert_eq!(policy.pod_pids_max, Some(64));
@@ -299,6 +305,19 @@ mod tests {
         );
         assert!(parse("--routing bgp").is_err());
         assert!(parse("--vxlan-port 0").is_err());
+    }
+
+    #[test]
+    fn pods_are_ports_of_a_bridge_unless_told_otherwise() {
+        let parse = |words: &str| {
+            let words = std::iter::once("agent").chain(words.split_whitespace());
+            let line = NetworkLine::try_parse_from(words).map_err(|error| error.to_string())?;
+            Ok::<_, String>(line.flags.pod_link)
+        };
+        assert_eq!(parse("").unwrap(), PodLink::Bridge);
+        assert_eq!(parse("--pod-link routed").unwrap(), PodLink::Routed);
+        let words = parse("--pod-link macvlan").unwrap_err();
+        assert!(words.contains("want bridge or routed"), "{words}");
     }
 
     #[test]

@@ -147,7 +147,7 @@ impl NodeResources {
         let kept = self.identity.reserved;
         Amounts {
             cpu_millicores: Some((capacity.cpu_count * 1000).saturating_sub(kept.cpu_millicores)),
-            memory_bytes: Some(capacity.memory_bytes.saturating_sub(kept.memory_bytes)),
+            memory_bytes: Some(capacity.memory_without(&kept)),
         }
     }
 

@@ -89,8 +89,19 @@ pub struct Capacity {
     pub cpu_count: u64,
     /// Bytes.
     pub memory_bytes: u64,
+    /// Of those, set aside as huge pages: no memory for anything else.
+    pub hugepage_bytes: u64,
     /// Pods at most.
     pub pods: u64,
+}
+
+impl Capacity {
+    /// Bytes that are left for pods, huge pages apart.
+    pub fn memory_without(&self, reserved: &Reservation) -> u64 {
+        self.memory_bytes
+            .saturating_sub(reserved.memory_bytes)
+            .saturating_sub(self.hugepage_bytes)
+    }
 }
 
 fn cpu(capacity: &Capacity, (first, further): (u64, u64)) -> u64 {
@@ -150,7 +161,7 @@ mod tests {
         fn defaults_leave_most_of_any_machine(
             cpu_count in 1u64..512, memory_bytes in 1u64 << 26..1 << 42, pods in 1u64..2000,
         ) {
-            let capacity = Capacity { cpu_count, memory_bytes, pods };
+            let capacity = Capacity { cpu_count, memory_bytes, hugepage_bytes: 0, pods };
             let both = default_system(&capacity).plus(default_agent(&capacity));
             prop_assert!(both.memory_bytes <= memory_bytes / 5 * 2);
             prop_assert!(both.cpu_millicores <= cpu_count * 60);

@@ -45,12 +45,16 @@ const INPUTS_MAX: usize = 64;
 const START_IS_TOLD_AFTER: Duration = Duration::from_millis(50);
 /// Two Unhealthy events of one container are at least this far apart.
 const UNHEALTHY_EVENT_EVERY: Duration = Duration::from_secs(10);
+/// Two events of processes that do not end are at least this far apart.
+const FAILED_KILL_EVENT_EVERY: Duration = Duration::from_secs(60);
 
 /// A resize that was not possible is looked at again this much later.
 const RESIZE_AGAIN: Duration = Duration::from_secs(5);
 
-/// A token is looked at this often: the shortest lives 10 minutes and is renewed after 8.
+/// A token is looked at when it is due, and at least this often: clocks are set, files are lost.
 const TOKEN_INTERVAL: Duration = Duration::from_secs(60);
+/// One that could not be renewed is asked for again this much later.
+const TOKEN_AGAIN: Duration = Duration::from_secs(15);
 
 /// What comes back from the tasks that do the work.
 #[derive(Debug)]
@@ -63,6 +67,8 @@ pub enum Message {
     Resized(Result<(), String>),
     /// A resize that could not be granted or done may be possible now.
     Reconsider,
+    /// Something of the pod does not end: why.
+    FailedKill(String),
     /// Something to warn of: reason and words.
     Warning(&'static str, String),
     /// One failed check, for an event.
@@ -116,6 +122,7 @@ pub struct Worker {
     resize: Option<Progress>,
     timeline: Timeline,
     unhealthy_at: HashMap<&'static str, Instant>,
+    failed_kill_at: Option<Instant>,
     drain: Option<AbortHandle>,
 }
 
@@ -174,6 +181,7 @@ impl Worker {
             resize: None,
             timeline: Timeline::new(),
             unhealthy_at: HashMap::new(),
+            failed_kill_at: None,
             drain: None,
             state: state.clone(),
         };
@@ -274,6 +282,7 @@ impl Worker {
                     self.turn(input);
                 }
             }
+            Message::FailedKill(words) => self.failed_kill(words),
             Message::Warning(reason, words) => self.event(reason, words, true),
             Message::Unhealthy(kind, words) => self.unhealthy(kind, &words),
             Message::Event(reason, words) => self.event(reason, words, false),
@@ -525,10 +534,12 @@ impl Worker {
     }
 
     fn kill(&self, run: ContainerRun) {
-        let node = self.node.clone();
+        let (node, inputs) = (self.node.clone(), self.inputs.clone());
         tokio::spawn(async move {
             if let Err(error) = node.runtime.kill_container(&run).await {
                 warn!(%run, %error, "kill");
+                let words = format!("container {:?}: {error}", run.name);
+                let _ = inputs.send(Box::new(Message::FailedKill(words))).await;
             }
         });
     }
@@ -574,15 +585,22 @@ impl Worker {
             let input = match prepare::tear_down(&node, &uid, &pod, &runs).await {
                 Ok(()) => Input::TornDown,
                 Err(words) => {
-                    // The pod stays until it succeeds: whoever waits for that is told why.
-                    let _ = inputs
-                        .send(Box::new(Message::Warning("FailedKillPod", words)))
-                        .await;
+                    let _ = inputs.send(Box::new(Message::FailedKill(words))).await;
                     Input::TearDownFailed
                 }
             };
             let _ = inputs.send(Box::new(Message::Input(input))).await;
         });
+    }
+
+    /// The pod stays until it succeeds: whoever waits for that is told why.
+    fn failed_kill(&mut self, words: String) {
+        let now = Instant::now();
+        let due = |at: Instant| now.duration_since(at) >= FAILED_KILL_EVENT_EVERY;
+        if self.failed_kill_at.is_none_or(due) {
+            self.failed_kill_at = Some(now);
+            self.event("FailedKillPod", words, true);
+        }
     }
 
     fn unhealthy(&mut self, kind: ProbeKind, words: &str) {
@@ -676,16 +694,23 @@ impl Worker {
 }
 
 /// Looks at the tokens until the worker ends, and has volumes made again when one is due. Pods of one
-/// moment look at different ones.
+/// moment look at different ones: up to an eighth later, which is a tenth of a token's life.
 async fn look_at_tokens(pod: Arc<Pod>, uid: PodUid, paths: Paths, inputs: Inputs) {
-    while !inputs.is_closed() {
-        let jitter = TOKEN_INTERVAL.mul_f64(rand::random::<f64>() / 4.0);
-        tokio::time::sleep(TOKEN_INTERVAL + jitter).await;
-        if !volumes::token::any_due(&pod, &paths, &uid).await {
-            continue;
+    let mut pause = volumes::token::next_renewal(&pod, &paths, &uid).await;
+    loop {
+        let pause_max = pause.min(TOKEN_INTERVAL);
+        let jitter = pause_max.mul_f64(rand::random::<f64>() / 8.0);
+        tokio::select! {
+            // Cancel-safe: a timer, and waiting for the end.
+            () = tokio::time::sleep(pause_max + jitter) => {}
+            () = inputs.closed() => return,
         }
-        if inputs.send(Box::new(Message::Tokens)).await.is_err() {
-            return;
+        pause = volumes::token::next_renewal(&pod, &paths, &uid).await;
+        if pause.is_zero() {
+            if inputs.send(Box::new(Message::Tokens)).await.is_err() {
+                return;
+            }
+            pause = TOKEN_AGAIN;
         }
     }
 }

@@ -17,6 +17,7 @@ mod exec;
 mod link;
 mod records;
 mod sandbox;
+mod survivors;
 
 use std::collections::HashMap;
 use std::fs;
@@ -589,7 +590,8 @@ async fn kill_all(path: &str) -> Result<(), RuntimeError> {
         if Instant::now() > end {
             let pids = cgroup::members(path);
             return Err(RuntimeError::Shim(format!(
-                "processes {pids:?} of cgroup {path} survive SIGKILL"
+                "SIGKILL does not end process {}; it is tried again",
+                survivors::words(&pids)
             )));
         }
         tokio::time::sleep(KILL_PAUSE).await;

@@ -36,7 +36,7 @@ mod mirrors;
 mod plan;
 
 use crate::directory_watch::Watch;
-use crate::feed::Reporter;
+use crate::feed::{Link, Reporter};
 use crate::ids::PodUid;
 use crate::paths::Paths;
 use crate::shutdown;
@@ -92,8 +92,9 @@ pub fn run(
     paths: Paths,
     reporter: Reporter,
     mut view: channel::Receiver<Arc<View>>,
+    mut link: channel::Receiver<Link>,
     shutdown: CancellationToken,
-) -> channel::Receiver<Arc<View>> {
+) -> (channel::Receiver<Arc<View>>, channel::Receiver<Link>) {
     let mut pods = StaticPods {
         list: load(&file(&paths)),
         shown: Shown::new(config.mirrors.clone()),
@@ -111,6 +112,7 @@ pub fn run(
     pods.is_first = false;
     let first = view.borrow_and_update().clone();
     let mut is_busy = pods.mirror(&first);
+    let (links, followed) = channel::channel(link.borrow_and_update().clone());
     let (sender, merged) = channel::channel(pods.merge(&first));
     tokio::spawn(async move {
         let mut due = Instant::now() + PACE;
@@ -122,8 +124,14 @@ pub fn run(
                     Ok(()) => false,
                     Err(_) => return,
                 },
+                changed = link.changed() => match changed {
+                    Ok(()) => false,
+                    Err(_) => return,
+                },
                 () = watch.changed(is_busy) => true,
             };
+            // Read before the view: what it tells of is in it, and is told when the merged view has it too.
+            let newest_link = link.borrow_and_update().clone();
             // A busy view must not keep the directory from being looked at.
             let mut is_new = !is_look;
             if is_look || (is_busy && Instant::now() >= due) {
@@ -136,9 +144,14 @@ pub fn run(
             if is_new {
                 sender.send_replace(pods.merge(&newest));
             }
+            links.send_if_modified(|old| {
+                let is_other = *old != newest_link;
+                *old = newest_link;
+                is_other
+            });
         }
     });
-    merged
+    (merged, followed)
 }
 
 fn file(paths: &Paths) -> PathBuf {

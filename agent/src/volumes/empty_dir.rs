@@ -1,4 +1,4 @@
-//! emptyDir volumes: a directory on the node's disk, or a tmpfs charged to the pod's memory.
+//! emptyDir volumes: a directory on the node's disk, a tmpfs charged to the pod's memory, or its huge pages.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use gantry_api::k8s_openapi::api::core::v1::{EmptyDirVolumeSource, Volume};
 use gantry_api::quantity::Quantity;
 
-use super::{Context, VolumeError, tmpfs};
-use crate::cgroups::limits::{Policy, pod_limits};
+use super::{Context, VolumeError, huge_pages, tmpfs};
+use crate::cgroups::limits::{Policy, pod_hugepages, pod_limits};
 
 pub(super) fn ensure(
     context: &Context<'_>,
@@ -43,6 +43,11 @@ pub(super) fn ensure(
                 (a, b) => a.or(b),
             };
             tmpfs::ensure(&directory, size)?
+        }
+        medium if huge_pages::is_medium(medium) => {
+            let (page_bytes, size_bytes) =
+                huge_pages::chosen(medium, &pod_hugepages(context.pod)).map_err(invalid)?;
+            huge_pages::ensure(&directory, page_bytes, size_bytes)?
         }
         other => {
             return Err(VolumeError::Unsupported {

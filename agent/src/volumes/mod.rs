@@ -29,6 +29,7 @@ pub mod env;
 mod field;
 mod host_path;
 pub mod hosts;
+mod huge_pages;
 pub mod image;
 pub mod local;
 pub mod nfs;

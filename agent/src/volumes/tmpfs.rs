@@ -48,10 +48,14 @@ pub(super) fn ensure(directory: &Path, size_bytes: Option<u64>) -> Result<bool, 
 }
 
 pub(super) fn is_mounted(directory: &Path) -> bool {
+    is_mount_of(directory, TMPFS_MAGIC)
+}
+
+/// Whether a file system of this `statfs` type is mounted there.
+pub(super) fn is_mount_of(directory: &Path, magic: i64) -> bool {
     let device = |p: &Path| fs::symlink_metadata(p).map(|m| m.dev()).ok();
     let parent = directory.parent().and_then(device);
-    device(directory) != parent
-        && rustix::fs::statfs(directory).is_ok_and(|s| s.f_type == TMPFS_MAGIC)
+    device(directory) != parent && rustix::fs::statfs(directory).is_ok_and(|s| s.f_type == magic)
 }
 
 /// Mount points at or below `directory`, deepest (latest) first.

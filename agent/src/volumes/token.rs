@@ -11,6 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use base64::Engine as _;
@@ -104,7 +105,7 @@ pub(super) async fn gather(
         let file = directory.join("..data").join(&path);
         let held = tokio::fs::read_to_string(file).await.ok();
         let token = match held {
-            Some(held) if !is_due(&held, Timestamp::now().as_second()) => held,
+            Some(held) if due_in_s(&held, Timestamp::now().as_second()) > 0 => held,
             held => match (source.token(&request(pod, projection)).await, held) {
                 (Ok(token), _) => token,
                 (Err(words), Some(held)) => {
@@ -135,10 +136,11 @@ pub(super) async fn gather(
     Ok(tokens)
 }
 
-/// Whether a token of the pod has to be asked for: reads its files and nothing else.
-pub async fn any_due(pod: &Pod, paths: &Paths, uid: &PodUid) -> bool {
+/// In how long the first token of the pod has to be renewed: zero is now. Reads its files and nothing else.
+pub async fn next_renewal(pod: &Pod, paths: &Paths, uid: &PodUid) -> Duration {
     let root = paths.pod_lib(uid).join("volumes");
     let now_s = Timestamp::now().as_second();
+    let mut first_s = u64::MAX;
     for (volume, projection) in projections(pod) {
         let file = payload::check_path(&projection.path).ok().and_then(|path| {
             let directory = super::directory(&root, "projected", volume).ok()?;
@@ -148,11 +150,9 @@ pub async fn any_due(pod: &Pod, paths: &Paths, uid: &PodUid) -> bool {
             Some(file) => tokio::fs::read_to_string(file).await.ok(),
             None => None,
         };
-        if held.is_none_or(|held| is_due(&held, now_s)) {
-            return true;
-        }
+        first_s = first_s.min(held.map_or(0, |held| due_in_s(&held, now_s)));
     }
-    false
+    Duration::from_secs(first_s)
 }
 
 fn request(pod: &Pod, projection: &ServiceAccountTokenProjection) -> TokenRequest {
@@ -166,8 +166,8 @@ fn request(pod: &Pod, projection: &ServiceAccountTokenProjection) -> TokenReques
     }
 }
 
-/// Whether a token has to be renewed; what cannot be read has to.
-fn is_due(token: &str, now_s: i64) -> bool {
+/// In how many seconds a token has to be renewed; 0 is now, and so is what cannot be read.
+fn due_in_s(token: &str, now_s: i64) -> u64 {
     #[derive(serde::Deserialize)]
     struct Claims {
         iat: i64,
@@ -179,12 +179,16 @@ fn is_due(token: &str, now_s: i64) -> bool {
         .and_then(|part| BASE64_URL_SAFE_NO_PAD.decode(part).ok())
         .and_then(|json| serde_json::from_slice::<Claims>(&json).ok());
     let Some(Claims { iat, exp }) = claims else {
-        return true;
+        return 0;
     };
     let life_s = exp.saturating_sub(iat).max(0);
     let age_s = now_s.saturating_sub(iat);
     // A clock that was set back makes no token young for ever: it is due before its end.
-    age_s < 0 || age_s >= (life_s / 5 * 4).min(AGE_S_MAX)
+    let left_s = (life_s / 5 * 4).min(AGE_S_MAX).saturating_sub(age_s);
+    match age_s {
+        ..0 => 0,
+        _ => u64::try_from(left_s).unwrap_or(0),
+    }
 }
 
 #[cfg(test)]
@@ -223,14 +227,15 @@ pub(super) mod tests {
     proptest! {
         #[test]
         fn a_token_is_renewed_before_its_end_and_not_at_once(
-            iat in 0i64..1 << 40, life in 600i64..1 << 33, age in 0i64..1 << 33,
+            iat in 0i64..1 << 40, life in 10i64..1 << 33, age in 0i64..1 << 33,
         ) {
-            let due = is_due(&token(iat, iat + life), iat + age);
-            prop_assert!(due || age < life, "past its end");
-            prop_assert_eq!(due, age >= (life / 5 * 4).min(AGE_S_MAX));
+            let due_in = due_in_s(&token(iat, iat + life), iat + age) as i64;
+            prop_assert!(due_in == 0 || age + due_in < life, "past its end");
+            prop_assert_eq!(due_in == 0, age >= (life / 5 * 4).min(AGE_S_MAX));
+            prop_assert_eq!(due_in_s(&token(iat, iat + life), iat + age + due_in), 0);
         }
 
         #[test]
-        fn any_text_is_survived(text in ".*") { let _ = is_due(&text, 0); }
+        fn any_text_is_survived(text in ".*") { prop_assert_eq!(due_in_s(&text, 0), 0); }
     }
 }

@@ -14,6 +14,15 @@ fn status(text: u8, is_final: bool, released: bool) -> Status {
         json,
         is_final,
         released,
+        is_mirror: false,
+    }
+}
+
+/// Nothing but that this pod's record is a tombstone.
+fn buried(uid: PodUid) -> Finished {
+    Finished {
+        buried: vec![(uid, 0)],
+        ..Default::default()
     }
 }
 
@@ -131,7 +140,61 @@ fn a_held_final_status_is_offered_again_when_the_store_lacks_it() {
     reports.acked(&ack(&again, Outcome::Durable));
     assert!(reports.take_finished().is_empty(), "still in the view");
     reports.committed(|_| Seen::default());
-    assert_eq!(reports.take_finished(), [uid(0)]);
+    assert_eq!(reports.take_finished(), buried(uid(0)));
+}
+
+/// A final status that was taken, of a pod that has left the view.
+fn ended(reports: &mut Reports, uid: &PodUid, status: Status) -> Finished {
+    reports.status(uid, status.clone());
+    reports.persisted(uid, &status);
+    let sent = reports.take_next().unwrap();
+    reports.acked(&ack(&sent, Outcome::Durable));
+    reports.committed(|_| Seen::default());
+    reports.take_finished()
+}
+
+#[test]
+fn a_pod_that_has_ended_is_told_again_when_the_view_has_it_again() {
+    let mut reports = Reports::new(1, []);
+    let last = status(1, true, true);
+    assert_eq!(ended(&mut reports, &uid(0), last.clone()), buried(uid(0)));
+    assert_eq!(reports.ended_count(), 1);
+    assert!(
+        !reports.status(&uid(0), status(2, false, false)),
+        "it does not run"
+    );
+    assert!(reports.buried([&uid(1)].into_iter()).is_empty());
+    assert_eq!(reports.buried([&uid(0)].into_iter()), [(uid(0), 0)]);
+    reports.revive(&uid(0), last.clone());
+    assert_eq!(reports.final_status(&uid(0)), Some(&last));
+    assert!(reports.buried([&uid(0)].into_iter()).is_empty(), "revived");
+    assert!(reports.is_persisted_final(&uid(0)));
+    let sent = reports.take_next().expect("the new history lacks it");
+    assert!(sent.r#final);
+    assert_eq!(reports.ended().0.len(), 1);
+    // Held again, and gone again: remembered again.
+    reports.acked(&ack(&sent, Outcome::Gone));
+    assert_eq!(reports.take_finished(), buried(uid(0)));
+}
+
+#[test]
+fn the_end_of_a_mirror_is_no_end_of_a_pod() {
+    let mut reports = Reports::new(1, []);
+    let last = Status {
+        is_mirror: true,
+        ..status(1, true, true)
+    };
+    let finished = ended(&mut reports, &uid(0), last);
+    let removed = Finished {
+        removed: vec![uid(0)],
+        ..Default::default()
+    };
+    assert_eq!(finished, removed);
+    assert_eq!(reports.ended_count(), 0);
+    assert!(
+        reports.status(&uid(0), status(2, false, false)),
+        "the pod runs on"
+    );
 }
 
 /// Counterexample 9: an agent crash resets the numbers and the final status looks old.

@@ -259,7 +259,7 @@ impl CsiDrivers {
 
     /// Whether another volume of any pod uses this stage.
     fn is_staged_for_another(&self, file: &Path, staging: &Path) -> bool {
-        let pods = children(&self.0.paths.lib.join("pods"));
+        let pods = children(&self.0.paths.pods_lib());
         let mut others = pods
             .iter()
             .flat_map(|pod| record_files(&pod.join("csi")))
