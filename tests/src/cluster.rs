@@ -6,11 +6,14 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
+use tonic::Code;
 
+use crate::api::{Api, Question};
 use crate::census;
 
 /// Where `gantry-control` writes the administrator's credentials.
@@ -55,6 +58,7 @@ pub struct Cluster {
     flags: [Vec<String>; 2],
     control: Option<Child>,
     agent: Option<Child>,
+    api: Mutex<Option<Api>>,
     _lock: File,
 }
 
@@ -107,15 +111,22 @@ impl Cluster {
             flags: [control, agent].map(|words| words.iter().map(|&w| w.into()).collect()),
             control: None,
             agent: None,
+            api: Mutex::new(None),
             _lock: lock,
         })
     }
 
     /// Starts `gantry-control` and waits until it serves.
     pub fn start_control(&mut self) -> Result<()> {
+        self.start_control_with(&[])
+    }
+
+    /// Starts `gantry-control` with more flags and waits until it serves.
+    pub fn start_control_with(&mut self, flags: &[&str]) -> Result<()> {
         let agent = format!("/etc/gantry/agent:{NODE}");
         let mut arguments = vec!["--agent-credentials", &agent];
         arguments.extend(self.flags[0].iter().map(String::as_str));
+        arguments.extend(flags);
         let child = self.start_program("gantry-control", &arguments)?;
         self.control = Some(child);
         self.wait("gantry-control to serve", START, |c| {
@@ -324,11 +335,36 @@ impl Cluster {
         Ok(())
     }
 
-    /// One object as JSON.
+    /// One object, or a List, as JSON: by a connection that stays, where it knows the question.
     pub fn get(&self, arguments: &[&str]) -> Result<Value> {
+        if let Some(question) = Question::parse(arguments) {
+            return self.ask(&question);
+        }
         let mut all = vec!["get", "-o", "json"];
         all.extend(arguments);
         Ok(serde_json::from_str(&self.ok(&all)?)?)
+    }
+
+    fn ask(&self, question: &Question) -> Result<Value> {
+        let mut api = self.api.lock().unwrap_or_else(PoisonError::into_inner);
+        // A control plane that was killed has ended the connection, and may come back as another one.
+        let is_broken = |status: &tonic::Status| {
+            matches!(
+                status.code(),
+                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded
+            )
+        };
+        if let Some(kept) = api.take() {
+            let answer = kept.ask(question);
+            if !answer.as_ref().is_err_and(is_broken) {
+                *api = Some(kept);
+                return Ok(answer?);
+            }
+        }
+        let connected = Api::connect(Path::new(KUBECONFIG))?;
+        let answer = connected.ask(question)?;
+        *api = Some(connected);
+        Ok(answer)
     }
 
     /// Asks until it is true; the error tells what was waited for and the last words of both logs.

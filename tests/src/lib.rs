@@ -14,6 +14,7 @@
 //! A scenario looks at the kernel (cgroup files, /proc, sockets), not only at our own status. Every
 //! cluster ends with a census of zero.
 
+pub mod api;
 pub mod bench;
 #[path = "../../xtask/src/census.rs"]
 pub mod census;
@@ -23,6 +24,7 @@ pub mod device_plugin;
 pub mod fuzz;
 pub mod inventory;
 pub mod machines;
+pub mod nfs_server;
 pub mod nodes;
 mod plugin_socket;
 pub mod scenario;

@@ -357,9 +357,10 @@ fn plug(
         let veth = VethSpec {
             host_name: &format!("to-{name}"),
             peer_name: "eth0",
+            host_mac: None,
             peer_mac: [2, 0, last[0], last[1], last[2], last[3]],
             netns: &netns,
-            master: master.index,
+            master: Some(master.index),
             mtu: 1500,
         };
         Ok(host.create_veth(&veth).await?)
@@ -669,12 +670,17 @@ pub fn ask(server: SocketAddr) -> Result<IpAddr> {
 }
 
 /// Tries until it is so; the last error if it never was.
-pub fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<T>) -> Result<T> {
+pub fn eventually<T>(what: &str, look: impl FnMut() -> Result<T>) -> Result<T> {
+    within(SOON, what, look)
+}
+
+/// The same for so long.
+pub fn within<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Result<T>) -> Result<T> {
     let began = Instant::now();
     loop {
         match look() {
             Ok(value) => return Ok(value),
-            Err(error) if began.elapsed() > SOON => return Err(error.context(what.to_owned())),
+            Err(error) if began.elapsed() > limit => return Err(error.context(what.to_owned())),
             Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }
     }

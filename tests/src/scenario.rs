@@ -14,6 +14,7 @@ mod bad_pods;
 mod csi_volumes;
 mod degraded;
 mod device_plugins;
+mod guarantees;
 mod host_port;
 mod images;
 mod isolation;
@@ -25,20 +26,25 @@ mod limits;
 mod main_job;
 mod names;
 mod network_policy;
+mod nfs;
 pub mod nodes;
 mod policies;
+mod pressure;
 mod probes;
 mod reboot;
 mod resources;
 mod restarts;
 mod restore;
 mod rolling_update;
+mod routed_pods;
 mod security;
 mod see;
 mod shutdown;
 mod static_pods;
 mod streams;
+mod tokens;
 mod tunnel;
+mod unkillable;
 mod volumes;
 mod workloads;
 
@@ -73,6 +79,14 @@ const fn for_every_kernel(name: &'static str, run: fn(&mut Cluster) -> Result<()
 #[error("{0}")]
 pub struct Skipped(pub String);
 
+/// Why a scenario failed, as one line of a console: who keeps only the lines of verdicts has all of it.
+#[must_use]
+pub fn in_a_line(error: &anyhow::Error) -> String {
+    let words = format!("{error:#}");
+    let lines = words.lines().map(str::trim).filter(|line| !line.is_empty());
+    lines.collect::<Vec<_>>().join(" | ")
+}
+
 /// All of them, each on a cluster of its own.
 pub const ALL: &[Scenario] = &[
     for_every_kernel("main-job", main_job::main_job),
@@ -91,6 +105,8 @@ pub const ALL: &[Scenario] = &[
     scenario("life-cycle", life_cycle::life_cycle),
     for_every_kernel("processes", life_cycle::processes),
     for_every_kernel("resources", resources::resources),
+    for_every_kernel("guarantees", guarantees::guarantees),
+    scenario("node-pressure", pressure::node_pressure),
     scenario("streams", streams::streams),
     scenario("static-pods", static_pods::static_pods),
     scenario("shutdown", shutdown::shutdown),
@@ -102,6 +118,7 @@ pub const ALL: &[Scenario] = &[
     scenario("rolling-update", rolling_update::rolling_update),
     for_every_kernel("device-plugins", device_plugins::device_plugins),
     for_every_kernel("csi-volumes", csi_volumes::csi_volumes),
+    for_every_kernel("nfs", nfs::nfs),
     scenario("no-ebpf", degraded::no_ebpf),
     for_every_kernel("missing-controller", degraded::missing_controller),
     for_every_kernel("reboot", reboot::reboot),
@@ -112,6 +129,9 @@ pub const ALL: &[Scenario] = &[
     for_every_kernel("see", see::see),
     for_every_kernel("tunnel", tunnel::tunnel),
     scenario("join", join::join),
+    scenario("routed-pods", routed_pods::routed_pods),
+    scenario("tokens", tokens::tokens),
+    scenario("unkillable", unkillable::unkillable),
 ];
 
 impl Scenario {
@@ -167,6 +187,15 @@ spec:
       imagePullPolicy: IfNotPresent
       command: [\"sleep\", \"3600\"]
 {more}"
+    )
+}
+
+/// A pod that sleeps, with a volume at /data.
+fn with_volume(name: &str, volume: &str) -> String {
+    let mounts = "      volumeMounts: [{name: data, mountPath: /data}]\n";
+    sleeper(
+        name,
+        &format!("{mounts}  volumes: [{{name: data, {volume}}}]\n"),
     )
 }
 

@@ -55,6 +55,8 @@ scenarios! {
     life_cycle: init_containers_sidecars_hooks_and_ends_keep_their_order,
     processes: containers_share_processes_and_memory_as_asked,
     resources: limits_resize_oom_and_pressure_are_seen_and_explained,
+    guarantees: requests_weights_own_cpus_and_huge_pages_are_the_kernels,
+    node_pressure: the_pod_that_takes_most_goes_and_says_why_when_disk_or_process_ids_run_out,
     streams: clients_attach_copy_and_forward_ports,
     static_pods: they_run_without_a_control_plane_and_no_deletion_stops_them,
     shutdown: pods_end_in_order_and_say_why,
@@ -66,6 +68,7 @@ scenarios! {
     rolling_update: no_request_is_lost_and_events_say_who_was_waited_for,
     device_plugins: a_pod_gets_its_device_keeps_it_and_nobody_else_opens_it,
     csi_volumes: volumes_of_a_driver_are_staged_published_and_taken_back,
+    nfs: exports_are_shared_and_a_dead_server_holds_up_nobody,
     no_ebpf: a_kernel_that_refuses_ebpf_is_answered_with_what_to_do,
     missing_controller: a_limit_that_cannot_be_held_is_refused_and_other_pods_run,
     reboot: pods_and_services_are_back_without_the_control_plane,
@@ -76,6 +79,9 @@ scenarios! {
     see: flows_have_names_and_reasons_and_explanations_are_what_happens,
     tunnel: nodes_without_a_common_link_reach_each_other_by_vxlan,
     join: a_machine_joins_by_its_line_runs_pods_is_drained_and_refused_when_deleted,
+    routed_pods: pods_without_a_bridge_and_ports_of_it_reach_each_other_and_everybody_them,
+    tokens: a_pods_token_is_renewed_in_time_and_ends_with_it,
+    unkillable: a_process_that_nothing_ends_is_told_and_its_neighbours_notice_nothing,
 }
 
 mod sweep {

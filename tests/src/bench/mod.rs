@@ -19,6 +19,7 @@ use crate::cluster::Installation;
 
 mod api;
 mod burst;
+mod containerd;
 pub mod control;
 mod density;
 mod exec;

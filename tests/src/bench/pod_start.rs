@@ -2,7 +2,7 @@
 //!
 //! One by one, all kinds in turn: pod, `runc run` of `/bin/true`, `crun run` of it where crun runs, a
 //! spawned static `true`, one in six namespaces of its own; every fifth time also
-//! `runc run --detach` and, where podman runs, `podman run`, both without a network. A round's pods stay until
+//! `runc run --detach` and, where they run, `podman run` and containerd's `ctr run`, all without a network. A round's pods stay until
 //! its end, as on a node that fills up.
 
 use std::process::{Child, Command, Stdio};
@@ -14,6 +14,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use super::api::{Api, NAMESPACE, PodWatch, pod};
+use super::containerd::Containerd;
 use super::podman::Podman;
 use super::probe::Probe;
 use super::report::{Bound, Report};
@@ -41,6 +42,7 @@ struct Bench {
     runc: Runc,
     crun: Option<Runc>,
     podman: Option<Podman>,
+    containerd: Option<Containerd>,
     floor: Probe,
     static_true: String,
 }
@@ -56,6 +58,7 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
         static_true: runc.static_true()?.display().to_string(),
         crun: crun(installation),
         podman: Podman::prepare(&runc),
+        containerd: Containerd::prepare(&runc),
         runc,
         floor: Probe::start(&["floor"])?,
     };
@@ -64,7 +67,15 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
     // Timelines before strace slows everything.
     bench.timelines(&mut report).await?;
     bench.count_system_calls(&mut report).await?;
-    for by in ["runc", "crun", "podman", "runc_detached", "clone", "spawn"] {
+    for by in [
+        "runc",
+        "crun",
+        "podman",
+        "containerd",
+        "runc_detached",
+        "clone",
+        "spawn",
+    ] {
         if report.quantiles(by).is_none() {
             continue;
         }
@@ -98,6 +109,7 @@ struct Samples {
     runc: Vec<f64>,
     crun: Vec<f64>,
     podman: Vec<f64>,
+    containerd: Vec<f64>,
     runc_detached: Vec<f64>,
     spawn: Vec<f64>,
     clone: Vec<f64>,
@@ -127,6 +139,7 @@ impl Bench {
             report.add_round("runc", samples.runc);
             report.add_round("crun", samples.crun);
             report.add_round("podman", samples.podman);
+            report.add_round("containerd", samples.containerd);
             report.add_round("runc_detached", samples.runc_detached);
             report.add_round("spawn", samples.spawn);
             report.add_round("clone", samples.clone);
@@ -166,6 +179,9 @@ impl Bench {
             samples.runc_detached.push(ms(self.runc.run_detached()?));
             if let Some(podman) = &self.podman {
                 samples.podman.push(ms(podman.run()?));
+            }
+            if let Some(containerd) = &mut self.containerd {
+                samples.containerd.push(ms(containerd.run()?));
             }
         }
         for (kind, into) in [("spawn", &mut samples.spawn), ("clone", &mut samples.clone)] {

@@ -381,7 +381,13 @@ fn run() -> Result<()> {
     let shard = shard(&command_line);
     let own = scenario::ALL.iter().filter(is_wanted).enumerate();
     let own = own.filter(|(index, _)| index % shard.1 == shard.0);
-    for (_, scenario) in own {
+    // Of an earlier boot, which did not come to its end.
+    let told = command_line
+        .split_whitespace()
+        .find_map(|w| w.strip_prefix("gantry.told="))
+        .unwrap_or_default();
+    let left = own.filter(|(_, scenario)| told.split(',').all(|name| name != scenario.name));
+    for (_, scenario) in left {
         let began = Instant::now();
         verdict(scenario.name, began, scenario.run(&installation));
     }
@@ -393,8 +399,7 @@ fn verdict(name: &str, began: Instant, done: Result<()>) {
         Ok(()) => println!("vm: ok {name} {:.1} s", began.elapsed().as_secs_f64()),
         Err(error) if error.is::<scenario::Skipped>() => println!("vm: skipped {name}: {error}"),
         Err(error) => {
-            let words = format!("{error:#}").replace('\n', "\nvm | ");
-            println!("vm: FAILED {name}: {words}");
+            println!("vm: FAILED {name}: {}", scenario::in_a_line(&error));
         }
     }
 }

@@ -116,6 +116,22 @@ async fn a_machine_joins_by_token_and_pin_and_nothing_else() {
     // Nobody listens there: the server has one address.
     refused(join::join(&unnamed).await, "cannot be reached");
 
+    // Of several one that answers is enough, and the agent gets all.
+    let several = Join {
+        server: format!("{},{}", nowhere.server, bed.control.address()),
+        ..bed.join("n3")
+    };
+    let joined = join::join(&several).await.unwrap();
+    let urls = format!(
+        "https://{},https://{}",
+        nowhere.server,
+        bed.control.address()
+    );
+    assert_eq!(joined.server, urls);
+    let kept = gantry_agent::credentials::server(&several.credentials);
+    assert_eq!(kept, Some(urls));
+    assert!(join::join(&several).await.unwrap().before);
+
     let joined = join::join(&bed.join("n1")).await.unwrap();
     assert!(!joined.before);
     let again = join::join(&bed.join("n1")).await.unwrap();

@@ -219,3 +219,121 @@ async fn after_a_restore_a_pod_of_another_node_ends_at_the_first_commit() {
     agent.stop().await;
     control.stop().await;
 }
+
+/// The names of the files below `dir`, at any depth.
+fn files(dir: &Path) -> Vec<String> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            names.extend(files(&path));
+        } else {
+            names.extend(
+                path.file_name()
+                    .and_then(|name| Some(name.to_str()?.to_owned())),
+            );
+        }
+    }
+    names
+}
+
+/// A backup brings back pods that have ended and gone since, one bound here and one unbound; the agent that
+/// saw them end is dead, and so is its machine's memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_a_restore_what_has_ended_and_gone_is_told_as_ended_and_not_started() {
+    let (dir, lib) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let control = Control::admin(dir.path(), "127.0.0.1:0").await;
+    let (address, url) = (control.address.to_string(), control.url());
+    let agent = Agent::start(&url, "n1", lib.path());
+    agent.live().await;
+    let pods = [("bound", "n1"), ("unbound", "")];
+    let mut uids = Vec::new();
+    for (name, node) in pods {
+        uids.push(control.create_pod(name, node).await);
+    }
+    let file = dir.path().join("backup");
+    save(control.registry.store(), &file);
+    let bind = control
+        .registry
+        .bind("default", "unbound", uids[1].as_str(), "n1");
+    bind.await.unwrap();
+    agent
+        .until("both arrive", |view| (view.pods.len() == 2).then_some(()))
+        .await;
+    for ((name, _), uid) in pods.iter().zip(&uids) {
+        agent.report(uid, name, "Running", false);
+        let options = DeleteOptions::default();
+        control
+            .registry
+            .delete::<Pod>("default", name, &options)
+            .await
+            .unwrap();
+        agent.report(uid, name, "Succeeded", true);
+    }
+    agent
+        .until("both are gone", |view| view.pods.is_empty().then_some(()))
+        .await;
+    let ended = lib.path().join("feed/ended");
+    eventually("their records are tombstones", || {
+        let names = files(&ended);
+        uids.iter()
+            .all(|uid| names.iter().any(|name| name == uid.as_str()))
+            .then_some(())
+    })
+    .await;
+    assert_eq!(files(&lib.path().join("feed/final")), [""; 0]);
+    agent.kill().await;
+    control.stop().await;
+    std::fs::remove_dir_all(lib.path().join("run")).unwrap();
+
+    restore(&file, dir.path());
+    let agent = Agent::start(&url, "n1", lib.path());
+    // Whoever sees one of them in a view knows that it has ended.
+    let (mut views, reporter) = (agent.handle.view.clone(), agent.handle.reporter.clone());
+    let (stop, watched) = (CancellationToken::new(), uids.clone());
+    let token = stop.clone();
+    let watch = tokio::spawn(async move {
+        let mut startable = Vec::new();
+        while let Some(Ok(())) = token.run_until_cancelled(views.changed()).await {
+            let view = views.borrow_and_update().clone();
+            let back = watched.iter().filter(|uid| view.pods.contains_key(*uid));
+            startable.extend(
+                back.filter(|uid| reporter.final_status(uid).is_none())
+                    .cloned(),
+            );
+        }
+        startable
+    });
+    let control = Control::admin(dir.path(), &address).await;
+    for (name, _) in pods {
+        let pod = eventually("its end is in the new history", || {
+            control
+                .pod(name)
+                .filter(|pod| phase(pod) == Some("Succeeded"))
+        })
+        .await;
+        assert_eq!(node_of(&pod), Some("n1"), "{name}");
+    }
+    agent
+        .until("both are in the view", |view| {
+            (view.pods.len() == 2).then_some(())
+        })
+        .await;
+    stop.cancel();
+    assert_eq!(watch.await.unwrap(), []);
+    // Gone once more, remembered once more.
+    for (name, _) in pods {
+        let options = DeleteOptions::default();
+        let deleted = control.registry.delete::<Pod>("default", name, &options);
+        deleted.await.unwrap();
+    }
+    agent
+        .until("both are gone", |view| view.pods.is_empty().then_some(()))
+        .await;
+    eventually("their records are tombstones", || {
+        (files(&ended).len() == 2).then_some(())
+    })
+    .await;
+    agent.stop().await;
+    control.stop().await;
+}

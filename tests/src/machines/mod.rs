@@ -15,8 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use base64::Engine as _;
 
 use crate::cluster::{Cluster, Installation, KUBECONFIG, NODE};
-use crate::scenario::Skipped;
 use crate::scenario::nodes::{ALL, NodeScenario, Stage};
+use crate::scenario::{Skipped, in_a_line};
 
 pub mod asks;
 pub mod bench;
@@ -331,8 +331,7 @@ pub fn run(installation: &Installation, place: &Place, wanted: &str) -> Result<(
                 println!("vm: skipped {}: {error}", scenario.name);
             }
             Err(error) => {
-                let words = format!("{error:#}").replace('\n', "\nvm | ");
-                println!("vm: FAILED {}: {words}", scenario.name);
+                println!("vm: FAILED {}: {}", scenario.name, in_a_line(&error));
             }
         }
     }

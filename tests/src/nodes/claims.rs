@@ -13,7 +13,10 @@ use gantry_cni::netlink::{Netlink, Route};
 use gantry_cni::netns::Netns;
 use rustix::net::sockopt::{Ipv4PathMtuDiscovery, ip_mtu, set_ip_mtu_discover};
 
-use super::{Joined, Lab, Node, PORT, SHORT, ask, eventually, insert_node, inside, octets, serve};
+use super::{
+    Joined, Lab, Node, PORT, SHORT, SOON, ask, eventually, insert_node, inside, octets, serve,
+    within,
+};
 
 /// Where the Service of node b's pod is.
 const CLUSTER_IP: &str = "10.96.0.17";
@@ -184,7 +187,8 @@ pub fn a_balancer_address_moves_when_its_node_has_gone(lab: &mut Lab) -> Result<
     ensure!(seen != node.address, "by {seen}, whose link is down");
     set("up")?;
     fdb("del")?;
-    eventually("the address to be back", || {
+    // A connection that the move cuts in two is given up only after all of what one may take.
+    within(SOON * 3, "the address to be back", || {
         let seen = by(address)?;
         ensure!(seen == node.address, "by {seen}");
         Ok(())

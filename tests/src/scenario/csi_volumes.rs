@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::sleeper;
+use super::with_volume;
 use crate::cluster::Cluster;
 use crate::csi_driver::{self, DRIVER, POD_FILE, SECRET_FILE, plugin_directory, registrar_socket};
 
@@ -61,15 +61,6 @@ impl Drop for Driver {
     }
 }
 
-/// A pod with a volume at /data.
-fn user(name: &str, volume: &str) -> String {
-    let mounts = "      volumeMounts: [{name: data, mountPath: /data}]\n";
-    sleeper(
-        name,
-        &format!("{mounts}  volumes: [{{name: data, {volume}}}]\n"),
-    )
-}
-
 fn objects() -> String {
     format!(
         "apiVersion: v1
@@ -119,7 +110,7 @@ pub(super) fn csi_volumes(cluster: &mut Cluster) -> Result<()> {
         "csi: {{driver: {DRIVER}, volumeAttributes: {{size: small}}, \
          nodePublishSecretRef: {{name: word}}}}"
     );
-    cluster.apply_ok(&user("own", &inline))?;
+    cluster.apply_ok(&with_volume("own", &inline))?;
     cluster.wait("the pod to be told that its driver is absent", LIMIT, |c| {
         let events = c.ok(&["get", "events"])?;
         Ok(events.contains("FailedMount") && events.contains("is not registered on this node"))
@@ -141,7 +132,7 @@ pub(super) fn csi_volumes(cluster: &mut Cluster) -> Result<()> {
 
     let claim = "persistentVolumeClaim: {claimName: shared}";
     for name in ["one", "two"] {
-        cluster.apply_ok(&user(name, claim))?;
+        cluster.apply_ok(&with_volume(name, claim))?;
         cluster.wait_ready("default", name)?;
     }
     cluster.ok(&["exec", "one", "--", "sh", "-c", "echo shared > /data/file"])?;

@@ -52,7 +52,10 @@ pub(super) fn isolation(cluster: &mut Cluster) -> Result<()> {
             "-c",
             "head -c 1 /proc/kcore | wc -c",
         ])?;
-        ensure!(kcore.stdout.trim() == "0", "{pod}: /proc/kcore can be read");
+        ensure!(
+            kcore.stdout.trim() == "0",
+            "{pod}: bytes of /proc/kcore: {kcore:?}"
+        );
         let sysctl = cluster.gantry(&[
             "exec",
             pod,

@@ -25,10 +25,11 @@ impl Trace {
     }
 }
 
-/// Init containers, sidecars, hooks, deadline and termination messages.
+/// Init containers, sidecars, hooks, deadline and termination messages; what fails again and again waits.
 pub(super) fn life_cycle(cluster: &mut Cluster) -> Result<()> {
     let trace = Trace(tempfile::tempdir()?);
     let at = trace.path().display();
+    cluster.apply_ok(&failing(&trace))?;
     let sidecar = |name: &str| {
         format!(
             "    - name: {name}
@@ -137,6 +138,100 @@ spec:
         "{}",
         late["status"]
     );
+    other_hooks(cluster, &trace)?;
+    waits_longer_each_time(cluster, &trace)
+}
+
+/// Notes when it starts, in seconds, and fails.
+fn failing(trace: &Trace) -> String {
+    let at = trace.path().display();
+    format!(
+        "apiVersion: v1
+kind: Pod
+metadata: {{name: failing}}
+spec:
+  terminationGracePeriodSeconds: 1
+  volumes: [{{name: trace, hostPath: {{path: {at}, type: Directory}}}}]
+  containers:
+    - name: main
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [sh, -c, \"date +%s >> /trace/starts; exit 1\"]
+      volumeMounts: [{{name: trace, mountPath: /trace}}]
+"
+    )
+}
+
+/// The first time at once, then after 10 s, then after 20.
+fn waits_longer_each_time(cluster: &Cluster, trace: &Trace) -> Result<()> {
+    cluster.wait("the word that it waits", LIMIT, |c| {
+        let pod = c.get(&["pod", "failing"])?;
+        let waiting = &pod["status"]["containerStatuses"][0]["state"]["waiting"];
+        let words = waiting["message"].as_str().unwrap_or_default();
+        Ok(waiting["reason"] == "CrashLoopBackOff" && words.starts_with("back-off "))
+    })?;
+    cluster.wait("four starts", LIMIT, |_| {
+        Ok(trace.lines("starts").len() >= 4)
+    })?;
+    let starts = trace.lines("starts");
+    let at: Vec<i64> = starts.iter().map(|s| s.parse()).collect::<Result<_, _>>()?;
+    let gaps: Vec<i64> = at.windows(2).map(|two| two[1] - two[0]).collect();
+    // Whole seconds: one less is the same; a busy machine is late.
+    let is_late = |gap: i64, wanted: i64| (wanted - 1..wanted + 8).contains(&gap);
+    ensure!(
+        is_late(gaps[0], 0) && is_late(gaps[1], 10) && is_late(gaps[2], 20),
+        "seconds between starts: {gaps:?}"
+    );
+    Ok(())
+}
+
+/// A hook that sleeps holds SIGTERM back, and one that asks is answered by what is still there.
+fn other_hooks(cluster: &Cluster, trace: &Trace) -> Result<()> {
+    let at = trace.path().display();
+    cluster.apply_ok(&format!(
+        "apiVersion: v1
+kind: Pod
+metadata: {{name: other-hooks}}
+spec:
+  terminationGracePeriodSeconds: 20
+  volumes: [{{name: trace, hostPath: {{path: {at}, type: Directory}}}}]
+  containers:
+    - name: sleeps
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [sh, -c, \"trap 'echo term >> /trace/slept; exit 0' TERM; while :; do sleep 0.1; done\"]
+      volumeMounts: [{{name: trace, mountPath: /trace}}]
+      lifecycle:
+        postStart: {{sleep: {{seconds: 1}}}}
+        preStop: {{sleep: {{seconds: 4}}}}
+    - name: asks
+      image: gantry.local/busybox:debian
+      imagePullPolicy: IfNotPresent
+      command: [sh, -c, \"exec httpd -f -vv -p 8080 -h /etc 2>> /trace/asked\"]
+      ports: [{{name: web, containerPort: 8080}}]
+      volumeMounts: [{{name: trace, mountPath: /trace}}]
+      lifecycle:
+        preStop: {{httpGet: {{path: /hostname, port: web}}}}
+"
+    ))?;
+    cluster.wait_ready("default", "other-hooks")?;
+    ensure!(trace.lines("asked").is_empty(), "asked before its end");
+    cluster.ok(&["delete", "pod", "other-hooks", "--wait=false"])?;
+    let is_asked = |lines: Vec<String>| lines.iter().any(|l| l.contains("url:/hostname"));
+    cluster.wait("the hook to ask", LIMIT, |_| {
+        Ok(is_asked(trace.lines("asked")))
+    })?;
+    ensure!(
+        trace.lines("slept").is_empty(),
+        "SIGTERM before the hook's end"
+    );
+    cluster.wait("the pod to go", LIMIT, |c| {
+        Ok(c.gantry(&["get", "pod", "other-hooks"])?.code != 0)
+    })?;
+    ensure!(
+        trace.lines("slept") == ["term"],
+        "no SIGTERM after the hook"
+    );
     Ok(())
 }
 
@@ -178,6 +273,11 @@ spec:
   hostname: box
   subdomain: shelf
   hostAliases: [{{ip: 192.0.2.7, hostnames: [seven.example]}}]
+  dnsPolicy: None
+  dnsConfig:
+    nameservers: [192.0.2.53]
+    searches: [shelf.example]
+    options: [{{name: ndots, value: \"3\"}}]
 {pod}  containers:
     - {{name: a, image: \"gantry.local/busybox:debian\", imagePullPolicy: IfNotPresent, command: [sleep, \"3601\"]}}
     - {{name: b, image: \"gantry.local/busybox:debian\", imagePullPolicy: IfNotPresent, command: [sh, -c, \"(sleep 0.3 &); exec sleep 3602\"]}}
@@ -231,6 +331,17 @@ fn one_memory(cluster: &Cluster) -> Result<()> {
         "{names}"
     );
     ensure!(names.contains("seven.example"), "{names}");
+    let resolver = sh(cluster, "apart", "a", "cat /etc/resolv.conf")?;
+    for line in [
+        "nameserver 192.0.2.53",
+        "search shelf.example",
+        "options ndots:3",
+    ] {
+        ensure!(
+            resolver.lines().any(|l| l == line),
+            "no {line:?}: {resolver}"
+        );
+    }
     Ok(())
 }
 

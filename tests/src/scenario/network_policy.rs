@@ -1,13 +1,18 @@
 //! NetworkPolicies: who reaches whom.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
+use super::resources::script;
 use crate::cluster::Cluster;
+use crate::nodes::within;
 
-/// Longer than a policy takes to reach the node, on a machine that has other things to do.
-const SOON: Duration = Duration::from_secs(30);
+/// Longer than a policy takes to reach the node, and an agent to begin, on an emulated machine that has other
+/// things to do.
+const SOON: Duration = Duration::from_secs(120);
+/// A question that a policy drops takes all of it.
+const PATIENCE_S: u32 = 2;
 
 /// A server with readiness probe, two clients with labels, one in a namespace of its own.
 const PODS: &str = "apiVersion: v1
@@ -67,37 +72,69 @@ spec:
     )
 }
 
-/// One HTTP request out of a pod.
+/// One HTTP request in words of a shell, true when it is answered in time.
+fn question(url: &str) -> String {
+    // busybox's wget dies of its own `-T`.
+    format!("timeout {PATIENCE_S} wget -q -O /dev/null {url}")
+}
+
+/// One HTTP request out of a pod: whether it was answered. An error where nobody could ask, because there is
+/// no agent yet.
 fn fetch(cluster: &Cluster, namespace: &str, url: &str) -> Result<bool> {
-    let command = [
-        "-n",
-        namespace,
-        "exec",
-        "web",
-        "--",
-        // busybox's wget dies of its own `-T`.
-        "timeout",
-        "1",
-        "wget",
-        "-q",
-        "-O",
-        "/dev/null",
-    ];
-    let output = cluster.gantry(&[&command[..], &[url]].concat())?;
-    Ok(output.code == 0)
+    let command = question(url) + " && echo yes || echo no";
+    let asked = ["-n", namespace, "exec", "web", "--", "sh", "-c", &command];
+    let output = cluster.gantry(&asked)?;
+    match output.stdout.trim() {
+        "yes" => Ok(true),
+        "no" => Ok(false),
+        said => bail!("exec ended with {}: {said}{}", output.code, output.stderr),
+    }
 }
 
 /// Until the pod of a namespace reaches `url`, or no longer does.
 fn reaches(cluster: &Cluster, namespace: &str, url: &str, wanted: bool) -> Result<()> {
-    let start = Instant::now();
-    while fetch(cluster, namespace, url)? != wanted {
-        let seconds = SOON.as_secs();
-        ensure!(
-            start.elapsed() < SOON,
-            "after {seconds} s: web in {namespace} to {url} is not {wanted}"
-        );
-        std::thread::sleep(Duration::from_millis(200));
-    }
+    let reach = if wanted { "reaches" } else { "does not reach" };
+    let what = format!("web in {namespace} {reach} {url}");
+    within(SOON, &what, || {
+        let is_reached = fetch(cluster, namespace, url)?;
+        ensure!(is_reached == wanted, "so far it is the other way round");
+        Ok(())
+    })
+}
+
+/// Nobody can be told to ask while there is no agent: this pod asks all the time, and its log says when.
+fn asking_pod(url: &str) -> String {
+    let question = question(url);
+    let endless = format!(
+        "while :; do at=$(date +%s); {question} && echo $at open || echo $at shut; sleep 0.2; done"
+    );
+    script("asking", &endless, "")
+}
+
+/// The lines of that pod's log since then, in seconds since 1970.
+fn answers(cluster: &Cluster, from: u64) -> Result<Vec<String>> {
+    let log = cluster.ok(&["logs", "asking"])?;
+    let since = |line: &&str| {
+        let at = line.split(' ').next().and_then(|at| at.parse::<u64>().ok());
+        at.is_some_and(|at| at >= from)
+    };
+    Ok(log.lines().filter(since).map(str::to_owned).collect())
+}
+
+/// Kills the agent and starts another one: what no pod may reach stays so in between.
+fn without_agent(cluster: &mut Cluster) -> Result<()> {
+    let killed = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    cluster.kill_agent()?;
+    std::thread::sleep(Duration::from_secs(2 * u64::from(PATIENCE_S)));
+    cluster.start_agent()?;
+    let asked = within(SOON, "what was asked without an agent", || {
+        let asked = answers(cluster, killed)?;
+        ensure!(!asked.is_empty(), "nothing yet");
+        Ok(asked)
+    })?;
+    let open: Vec<&String> = asked.iter().filter(|line| line.ends_with("open")).collect();
+    ensure!(open.is_empty(), "reached, at: {open:?}");
+    cluster.ok(&["delete", "pod", "asking", "--wait=false"])?;
     Ok(())
 }
 
@@ -119,17 +156,19 @@ pub(super) fn network_policy(cluster: &mut Cluster) -> Result<()> {
         reaches(cluster, namespace, &sql, true)?;
         reaches(cluster, namespace, by_name, true)?;
     }
+    cluster.apply_ok(&asking_pod(&sql))?;
+    within(SOON, "the pod that asks all the time", || {
+        let answers = answers(cluster, 0)?;
+        let is_open = answers.iter().any(|line| line.ends_with("open"));
+        ensure!(is_open, "not answered yet: {answers:?}");
+        Ok(())
+    })?;
     cluster.apply_ok(&policy("db", "  policyTypes: [Ingress]\n"))?;
     for namespace in [own, other] {
         reaches(cluster, namespace, &sql, false)?;
         reaches(cluster, namespace, by_name, false)?;
     }
-    cluster.kill_agent()?;
-    ensure!(
-        !fetch(cluster, own, &sql).unwrap_or(false),
-        "open while the agent is dead"
-    );
-    cluster.start_agent()?;
+    without_agent(cluster)?;
     // The node probes it all the same.
     cluster.wait_ready(own, "db")?;
     reaches(cluster, own, &sql, false)?;

@@ -4,8 +4,15 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
+use tonic_health::ServingStatus;
 
-use crate::cluster::Cluster;
+use super::sleeper;
+use crate::cluster::{Cluster, is_ready};
+
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Readiness gates endpoints, liveness restarts, restart policies hold, init containers go first.
 pub(super) fn probes_and_restarts(cluster: &mut Cluster) -> Result<()> {
@@ -100,5 +107,53 @@ spec:
     );
     let previous = cluster.gantry(&["logs", "fails-once", "--previous"])?;
     ensure!(previous.code == 0, "{previous:?}");
-    Ok(())
+    grpc(cluster)
+}
+
+/// A pod in the machine's network, whose health this process tells over gRPC: not ready, ready, not
+/// ready, not alive, gone.
+fn grpc(cluster: &Cluster) -> Result<()> {
+    let runtime = tokio::runtime::Runtime::new()?;
+    let (health, service) = tonic_health::server::health_reporter();
+    let tell = |service: &str, status: ServingStatus| {
+        runtime.block_on(health.set_service_status(service, status));
+    };
+    tell("ready", ServingStatus::NotServing);
+    tell("alive", ServingStatus::Serving);
+    let listener = runtime.block_on(TcpListener::bind("0.0.0.0:0"))?;
+    let port = listener.local_addr()?.port();
+    let server = Server::builder().add_service(service);
+    let serving = runtime.spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
+    cluster.apply_ok(&sleeper(
+        "speaks-grpc",
+        &format!(
+            "      readinessProbe: {{grpc: {{port: {port}, service: ready}}, periodSeconds: 1}}
+      livenessProbe: {{grpc: {{port: {port}, service: alive}}, periodSeconds: 1, failureThreshold: 2}}
+  hostNetwork: true
+"
+        ),
+    ))?;
+    cluster.wait_phase("default", "speaks-grpc", "Running")?;
+    let told = |words: &str| {
+        cluster.wait(&format!("{words:?} in an event"), LIMIT, |c| {
+            Ok(c.ok(&["describe", "pod", "speaks-grpc"])?.contains(words))
+        })
+    };
+    told("Readiness probe failed: service unhealthy (responded with NOT_SERVING)")?;
+    let is_ready = |c: &Cluster| Ok(is_ready(&c.get(&["pod", "speaks-grpc"])?));
+    ensure!(!is_ready(cluster)?, "ready while its service says no");
+    tell("ready", ServingStatus::Serving);
+    cluster.wait("the pod to be ready", LIMIT, is_ready)?;
+    tell("ready", ServingStatus::NotServing);
+    cluster.wait("the pod to be unready", LIMIT, |c| Ok(!is_ready(c)?))?;
+    let restarts = |c: &Cluster| -> Result<i64> {
+        let pod = c.get(&["pod", "speaks-grpc"])?;
+        let count = pod["status"]["containerStatuses"][0]["restartCount"].as_i64();
+        count.context("no restartCount")
+    };
+    ensure!(restarts(cluster)? == 0, "readiness restarts nothing");
+    tell("alive", ServingStatus::NotServing);
+    cluster.wait("a restart", LIMIT, |c| Ok(restarts(c)? > 0))?;
+    serving.abort();
+    told("dial tcp")
 }

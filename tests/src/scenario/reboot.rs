@@ -4,9 +4,10 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use gantry_agent::pods::hold::SERVICES_PATIENCE;
 
 use crate::cluster::{Cluster, KUBECONFIG};
 
@@ -46,8 +47,8 @@ spec:
   ports: [{port: 80, targetPort: 8080}]
 ";
 
-/// Pods start again from the disk and their Service answers, all before the control plane is back;
-/// a pod that had ended stays ended.
+/// Pods start again from the disk (after 30 s) and their Service answers (after 45 s, and not before: till then
+/// drains elsewhere count on this node), all before the control plane is back; a pod that had ended stays ended.
 pub(super) fn reboot(cluster: &mut Cluster) -> Result<()> {
     cluster.apply_ok(PODS)?;
     cluster.wait_ready("default", "server")?;
@@ -65,12 +66,19 @@ pub(super) fn reboot(cluster: &mut Cluster) -> Result<()> {
     cluster.lose_all_but_the_disk()?;
     ensure!(served(address).is_err(), "something still answers");
 
+    let began = Instant::now();
     cluster.start_agent()?;
     cluster.wait(
         "the Service to answer without a control plane",
         LIMIT,
         |_| Ok(served(address).is_ok()),
     )?;
+    let waited = began.elapsed();
+    ensure!(
+        waited >= SERVICES_PATIENCE,
+        "a Service answered {} s after a reboot without a control plane",
+        waited.as_secs()
+    );
     cluster.start_control()?;
     // The node's heartbeat must be a new one, and the pod's readiness what the new probe found.
     cluster.wait_ready("default", "server")?;

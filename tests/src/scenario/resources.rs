@@ -51,10 +51,14 @@ fn web(cpu_limit: &str, memory_limit: &str) -> String {
 
 fn make_the_node_small(cluster: &mut Cluster) -> Result<()> {
     let meminfo = std::fs::read_to_string("/proc/meminfo")?;
-    let total = meminfo.lines().find_map(|l| l.strip_prefix("MemTotal:"));
-    let kib = total.and_then(|rest| rest.split_whitespace().next());
-    let total_kib: u64 = kib.context("no MemTotal")?.parse()?;
-    let reserved = format!("memory={}Ki", total_kib - ROOM_MIB * 1024);
+    let kib = |field: &str| -> Result<u64> {
+        let line = meminfo.lines().find_map(|l| l.strip_prefix(field));
+        let kib = line.and_then(|rest| rest.split_whitespace().next());
+        Ok(kib.with_context(|| format!("no {field}"))?.parse()?)
+    };
+    // Huge pages are no memory that pods can ask for as such, so they are out of it already.
+    let free_kib = kib("MemTotal:")? - kib("Hugetlb:")?;
+    let reserved = format!("memory={}Ki", free_kib - ROOM_MIB * 1024);
     let threshold = format!("memory.available<{THRESHOLD_MIB}Mi");
     cluster.kill_agent()?;
     cluster.start_agent_with(&[
@@ -147,7 +151,7 @@ pub(super) fn events(cluster: &Cluster, pod: &str, reason: &str) -> Result<Vec<S
 }
 
 /// A pod that runs a script once.
-fn script(name: &str, script: &str, more: &str) -> String {
+pub(super) fn script(name: &str, script: &str, more: &str) -> String {
     sleeper(name, more)
         .replace(
             "command: [\"sleep\", \"3600\"]",

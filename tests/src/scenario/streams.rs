@@ -16,7 +16,7 @@ pub(super) fn logs_and_exec(cluster: &mut Cluster) -> Result<()> {
     cluster.apply_ok(
         "apiVersion: v1
 kind: Pod
-metadata: {name: talker}
+metadata: {name: talker, labels: {app: talker}}
 spec:
   terminationGracePeriodSeconds: 1
   containers:
@@ -48,6 +48,12 @@ spec:
     }
     let tail = cluster.ok(&["logs", "talker", "--tail=2"])?;
     ensure!(tail.lines().count() == 2, "--tail=2 gave {tail:?}");
+    let by_label = cluster.ok(&["logs", "-l", "app=talker", "--prefix", "--tail=1"])?;
+    ensure!(
+        by_label.starts_with("[pod/talker/main] tick ") && by_label.lines().count() == 1,
+        "-l app=talker gave {by_label:?}"
+    );
+    since(cluster)?;
     let output = cluster.gantry(&[
         "exec",
         "talker",
@@ -85,6 +91,24 @@ spec:
     ensure!(
         missing.code != 0 && missing.stderr.contains("no such file"),
         "{missing:?}"
+    );
+    Ok(())
+}
+
+/// Five lines a second: of the last seconds there are some, and not the first.
+fn since(cluster: &Cluster) -> Result<()> {
+    std::thread::sleep(Duration::from_secs(3));
+    let late = cluster.ok(&["logs", "talker", "--since=1s"])?;
+    let all = cluster.ok(&["logs", "talker", "--timestamps"])?;
+    ensure!(
+        !late.is_empty() && !late.lines().any(|line| line == "tick 1"),
+        "--since=1s gave {late:?}"
+    );
+    let line = all.lines().next().unwrap_or_default();
+    let (time, text) = line.split_once(' ').unwrap_or_default();
+    ensure!(
+        text == "tick 1" && time.ends_with('Z'),
+        "--timestamps gave {line:?}"
     );
     Ok(())
 }

@@ -146,6 +146,7 @@ pub(super) fn volumes(cluster: &mut Cluster) -> Result<()> {
     cluster.wait_ready("default", "all")?;
     mounts_are_as_asked(cluster)?;
     host_mounts_follow(cluster, host.path())?;
+    mounts_reach_the_host(cluster, host.path())?;
     updates_are_whole(cluster)?;
     cluster.apply_ok(&everything(host.path(), "blue"))?;
     cluster.wait("the label to follow", Duration::from_secs(30), |c| {
@@ -240,6 +241,29 @@ fn host_mounts_follow(cluster: &Cluster, host: &Path) -> Result<()> {
         sh(cluster, "cat /follow/later/file")? == "later",
         "/follow did not follow"
     );
+    Ok(())
+}
+
+/// Bidirectional, for privileged containers: what one mounts, the host and other pods have too.
+fn mounts_reach_the_host(cluster: &Cluster, host: &Path) -> Result<()> {
+    let source = format!("hostPath: {{path: {}}}", host.display());
+    let pod = one_volume("mounter", &source, "sleep 3600").replace(
+        "volumeMounts: [{name: v, mountPath: /v}]",
+        "volumeMounts: [{name: v, mountPath: /v, mountPropagation: Bidirectional}]
+      securityContext: {privileged: true}",
+    );
+    cluster.apply_ok(&pod)?;
+    cluster.wait_ready("default", "mounter")?;
+    let script = "mkdir /v/made && mount -t tmpfs made /v/made && echo made > /v/made/file";
+    cluster.ok(&["exec", "mounter", "--", "sh", "-c", script])?;
+    let seen = std::fs::read_to_string(host.join("made/file"));
+    ensure!(
+        seen.as_ref().is_ok_and(|text| text == "made\n"),
+        "the host sees {seen:?}"
+    );
+    let seen = sh(cluster, "cat /follow/made/file")?;
+    ensure!(seen == "made", "another pod sees {seen:?}");
+    umount2(&host.join("made"), MntFlags::empty()).context("unmount what the pod has mounted")?;
     Ok(())
 }
 

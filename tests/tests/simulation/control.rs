@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use gantry_api::k8s_openapi::api::apps::v1::Deployment;
-use gantry_api::k8s_openapi::api::core::v1::{Pod, Secret, Service};
+use gantry_api::k8s_openapi::api::core::v1::{Node, Pod, Secret, Service};
 use gantry_api::status::{Reason, Status};
 use gantry_control::controllers::{self, UsageSource, VolumeRemover};
 use gantry_control::feed::{Feed, Settings};
@@ -27,7 +27,7 @@ use tonic::service::interceptor::InterceptedService;
 
 use super::node::RUNS_FOR;
 use super::state::{trace, violated, with};
-use super::{history, host, wire};
+use super::{history, host, node, wire};
 
 /// What of a control plane is reached from outside; empty until it is up.
 #[derive(Clone, Default)]
@@ -62,8 +62,40 @@ impl UsageSource for Nothing {
     }
 }
 
+/// Another scheduler, whose cache is late: it binds every pod that is bound to a node of its own choice.
+async fn second_scheduler(registry: Registry) {
+    let mut known = BTreeSet::new();
+    loop {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let pods = registry.list::<Pod>(Some("default"));
+        let nodes = registry.list::<Node>(None);
+        let (Ok((_, pods)), Ok((_, nodes))) = (pods, nodes) else {
+            continue;
+        };
+        for pod in pods {
+            let (metadata, spec) = (pod.metadata, pod.spec.unwrap_or_default());
+            let (uid, name) = metadata.uid.zip(metadata.name).unwrap_or_default();
+            if spec.node_name.is_none() || !known.insert(uid.clone()) {
+                continue;
+            }
+            let last = nodes.len().saturating_sub(1) as u64;
+            let choice = with(|state| state.choices.between(0, last)) as usize;
+            let Some(node) = nodes
+                .get(choice)
+                .and_then(|node| node.metadata.name.clone())
+            else {
+                continue;
+            };
+            let bound = registry.bind("default", &name, &uid, &node).await;
+            if bound.is_ok() && spec.node_name.as_ref() != Some(&node) {
+                trace(format!("the second scheduler has bound {name} to {node}"));
+            }
+        }
+    }
+}
+
 /// Runs until its runtime is dropped.
-pub async fn run(dir: PathBuf, tokens: Tokens, door: Door) {
+pub async fn run(dir: PathBuf, tokens: Tokens, door: Door, has_second_scheduler: bool) {
     let store = loop {
         match Store::open_sealed(&dir.join(STORE_FILE), &dir.join("store.key")) {
             Ok(store) => break store,
@@ -136,6 +168,9 @@ pub async fn run(dir: PathBuf, tokens: Tokens, door: Door) {
         held.over().await;
         scheduler::run(own, stop).await;
     });
+    if has_second_scheduler {
+        tokio::spawn(second_scheduler(registry.clone()));
+    }
     let (own, stop) = (registry.clone(), token.clone());
     tokio::spawn(async move { own.run_maintenance(stop).await });
     let (own, stop) = (feed.clone(), token.clone());
@@ -214,9 +249,11 @@ async fn grant(registry: &Registry, wish: &Wish) -> Result<(), Status> {
         }
         Wish::Kill(number) => {
             let (_, pods) = registry.list::<Pod>(Some("default"))?;
+            // One that a backup has brought back has ended for good: nothing of it is drained.
             let web = |pod: &&Pod| {
                 let labels = pod.metadata.labels.as_ref();
-                labels.is_some_and(|labels| labels.contains_key("app"))
+                let is_web = labels.is_some_and(|labels| labels.contains_key("app"));
+                is_web && !pod.status.as_ref().is_some_and(node::has_ended)
             };
             let mut pods: Vec<_> = pods.iter().filter(web).collect();
             pods.sort_by_key(|pod| pod.metadata.uid.clone());

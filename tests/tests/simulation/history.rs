@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use gantry_agent::ids::PodUid;
 use gantry_agent::view::View;
+use gantry_api::k8s_openapi::api::core::v1::Pod;
 use gantry_api::proto::backend::State as Backend;
 use gantry_control::store::{Change, Lineage, Store};
 use serde_json::Value;
@@ -151,6 +152,28 @@ fn version(pod: &Value) -> String {
     format!("{deleted} {phase} {address} {}", conditions.join(" "))
 }
 
+/// The same of a pod that is not JSON any more.
+fn version_of(pod: &Pod) -> String {
+    let deleted = pod.metadata.deletion_timestamp.as_ref();
+    let deleted = deleted.map(|time| text(&serde_json::to_value(time).unwrap_or_default()));
+    let Some(status) = &pod.status else {
+        return format!("{}   ", deleted.unwrap_or_default());
+    };
+    let conditions = status.conditions.as_deref().unwrap_or_default();
+    let conditions = conditions
+        .iter()
+        .map(|c| format!("{}={}", c.type_, c.status));
+    let conditions: Vec<_> = conditions.collect();
+    let (phase, address) = (&status.phase, &status.pod_ip);
+    format!(
+        "{} {} {} {}",
+        deleted.unwrap_or_default(),
+        phase.as_deref().unwrap_or_default(),
+        address.as_deref().unwrap_or_default(),
+        conditions.join(" ")
+    )
+}
+
 fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
@@ -176,8 +199,7 @@ pub fn has_ended(pod: &Value) -> bool {
 fn shown(view: &View) -> Expected {
     let mut shown = Expected::default();
     for (uid, pod) in view.pods.iter() {
-        let pod = serde_json::to_value(&**pod).unwrap_or_default();
-        shown.pods.insert(uid.as_str().to_owned(), version(&pod));
+        shown.pods.insert(uid.as_str().to_owned(), version_of(pod));
     }
     for name in view.services.keys() {
         shown
@@ -285,7 +307,10 @@ impl State {
             None => {
                 let was_started =
                     PodUid::new(&uid).is_ok_and(|uid| self.started.contains_key(&uid));
-                if was_started && !has_ended(&old) {
+                // Restored as it was before it was bound, and deleted before its node has spoken: nobody
+                // is asked.
+                let is_bound = !old["spec"]["nodeName"].is_null();
+                if was_started && is_bound && !has_ended(&old) {
                     self.violated(format!("I6: {key} ({uid}) has gone without a final status"));
                 }
                 self.trace(&format!("store: {key} is gone"));
@@ -305,6 +330,8 @@ impl State {
             }
             return self.history.head;
         }
+        // A backup brings back pods that have ended since: they serve until their nodes have said so.
+        self.ended_by_floor.clear();
         let (rev, entries) = store.list("/registry/");
         let history = &mut self.history;
         history.lineage.clone_from(&lineage.id);
@@ -325,6 +352,21 @@ impl State {
 
 fn read(value: &[u8]) -> Option<Arc<Value>> {
     serde_json::from_slice(value).ok().map(Arc::new)
+}
+
+/// Takes the backup that is to have a pod without a node, if there is one.
+fn save_unbound(store: &Store) {
+    let Some(file) = with(|state| state.backup_of_unbound.clone()) else {
+        return;
+    };
+    let (_, pods) = store.list("/registry/pods/");
+    let is_unbound = |pod: &Value| pod["spec"]["nodeName"].is_null();
+    let mut pods = pods.iter().filter_map(|entry| read(&entry.value));
+    if pods.any(|pod| is_unbound(&pod)) {
+        with(|state| state.backup_of_unbound = None);
+        super::control::save(store, &file).expect("a backup");
+        trace("a backup is taken");
+    }
 }
 
 /// Follows a store from within its control plane.
@@ -351,6 +393,7 @@ pub async fn follow(store: Store) {
                 state.history.head = state.history.head.max(watch.revision());
                 state.check_views();
             });
+            save_unbound(&store);
         }
         if watch.ended().is_none() {
             return;

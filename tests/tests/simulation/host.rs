@@ -251,13 +251,26 @@ fn identity(fd: c_int) -> Option<((u64, u64), u64)> {
 
 /// Remembers what a write replaces.
 fn note(fd: c_int, id: (u64, u64), len: u64, offset: u64, new: &[u8]) {
-    let link = format!("/proc/self/fd/{fd}");
-    let mut old = vec![0; new.len()];
-    let read = std::fs::File::open(&link).and_then(|file| file.read_at(&mut old, offset));
-    old.truncate(read.unwrap_or(0));
+    let link = || format!("/proc/self/fd/{fd}");
+    let mut old = vec![0; (len.saturating_sub(offset) as usize).min(new.len())];
+    if !old.is_empty() {
+        let (to, count) = (old.as_mut_ptr(), old.len());
+        // SAFETY: `old` is valid for writes of its length.
+        let read = unsafe { libc::syscall(libc::SYS_pread64, fd, to, count, offset) };
+        let read = match usize::try_from(read) {
+            Ok(read) => read,
+            // Open for writing alone.
+            Err(_) => {
+                let file = std::fs::File::open(link());
+                let read = file.and_then(|file| file.read_at(&mut old, offset));
+                read.unwrap_or(0)
+            }
+        };
+        old.truncate(read);
+    }
     let mut all = unsynced();
     let file = all.entry(id).or_insert_with(|| Unsynced {
-        path: std::fs::read_link(&link).unwrap_or_default(),
+        path: std::fs::read_link(link()).unwrap_or_default(),
         writes: Vec::new(),
     });
     file.writes.push(Write {

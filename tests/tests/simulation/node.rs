@@ -19,7 +19,7 @@ use gantry_agent::feed::{self, Link, Reporter, TunnelError, TunnelTarget};
 use gantry_agent::ids::PodUid;
 use gantry_agent::paths::Paths;
 use gantry_agent::pods::drain::part_of;
-use gantry_agent::pods::hold::{Hold, PATIENCE};
+use gantry_agent::pods::hold::{self, Hold, PATIENCE};
 use gantry_agent::pods::state::DRAIN_CAP;
 use gantry_agent::runtime::ExecSession;
 use gantry_agent::view::View;
@@ -32,7 +32,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::host;
-use super::state::{Container, State, trace, with};
+use super::state::{Container, Event, Machine, S, State, trace, with};
 use super::wire;
 
 /// A task's pods run for so many seconds, by this annotation.
@@ -128,7 +128,9 @@ pub fn start(node: usize) -> bool {
         link.clone(),
         reporter.clone(),
     ));
-    tokio::spawn(plane(node, view.clone(), reporter.clone()));
+    let token = CancellationToken::new();
+    let services = hold::services(&dir.join("run"), view.clone(), link.clone(), token);
+    tokio::spawn(plane(node, services, reporter.clone()));
     tokio::spawn(pods(node, view, link, reporter));
     true
 }
@@ -199,7 +201,7 @@ async fn plane(node: usize, mut view: watch::Receiver<Arc<View>>, reporter: Repo
         for (name, backends) in wanted {
             if old.get(&name) != Some(&backends) {
                 some_time(0, 1).await;
-                with(|state| state.machines[node].plane.insert(name, backends));
+                with(|state| state.program(node, name, backends));
             }
         }
         with(|state| {
@@ -401,6 +403,11 @@ impl Worker {
         let last = ended(container, code);
         let deleting = pod.as_deref().is_none_or(is_deleting) || self.is_deleting();
         self.say(container, &last, true, deleting);
+        if with(|state| state.choices.percent(10)) {
+            // A probe that was under way says what it has seen.
+            some_time(0, 20).await;
+            self.say(container, &running(container), false, false);
+        }
         self.reporter.final_persisted(&self.uid).await;
         alive().await;
         with(|state| state.forgotten(self.node, &self.uid));
@@ -439,7 +446,7 @@ impl Worker {
     }
 }
 
-fn has_ended(status: &PodStatus) -> bool {
+pub fn has_ended(status: &PodStatus) -> bool {
     matches!(status.phase.as_deref(), Some("Succeeded" | "Failed"))
 }
 
@@ -498,11 +505,16 @@ impl State {
                 self.violated(text);
             }
         }
-        if self
-            .machines
-            .iter()
-            .any(|machine| machine.ended.contains(uid))
-        {
+        // Who was silent through the hold after a restore could not say what has ended there.
+        let has_spoken = |machine: &Machine| {
+            let seen = machine.seen.as_ref();
+            seen.is_some_and(|(lineage, _)| lineage == self.history.lineage())
+        };
+        let mut machines = self.machines.iter().enumerate();
+        let knows = |(number, machine): (usize, &Machine)| {
+            machine.ended.contains(uid) && (number == node || has_spoken(machine))
+        };
+        if machines.any(knows) {
             self.violated(format!(
                 "I3: {name} ({uid}) starts on {on} after it has ended"
             ));
@@ -517,12 +529,35 @@ impl State {
         container
     }
 
+    /// I1, from when a pod was ended by floor on: nobody begins to send to it once more.
+    fn program(&mut self, node: usize, service: String, backends: BTreeSet<PodUid>) {
+        let machine = &mut self.machines[node];
+        let name = machine.name.clone();
+        // Off or alone for so long that it was given up, or would have been by a control plane.
+        let is_excused = !machine.is_back && host::now_ns() > machine.stopped_at + 40 * S;
+        let ended = backends.intersection(&self.ended_by_floor).next().cloned();
+        machine.plane.insert(service, backends);
+        let is_dead = self.history.is_dead(&name, self.history.head());
+        if let Some(uid) = ended.filter(|_| !is_excused && !is_dead) {
+            self.violated(format!(
+                "I1: {name} sends to {uid}, which was ended by floor"
+            ));
+        }
+    }
+
     /// I1.
     fn sigterm(&mut self, node: usize, uid: &PodUid, how: &str) {
         let owner = self.machines[node].name.clone();
         self.trace(&format!("{owner}: SIGTERM to {uid}: {how}"));
         if how != "acked" {
             return;
+        }
+        self.ended_by_floor.insert(uid.clone());
+        for (other, pause) in std::mem::take(&mut self.reboots_at_floor) {
+            match other == node {
+                true => drop(self.reboots_at_floor.insert(other, pause)),
+                false => self.after(0, Event::LosesPower(other, pause)),
+            }
         }
         for other in 0..self.machines.len() {
             let machine = &self.machines[other];
@@ -532,7 +567,7 @@ impl State {
                 .find(|(_, serving)| serving.contains(uid));
             let Some((service, _)) = sends else { continue };
             let is_dead = self.history.is_dead(&machine.name, self.history.head());
-            if machine.is_back && !is_dead {
+            if !is_dead {
                 let text = format!(
                     "I1: {owner} ends {uid} by floor, and {} sends to it for {service}",
                     machine.name
@@ -554,6 +589,9 @@ impl State {
         let machine = &mut self.machines[node];
         if let Some(container) = machine.containers.remove(uid) {
             machine.ended.insert(uid.clone());
+            if std::mem::take(&mut self.dies_at_end) {
+                host::kill_after_operations(Some(1));
+            }
             let text = format!("{}: {} has ended ({uid})", machine.name, container.name);
             self.trace(&text);
         }
@@ -568,6 +606,7 @@ pub fn stop_machine(node: usize) {
         machine.containers.clear();
         machine.plane.clear();
         (machine.programmed, machine.is_back, machine.seen) = (None, false, None);
+        machine.stopped_at = host::now_ns();
         machine.dir.clone()
     });
     let _ = std::fs::remove_dir_all(dir.join("run"));

@@ -18,8 +18,12 @@ pub enum Death {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Fault {
     AgentDies(usize, Death),
+    /// That of the next node on which the last trace of a pod goes, at its next disk operation after that.
+    AgentDiesAtEnd,
     /// The machine loses its power and comes back after this time.
     Reboot(usize, u64),
+    /// The same, at the next moment at which another machine ends a pod by floor.
+    RebootAtFloor(usize, u64),
     Break(usize),
     /// Nothing comes from these sides for this time.
     Cut(usize, Vec<usize>, u64),
@@ -29,7 +33,11 @@ pub enum Fault {
     ControlClock(i64),
     NodeClock(usize, i64),
     Backup,
+    /// At the next moment at which a pod waits for its node.
+    BackupOfUnbound,
     Restore,
+    /// A bit of the key of a backend is another one when it arrives at this node.
+    FlipBit(usize),
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,6 +54,8 @@ pub struct Plan {
     pub steps: Vec<(u64, Step)>,
     /// At rest, one more pod is deleted, and its drain has to be the floor's answer.
     pub drains_at_end: bool,
+    /// A second scheduler, whose cache is late, binds what is bound.
+    pub second_scheduler: bool,
 }
 
 fn death(choices: &mut Choices) -> Death {
@@ -119,14 +129,18 @@ impl Plan {
         let restores = choices.percent(15);
         if restores {
             let at = choices.between(begin, end);
-            steps.push((at, Step::Fault(Fault::Backup)));
+            let backup = match choices.percent(50) {
+                true => Fault::Backup,
+                false => Fault::BackupOfUnbound,
+            };
+            steps.push((at, Step::Fault(backup)));
             let later = at + choices.between(S, end / 2);
             steps.push((later, Step::Fault(Fault::Restore)));
         }
         for _ in 0..choices.between(1, if is_long { 4 } else { 2 }) {
             let at = choices.between(begin, end);
             let node = choices.between(0, nodes as u64 - 1) as usize;
-            let fault = match choices.between(0, 12) {
+            let fault = match choices.between(0, 15) {
                 0 | 1 => Fault::AgentDies(node, death(choices)),
                 2 | 3 => Fault::Reboot(node, choices.between(2 * S, 12 * S)),
                 4 => Fault::Break(node),
@@ -142,6 +156,16 @@ impl Plan {
                 9 => Fault::ControlLosesPower,
                 10 => Fault::DiskFull(choices.between(500 * MS, 6 * S)),
                 11 => Fault::ControlClock(choices.between(0, 172_800) as i64 - 86_400),
+                12 => Fault::FlipBit(node),
+                13 => {
+                    // Of a pod that ends by itself, for one that is deleted does not start again.
+                    tasks += 1;
+                    let (number, runs_for_s) = (tasks, choices.between(0, 2));
+                    let task = Wish::Task { number, runs_for_s };
+                    steps.push((at, Step::Wish(task)));
+                    Fault::AgentDiesAtEnd
+                }
+                14 => Fault::RebootAtFloor(node, choices.between(2 * S, 12 * S)),
                 _ => Fault::NodeClock(node, choices.between(0, 172_800) as i64 - 86_400),
             };
             steps.push((at, Step::Fault(fault)));
@@ -152,6 +176,7 @@ impl Plan {
             joins,
             steps,
             drains_at_end: is_long,
+            second_scheduler: choices.percent(10),
         }
     }
 }

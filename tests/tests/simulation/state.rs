@@ -50,6 +50,8 @@ pub struct Machine {
     pub dir: PathBuf,
     /// Which boot this is: 1, 2, ...
     pub boot: u32,
+    /// When it lost its power last.
+    pub stopped_at: u64,
     pub containers: BTreeMap<PodUid, Container>,
     /// What is programmed: of each Service the backends that get new connections.
     pub plane: BTreeMap<String, BTreeSet<PodUid>>,
@@ -80,10 +82,18 @@ pub struct State {
     pub net: Net,
     /// Every UID that was started, with the nodes it was started on.
     pub started: BTreeMap<PodUid, BTreeSet<usize>>,
+    /// Pods that were ended after every node had said that it sends to them no more.
+    pub ended_by_floor: BTreeSet<PodUid>,
     /// Drains, by how they ended.
     pub drained: BTreeMap<&'static str, u32>,
     pub violations: Vec<String>,
     pub digest_mismatches: u64,
+    /// The agent dies where a pod ends next.
+    pub dies_at_end: bool,
+    /// Machines that lose their power when another one ends a pod by floor, and for how long.
+    pub reboots_at_floor: BTreeMap<usize, u64>,
+    /// A backup is to be taken as soon as a pod waits for its node: into this file.
+    pub backup_of_unbound: Option<PathBuf>,
     events: BinaryHeap<Reverse<(u64, u64, Event)>>,
     event_count: u64,
     is_shown: bool,
@@ -100,6 +110,8 @@ pub enum Event {
     Step(usize),
     /// A machine starts its agent.
     AgentStarts(usize),
+    /// A machine loses its power, for so long.
+    LosesPower(usize, u64),
     /// A machine has started.
     Boots(usize),
     /// The control plane starts.
@@ -122,9 +134,13 @@ pub fn begin(seed: u64, is_shown: bool) {
         history: History::default(),
         net: Net::default(),
         started: BTreeMap::new(),
+        ended_by_floor: BTreeSet::new(),
         drained: BTreeMap::new(),
         violations: Vec::new(),
         digest_mismatches: 0,
+        dies_at_end: false,
+        reboots_at_floor: BTreeMap::new(),
+        backup_of_unbound: None,
         events: BinaryHeap::new(),
         event_count: 0,
         is_shown,

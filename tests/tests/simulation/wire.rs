@@ -34,6 +34,10 @@ pub struct Net {
     listener: Option<mpsc::UnboundedSender<io::Result<End>>>,
     /// Machines that nothing comes from, or goes to.
     cut: [BTreeSet<usize>; 2],
+    /// Machines to which the next key of a backend goes with a bit flipped.
+    flips: BTreeSet<usize>,
+    /// Bits that were flipped.
+    pub flipped: u64,
 }
 
 struct Connection {
@@ -76,7 +80,15 @@ impl State {
         let due = due.max(pipe.last_due);
         pipe.last_due = due;
         match bytes {
-            Some(bytes) => pipe.chunks.push_back((due, bytes)),
+            Some(bytes) => {
+                let is_damaged = from == CONTROL && self.net.flips.contains(&node);
+                let damaged = is_damaged.then(|| flip(&bytes)).flatten();
+                if damaged.is_some() {
+                    self.net.flips.remove(&node);
+                    self.net.flipped += 1;
+                }
+                pipe.chunks.push_back((due, damaged.unwrap_or(bytes)));
+            }
             None => pipe.end = Some((due, is_error)),
         }
         if due != HELD {
@@ -88,6 +100,11 @@ impl State {
                 },
             );
         }
+    }
+
+    /// A bit of the next key of a backend that goes to this machine is another one there.
+    pub fn flip_bit(&mut self, node: usize) {
+        self.net.flips.insert(node);
     }
 
     /// Nothing comes from this machine any more (`side` AGENT), or nothing reaches it (CONTROL).
@@ -192,6 +209,17 @@ impl State {
         }
         held.node
     }
+}
+
+/// These bytes with one bit flipped, in the first digit of the first backend's UID among the keys.
+fn flip(bytes: &Bytes) -> Option<Bytes> {
+    const KEY: &[u8] = b"backend/default/web/";
+    let at = bytes.windows(KEY.len()).position(|window| window == KEY)? + KEY.len();
+    let uid = bytes.get(at..at + 36)?;
+    let digit = uid.iter().position(u8::is_ascii_digit)?;
+    let mut damaged = bytes.to_vec();
+    damaged[at + digit] ^= 1;
+    Some(damaged.into())
 }
 
 /// The control plane takes connections here from now on.

@@ -13,7 +13,7 @@ use tokio::runtime::{Builder, Runtime};
 
 use super::control::{self, Door, Wish};
 use super::plan::{Death, Fault, Plan, Step};
-use super::state::{self, Event, MS, Machine, S, trace, violated, with};
+use super::state::{self, Event, MS, Machine, S, State, trace, violated, with};
 use super::{history, host, node, wire};
 
 /// How long everything may take to come to rest without faults: a node that was given up (40 s) and its
@@ -98,6 +98,7 @@ impl World {
             name: format!("n{number}"),
             dir: dir.join(format!("n{number}")),
             boot: 1,
+            stopped_at: 0,
             containers: Default::default(),
             plane: Default::default(),
             programmed: None,
@@ -137,6 +138,7 @@ impl World {
         if self.rest() && self.plan.drains_at_end {
             self.one_more_drain();
         }
+        with(State::check_digests);
         for node in 0..self.nodes.len() {
             self.nodes[node].kill();
         }
@@ -186,6 +188,7 @@ impl World {
                 return;
             };
             let number = runnable[with(|state| state.choices.between(0, last as u64)) as usize];
+            self.check_acks();
             match self.nodes.get_mut(number) {
                 Some(process) => {
                     if !process.turn() {
@@ -199,6 +202,18 @@ impl World {
                         self.control_died();
                     }
                 }
+            }
+        }
+    }
+
+    fn check_acks(&self) {
+        let Some((_, feed)) = self.door.get() else {
+            return;
+        };
+        for node in 0..self.nodes.len() {
+            let name = format!("n{node}");
+            if feed.is_connected(&name) {
+                with(|state| state.check_acked(node, feed.acked(&name)));
             }
         }
     }
@@ -218,6 +233,7 @@ impl World {
                 Step::Fault(fault) => self.fault(fault),
             },
             Event::AgentStarts(node) => self.start_agent(node),
+            Event::LosesPower(node, pause) => self.fault(Fault::Reboot(node, pause)),
             Event::Boots(node) => self.start_agent(node),
             Event::ControlStarts => self.start_control(),
             Event::Heals(node) => {
@@ -239,7 +255,8 @@ impl World {
         self.door = Door::default();
         let runtime = runtime();
         let (dir, tokens) = (self.dir.clone(), self.tokens.clone());
-        runtime.spawn(control::run(dir, tokens, self.door.clone()));
+        let has_second = self.plan.second_scheduler;
+        runtime.spawn(control::run(dir, tokens, self.door.clone(), has_second));
         for wish in self.asked.clone() {
             runtime.spawn(control::ask(self.door.clone(), wish));
         }
@@ -302,6 +319,10 @@ impl World {
                 Death::Now if self.nodes[node].runtime.is_some() => self.agent_died(node),
                 _ => self.nodes[node].death = Some(death),
             },
+            Fault::AgentDiesAtEnd => with(|state| state.dies_at_end = true),
+            Fault::RebootAtFloor(node, pause) => {
+                with(|state| state.reboots_at_floor.insert(node, pause));
+            }
             Fault::Reboot(node, pause) => {
                 with(|state| {
                     let is_silent = state.choices.percent(50);
@@ -343,14 +364,16 @@ impl World {
                     saved.expect("a backup");
                 }
             }
+            Fault::BackupOfUnbound => {
+                let file = self.dir.join("backup");
+                with(|state| state.backup_of_unbound = Some(file));
+            }
+            Fault::FlipBit(node) => with(|state| state.flip_bit(node)),
             Fault::Restore => {
                 let file = self.dir.join("backup");
                 if file.exists() {
                     self.control_died();
                     control::restore(&file, &self.dir);
-                    // Agents keep no tombstone of a pod whose end the store has taken: one that the
-                    // backup brings back begins once more. A limit, see the README.
-                    with(|state| state.machines.iter_mut().for_each(|m| m.ended.clear()));
                 }
             }
         }
@@ -361,6 +384,10 @@ impl World {
         trace("no more faults");
         self.control.is_disk_full = false;
         self.control.death = None;
+        with(|state| {
+            state.dies_at_end = false;
+            state.reboots_at_floor.clear();
+        });
         for node in 0..self.nodes.len() {
             self.nodes[node].death = None;
             with(|state| state.heal(node));
@@ -464,12 +491,32 @@ impl World {
                 "I5: a pod was deleted, and the drains were {drained:?}"
             ));
         }
-        let (checked, mismatches) = with(|state| (state.history.checked, state.digest_mismatches));
-        if checked == 0 {
+        if with(|state| state.history.checked) == 0 {
             violated("no view was ever checked");
         }
-        if mismatches > 0 {
-            violated(format!("{mismatches} commits had not their digest"));
+    }
+}
+
+impl State {
+    /// What arrives is what was sent, unless the net has damaged it.
+    fn check_digests(&mut self) {
+        let (mismatches, flipped) = (self.digest_mismatches, self.net.flipped);
+        if mismatches > flipped {
+            let text =
+                format!("{mismatches} commits had not their digest, {flipped} bits were flipped");
+            self.violated(text);
+        }
+    }
+
+    /// I4, of a machine whose stream is of this boot.
+    fn check_acked(&mut self, node: usize, acked: u64) {
+        let machine = &self.machines[node];
+        let programmed = machine.programmed.as_ref().map_or(0, |(_, rev)| *rev);
+        if machine.is_back && acked > programmed {
+            let name = &machine.name;
+            let text =
+                format!("I4: {name} counts as having programmed {acked}, it has {programmed}");
+            self.violated(text);
         }
     }
 }

@@ -228,9 +228,21 @@ fn ask(address: SocketAddr, limit: Duration) -> Result<String> {
 /// Deletes pods and waits until they have gone.
 fn delete(cluster: &Cluster, kind: &str, names: &[&str]) -> Result<()> {
     for name in names {
-        cluster.ok(&["delete", kind, name, "--timeout=240s"])?;
+        let deleted = cluster.ok(&["delete", kind, name, "--timeout=240s"]);
+        deleted.with_context(|| what_is_known(cluster, kind, name))?;
     }
     Ok(())
+}
+
+/// Of something that should have gone: its status, and the newest events.
+fn what_is_known(cluster: &Cluster, kind: &str, name: &str) -> String {
+    let object = cluster.get(&[kind, name]).unwrap_or_default();
+    let events = cluster.gantry(&["get", "events", "--no-headers"]);
+    let events = events.map(|output| output.stdout).unwrap_or_default();
+    let newest = events.lines().count().saturating_sub(12);
+    let newest: Vec<&str> = events.lines().skip(newest).collect();
+    let (metadata, status) = (&object["metadata"], &object["status"]);
+    format!("{kind} {name}: {metadata} {status}; events: {newest:?}")
 }
 
 #[cfg(test)]
