@@ -1,12 +1,13 @@
 //! `cargo xtask test`: every check and every test, from a fresh clone on a fresh machine.
 //!
-//! Order: cheap before dear; clippy, which waits for nothing, runs beside the tests, which wait half of
-//! their time, on what they leave of the processors. A test that cannot run here prints
+//! Order: cheap before dear; clippy and the simulation, which wait for nothing, run beside the tests, which
+//! wait half of their time, on what they leave of the processors. A test that cannot run here prints
 //! `skipped: <reason>`; those lines are shown and counted. The last line is `N passed, N failed,
 //! N skipped`.
 
 use std::io::{BufRead, BufReader};
-use std::process::Stdio;
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 
@@ -74,6 +75,7 @@ pub fn run(arguments: &Arguments) -> Result<()> {
     for reason in &count.skipped {
         println!("skipped: {reason}");
     }
+    print!("{}", report::steps());
     println!(
         "{} passed, {} failed, {} skipped",
         count.passed,
@@ -100,6 +102,10 @@ fn checks(count: &mut Count) {
         run::shown(run::cargo().args(arguments))
     };
     check("fmt", cargo(&["fmt", "--all", "--", "--check"]));
+    // The programs are a package of their own: another target, another toolchain.
+    let programs = ["--manifest-path", "ebpf/programs/Cargo.toml"];
+    let words = [&["fmt"], &programs[..], &["--", "--check"]].concat();
+    check("fmt of the programs", cargo(&words));
     check("tidy", tidy::run());
     check(
         "deny",
@@ -116,21 +122,40 @@ fn checks(count: &mut Count) {
     check("ebpf", ebpf.map_err(anyhow::Error::from));
 }
 
-/// Clippy, at the scheduler's lowest class: no test waits for a processor because of it.
-fn clippy() -> Result<()> {
-    let cargo = run::cargo();
-    let mut idle = run::program("chrt", ["--idle", "0"]);
-    idle.arg(cargo.get_program());
-    idle.args(["clippy", "--quiet", "--workspace", "--all-targets"]);
-    let output = idle
-        .args(["--", "-D", "warnings"])
-        .stdin(Stdio::null())
-        .output()
-        .context("chrt (package util-linux)")?;
-    if !output.status.success() {
-        bail!("{}", String::from_utf8_lossy(&output.stderr));
+/// What runs beside the tests, which wait for half of their time: at the scheduler's lowest class, so that no
+/// test waits for a processor because of it.
+struct Beside {
+    /// None: not asked for.
+    clippy: Option<Result<Output>>,
+    /// None: it has run with the tests, as their filter says.
+    simulation: Option<Result<Output>>,
+}
+
+impl Beside {
+    fn run(arguments: &Arguments) -> Self {
+        let clippy = "clippy --quiet --workspace --all-targets -- -D warnings";
+        Self {
+            clippy: (!arguments.no_checks).then(|| idle(clippy)),
+            simulation: is_simulated_beside(arguments).then(|| idle(SIMULATION)),
+        }
     }
-    Ok(())
+}
+
+/// The program of tests that has nothing to do with time: its clock is its own.
+const SIMULATION: &str = "test --quiet --workspace --test simulation";
+/// Tells it so, where it is among the others.
+const SIMULATED_BESIDE: &str = "GANTRY_SIM_BESIDE";
+
+fn is_simulated_beside(arguments: &Arguments) -> bool {
+    arguments.filter.is_none()
+}
+
+/// Runs cargo at that class, to its end.
+fn idle(words: &str) -> Result<Output> {
+    let mut idle = run::program("chrt", ["--idle", "0"]);
+    idle.arg(run::cargo().get_program()).args(words.split(' '));
+    let output = idle.stdin(Stdio::null()).output();
+    output.context("chrt (package util-linux)")
 }
 
 fn unit_and_integration(
@@ -154,40 +179,107 @@ fn unit_and_integration(
                 .iter()
                 .map(|choice| ("GANTRY_SWEEP", choice)),
         );
-    let mut child = cargo.stdout(Stdio::piped()).spawn().context("cargo test")?;
+    if is_simulated_beside(arguments) {
+        cargo.env(SIMULATED_BESIDE, "1");
+    }
+    cargo.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = cargo.spawn().context("cargo test")?;
     let stdout = child.stdout.take().context("cargo test has no output")?;
-    let mut beside = None;
-    for line in BufReader::new(stdout).lines() {
-        let line = line?;
-        // The first test runs: everything is built, and cargo has let go of the build directory.
-        if line.starts_with("running ") && beside.is_none() && !arguments.no_checks {
-            beside = Some(std::thread::spawn(clippy));
+    let stderr = child.stderr.take().context("cargo test has no errors")?;
+    let programs =
+        std::thread::spawn(move || programs(BufReader::new(stderr), |l| eprintln!("{l}")));
+    std::thread::scope(|scope| {
+        let mut beside = None;
+        for line in BufReader::new(stdout).lines() {
+            let line = line?;
+            // The first test runs: everything is built, and cargo has let go of the build directory.
+            if line.starts_with("running ") && beside.is_none() {
+                beside = Some(scope.spawn(|| Beside::run(arguments)));
+            }
+            take_line(&line, count);
         }
-        take_line(&line, count);
-    }
-    let status = child.wait()?;
-    if !status.success() && count.failed == 0 {
-        println!("FAILED cargo test: {status}");
-        count.failed += 1;
-    }
-    drop(step);
-    if arguments.no_checks {
-        return Ok(());
-    }
-    let _step = report::step("cargo clippy (beside the tests until now)");
-    let linted = match beside {
-        Some(beside) => beside.join().map_err(|_| anyhow!("its thread panicked"))?,
-        // Nothing could be built.
-        None => clippy(),
-    };
-    match linted {
-        Ok(()) => count.passed += 1,
-        Err(error) => {
-            println!("FAILED clippy: {error:#}");
+        let status = child.wait()?;
+        if !status.success() && count.failed == 0 {
+            println!("FAILED cargo test: {status}");
             count.failed += 1;
         }
+        drop(step);
+        let programs = programs
+            .join()
+            .map_err(|_| anyhow!("the reader of cargo's errors panicked"))?;
+        for (name, took) in programs {
+            report::ended(&format!("  of that {name}"), took);
+        }
+        let _step = report::step("clippy and the simulation (beside the tests until now)");
+        let beside = match beside {
+            Some(beside) => beside.join().map_err(|_| anyhow!("its thread panicked"))?,
+            // Nothing could be built.
+            None => Beside::run(arguments),
+        };
+        take_beside(beside, count);
+        Ok(())
+    })
+}
+
+fn take_beside(beside: Beside, count: &mut Count) {
+    if let Some(clippy) = beside.clippy {
+        let before = count.failed;
+        take_end("clippy", clippy, before, count);
+        count.passed += usize::from(count.failed == before);
     }
-    Ok(())
+    if let Some(simulation) = beside.simulation {
+        let before = count.failed;
+        let printed = simulation.as_ref().map(|output| output.stdout.clone());
+        let printed = printed.unwrap_or_default();
+        for line in String::from_utf8_lossy(&printed).lines() {
+            take_line(line, count);
+        }
+        take_end("simulation", simulation, before, count);
+    }
+}
+
+/// A program that has failed without a failure that was counted since `before` is one.
+fn take_end(name: &str, ended: Result<Output>, before: usize, count: &mut Count) {
+    let words = match ended {
+        Ok(output) if output.status.success() || count.failed > before => return,
+        Ok(output) => format!(
+            "{}: {}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        ),
+        Err(error) => format!("{error:#}"),
+    };
+    println!("FAILED {name}: {words}");
+    count.failed += 1;
+}
+
+/// Passes on what cargo says of its work, and returns the programs of tests that it runs and how long
+/// each took: until the next one is named.
+fn programs(said: impl BufRead, mut pass_on: impl FnMut(&str)) -> Vec<(String, Duration)> {
+    let mut programs = Vec::new();
+    let mut running: Option<(String, Instant)> = None;
+    for line in said.split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line);
+        pass_on(&line);
+        if let Some(next) = program(&line) {
+            let ended = running.replace((next, Instant::now()));
+            programs.extend(ended.map(|(name, began)| (name, began.elapsed())));
+        }
+    }
+    programs.extend(running.map(|(name, began)| (name, began.elapsed())));
+    programs
+}
+
+/// The program of `Running unittests src/lib.rs (target/debug/deps/NAME-HASH)` or `Doc-tests NAME`.
+fn program(line: &str) -> Option<String> {
+    if let Some(name) = line.strip_prefix("   Doc-tests ") {
+        return Some(format!("{name}, its documentation"));
+    }
+    let (source, path) = line.strip_prefix("     Running ")?.split_once(" (")?;
+    let name = path.trim_end_matches(')').rsplit('/').next()?;
+    let (name, _) = name.rsplit_once('-')?;
+    let source = source.trim_start_matches("unittests ");
+    Some(format!("{name}, {source}"))
 }
 
 /// Counts and echoes what a person wants to see of libtest's output.
@@ -196,9 +288,7 @@ fn take_line(line: &str, count: &mut Count) {
     match line {
         "successes:" => count.in_successes = true,
         "failures:" => count.in_successes = false,
-        _ if line.starts_with("test result: ") || line.starts_with("     Running") => {
-            count.in_successes = false;
-        }
+        _ if line.starts_with("test result: ") => count.in_successes = false,
         _ => {}
     }
     if let Some((_, reason)) = line.split_once("skipped: ")
@@ -243,11 +333,56 @@ mod tests {
             "test a ... ok",
             "skipped: no /dev/kvm",
             "test b ... ignored, a measurement",
-            "test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 4 filtered out",
+            "test result: FAILED. 2 passed; 1 failed; 0 ignored; 0 measured; 4 filtered out; finished in 1.25s",
         ] {
             take_line(line, &mut count);
         }
         assert_eq!((count.passed, count.failed), (2, 1));
         assert_eq!(count.skipped, ["no /dev/kvm", "b, a measurement"]);
+    }
+
+    #[test]
+    fn a_program_that_dies_after_a_good_result_has_failed() {
+        use std::os::unix::process::ExitStatusExt as _;
+        let ended = |wait_status: i32, printed: &str| Beside {
+            clippy: None,
+            simulation: Some(Ok(Output {
+                status: std::process::ExitStatus::from_raw(wait_status),
+                stdout: printed.into(),
+                stderr: Vec::new(),
+            })),
+        };
+        let counted = |beside| {
+            let mut count = Count::default();
+            take_beside(beside, &mut count);
+            (count.passed, count.failed)
+        };
+        let good = "test result: ok. 7 passed; 0 failed; finished in 1s";
+        assert_eq!(counted(ended(0, good)), (7, 0));
+        assert_eq!(counted(ended(101 << 8, good)), (7, 1));
+        let bad = "test result: FAILED. 6 passed; 1 failed; finished in 1s";
+        assert_eq!(counted(ended(101 << 8, bad)), (6, 1));
+        assert_eq!(counted(ended(9, "")), (0, 1));
+    }
+
+    #[test]
+    fn programs_are_named_in_the_order_in_which_they_run() {
+        let said = "    Finished `test` profile [unoptimized] target(s) in 0.3s
+     Running unittests src/lib.rs (target/debug/deps/gantry_agent-0123456789abcdef)
+thread 'a' panicked: \u{fffd}
+     Running tests/integration.rs (target/debug/deps/integration-00ff)
+   Doc-tests gantry_api\n";
+        let mut passed_on = 0;
+        let programs = programs(said.as_bytes(), |_| passed_on += 1);
+        let names: Vec<String> = programs.into_iter().map(|(name, _)| name).collect();
+        assert_eq!(passed_on, 5);
+        assert_eq!(
+            names,
+            [
+                "gantry_agent, src/lib.rs",
+                "integration, tests/integration.rs",
+                "gantry_api, its documentation",
+            ]
+        );
     }
 }

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use crate::{report, run};
 
 /// What the guest needs that Debian builds as modules.
-const WANTED: [&str; 15] = [
+const WANTED: [&str; 17] = [
     "overlay",
     "veth",
     "bridge",
@@ -18,6 +18,9 @@ const WANTED: [&str; 15] = [
     "inet_diag",
     "tcp_diag",
     "udp_diag",
+    // Both ends of an NFS volume.
+    "nfsv4",
+    "nfsd",
     // Of several machines: their link, their disk, what they ask for, and tunnels between them.
     "virtio_pci",
     "virtio_net",

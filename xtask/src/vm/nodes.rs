@@ -253,7 +253,13 @@ impl<'a> Machines<'a> {
                 return;
             }
             match heard.recv_timeout(wait) {
-                Ok(Heard::Line(index, line)) => self.line(index, &line, outcome),
+                Ok(Heard::Line(index, line)) => {
+                    self.line(index, &line, outcome);
+                    if let Some(seconds) = guest::stands_still(&line) {
+                        println!("FAILED vm node-{}: stands still for {seconds} s", index + 1);
+                        return;
+                    }
+                }
                 Ok(Heard::Ask(line)) => {
                     out = answers.try_iter().last().or(out);
                     let Some((number, ask)) = asks::parse(&line, self.plan.count) else {
