@@ -761,6 +761,7 @@ fn pods_in_namespaces_of_their_own_reach_each_other_and_themselves() {
     let (tell_tid, tid) = std::sync::mpsc::channel();
     let (tell_linked, linked) = std::sync::mpsc::channel();
     let (tell_ready, ready) = std::sync::mpsc::channel();
+    let (tell_done, done) = std::sync::mpsc::channel::<()>();
     std::thread::scope(|scope| {
         let bed = &bed;
         let server = scope.spawn(move || {
@@ -777,6 +778,7 @@ fn pods_in_namespaces_of_their_own_reach_each_other_and_themselves() {
                 let own = TcpStream::connect("10.96.0.1:80").unwrap();
                 let (_, from) = server.accept().unwrap();
                 assert_eq!(from, own.local_addr().unwrap());
+                drop(tell_done);
             })
         });
         bed.inside(move || {
@@ -790,6 +792,8 @@ fn pods_in_namespaces_of_their_own_reach_each_other_and_themselves() {
             ready.recv().unwrap();
             let client = TcpStream::connect("10.96.0.1:80").unwrap();
             assert_eq!(client.peer_addr().unwrap(), addr("10.96.0.1:80"));
+            // With this namespace goes its end of the pair, and with it the server's and its address.
+            let _ = done.recv();
         });
         server.join().unwrap();
     });
