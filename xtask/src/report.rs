@@ -3,8 +3,14 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+/// What has failed, in that order, and what has failed once and then passed, for [`failures`].
+static FAILED: Mutex<Vec<String>> = Mutex::new(Vec::new());
+static UNSTEADY: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// What has ended, in that order, for [`steps`].
 static ENDED: Mutex<Vec<(String, Duration)>> = Mutex::new(Vec::new());
+
+/// Of what has failed, what is said again at the end.
+const FAILURE_CHARS_MAX: usize = 600;
 
 /// A named step; prints how long it took when it took long.
 pub struct Step {
@@ -47,6 +53,42 @@ fn rows_of_steps(ended: &[(String, Duration)]) -> String {
     let rows = long.map(|(name, took)| vec![took.as_secs().to_string(), name.clone()]);
     let title = vec!["s".to_owned(), "step".to_owned()];
     table(&std::iter::once(title).chain(rows).collect::<Vec<_>>())
+}
+
+/// Says that something has failed, now and once more at the end: what is said in between is long.
+pub fn failed(words: impl AsRef<str>) {
+    println!("FAILED {}", words.as_ref());
+    remember_failed(words.as_ref());
+}
+
+/// The same of what has been printed already.
+pub fn remember_failed(words: &str) {
+    let mut failed = FAILED.lock().unwrap_or_else(PoisonError::into_inner);
+    failed.push(words.to_owned());
+}
+
+/// What has failed, and passed when it was asked again.
+pub fn remember_unsteady(words: &str) {
+    let mut unsteady = UNSTEADY.lock().unwrap_or_else(PoisonError::into_inner);
+    unsteady.push(words.to_owned());
+}
+
+/// What has failed, once or for good, one line for each, as long as a few lines of a terminal at most.
+pub fn failures() -> String {
+    let lines = |of: &Mutex<Vec<String>>, title: &str| -> String {
+        let of = of.lock().unwrap_or_else(PoisonError::into_inner);
+        of.iter().map(|words| first_words(title, words)).collect()
+    };
+    lines(&UNSTEADY, "unsteady, passed when asked again:") + &lines(&FAILED, "FAILED")
+}
+
+fn first_words(title: &str, words: &str) -> String {
+    let line = words.lines().next().unwrap_or_default();
+    let mut short: String = line.chars().take(FAILURE_CHARS_MAX).collect();
+    if short.len() < words.len() {
+        short.push('…');
+    }
+    format!("{title} {short}\n")
 }
 
 /// A line below a step.
@@ -94,6 +136,23 @@ mod tests {
             ("tests".to_owned(), Duration::from_millis(856_700)),
         ];
         assert_eq!(rows_of_steps(&ended), "    s    step\n    856  tests\n");
+    }
+
+    #[test]
+    fn a_failure_is_said_again_in_one_line_of_a_few_hundred_characters() {
+        assert_eq!(
+            first_words("FAILED", "vm devices: opened"),
+            "FAILED vm devices: opened\n"
+        );
+        assert_eq!(
+            first_words("FAILED", "clippy: one\ntwo"),
+            "FAILED clippy: one…\n"
+        );
+        let long = first_words("FAILED", &"é".repeat(10_000));
+        assert_eq!(
+            long.chars().count(),
+            "FAILED ".len() + FAILURE_CHARS_MAX + "…\n".chars().count()
+        );
     }
 
     #[test]

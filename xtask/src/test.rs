@@ -2,8 +2,8 @@
 //!
 //! Order: cheap before dear; clippy and the simulation, which wait for nothing, run beside the tests, which
 //! wait half of their time, on what they leave of the processors. A test that cannot run here prints
-//! `skipped: <reason>`; those lines are shown and counted. The last line is `N passed, N failed,
-//! N skipped`.
+//! `skipped: <reason>`; those lines are shown and counted. What failed is said again at the end, and what an
+//! emulated machine passed only when asked again. The last line is `N passed, N failed, N skipped`.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Output, Stdio};
@@ -63,19 +63,20 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         );
         let outcome = vm::of_test()?;
         count.passed += outcome.passed;
-        count.failed += outcome.failed;
+        count.failed += outcome.failed.len();
+        outcome.report();
         count.skipped.extend(outcome.skipped);
     }
     let census = census::take();
     if !census::is_zero(&census) {
         down::print(&census);
-        println!("FAILED census: the tests left something behind");
+        report::failed("census: the tests left something behind");
         count.failed += 1;
     }
     for reason in &count.skipped {
         println!("skipped: {reason}");
     }
-    print!("{}", report::steps());
+    print!("{}{}", report::steps(), report::failures());
     println!(
         "{} passed, {} failed, {} skipped",
         count.passed,
@@ -83,7 +84,10 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         count.skipped.len()
     );
     if count.failed > 0 {
-        bail!("{} failed (see FAILED above)", count.failed);
+        bail!(
+            "{} failed: what, stands above; the first FAILED of each has all its words",
+            count.failed
+        );
     }
     Ok(())
 }
@@ -93,7 +97,7 @@ fn checks(count: &mut Count) {
     let mut check = |name: &str, done: Result<()>| match done {
         Ok(()) => count.passed += 1,
         Err(error) => {
-            println!("FAILED {name}: {error:#}");
+            report::failed(format!("{name}: {error:#}"));
             count.failed += 1;
         }
     };
@@ -200,7 +204,7 @@ fn unit_and_integration(
         }
         let status = child.wait()?;
         if !status.success() && count.failed == 0 {
-            println!("FAILED cargo test: {status}");
+            report::failed(format!("cargo test: {status}"));
             count.failed += 1;
         }
         drop(step);
@@ -249,7 +253,7 @@ fn take_end(name: &str, ended: Result<Output>, before: usize, count: &mut Count)
         ),
         Err(error) => format!("{error:#}"),
     };
-    println!("FAILED {name}: {words}");
+    report::failed(format!("{name}: {words}"));
     count.failed += 1;
 }
 
@@ -301,6 +305,9 @@ fn take_line(line: &str, count: &mut Count) {
         let name = name.trim_start_matches("test ");
         count.skipped.push(format!("{name}{reason}"));
         return;
+    }
+    if let Some(name) = line.strip_suffix(" ... FAILED") {
+        report::remember_failed(name.trim_start_matches("test "));
     }
     if let Some(result) = line.strip_prefix("test result: ") {
         let number = |word: &str| {

@@ -295,7 +295,8 @@ pub fn run(installation: &Installation, place: &Place, wanted: &str) -> Result<(
     let mut nodes = Nodes::start(installation, place)?;
     let took = began.elapsed().as_secs_f64();
     println!("vm: ok nodes-start {took:.1} s");
-    for scenario in scenarios {
+    let is_told = |name: &str| place.told.iter().any(|told| told == name);
+    for scenario in scenarios.into_iter().filter(|one| !is_told(one.name)) {
         if place.keep && scenario.stage == Stage::Last {
             println!("vm: skipped {}: the cluster is kept", scenario.name);
             continue;

@@ -27,6 +27,8 @@ pub struct Place {
     pub segments: Vec<u8>,
     /// The cluster stays up at the end.
     pub keep: bool,
+    /// Scenarios that earlier boots have run.
+    pub told: Vec<String>,
 }
 
 impl Place {
@@ -43,9 +45,11 @@ impl Place {
         (1..=segments.len())
             .contains(&number.into())
             .then_some(())?;
+        let told = word("gantry.told=").unwrap_or_default().split(',');
         Some(Self {
             number,
             segments,
+            told: told.map(str::to_owned).collect(),
             keep: command_line.split_whitespace().any(|w| w == "gantry.keep"),
         })
     }

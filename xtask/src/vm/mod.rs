@@ -5,6 +5,7 @@
 //! initramfs.rs our binaries, their libraries, images ──► cpio.rs ──► initrd
 //! guest.rs     qemu (KVM after a timed probe, else TCG) ──► console lines ──► verdicts
 //! nodes.rs     several of them on switch.rs (router.rs, pcap.rs); asks.rs: faults that they ask for
+//! outcome.rs   which verdicts decide, and what is asked again
 //! alone.rs     one run at a time, which another command can end
 //! ```
 //! No root, no tap, no change to the host. The guest's init is `gantry-vm-init` of `tests/`: it
@@ -29,16 +30,19 @@ mod guest;
 mod initramfs;
 mod kernel;
 mod nodes;
+mod outcome;
 mod pcap;
 mod router;
 mod switch;
+
+pub use outcome::Outcome;
+
+use outcome::Boot;
 
 /// All scenarios, boot to power-off: up to a minute a scenario under TCG, with room for a loaded machine.
 const LIMIT: Duration = Duration::from_secs(2_400);
 /// Lines of the console of a machine that has not come to its end.
 const LAST_WORDS: usize = 60;
-/// An emulated machine that stands still is booted again for the scenarios that are left, so many times.
-const AGAIN_COUNT_MAX: usize = 2;
 /// The agent's own tests of its programs, in the guest.
 const PROGRAMS: &str = "ebpf-programs";
 /// The units of both daemons, in a machine whose first process is systemd.
@@ -93,6 +97,9 @@ pub struct Arguments {
     /// Show the guests' whole consoles
     #[arg(long)]
     pub console: bool,
+    /// What fails in an emulated machine is asked again
+    #[arg(skip)]
+    pub repeats: bool,
 }
 
 impl Arguments {
@@ -110,37 +117,8 @@ impl Arguments {
             kernel_matrix: Vec::new(),
             kernel: None,
             console: false,
+            repeats: true,
         }
-    }
-}
-
-/// What the guests reported.
-#[derive(Default)]
-pub struct Outcome {
-    /// Scenarios that passed.
-    pub passed: usize,
-    /// Scenarios that failed, or the guest itself.
-    pub failed: usize,
-    /// Reasons.
-    pub skipped: Vec<String>,
-    /// What was measured, as JSON.
-    pub figures: Option<String>,
-    /// Scenarios of which it is known how they ended.
-    told: Vec<String>,
-    ended: bool,
-}
-
-impl Outcome {
-    /// Of the scenario that a verdict begins with it is known how it ended.
-    fn tell(&mut self, words: &str) {
-        let name = words.split([' ', ':']).next().unwrap_or_default();
-        self.told.push(name.to_owned());
-    }
-
-    fn add(&mut self, other: Self) {
-        self.passed += other.passed;
-        self.failed += other.failed;
-        self.skipped.extend(other.skipped);
     }
 }
 
@@ -202,14 +180,15 @@ pub fn task(arguments: &Arguments) -> Result<()> {
             outcome.add(booted.run(&of_version, wanted, &known)?);
         }
     }
-    print!("{}", report::steps());
+    outcome.report();
+    print!("{}{}", report::steps(), report::failures());
     println!(
         "{} passed, {} failed, {} skipped",
         outcome.passed,
-        outcome.failed,
+        outcome.failed.len(),
         outcome.skipped.len()
     );
-    if outcome.failed > 0 {
+    if !outcome.failed.is_empty() {
         bail!("the consoles are in {}", directory().display());
     }
     Ok(())
@@ -237,6 +216,7 @@ pub fn up(job: impl Fn(&Cluster) -> Result<()>) -> Result<()> {
     drop(step);
     let arguments = Arguments {
         keep: true,
+        repeats: false,
         ..Arguments::of_test()
     };
     let cluster = Cluster {
@@ -250,7 +230,7 @@ pub fn up(job: impl Fn(&Cluster) -> Result<()>) -> Result<()> {
     };
     let booted = built.boots(&arguments)?;
     let outcome = booted.several(&arguments, NONE, Some(&then))?;
-    if outcome.failed > 0 {
+    if !outcome.failed.is_empty() {
         bail!("the consoles are in {}", directory().display());
     }
     Ok(())
@@ -259,11 +239,14 @@ pub fn up(job: impl Fn(&Cluster) -> Result<()>) -> Result<()> {
 /// Measures on three machines, and returns the document.
 pub fn bench() -> Result<serde_json::Value> {
     let _alone = alone::take()?;
-    let arguments = Arguments::of_test();
+    let arguments = Arguments {
+        repeats: false,
+        ..Arguments::of_test()
+    };
     let booted = Built::new()?.boots(&arguments)?;
     let outcome = booted.several(&arguments, BENCH, None)?;
     match outcome.figures {
-        Some(figures) if outcome.failed == 0 => Ok(serde_json::from_str(&figures)?),
+        Some(figures) if outcome.failed.is_empty() => Ok(serde_json::from_str(&figures)?),
         _ => bail!("no figures; the consoles are in {}", directory().display()),
     }
 }
@@ -398,17 +381,53 @@ impl Booted {
         let _step = report::step(&format!(
             "{scenarios}, {count} virtual machines ({name}, {accelerator})"
         ));
-        nodes::run(&nodes::Plan {
-            accelerator,
-            kernel: &self.kernel,
-            initrd: &self.initrd,
-            count,
-            routed: usize::from(arguments.routed),
-            scenarios,
-            keep: arguments.keep,
-            then,
-            console: arguments.console,
-        })
+        let mut outcome = Outcome::default();
+        for number in 1.. {
+            let told = outcome.told();
+            let plan = nodes::Plan {
+                accelerator,
+                kernel: &self.kernel,
+                initrd: &self.initrd,
+                count,
+                routed: usize::from(arguments.routed),
+                scenarios,
+                told: &told,
+                boot: number,
+                keep: arguments.keep,
+                then,
+                console: arguments.console,
+            };
+            let still_s = nodes::run(&plan, &mut outcome)?;
+            if !self.boots_again(number, still_s, arguments, &mut outcome) {
+                break;
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Whether machines are booted again after their boot of that number; says why.
+    fn boots_again(
+        &self,
+        number: usize,
+        still_s: Option<u64>,
+        arguments: &Arguments,
+        outcome: &mut Outcome,
+    ) -> bool {
+        let is_emulated = self.accelerator == "tcg";
+        let boot = Boot {
+            number,
+            is_still: is_emulated && still_s.is_some(),
+            repeats: is_emulated && arguments.repeats,
+        };
+        let another = outcome.another(boot);
+        if another {
+            let why = match still_s {
+                Some(seconds) => format!("a machine stands still for {seconds} s"),
+                None => "something failed for the first time".to_owned(),
+            };
+            report::note(format!("emulated: {why}: booting again for what is left"));
+        }
+        another
     }
 
     fn one(&self, arguments: &Arguments, scenario: &str) -> Result<Outcome> {
@@ -460,8 +479,8 @@ impl Booted {
         let mut file = File::create(&path).with_context(|| path.display().to_string())?;
         let mut outcome = Outcome::default();
         let console = arguments.console.then_some(shard);
-        for again in 0.. {
-            let told = outcome.told.join(",");
+        for number in 1.. {
+            let told = outcome.told();
             let words = match told.is_empty() {
                 true => words.to_owned(),
                 false => format!("{words} gantry.told={told}"),
@@ -471,22 +490,8 @@ impl Booted {
             let mut guest = guest::Guest::start(qemu)?;
             let still_s = follow(&mut guest, &mut file, console, &mut outcome)?;
             guest.end();
-            match still_s {
-                _ if outcome.ended => break,
-                // Only an emulated machine: on true processors that is a fault of the kernel or ours.
-                Some(seconds) if self.accelerator == "tcg" && again < AGAIN_COUNT_MAX => {
-                    report::note(format!(
-                        "emulated machine {shard} stands still for {seconds} s: booting it again for what is left"
-                    ));
-                }
-                _ => {
-                    outcome.failed += 1;
-                    println!(
-                        "FAILED vm: machine {shard} came to no end: {}",
-                        path.display()
-                    );
-                    break;
-                }
+            if !self.boots_again(number, still_s, arguments, &mut outcome) {
+                break;
             }
         }
         Ok(outcome)
@@ -508,7 +513,7 @@ fn follow(
         if let Some(shard) = console {
             println!("  {shard} | {line}");
         }
-        verdict(&line, outcome);
+        outcome.verdict(&line);
         still_s = guest::stands_still(&line);
         last.push_back(line);
         if last.len() > LAST_WORDS {
@@ -526,56 +531,4 @@ fn follow(
         );
     }
     Ok(still_s)
-}
-
-/// Reads one line of the guest's console.
-fn verdict(line: &str, outcome: &mut Outcome) {
-    let Some((_, words)) = line.split_once("vm: ") else {
-        return;
-    };
-    if let Some(name) = words.strip_prefix("ok ") {
-        report::note(format!("ok {name}"));
-        outcome.tell(name);
-        outcome.passed += 1;
-    } else if words.starts_with("so far ") {
-        report::note(words);
-    } else if let Some(words) = words.strip_prefix("FAILED ") {
-        println!("FAILED vm {words}");
-        outcome.tell(words);
-        outcome.failed += 1;
-    } else if let Some(reason) = words.strip_prefix("skipped ") {
-        outcome.tell(reason);
-        outcome.skipped.push(format!("vm {reason}"));
-    } else if let Some(figures) = words.strip_prefix("figures ") {
-        outcome.figures = Some(figures.trim().to_owned());
-    } else if words.trim() == "end" {
-        outcome.ended = true;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn verdicts_are_read_from_a_noisy_console() {
-        let mut outcome = Outcome::default();
-        for line in [
-            "[    1.2] something",
-            "vm: ok main-job 12.1 s",
-            "[    9.9] vm: FAILED devices: opened /dev/ttyS0",
-            "vm: skipped ipv6: no module",
-            "vm: so far 20 tests in 9 s",
-        ] {
-            verdict(line, &mut outcome);
-        }
-        assert_eq!(
-            (outcome.passed, outcome.failed, outcome.ended),
-            (1, 1, false)
-        );
-        assert_eq!(outcome.skipped, ["vm ipv6: no module"]);
-        assert_eq!(outcome.told, ["main-job", "devices", "ipv6"]);
-        verdict("vm: end", &mut outcome);
-        assert!(outcome.ended);
-    }
 }

@@ -28,7 +28,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use super::asks::{self, Ask};
 use super::router::Host;
 use super::switch::{Plug, Switch};
-use super::{LIMIT, Outcome, directory, guest, kubeconfig, verdict};
+use super::{LIMIT, Outcome, directory, guest, kubeconfig};
 use crate::up::Cluster;
 use crate::{report, run};
 
@@ -56,6 +56,10 @@ pub struct Plan<'a> {
     pub routed: usize,
     /// A scenario's name, `all` or `short`.
     pub scenarios: &'a str,
+    /// Of them those that have been run, with commas.
+    pub told: &'a str,
+    /// Their boot, from 1 on: each writes consoles of its own.
+    pub boot: usize,
     /// The cluster stays up at the end.
     pub keep: bool,
     /// With `keep`: what this host does with the cluster first.
@@ -86,19 +90,17 @@ struct Machines<'a> {
     signals: SignalFd,
 }
 
-/// Boots all, follows the scenarios, and leaves nothing.
-pub fn run(plan: &Plan) -> Result<Outcome> {
+/// Boots all, follows the scenarios, and leaves nothing. How long a processor has stood still, if one has.
+pub fn run(plan: &Plan, outcome: &mut Outcome) -> Result<Option<u64>> {
     let (tell, heard) = channel();
     let mut machines = Machines::prepare(plan, tell)?;
     let answers = listen(&machines.sockets.join("ask"), machines.tell.clone())?;
     for index in 0..plan.count {
         machines.start(index)?;
     }
-    let mut outcome = Outcome::default();
     let began = Instant::now();
-    machines.follow(&heard, &answers, &mut outcome, began);
+    let still_s = machines.follow(&heard, &answers, outcome, began);
     if !outcome.ended {
-        outcome.failed += 1;
         println!(
             "FAILED vm: the machines said no end after {} s; their consoles are in {}",
             began.elapsed().as_secs(),
@@ -111,7 +113,7 @@ pub fn run(plan: &Plan) -> Result<Outcome> {
         }
         machines.wait_to_be_told(&heard);
     }
-    Ok(outcome)
+    Ok(still_s)
 }
 
 /// node-1's serial port: its lines are heard, the answers are written to what comes back.
@@ -155,7 +157,11 @@ impl<'a> Machines<'a> {
         let switch = Switch::start(&sockets, plugs)?;
         let mut logs = Vec::new();
         for index in 0..plan.count {
-            let path = directory().join(format!("node-{}.log", index + 1));
+            let name = match plan.boot {
+                1 => format!("node-{}.log", index + 1),
+                boot => format!("node-{}.boot-{boot}.log", index + 1),
+            };
+            let path = directory().join(name);
             logs.push(File::create(&path).with_context(|| path.display().to_string())?);
             if index > 0 {
                 make_disk(&disk(index))?;
@@ -184,10 +190,11 @@ impl<'a> Machines<'a> {
             .collect();
         let keep = if plan.keep { " gantry.keep" } else { "" };
         let words = format!(
-            "gantry.node={} gantry.segments={} gantry.scenario={}{keep}",
+            "gantry.node={} gantry.segments={} gantry.scenario={} gantry.told={}{keep}",
             index + 1,
             segments.join(","),
-            plan.scenarios
+            plan.scenarios,
+            plan.told
         );
         let mut qemu = guest::qemu(plan.accelerator, plan.kernel, &words);
         qemu.arg("-initrd").arg(plan.initrd);
@@ -242,7 +249,7 @@ impl<'a> Machines<'a> {
         answers: &Receiver<UnixStream>,
         outcome: &mut Outcome,
         began: Instant,
-    ) {
+    ) -> Option<u64> {
         let mut out = None;
         while !outcome.ended {
             // Whether one has ended by itself is asked here: of that there is no line.
@@ -250,14 +257,14 @@ impl<'a> Machines<'a> {
             let left = LIMIT.saturating_sub(began.elapsed());
             let wait = left.min(Duration::from_millis(500));
             if self.told_to_end() {
-                return;
+                return None;
             }
             match heard.recv_timeout(wait) {
                 Ok(Heard::Line(index, line)) => {
                     self.line(index, &line, outcome);
                     if let Some(seconds) = guest::stands_still(&line) {
                         println!("FAILED vm node-{}: stands still for {seconds} s", index + 1);
-                        return;
+                        return Some(seconds);
                     }
                 }
                 Ok(Heard::Ask(line)) => {
@@ -275,15 +282,18 @@ impl<'a> Machines<'a> {
                         let _ = out.write_all(answer.as_bytes());
                     }
                 }
-                Err(_) if left.is_zero() => return,
+                Err(_) if left.is_zero() => return None,
                 Err(_) => {
                     if let Some(index) = ended {
-                        println!("FAILED vm node-{}: ended by itself", index + 1);
-                        return;
+                        let words = format!("node-{}: ended by itself", index + 1);
+                        println!("FAILED vm {words}");
+                        outcome.fail(&words);
+                        return None;
                     }
                 }
             }
         }
+        None
     }
 
     fn line(&mut self, index: usize, line: &str, outcome: &mut Outcome) {
@@ -292,7 +302,7 @@ impl<'a> Machines<'a> {
         if self.plan.console {
             println!("  {} | {line}", index + 1);
         }
-        verdict(line, outcome);
+        outcome.verdict(line);
     }
 
     fn act(&mut self, ask: Ask) -> Result<()> {
