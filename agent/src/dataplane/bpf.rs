@@ -50,7 +50,7 @@ use crate::services::changed::Shared;
 use crate::services::ejection::{Ejections, Target};
 use crate::services::index::{BackendSet, Surroundings};
 use crate::services::liveness::Seen;
-use crate::services::plan::{Limits, Plan, Table};
+use crate::services::plan::{Found, Limits, Plan, Table};
 use crate::services::shown::Fill;
 use crate::view::{ServiceName, Settings, View};
 
@@ -173,7 +173,11 @@ impl BpfDataplane {
         log_programs(&mut ebpf);
         let tables = Tables::take(&mut ebpf)?;
         let release_at = if fresh { Duration::ZERO } else { QUARANTINE };
-        let table = Table::adopt(tables.found()?, Limits::default(), release_at);
+        let found = match fresh {
+            true => Found::default(),
+            false => tables.to_adopt()?,
+        };
+        let table = Table::adopt(found, Limits::default(), release_at);
         let node_addresses = tables.node_addresses()?;
         let counters = take_map(&mut ebpf, "COUNTERS")?.try_into();
         let counters = counters.map_err(|error: MapError| unexpected("COUNTERS", error))?;

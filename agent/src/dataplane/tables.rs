@@ -10,8 +10,8 @@ use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use aya::maps::{HashMap, Map, MapData, MapError};
 use ebpf_maps::services::{
-    Addr, BACKEND_COUNT, BACKEND_RETIRED, BackendValue, FrontendKey, FrontendValue, SLOT_COUNT,
-    SOURCE_RANGE_BITS, SourceRangeKey, TrafficValue,
+    Addr, BACKEND_COUNT, BACKEND_IN_USE, BACKEND_ON_TRIAL, BACKEND_RETIRED, BackendValue,
+    FrontendKey, FrontendValue, SLOT_COUNT, SOURCE_RANGE_BITS, SourceRangeKey, TrafficValue,
 };
 
 use super::DataplaneError;
@@ -118,6 +118,20 @@ impl Tables {
     }
 
     /// Everything in the maps, for [`crate::services::plan::Table::adopt`].
+    pub(super) fn to_adopt(&self) -> Result<Found, DataplaneError> {
+        let mut found = self.found()?;
+        // Mapped for this look only: what is mapped counts as this process's memory.
+        let backends = self.backends.again().map_err(unmapped)?;
+        for id in 1..BACKEND_COUNT {
+            let backend = backends.read(id).map_err(unmapped)?.unwrap_or_default();
+            if matches!(backend.state, BACKEND_IN_USE | BACKEND_ON_TRIAL) {
+                found.in_use.push(BackendId(id));
+            }
+        }
+        Ok(found)
+    }
+
+    /// What frontends lead to, and who may use them.
     pub(super) fn found(&self) -> Result<Found, DataplaneError> {
         let mut found = Found::default();
         for entry in self.frontends.iter() {

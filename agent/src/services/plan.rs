@@ -8,6 +8,7 @@
 //!  3   write their ids into a fresh range        nothing refers to it yet; so with source ranges
 //!  4   one update per frontend: {base, count}    the switch; old connections go on
 //!  5   retire backends that left every range     an affinity must not bring them back
+//!      (also those that an agent which died here had left)
 //!      remove source ranges that nobody asks for
 //!  later (1 s) ranges and ids are free again     see `arena`
 //! ```
@@ -100,6 +101,8 @@ pub struct Table {
     /// have been performed.
     left_ranges: Vec<(u32, u32)>,
     left_ids: Vec<BackendId>,
+    /// Found in use, and in no range: retired by the next plan.
+    unretired: BTreeSet<BackendId>,
     claims: HashMap<FrontendKey, Arc<ServiceName>>,
     services: HashMap<Arc<ServiceName>, Own>,
     /// Programmed, but claimed by nobody: removed by the next plan.
@@ -146,6 +149,10 @@ impl Table {
                     self.plan_set(name, set, &own, &Moment { generation, now }, &mut plan);
                 }
             }
+        }
+        for id in std::mem::take(&mut self.unretired) {
+            self.left_ids.push(id);
+            plan.steps.push(Step::RetireBackend { id });
         }
         self.remove_source_ranges(wanted, &mut plan);
         plan

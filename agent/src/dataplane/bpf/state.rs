@@ -116,7 +116,7 @@ impl State {
 
     /// Makes the picture of the maps anew, from the maps.
     pub(super) fn adopt_again(&mut self, now: Duration) -> Result<(), DataplaneError> {
-        self.table = Table::adopt(self.tables.found()?, Limits::default(), now + QUARANTINE);
+        self.table = Table::adopt(self.tables.to_adopt()?, Limits::default(), now + QUARANTINE);
         self.node_addresses = self.tables.node_addresses()?;
         self.last = None;
         self.whole = true;

@@ -6,12 +6,13 @@ use std::time::Instant;
 use aya::maps::Map;
 use aya::{Ebpf, EbpfLoader};
 use ebpf_maps::services::{
-    FRONTEND_COUNT_MAX, FrontendKey, FrontendValue, SCOPE_ADDRESS, v4_mapped,
+    BACKEND_COUNT, BACKEND_IN_USE, BACKEND_ON_TRIAL, BackendValue, FRONTEND_COUNT_MAX, FrontendKey,
+    FrontendValue, SCOPE_ADDRESS, v4_mapped,
 };
 
 use crate::dataplane::load;
 use crate::dataplane::tables::Tables;
-use crate::services::plan::Step;
+use crate::services::plan::{BackendId, Step};
 
 /// The service maps of an object of its own; none, with the reason on stderr, without root.
 fn tables() -> Option<(Ebpf, Tables)> {
@@ -93,6 +94,29 @@ fn what_fits_is_written_when_the_map_is_full_in_the_middle() {
     assert!(error.contains("write FRONTENDS"), "{error}");
     let found = tables.found().unwrap().frontends.len();
     assert_eq!(found, FRONTEND_COUNT_MAX as usize);
+}
+
+#[test]
+fn backends_are_found_by_their_state() {
+    let Some((_ebpf, mut tables)) = tables() else {
+        return;
+    };
+    let write = |id: u32, state: u8| Step::WriteBackend {
+        id: BackendId(id),
+        value: BackendValue {
+            state,
+            ..BackendValue::default()
+        },
+    };
+    let last = BACKEND_COUNT - 1;
+    let steps = [
+        write(3, BACKEND_IN_USE),
+        write(4, BACKEND_IN_USE),
+        write(last, BACKEND_ON_TRIAL),
+        Step::RetireBackend { id: BackendId(4) },
+    ];
+    tables.perform(&steps).unwrap();
+    assert_eq!(tables.to_adopt().unwrap().in_use, [3, last].map(BackendId));
 }
 
 /// `cargo test --workspace --lib measure_switches -- --ignored --nocapture`

@@ -4,7 +4,7 @@
 //! arena, overlaps another one or holds backends of another Service is written anew by the next
 //! plan, and its range is treated as free.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::Duration;
 
 use ebpf_maps::services::{
@@ -25,6 +25,8 @@ pub struct Found {
     pub backends: Vec<Option<Vec<(BackendId, BackendValue)>>>,
     /// All of SOURCE_RANGES, any order: service id and range.
     pub source_ranges: Vec<(u32, SourceRange)>,
+    /// Ids of all backends of BACKENDS that are in use or on trial by their state.
+    pub in_use: Vec<BackendId>,
 }
 
 impl Table {
@@ -96,6 +98,13 @@ impl Table {
             };
             ranges.insert(value.base, range);
         }
+        // That agent died between the switch that left them and their retirement: an affinity would go on
+        // leading to them.
+        let (ids, limit) = (found.in_use.into_iter(), limits.backend_count);
+        let unretired: BTreeSet<BackendId> = ids
+            .filter(|id| (1..limit).contains(&id.0) && !backends.contains_key(id))
+            .collect();
+        used_ids.extend(unretired.iter().map(|id| (id.0, 1)));
         let mut source_ranges: BTreeMap<u32, SourceRanges> = BTreeMap::new();
         for (service_id, range) in found.source_ranges {
             // An id that only a range has is not to be given to anyone before the range is gone.
@@ -116,6 +125,7 @@ impl Table {
             ids: Arena::new(1, limits.backend_count, &used_ids, release_at),
             left_ranges: Vec::new(),
             left_ids: Vec::new(),
+            unretired,
             claims: HashMap::new(),
             services: HashMap::new(),
             service_ids_in_use: HashSet::default(),

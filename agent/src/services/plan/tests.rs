@@ -139,6 +139,12 @@ impl Maps {
         }
     }
 
+    fn in_use(&self) -> impl Iterator<Item = BackendId> {
+        let all = self.backends.iter();
+        all.filter(|(_, value)| value.state != BACKEND_RETIRED)
+            .map(|(id, _)| *id)
+    }
+
     fn is_held(&self, id: BackendId) -> bool {
         let ranges = self.frontends.values().map(|v| v.base..v.base + v.count);
         let mut slots = ranges.flat_map(|range| self.slots.range(range));
@@ -177,6 +183,7 @@ impl Maps {
     fn found(&self) -> Found {
         let mut found = Found {
             source_ranges: self.source_ranges.iter().copied().collect(),
+            in_use: self.in_use().collect(),
             ..Found::default()
         };
         for (key, value) in &self.frontends {
@@ -337,6 +344,41 @@ fn too_many_frontends_are_stuck_and_the_others_work() {
 }
 
 #[test]
+fn what_an_agent_left_and_did_not_retire_is_retired_by_the_next() {
+    let mut table = fresh(Limits::default());
+    let mut maps = Maps::default();
+    let first = table.plan(&wanted(1, vec![set(&[1], &[1, 2])]), 1, T);
+    first.steps.iter().for_each(|step| maps.perform(step));
+    table.performed(T);
+    let second = table.plan(&wanted(1, vec![set(&[1], &[2])]), 2, T);
+    let (retire, done) = second.steps.split_last().unwrap();
+    assert_eq!(kind(retire), "retire");
+    done.iter().for_each(|step| maps.perform(step));
+
+    let mut table = Table::adopt(maps.found(), Limits::default(), T);
+    let plan = table.plan(&wanted(1, vec![set(&[1], &[2])]), 3, T);
+    assert_eq!(plan.steps, [retire.clone()]);
+    // Its id is another's only after the quarantine.
+    table.performed(T);
+    let plan = table.plan(&wanted(1, vec![set(&[1], &[2, 3])]), 4, T + QUARANTINE / 2);
+    let Some(Step::WriteBackend { id, .. }) = plan.steps.first() else {
+        panic!("{:?}", plan.steps);
+    };
+    assert!(*retire != Step::RetireBackend { id: *id });
+}
+
+#[test]
+fn ids_that_no_backend_can_have_are_left_alone() {
+    let found = Found {
+        in_use: [0, 5, 64, u32::MAX].map(BackendId).to_vec(),
+        ..Found::default()
+    };
+    let mut table = Table::adopt(found, limits(10, 10, 64), Duration::ZERO);
+    let plan = table.plan(&Wanted::new(), 1, T);
+    assert_eq!(plan.steps, [Step::RetireBackend { id: BackendId(5) }]);
+}
+
+#[test]
 fn a_torn_entry_is_written_anew() {
     let key = frontend(1);
     let value = FrontendValue {
@@ -348,7 +390,7 @@ fn a_torn_entry_is_written_anew() {
     let found = Found {
         frontends: vec![(key, value)],
         backends: vec![None],
-        source_ranges: Vec::new(),
+        ..Found::default()
     };
     let mut table = Table::adopt(found, Limits::default(), Duration::ZERO);
     let plan = table.plan(&wanted(1, vec![set(&[1], &[])]), 1, T);
@@ -713,6 +755,9 @@ fn check_outcome(
         }
     }
     prop_assert_eq!(table.frontends.len(), maps.frontends.len());
+    for id in maps.in_use() {
+        prop_assert!(maps.is_held(id), "{id:?} is in use for nobody");
+    }
     for (id, range) in &maps.source_ranges {
         prop_assert!(
             table.service_ids_in_use.contains(id),
