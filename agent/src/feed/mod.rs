@@ -266,6 +266,21 @@ struct Shared {
     move_by: Mutex<Option<tokio::time::Instant>>,
 }
 
+impl Shared {
+    fn new(reports: Reports) -> Self {
+        Self {
+            reports: Mutex::new(reports),
+            outbox: Mutex::default(),
+            floors: Mutex::default(),
+            wake: Notify::new(),
+            persist: Notify::new(),
+            persisted: watch::Sender::new(0),
+            channel: Mutex::default(),
+            move_by: Mutex::default(),
+        }
+    }
+}
+
 #[derive(Default)]
 struct Outbox {
     /// Static pods, to be shown by the control plane; none: nothing new to say.
@@ -301,6 +316,13 @@ pub struct Reporter {
 }
 
 impl Reporter {
+    /// Without a stream, for tests of those who report.
+    #[cfg(test)]
+    pub(crate) fn alone() -> Self {
+        let shared = Arc::new(Shared::new(Reports::new(1, [])));
+        Self { shared }
+    }
+
     /// Gives a pod's newest status; repeated until the control plane holds it.
     ///
     /// * `final_` – every container has ended for good: no later status can take that back.
@@ -538,16 +560,7 @@ pub fn run(
         reports.revive(&tombstone.0, last);
     }
 
-    let shared = Arc::new(Shared {
-        reports: Mutex::new(reports),
-        outbox: Mutex::default(),
-        floors: Mutex::default(),
-        wake: Notify::new(),
-        persist: Notify::new(),
-        persisted: watch::Sender::new(0),
-        channel: Mutex::default(),
-        move_by: Mutex::default(),
-    });
+    let shared = Arc::new(Shared::new(reports));
     let renewal = renewal::run(config.clone(), shared.clone(), shutdown.clone());
     let renewal = tokio::spawn(renewal);
     let (view_tx, view) = watch::channel(first);

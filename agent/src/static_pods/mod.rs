@@ -110,10 +110,10 @@ pub fn run(
     watch.ensure(&pods.config.directory);
     pods.look();
     pods.is_first = false;
-    let first = view.borrow_and_update().clone();
-    let mut is_busy = pods.mirror(&first);
+    let mut newest = view.borrow_and_update().clone();
+    let mut is_busy = pods.mirror(&newest);
     let (links, followed) = channel::channel(link.borrow_and_update().clone());
-    let (sender, merged) = channel::channel(pods.merge(&first));
+    let (sender, merged) = channel::channel(pods.merge(&newest));
     tokio::spawn(async move {
         let mut due = Instant::now() + PACE;
         loop {
@@ -132,14 +132,16 @@ pub fn run(
             };
             // Read before the view: what it tells of is in it, and is told when the merged view has it too.
             let newest_link = link.borrow_and_update().clone();
+            let mut is_new = false;
             // A busy view must not keep the directory from being looked at.
-            let mut is_new = !is_look;
             if is_look || (is_busy && Instant::now() >= due) {
                 watch.ensure(&pods.config.directory);
-                is_new |= tokio::task::block_in_place(|| pods.look());
+                is_new = tokio::task::block_in_place(|| pods.look());
                 due = Instant::now() + PACE;
             }
-            let newest = view.borrow_and_update().clone();
+            let before = std::mem::replace(&mut newest, view.borrow_and_update().clone());
+            // Whatever woke this: a view that came during a look is not told of again.
+            is_new |= !Arc::ptr_eq(&before, &newest);
             is_busy = pods.mirror(&newest);
             if is_new {
                 sender.send_replace(pods.merge(&newest));
@@ -360,6 +362,54 @@ impl StaticPods {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A look takes a while, and a view may come at any moment of it.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn no_view_is_lost_to_a_look_at_the_directory() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let manifests = at("manifests");
+        fs::create_dir_all(&manifests).unwrap();
+        fs::create_dir_all(at("lib")).unwrap();
+        let paths = Paths {
+            run: at("run"),
+            lib: at("lib"),
+            log: at("log"),
+            bpf: at("bpf"),
+            kubelet: at("kubelet"),
+            bin: at("bin"),
+        };
+        let config = Config {
+            directory: manifests.clone(),
+            node: "here".into(),
+            standalone_pod_cidr: "10.243.255.0/24".parse().unwrap(),
+            mirrors: Mirrors::default(),
+        };
+        let (views, view) = channel::channel(Arc::new(View::default()));
+        let (_links, link) = channel::channel(Link::Offline);
+        let stop = CancellationToken::new();
+        let (mut merged, _) = run(config, paths, Reporter::alone(), view, link, stop.clone());
+        let none = "# ".repeat(20_000);
+        for rev in 1..=60 {
+            for number in 0..40 {
+                fs::write(
+                    manifests.join(format!("{number}.yaml")),
+                    format!("{none}{rev}"),
+                )
+                .unwrap();
+            }
+            // From before the directory has settled until after the look.
+            tokio::time::sleep(Duration::from_millis(40 + rev)).await;
+            views.send_replace(Arc::new(View {
+                rev,
+                ..View::default()
+            }));
+            let seen = merged.wait_for(|view| view.rev == rev);
+            let seen = tokio::time::timeout(Duration::from_secs(10), seen).await;
+            assert!(seen.is_ok(), "view {rev} is lost");
+        }
+        stop.cancel();
+    }
 
     #[test]
     fn the_list_survives_and_a_torn_one_is_none() {
