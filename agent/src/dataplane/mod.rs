@@ -306,7 +306,8 @@ pub trait Dataplane: Send + Sync + 'static {
     /// given to another. Idempotent.
     fn detach_pod(&self, pod: &PodUid) -> Result<(), DataplaneError>;
 
-    /// Takes every pod out of it that is not in `live`: what a crash left behind.
+    /// Takes every pod out of it that is not in `live`: what a crash left behind. The policies of pods that a
+    /// view has brought since stay.
     fn retain_pods(&self, live: &HashSet<PodUid>) -> Result<(), DataplaneError>;
 
     /// Makes these interfaces, and no others, the ways by which clients outside of the nodes reach

@@ -104,17 +104,20 @@ impl Policies {
         self.detach_id(label64(pod.as_str()))
     }
 
-    /// Takes out every pod that is not in `live`.
+    /// Takes out every pod that is neither in `live` nor in the view of the last plan, which may be newer:
+    /// a pod that has come in between would pass nothing until a view comes after it.
     pub(super) fn retain<'a>(
         &mut self,
         live: impl Iterator<Item = &'a PodUid>,
     ) -> Result<(), DataplaneError> {
         let live: BTreeSet<u64> = live.map(|pod| label64(pod.as_str())).collect();
-        let rows = self.pods.keys().filter_map(Result::ok);
-        let known: BTreeSet<u64> = rows.chain(self.local.keys().copied()).collect();
-        known
-            .difference(&live)
-            .try_for_each(|id| self.detach_id(*id))
+        let rows: BTreeSet<u64> = self.pods.keys().filter_map(Result::ok).collect();
+        rows.difference(&live)
+            .filter(|id| !self.local.contains_key(id))
+            .copied()
+            .collect::<Vec<u64>>()
+            .into_iter()
+            .try_for_each(|id| self.detach_id(id))
     }
 
     fn detach_id(&mut self, id: u64) -> Result<(), DataplaneError> {

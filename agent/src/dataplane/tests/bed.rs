@@ -1,5 +1,6 @@
 //! A place for one test of the data plane: cgroup, bpffs, namespaces; gone when it is dropped.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, IoSliceMut, Write};
 use std::net::{Ipv4Addr, UdpSocket};
@@ -124,6 +125,13 @@ impl Bed {
     /// What FRONTENDS holds, read through its pin.
     pub(super) fn frontends(&self) -> Vec<(FrontendKey, FrontendValue)> {
         self.frontends_map().iter().map(Result::unwrap).collect()
+    }
+
+    /// The keys of a hash map, read through its pin.
+    pub(super) fn keys<K: aya::Pod + Ord, V: aya::Pod>(&self, name: &str) -> BTreeSet<K> {
+        let map: aya::maps::HashMap<MapData, K, V> =
+            Map::HashMap(self.pinned(name)).try_into().unwrap();
+        map.keys().map(Result::unwrap).collect()
     }
 
     pub(super) fn clear_frontends(&self) {

@@ -2,6 +2,9 @@
 //!
 //! The pod under test is 10.244.0.2, fd00:244::2; its policy's rules are written as the agent would.
 
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+
 use aya::maps::MapData;
 use aya::maps::lpm_trie::{Key, LpmTrie};
 use ebpf_maps::policy::{
@@ -10,10 +13,15 @@ use ebpf_maps::policy::{
 use ebpf_maps::services::Addr;
 use ipnet::IpNet;
 
+use super::bed::{Bed, view};
 use super::frames::{ACK, Mac, RST, SYN, TCP, UDP, frame, icmp, tcp, udp, v4};
 use super::maps::Maps;
+use super::policy_wires::pod;
 use super::programs::{OWN_IFINDEX, PASS, Programs, SHOT};
+use crate::dataplane::Dataplane;
+use crate::ids::PodUid;
 use crate::policy::prefix::Prefix;
+use crate::services::index::label64;
 
 const POD: Mac = [0x0a, 0x58, 10, 244, 0, 2];
 const OTHER: Mac = [0x0a, 0x58, 10, 244, 0, 3];
@@ -401,4 +409,29 @@ fn wide_rules_and_their_absence() {
         !pass(&mut programs, Out, &out),
         "a pod that nobody has judged passes nothing"
     );
+}
+
+#[test]
+fn a_pod_that_has_come_since_keeps_its_row_when_the_others_are_swept() {
+    let Some(bed) = Bed::new() else { return };
+    let dataplane = bed.start();
+    let mut view = view(1, Vec::new());
+    let [old, new] = ["pod-old", "pod-new"].map(|uid| PodUid::new(uid).unwrap());
+    let pods = [(&old, "old"), (&new, "new")].map(|(uid, name)| (uid.clone(), Arc::new(pod(name))));
+    view.pods = Arc::new(pods.into_iter().collect());
+    assert_eq!(dataplane.apply_policies(&view).unwrap(), []);
+    let rows = || bed.keys::<u64, ebpf_maps::policy::PodPolicies>("POLICY_PODS");
+    let both: BTreeSet<u64> = [&old, &new].map(|uid| label64(uid.as_str())).into();
+    assert_eq!(rows(), both);
+    // The sweep goes by a view in which neither was.
+    dataplane.retain_pods(&HashSet::new()).unwrap();
+    assert_eq!(rows(), both);
+
+    // One that an earlier agent left is in no view of this one.
+    drop(dataplane);
+    let dataplane = bed.start();
+    dataplane
+        .retain_pods(&HashSet::from([new.clone()]))
+        .unwrap();
+    assert_eq!(rows(), BTreeSet::from([label64(new.as_str())]));
 }
