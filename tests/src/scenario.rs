@@ -144,12 +144,26 @@ impl Scenario {
         let done = (self.run)(&mut cluster);
         if done.as_ref().is_err_and(|error| !error.is::<Skipped>()) {
             eprintln!("{}", cluster.last_words());
-            let pods = cluster.gantry(&["get", "pods,events", "-A", "-o", "wide"]);
-            eprintln!("{}", pods.map(|o| o.stdout + &o.stderr).unwrap_or_default());
+            let objects = "pods,services,endpointslices,events";
+            for words in [
+                &["get", objects, "-A", "-o", "wide"][..],
+                &["svc", "list", "-A"],
+                &["svc", "drops"],
+            ] {
+                let said = cluster.gantry(words);
+                eprintln!("{}", said.map(|o| o.stdout + &o.stderr).unwrap_or_default());
+            }
         }
         let finished = cluster.finish();
         done.and(finished)
     }
+}
+
+/// Whether somebody accepts a connection there; the error says why not.
+fn accepts(address: SocketAddr, limit: Duration) -> Result<bool> {
+    let connected = TcpStream::connect_timeout(&address, limit);
+    connected.with_context(|| format!("connect to {address}"))?;
+    Ok(true)
 }
 
 /// The manifest of the main job.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::names::Queries;
-use super::sleeper;
+use super::{accepts, sleeper};
 use crate::cluster::Cluster;
 
 /// SIGKILL of the agent: pods untouched, Services go on, no log line and no exit code lost.
@@ -58,7 +58,7 @@ spec:
     )
     .parse()?;
     cluster.wait("the Service to answer", Duration::from_secs(10), |_| {
-        Ok(TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok())
+        accepts(address, Duration::from_secs(1))
     })?;
     let before = cluster.get(&["pod", "counter"])?;
     let leaver = cluster.get(&["pod", "leaver"])?;
@@ -70,7 +70,7 @@ spec:
     cluster.kill_agent()?;
     // It ends when somebody connects: now, while nobody looks after it.
     cluster.wait("the leaver to listen", Duration::from_secs(60), |_| {
-        Ok(TcpStream::connect_timeout(&leaver, Duration::from_secs(1)).is_ok())
+        accepts(leaver, Duration::from_secs(1))
     })?;
     for _ in 0..20 {
         TcpStream::connect_timeout(&address, Duration::from_secs(2))
@@ -153,9 +153,8 @@ spec:
         .as_str()
         .context("no cluster IP")?;
     let address: SocketAddr = format!("{address}:80").parse()?;
-    let answers = || TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
     cluster.wait("the Service to answer", Duration::from_secs(10), |_| {
-        Ok(answers())
+        accepts(address, Duration::from_secs(1))
     })?;
     for number in 0..10 {
         cluster.apply_ok(&format!(
@@ -164,10 +163,7 @@ spec:
     }
     let before = cluster.get(&["pod", "server"])?;
     cluster.kill_control()?;
-    ensure!(
-        answers(),
-        "the Service does not answer without the control plane"
-    );
+    accepts(address, Duration::from_secs(1)).context("without the control plane")?;
     let output = cluster.gantry(&["get", "pods"])?;
     ensure!(
         output.code == 1 && output.stderr.contains("was refused"),

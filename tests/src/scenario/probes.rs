@@ -1,6 +1,6 @@
 //! Probes, restarts and init containers.
 
-use std::net::{SocketAddr, TcpStream};
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -9,7 +9,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::transport::Server;
 use tonic_health::ServingStatus;
 
-use super::sleeper;
+use super::{accepts, sleeper};
 use crate::cluster::{Cluster, is_ready};
 
 const LIMIT: Duration = Duration::from_secs(60);
@@ -71,9 +71,12 @@ spec:
         .as_str()
         .context("no cluster IP")?;
     let address: SocketAddr = format!("{address}:80").parse()?;
-    let answers = || TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
     std::thread::sleep(Duration::from_secs(3));
-    ensure!(!answers(), "a pod that is not ready gets connections");
+    let accepted = accepts(address, Duration::from_secs(1));
+    ensure!(
+        accepted.is_err(),
+        "a pod that is not ready gets connections"
+    );
     let name = cluster.ok(&[
         "exec",
         "gate",
@@ -85,7 +88,7 @@ spec:
     ensure!(name.trim() == "gate", "fieldRef: {name:?}");
     cluster.wait_ready("default", "gate")?;
     cluster.wait("the Service to answer", Duration::from_secs(10), |_| {
-        Ok(answers())
+        accepts(address, Duration::from_secs(1))
     })?;
     ensure!(
         cluster.ok(&["logs", "gate"])?.starts_with("made"),

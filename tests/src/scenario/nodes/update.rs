@@ -104,7 +104,11 @@ fn restart_under_load(cluster: &Cluster, address: SocketAddr) -> Result<Vec<Stri
         .filter_map(|n| n.parse().ok())
         .collect();
     let [asked, failed] = numbers[..] else {
-        bail!("the pod said {said:?}");
+        let words = String::from_utf8_lossy(&inside.stderr);
+        bail!(
+            "the pod said {said:?}, exec ended with {}: {words}",
+            inside.status
+        );
     };
     ensure!(asked > 10, "only {asked} requests from the pod");
     if failed > 0 {
