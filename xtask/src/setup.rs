@@ -103,6 +103,12 @@ fn needs(purpose: For) -> Vec<Need> {
             need("ip", "test networks", ip, &["iproute2"][..]),
             need("iptables", why, iptables, &["iptables"]),
             need("nft", why, nft, &["nftables"]),
+            need(
+                "runc",
+                "what a pod's start is compared with",
+                run::which("runc").is_some(),
+                &["runc"],
+            ),
         ]);
     }
     if purpose == For::Test {
@@ -130,20 +136,12 @@ fn needs(purpose: For) -> Vec<Need> {
         ]);
     }
     if purpose == For::Bench {
-        needs.extend([
-            need(
-                "runc",
-                "what a pod's start is compared with",
-                run::which("runc").is_some(),
-                &["runc"][..],
-            ),
-            need(
-                "crun",
-                "compared as well, where it takes this machine's cgroups",
-                run::which("crun").is_some(),
-                &["crun"],
-            ),
-        ]);
+        needs.extend([need(
+            "crun",
+            "compared as well, where it takes this machine's cgroups",
+            run::which("crun").is_some(),
+            &["crun"][..],
+        )]);
     }
     needs
 }

@@ -10,9 +10,9 @@ use anyhow::{Result, bail};
 use futures_util::future::try_join_all;
 
 use super::api::{Api, NAMESPACE, PodWatch, obedient_pod};
-use super::pod_start;
 use super::report::{Bound, Report};
 use super::runc::Runc;
+use super::{Size, pod_start};
 use crate::cluster::{Cluster, Installation};
 
 const POD_COUNT: usize = 100;
@@ -22,7 +22,7 @@ const ROUND_COUNT: usize = 5;
 /// Between rounds: what the last one left to do is done.
 const PAUSE: Duration = Duration::from_secs(1);
 
-pub(super) async fn run(installation: &Installation) -> Result<Report> {
+pub(super) async fn run(installation: &Installation, size: Size) -> Result<Report> {
     let cluster = Cluster::start(installation)?;
     let api = Api::connect().await?;
     api.create_namespace(NAMESPACE).await?;
@@ -33,14 +33,15 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
     let mut report = Report::new("burst", "ms");
     // The first of all pays for cold caches.
     round(&api, &mut watch, "warm", 10).await?;
-    for number in 0..ROUND_COUNT {
+    let pod_count = size.of(POD_COUNT);
+    for number in 0..size.of(ROUND_COUNT) {
         tokio::time::sleep(PAUSE).await;
         let prefix = format!("burst-{number}");
-        let (running, gone) = round(&api, &mut watch, &prefix, POD_COUNT).await?;
+        let (running, gone) = round(&api, &mut watch, &prefix, pod_count).await?;
         report.add_round("running", vec![ms(running)]);
         report.add_round("gone", vec![ms(gone)]);
         for (name, peer) in peers.iter() {
-            let (running, gone) = peer_round(peer)?;
+            let (running, gone) = peer_round(peer, pod_count)?;
             report.add_round(&format!("{name} running"), vec![ms(running)]);
             report.add_round(&format!("{name} gone"), vec![ms(gone)]);
         }
@@ -49,7 +50,7 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
         report.ratio("running", &format!("{name} running"));
         report.ratio("gone", &format!("{name} gone"));
     }
-    report.count("pods", POD_COUNT as f64);
+    report.count("pods", pod_count as f64);
     for (case, what, limit) in [
         (
             "running",
@@ -70,8 +71,8 @@ fn ms(duration: Duration) -> f64 {
 }
 
 /// As many containers as a round has pods.
-fn peer_round(peer: &Runc) -> Result<(Duration, Duration)> {
-    let share = POD_COUNT / PEER_WORKER_COUNT;
+fn peer_round(peer: &Runc, pod_count: usize) -> Result<(Duration, Duration)> {
+    let share = pod_count / PEER_WORKER_COUNT;
     let started = |_| (0..share).map(|_| peer.start()).collect::<Result<Vec<_>>>();
     let deleted = |ids: Vec<String>| ids.iter().try_for_each(|id| peer.delete(id));
     let began = Instant::now();

@@ -8,15 +8,15 @@ use anyhow::{Result, bail};
 use serde_json::json;
 
 use super::api::{Api, NAMESPACE, pod};
-use super::pod_start;
 use super::report::{Bound, Report};
 use super::runc::Runc;
+use super::{Size, pod_start};
 use crate::cluster::{Cluster, Installation};
 
 const ROUND_COUNT: usize = 5;
 const PER_ROUND: usize = 20;
 
-pub(super) async fn run(installation: &Installation) -> Result<Report> {
+pub(super) async fn run(installation: &Installation, size: Size) -> Result<Report> {
     let cluster = Cluster::start(installation)?;
     let api = Api::connect().await?;
     api.create_namespace(NAMESPACE).await?;
@@ -30,9 +30,9 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
         None => None,
     };
     let mut report = Report::new("exec", "ms");
-    for round in 0..=ROUND_COUNT {
+    for round in 0..=size.of(ROUND_COUNT) {
         let (mut ours, mut theirs, mut cruns) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..PER_ROUND {
+        for _ in 0..size.of(PER_ROUND) {
             let began = Instant::now();
             let code = api.exec("target", &["/bin/true"]).await?;
             ours.push(began.elapsed().as_secs_f64() * 1e3);

@@ -46,17 +46,36 @@ pub const NAMES: [&str; 7] = [
     "density",
 ];
 
+/// How much is measured.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Size {
+    /// What figures are made of.
+    Whole,
+    /// From its beginning to its end, but no figure: for tests, of the benchmarks that have it.
+    Quick,
+}
+
+impl Size {
+    fn of(self, whole: usize) -> usize {
+        match self {
+            Self::Whole => whole,
+            Self::Quick => whole.div_ceil(10),
+        }
+    }
+}
+
 /// Runs one and writes `NAME.json` into `out`.
-pub fn run(name: &str, installation: &Installation, out: &Path) -> Result<()> {
+pub fn run(name: &str, size: Size, installation: &Installation, out: &Path) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .context("start the async runtime")?;
     let report = match name {
-        "pod_start" => runtime.block_on(Box::pin(pod_start::run(installation)))?,
-        "burst" => runtime.block_on(Box::pin(burst::run(installation)))?,
-        "exec" => runtime.block_on(Box::pin(exec::run(installation)))?,
+        "pod_start" => runtime.block_on(Box::pin(pod_start::run(installation, size)))?,
+        "burst" => runtime.block_on(Box::pin(burst::run(installation, size)))?,
+        "exec" => runtime.block_on(Box::pin(exec::run(installation, size)))?,
+        name if size == Size::Quick => bail!("{name} is measured whole or not at all"),
         "restart" => runtime.block_on(Box::pin(restart::run(installation)))?,
         "service_connect" => runtime.block_on(Box::pin(service_connect::run(installation)))?,
         "density" => runtime.block_on(Box::pin(density::run(installation)))?,

@@ -13,6 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
+use super::Size;
 use super::api::{Api, NAMESPACE, PodWatch, pod};
 use super::containerd::Containerd;
 use super::podman::Podman;
@@ -47,7 +48,7 @@ struct Bench {
     static_true: String,
 }
 
-pub(super) async fn run(installation: &Installation) -> Result<Report> {
+pub(super) async fn run(installation: &Installation, size: Size) -> Result<Report> {
     let cluster = Cluster::start(installation)?;
     let api = Api::connect().await?;
     api.create_namespace(NAMESPACE).await?;
@@ -63,10 +64,10 @@ pub(super) async fn run(installation: &Installation) -> Result<Report> {
         floor: Probe::start(&["floor"])?,
     };
     let mut report = Report::new("pod_start", "ms");
-    bench.rounds(&mut report).await?;
+    bench.rounds(&mut report, size).await?;
     // Timelines before strace slows everything.
     bench.timelines(&mut report).await?;
-    bench.count_system_calls(&mut report).await?;
+    bench.count_system_calls(&mut report, size).await?;
     for by in [
         "runc",
         "crun",
@@ -116,7 +117,7 @@ struct Samples {
 }
 
 impl Bench {
-    async fn rounds(&mut self, report: &mut Report) -> Result<()> {
+    async fn rounds(&mut self, report: &mut Report, size: Size) -> Result<()> {
         let mut unused = Report::new("warm-up", "ms");
         let mut samples = Samples::default();
         for number in 0..WARM_UP_COUNT {
@@ -126,8 +127,10 @@ impl Bench {
         self.delete("warm", WARM_UP_COUNT).await?;
         let began = Instant::now();
         let mut turn_count = 0u32;
-        for round in 0..ROUND_COUNT {
-            let count = round_size(began.elapsed(), turn_count, ROUND_COUNT - round);
+        let round_count = size.of(ROUND_COUNT);
+        for round in 0..round_count {
+            let count = round_size(began.elapsed(), turn_count, round_count - round);
+            let count = size.of(count);
             let mut samples = Samples::default();
             for number in 0..count {
                 let detached = number % DETACHED_EVERY == 0;
@@ -210,20 +213,21 @@ impl Bench {
 
     /// System calls of control plane, agent, shim, runtime helper and container for one pod, beside
     /// those of `runc run`. Nothing is counted where strace is missing or may not trace.
-    async fn count_system_calls(&mut self, report: &mut Report) -> Result<()> {
+    async fn count_system_calls(&mut self, report: &mut Report, size: Size) -> Result<()> {
         let Ok(mut strace) = Strace::start() else {
             eprintln!("skipped: system calls are not counted without strace");
             return Ok(());
         };
         tokio::time::sleep(ATTACH).await;
-        for number in 0..TRACED_COUNT {
+        let traced_count = size.of(TRACED_COUNT);
+        for number in 0..traced_count {
             let name = format!("traced-{number}");
             self.api.create("pods", &pod(&name, json!({}))).await?;
             self.watch.running(&name).await?;
         }
         let calls = strace.end()?;
-        report.count("system calls per pod", calls / TRACED_COUNT as f64);
-        self.delete("traced", TRACED_COUNT).await?;
+        report.count("system calls per pod", calls / traced_count as f64);
+        self.delete("traced", traced_count).await?;
         report.count("system calls per runc run", self.runc.system_calls()?);
         Ok(())
     }

@@ -22,18 +22,23 @@ fn run(arguments: &[String]) -> Result<()> {
     match arguments {
         // No thread may have been started: a probe enters namespaces and clones itself.
         [probe, rest @ ..] if probe == "probe" => probe::main(rest),
-        [name, out, options @ ..] if name == "services" => {
+        [name, out, options @ ..] if name == "services" && !out.starts_with('-') => {
             services::run(Path::new(out), &services::Options::parse(options)?)
         }
-        [name, out, options @ ..] if name == "control" => {
+        [name, out, options @ ..] if name == "control" && !out.starts_with('-') => {
             control::run(Path::new(out), &control::Options::parse(options)?)
         }
-        [name, out] => {
+        [name, out, options @ ..] if matches!(options, [] | [_]) && !out.starts_with('-') => {
+            let size = match options {
+                [] => bench::Size::Whole,
+                [quick] if quick == "--quick" => bench::Size::Quick,
+                other => bail!("{other:?}: the one option of {name} is --quick"),
+            };
             let installation = Installation::find().map_err(anyhow::Error::msg)?;
-            bench::run(name, &installation, Path::new(out))
+            bench::run(name, size, &installation, Path::new(out))
         }
         _ => bail!(
-            "this is a part of `cargo xtask bench`: gantry-bench NAME DIRECTORY, NAME one of {}, \
+            "this is a part of `cargo xtask bench`: gantry-bench NAME DIRECTORY [--quick], NAME one of {}, \
              services, control",
             bench::NAMES.join(", ")
         ),
