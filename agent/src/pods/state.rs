@@ -217,10 +217,10 @@ pub struct Failed {
 /// Progress of the tear-down.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum TearDown {
-    /// To be asked for, not before this.
+    /// To be asked for, not before this, after so many failures.
     Due(Duration, u32),
-    /// Asked for.
-    InFlight,
+    /// Asked for, after so many failures.
+    InFlight(u32),
 }
 
 /// Which probe spoke.
@@ -491,11 +491,9 @@ impl PodState {
                 }
             }
             Input::TearDownFailed => {
-                let failures = match self.tear_down {
-                    TearDown::Due(_, failures) => failures,
-                    TearDown::InFlight => 0,
-                };
-                self.tear_down = TearDown::Due(now + retry_wait(failures), failures + 1);
+                let (TearDown::Due(_, failures) | TearDown::InFlight(failures)) = self.tear_down;
+                let more = failures.saturating_add(1);
+                self.tear_down = TearDown::Due(now + retry_wait(failures), more);
             }
             Input::Timer => {}
         }
@@ -574,10 +572,10 @@ impl PodState {
             self.advance_stops(now, actions);
         }
         if self.phase == Phase::TearingDown
-            && let TearDown::Due(at, _) = self.tear_down
+            && let TearDown::Due(at, failures) = self.tear_down
             && at <= now
         {
-            self.tear_down = TearDown::InFlight;
+            self.tear_down = TearDown::InFlight(failures);
             actions.push(Action::TearDown);
         }
         if self.phase == Phase::Terminated && self.deleted {

@@ -526,6 +526,24 @@ fn what_came_meanwhile_ends_the_wait_of_sandbox_and_tear_down() {
     assert!(state.next(Input::Retry, secs(1)).is_empty());
 }
 
+#[test]
+fn a_tear_down_that_fails_is_tried_less_and_less_often() {
+    let spec = web("Always", 0);
+    let mut state = undrained(uid(), spec.clone());
+    let actions = state.next(Input::Spec(deleted(&spec, 0)), secs(0));
+    assert!(actions.contains(&Action::TearDown), "{actions:?}");
+    let mut now = 0;
+    for wait in [1, 2, 4, 8, 16, 32, 64, 64] {
+        assert!(state.next(Input::TearDownFailed, secs(now)).is_empty());
+        now += wait;
+        assert_eq!(state.wake_at(), Some(secs(now)));
+        assert_eq!(state.next(Input::Timer, secs(now)), [Action::TearDown]);
+    }
+    // What has come meanwhile, a volume's driver for one, ends the wait.
+    state.next(Input::TearDownFailed, secs(now));
+    assert_eq!(state.next(Input::Retry, secs(now)), [Action::TearDown]);
+}
+
 /// Running, and about to end: the actions of the deletion.
 fn running_then(spec: &Arc<Pod>, end: Input, now: Duration) -> (PodState, Vec<Action>) {
     let mut state = PodState::new(uid(), spec.clone());
