@@ -204,6 +204,14 @@ impl Cluster {
         Ok(())
     }
 
+    /// Starts the control plane unless it runs.
+    pub fn ensure_control(&mut self) -> Result<()> {
+        match self.control {
+            Some(_) => Ok(()),
+            None => self.start_control(),
+        }
+    }
+
     /// SIGKILL to the control plane.
     pub fn kill_control(&mut self) -> Result<()> {
         let mut control = self.control.take().context("no control plane runs")?;

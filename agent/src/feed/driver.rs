@@ -73,6 +73,8 @@ impl Driver {
                 ended = self.stream() => ended,
                 () = shutdown.cancelled() => break,
             };
+            // What the stream told last is all that this node knows until the next one, also after a reboot.
+            self.sync_log().await;
             let was_live = matches!(&*self.link.borrow(), Link::Live { .. });
             if was_live {
                 backoff = BACKOFF_MIN;

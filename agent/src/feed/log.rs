@@ -190,8 +190,9 @@ impl Log {
 
     /// Brings what was appended to the disk.
     pub(super) fn sync(&mut self) -> Result<(), DiskError> {
-        if std::mem::take(&mut self.unsynced) {
+        if self.unsynced {
             self.file.sync_data().map_err(at("sync", &self.path))?;
+            self.unsynced = false;
         }
         Ok(())
     }

@@ -49,7 +49,7 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
 /// A dead connection is noticed within two of these.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
-/// The disk lags memory by at most this (pods: not at all).
+/// The disk lags memory by at most this (pods: not at all), and not beyond the end of the stream.
 const SYNC_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The parts of one open stream.

@@ -230,8 +230,9 @@ impl Nodes {
         format!("{}\n{pods}", self.last_words())
     }
 
-    /// No faults, and every node ready.
+    /// No faults, a control plane, and every node ready.
     fn tidy_faults(&mut self) -> Result<()> {
+        self.cluster.ensure_control()?;
         self.ask("heal")?;
         for worker in self.workers.clone() {
             self.ask(&format!("power-on {}", worker.name))?;

@@ -357,7 +357,7 @@ fn what_an_agent_left_and_did_not_retire_is_retired_by_the_next() {
 
     let mut table = Table::adopt(maps.found(), Limits::default(), T);
     let plan = table.plan(&wanted(1, vec![set(&[1], &[2])]), 3, T);
-    assert_eq!(plan.steps, [retire.clone()]);
+    assert_eq!(plan.steps, std::slice::from_ref(retire));
     // Its id is another's only after the quarantine.
     table.performed(T);
     let plan = table.plan(&wanted(1, vec![set(&[1], &[2, 3])]), 4, T + QUARANTINE / 2);
