@@ -1,7 +1,7 @@
 //! A pod that talks to a backend through a Service, translated packet by packet, and to the same backend
 //! itself, from one and the same port: two connections, whose answers look alike.
 
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use nix::sys::socket::{
@@ -208,7 +208,7 @@ fn one_port_reaches_a_backend_through_its_service_and_by_itself_at_once() {
             let base = 10 + 10 * family as u32 + u32::from(proto) * 100;
             wires.serve(&frontend.to_string(), proto, base, &[&backend.to_string()]);
         }
-        let listener = db.run(|| TcpListener::bind(backend)).unwrap();
+        let listener = db.listen(backend);
         for (port, order) in [(4000, [frontend, backend]), (4001, [backend, frontend])] {
             let own = at(addresses[0], port);
             let mut clients = order.map(|to| {
@@ -224,8 +224,8 @@ fn one_port_reaches_a_backend_through_its_service_and_by_itself_at_once() {
             }
         }
         // One socket for both, and its answers come from whom it has asked.
-        let server = db.run(|| UdpSocket::bind(backend)).unwrap();
-        let client = web.run(|| UdpSocket::bind(at(addresses[0], 4002))).unwrap();
+        let server = db.bind(backend);
+        let client = web.bind(at(addresses[0], 4002));
         for socket in [&server, &client] {
             socket.set_read_timeout(Some(SHORT)).unwrap();
         }

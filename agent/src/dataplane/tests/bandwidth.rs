@@ -1,7 +1,7 @@
 //! Pods that are held to a bandwidth, by TCP between namespaces, and what it costs pods without one.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use super::wires::{GATEWAY, Namespace, V4, V6, Wires, at, interface, tcp_between};
@@ -13,7 +13,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The bits per second that `to` gets from `from` by one connection.
 fn rate(from: &Namespace, to: &Namespace, server: SocketAddr) -> f64 {
-    let listener = to.run(|| TcpListener::bind(server)).unwrap();
+    let listener = to.listen(server);
     let mut client = from
         .run(|| TcpStream::connect_timeout(&server, PATIENCE))
         .unwrap();

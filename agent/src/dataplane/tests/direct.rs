@@ -1,7 +1,7 @@
 //! Direct server return, by real sockets: the node of `outside` sends on what its client has asked it to a
 //! second node, with programs and tables of its own, which answers.
 
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 
 use aya::maps::MapData;
 use ebpf_maps::services::{
@@ -16,7 +16,7 @@ use super::bed::ip;
 use super::frames::{TCP, UDP};
 use super::maps::Maps;
 use super::outside::{CLIENT, NODE, OTHER, Outside};
-use super::wires::{Place, SHORT, Wires, at, listen_again, received, tcp_to, udp_to};
+use super::wires::{Place, SHORT, Wires, at, received, tcp_to, udp_to};
 use crate::dataplane::uplinks::UplinkPrograms;
 use crate::dataplane::{XdpMode, load};
 use crate::services::index::addr_of;
@@ -110,8 +110,8 @@ fn serve(maps: &impl Maps, family: usize, flags: u32) {
 /// Whom the pod sees as its client, by TCP and by UDP; the client is answered by what it asked.
 fn seen(outside: &Outside, family: usize, frontend: SocketAddr) -> [SocketAddr; 2] {
     let backend = at(REMOTE[family], 8080);
-    let listener = listen_again(&outside.other, backend);
-    let socket = outside.other.run(|| UdpSocket::bind(backend)).unwrap();
+    let listener = outside.other.listen(backend);
+    let socket = outside.other.bind(backend);
     let (tcp, peer) = tcp_to(&outside.client, &listener, frontend).unwrap();
     let (udp, answered) = udp_to(&outside.client, &socket, frontend).unwrap();
     assert_eq!((peer, answered), (frontend, frontend));
@@ -177,10 +177,7 @@ fn a_port_of_another_node_is_not_this_ones_without_direct_return() {
         let client = &outside.client;
         client.run(|| std::net::TcpStream::connect_timeout(&frontend, super::wires::SHORT))
     };
-    let listener = outside
-        .other
-        .run(|| TcpListener::bind(at(REMOTE[0], 8080)))
-        .unwrap();
+    let listener = outside.other.listen(at(REMOTE[0], 8080));
     listener.set_nonblocking(true).unwrap();
     assert!(connect().is_err());
     serve(&second, 0, FRONTEND_DIRECT_RETURN);
@@ -192,9 +189,9 @@ fn asks(outside: &Outside, second: &Second, family: usize) -> (UdpSocket, UdpSoc
     serve(&outside.wires, family, FRONTEND_DIRECT_RETURN);
     serve(second, family, FRONTEND_DIRECT_RETURN);
     let backend = at(REMOTE[family], 8080);
-    let server = outside.other.run(|| UdpSocket::bind(backend)).unwrap();
+    let server = outside.other.bind(backend);
     let any = at(["0.0.0.0", "::"][family], 0);
-    let client = outside.client.run(|| UdpSocket::bind(any)).unwrap();
+    let client = outside.client.bind(any);
     for socket in [&server, &client] {
         socket.set_read_timeout(Some(SHORT)).unwrap();
     }

@@ -21,7 +21,7 @@ use super::frames::{ACK, Mac, SYN, TCP, frame, tcp};
 use super::maps::Maps;
 use super::policy_wires::{pod, rule};
 use super::programs::{OWN_IFINDEX, Programs};
-use super::wires::{Namespace, V4, Wires, at, interface};
+use super::wires::{Namespace, V4, Wires, at, interface, patiently};
 use crate::dataplane::{BackendChange, BpfDataplane, Dataplane};
 use crate::ids::PodUid;
 use crate::policy::PolicyName;
@@ -77,8 +77,7 @@ impl Node {
     /// A server that accepts all that comes.
     fn serve(&self, index: usize) -> TcpListener {
         let address = self.server(index);
-        let listener = self.wires.pods[1].run(|| TcpListener::bind(address));
-        let listener = listener.unwrap();
+        let listener = self.wires.pods[1].listen(address);
         listener.set_nonblocking(true).unwrap();
         listener
     }
@@ -87,7 +86,7 @@ impl Node {
     fn busy(&self, index: usize) -> (TcpListener, TcpStream) {
         let address = self.server(index);
         self.wires.pods[1].run(|| {
-            let listener = TcpListener::bind(address).unwrap();
+            let listener = patiently(|| TcpListener::bind(address));
             listen(&listener.as_fd(), Backlog::new(0).unwrap()).unwrap();
             let filler = TcpStream::connect(address).unwrap();
             (listener, filler)

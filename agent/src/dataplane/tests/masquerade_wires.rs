@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 
 use ebpf_maps::services::Addr;
 use ebpf_maps::uplink::{NODE_OTHER, SOURCE_PORT_MIN};
@@ -64,8 +64,8 @@ fn masquerade(outside: &mut Outside, never: Option<&[&str]>) {
 
 /// A pod reaches a server outside, by both protocols; whom the server sees.
 fn seen_by(outside: &Outside, server: &Namespace, address: SocketAddr) -> Vec<SocketAddr> {
-    let listener = server.run(|| TcpListener::bind(address)).unwrap();
-    let socket = server.run(|| UdpSocket::bind(address)).unwrap();
+    let listener = server.listen(address);
+    let socket = server.bind(address);
     let pods = outside.wires.pods.iter();
     let seen = pods.flat_map(|pod| {
         let (tcp, peer) = tcp_to(pod, &listener, address).unwrap();
@@ -112,9 +112,7 @@ fn reach_the_outside(mut outside: Outside) {
         assert!(is_echoed(&outside.wires.pods[0], at(CLIENT[family], 0)));
         // Nobody listens: the host says so, to the node.
         let pod = &outside.wires.pods[1];
-        let socket = pod
-            .run(|| UdpSocket::bind((["0.0.0.0", "::"][family], 0)))
-            .unwrap();
+        let socket = pod.bind((["0.0.0.0", "::"][family], 0));
         socket.set_read_timeout(Some(SHORT)).unwrap();
         socket.connect(at(CLIENT[family], 8099)).unwrap();
         socket.send(b"anybody?").unwrap();
@@ -123,10 +121,7 @@ fn reach_the_outside(mut outside: Outside) {
     }
     // Off: nobody knows the way back.
     masquerade(&mut outside, None);
-    let socket = outside
-        .client
-        .run(|| UdpSocket::bind(at(CLIENT[0], 8085)))
-        .unwrap();
+    let socket = outside.client.bind(at(CLIENT[0], 8085));
     assert!(udp_to(&outside.wires.pods[0], &socket, at(CLIENT[0], 8085)).is_err());
     for reason in ["flows_full", "no_port", "malformed", "fragment"] {
         assert_eq!(outside.wires.dropped(reason), 0, "{reason}");
@@ -163,11 +158,9 @@ fn fragments_reach_the_outside_and_come_back() {
     };
     for family in [0, 1] {
         let address = at(CLIENT[family], 8081);
-        let server = outside.client.run(|| UdpSocket::bind(address)).unwrap();
+        let server = outside.client.bind(address);
         let pod = &outside.wires.pods[0];
-        let client = pod
-            .run(|| UdpSocket::bind((["0.0.0.0", "::"][family], 0)))
-            .unwrap();
+        let client = pod.bind((["0.0.0.0", "::"][family], 0));
         for socket in [&server, &client] {
             socket.set_read_timeout(Some(SHORT)).unwrap();
         }
@@ -208,8 +201,8 @@ fn other_nodes_and_networks_that_know_pods_see_their_own_addresses() {
         // Who comes to the pod's own address is answered from it.
         let server = at([V4, V6][family][1], 8082);
         let pod = &outside.wires.pods[1];
-        let listener = pod.run(|| TcpListener::bind(server)).unwrap();
-        let socket = pod.run(|| UdpSocket::bind(server)).unwrap();
+        let listener = pod.listen(server);
+        let socket = pod.bind(server);
         let (seen, _) = tcp_to(&outside.client, &listener, server).unwrap();
         assert_eq!(seen.ip(), at(CLIENT[family], 0).ip());
         let (_, answered) = udp_to(&outside.client, &socket, server).unwrap();

@@ -2,7 +2,7 @@
 //! link. What they reach is on the node, in its pods, or on the other node.
 
 use std::io::{self, ErrorKind};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use aya::maps::Map;
@@ -166,8 +166,8 @@ impl Outside {
         server: &Namespace,
         backend: SocketAddr,
     ) -> [SocketAddr; 2] {
-        let listener = server.run(|| TcpListener::bind(backend)).unwrap();
-        let socket = server.run(|| UdpSocket::bind(backend)).unwrap();
+        let listener = server.listen(backend);
+        let socket = server.bind(backend);
         let (tcp_seen, peer) = tcp_to(&self.client, &listener, frontend).unwrap();
         assert_eq!(peer, frontend);
         let (udp_seen, answered) = udp_to(&self.client, &socket, frontend).unwrap();
@@ -354,7 +354,7 @@ fn an_address_that_moves_to_this_node_is_reached_within_three_seconds() {
             let nodad = if family == 1 { " nodad" } else { "" };
             ip(&format!("addr add {address}/{prefix} dev eth0{nodad}"));
         });
-        let listener = outside.other.run(|| TcpListener::bind(frontend)).unwrap();
+        let listener = outside.other.listen(frontend);
         // Its link has just come up.
         let begun = std::time::Instant::now();
         while let Err(error) = outside.connect(frontend) {
@@ -366,9 +366,7 @@ fn an_address_that_moves_to_this_node_is_reached_within_three_seconds() {
         assert!(outside.connect(frontend).is_err());
         let begun = std::time::Instant::now();
         announce(&mut outside, &[address]);
-        let listener = outside.wires.pods[0]
-            .run(|| TcpListener::bind(backend))
-            .unwrap();
+        let listener = outside.wires.pods[0].listen(backend);
         while let Err(error) = outside.connect(frontend) {
             assert!(begun.elapsed().as_secs() < 3, "{error}");
         }
@@ -466,9 +464,7 @@ fn connections_are_spread_and_those_of_one_client_stay_together_with_affinity() 
     let shown = backends.map(|backend| backend.to_string());
     let shown = [shown[0].as_str(), shown[1].as_str()];
     let listeners = [0, 1].map(|pod| {
-        let listener = outside.wires.pods[pod]
-            .run(|| TcpListener::bind(backends[pod]))
-            .unwrap();
+        let listener = outside.wires.pods[pod].listen(backends[pod]);
         listener.set_nonblocking(true).unwrap();
         listener
     });

@@ -3,7 +3,7 @@
 //! all of `externalTrafficPolicy: Local`) it is what a policy sees; where another node was asked, it sees that
 //! node.
 
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -91,8 +91,8 @@ impl World {
         let pod = &self.outside.wires.pods[1];
         let [v4, v6] = [0, 1].map(|family: usize| {
             let backend = at([V4, V6][family][1], PORT);
-            let listener = pod.run(|| TcpListener::bind(backend)).unwrap();
-            let socket = pod.run(|| UdpSocket::bind(backend)).unwrap();
+            let listener = pod.listen(backend);
+            let socket = pod.bind(backend);
             let seen = [
                 tcp_to(from, &listener, by[family]).ok(),
                 udp_to(from, &socket, by[family]).ok(),
@@ -189,9 +189,7 @@ fn a_connection_from_outside_goes_on_when_a_policy_comes() {
             .unwrap(),
         []
     );
-    let listener = world.outside.wires.pods[1]
-        .run(|| TcpListener::bind(at(V4[1], PORT)))
-        .unwrap();
+    let listener = world.outside.wires.pods[1].listen(at(V4[1], PORT));
     let frontend = at(NODE[0], NODE_PORT);
     let connect = |world: &World| {
         let client = &world.outside.client;

@@ -2,7 +2,7 @@
 //! there, so every Service is one for packets.
 
 use std::io::ErrorKind;
-use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::net::TcpStream;
 
 use super::bed::ip;
 use super::frames::{TCP, UDP};
@@ -34,8 +34,8 @@ pub(super) fn reaches(
 ) {
     serve(wires, family, backend, port);
     let (frontend, client) = (at(FRONTENDS[family], 80), [V4, V6][family][0]);
-    let listener = server.run(|| TcpListener::bind(at(backend, port))).unwrap();
-    let socket = server.run(|| UdpSocket::bind(at(backend, port))).unwrap();
+    let listener = server.listen(at(backend, port));
+    let socket = server.bind(at(backend, port));
     for _ in 0..3 {
         let (seen, peer) = tcp_to(&wires.pods[0], &listener, frontend).unwrap();
         assert_eq!((seen.ip().to_string().as_str(), peer), (client, frontend));
@@ -90,8 +90,8 @@ pub(super) fn reaches_itself(wires: &Wires) {
         let own = [V4, V6][family][0];
         serve(wires, family, own, 8080);
         let (frontend, pod) = (at(FRONTENDS[family], 80), &wires.pods[0]);
-        let listener = pod.run(|| TcpListener::bind(at(own, 8080))).unwrap();
-        let socket = pod.run(|| UdpSocket::bind(at(own, 8080))).unwrap();
+        let listener = pod.listen(at(own, 8080));
+        let socket = pod.bind(at(own, 8080));
         let (seen, peer) = tcp_to(pod, &listener, frontend).unwrap();
         assert_ne!(
             seen.ip().to_string(),
@@ -124,7 +124,7 @@ fn a_service_without_backends_refuses_at_once() {
 /// A connected UDP socket of pod 0 learns that nobody listens.
 fn refused_datagram(wires: &Wires, to: std::net::SocketAddr) {
     let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-    let client = wires.pods[0].run(|| UdpSocket::bind(any)).unwrap();
+    let client = wires.pods[0].bind(any);
     client.set_read_timeout(Some(SHORT)).unwrap();
     client.connect(to).unwrap();
     client.send(b"anybody?").unwrap();

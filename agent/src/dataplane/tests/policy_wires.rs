@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -275,7 +275,7 @@ fn a_connection_outlives_the_policy_that_would_have_refused_it() {
     let [web, db] = &node.wires.pods;
     for addresses in [V4, V6] {
         let server = at(addresses[1], 8090);
-        let listener = db.run(|| TcpListener::bind(server)).unwrap();
+        let listener = db.listen(server);
         let mut client = web
             .run(|| TcpStream::connect_timeout(&server, SHORT))
             .unwrap();

@@ -1,8 +1,6 @@
 //! Pods that are no ports of a bridge: their packets are put into each other past the node's stack, as
 //! on a bridge, and everybody else comes by the node's routes.
 
-use std::net::UdpSocket;
-
 use super::bed::ip;
 use super::outside::{Outside, reaches_everywhere};
 use super::passage::{NODE, reaches, reaches_itself};
@@ -80,9 +78,9 @@ fn a_routed_pod_cannot_send_with_an_address_of_another() {
     for (server, client) in [(V4[1], "10.244.0.99:0"), (V6[1], "[fd00:244::99]:0")] {
         let before = wires.dropped("source_address");
         let server = at(server, 9090);
-        let receiver = b.run(|| UdpSocket::bind(server)).unwrap();
+        let receiver = b.bind(server);
         receiver.set_read_timeout(Some(SHORT)).unwrap();
-        let sender = a.run(|| UdpSocket::bind(client)).unwrap();
+        let sender = a.bind(client);
         sender.send_to(b"forged", server).unwrap();
         received(&receiver, &mut [0; 8]).unwrap_err();
         assert!(wires.dropped("source_address") > before, "{client}");

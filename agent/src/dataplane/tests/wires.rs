@@ -2,7 +2,7 @@
 //! does it; packets here are those of real sockets.
 
 use std::fs::{self, File};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -49,9 +49,36 @@ impl Namespace {
         })
     }
 
+    /// Listens at an address of it.
+    pub(super) fn listen(&self, address: impl ToSocketAddrs + Copy + Send + Sync) -> TcpListener {
+        self.run(|| patiently(|| TcpListener::bind(address)))
+    }
+
+    /// Takes datagrams at an address of it.
+    pub(super) fn bind(&self, address: impl ToSocketAddrs + Copy + Send + Sync) -> UdpSocket {
+        self.run(|| patiently(|| UdpSocket::bind(address)))
+    }
+
     /// As `ip` takes it after `netns`.
     pub(super) fn path(&self) -> String {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+}
+
+/// An address may just have been another socket's that is closed: a child of another test has that one too, until
+/// it executes its program, which takes long on a busy or emulated machine.
+pub(super) fn patiently<T>(bind: impl Fn() -> std::io::Result<T>) -> T {
+    let began = std::time::Instant::now();
+    loop {
+        match bind() {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::AddrInUse
+                    && began.elapsed() < Duration::from_secs(5) =>
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            other => return other.unwrap(),
+        }
     }
 }
 
@@ -305,7 +332,7 @@ pub(super) fn tcp_between(
     to: &Namespace,
     server: SocketAddr,
 ) -> std::io::Result<(SocketAddr, SocketAddr)> {
-    let listener = to.run(|| TcpListener::bind(server)).unwrap();
+    let listener = to.listen(server);
     tcp_to(from, &listener, server)
 }
 
@@ -334,30 +361,13 @@ pub(super) fn tcp_to(
     Ok((seen, client.peer_addr()?))
 }
 
-/// Listens where a listener may just have been: a child of another test has that one too, until it executes its
-/// program, which takes long on an emulated machine.
-pub(super) fn listen_again(namespace: &Namespace, address: SocketAddr) -> TcpListener {
-    let began = std::time::Instant::now();
-    loop {
-        match namespace.run(|| TcpListener::bind(address)) {
-            Err(error)
-                if error.kind() == std::io::ErrorKind::AddrInUse
-                    && began.elapsed() < Duration::from_secs(5) =>
-            {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            other => return other.unwrap(),
-        }
-    }
-}
-
 /// A datagram from `from` to `server` in `to` and back: the source that each side sees.
 pub(super) fn udp_between(
     from: &Namespace,
     to: &Namespace,
     server: SocketAddr,
 ) -> std::io::Result<(SocketAddr, SocketAddr)> {
-    let socket = to.run(|| UdpSocket::bind(server)).unwrap();
+    let socket = to.bind(server);
     udp_to(from, &socket, server)
 }
 
@@ -470,9 +480,9 @@ fn foreign_addresses_are_refused(wires: &Wires) {
     for (server, client) in [(V4[1], "10.244.0.99:0"), (V6[1], "[fd00:244::99]:0")] {
         let before = wires.dropped("source_address") + wires.dropped("neighbour");
         let server = at(server, 9090);
-        let receiver = b.run(|| UdpSocket::bind(server)).unwrap();
+        let receiver = b.bind(server);
         receiver.set_read_timeout(Some(SHORT)).unwrap();
-        let sender = a.run(|| UdpSocket::bind(client)).unwrap();
+        let sender = a.bind(client);
         sender.send_to(b"forged", server).unwrap();
         received(&receiver, &mut [0; 8]).unwrap_err();
         let after = wires.dropped("source_address") + wires.dropped("neighbour");

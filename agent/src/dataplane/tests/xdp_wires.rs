@@ -4,7 +4,6 @@
 //! Packets of this machine have no sum yet where a veth hands them over, and are left to `from_netdev`; so
 //! the client and the other node are told to make sums themselves, as network cards deliver them.
 
-use std::net::{TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
@@ -126,9 +125,9 @@ fn agents_come_and_go_while_a_client_is_served() {
     restart(&mut outside, XdpMode::Native);
     let backend = at(REMOTE[0], 8080);
     let frontend = outside.node_port(0, &[backend]);
-    let server = outside.other.run(|| UdpSocket::bind(backend)).unwrap();
+    let server = outside.other.bind(backend);
     server.set_read_timeout(Some(SHORT)).unwrap();
-    let client = outside.client.run(|| UdpSocket::bind("0.0.0.0:0")).unwrap();
+    let client = outside.client.bind("0.0.0.0:0");
     client.set_read_timeout(Some(SHORT)).unwrap();
     let pin = hooks::directory(&outside.wires.paths).join(&pins(&outside)[0]);
     let link = || sys::link_info(sys::open_pinned(&pin).unwrap().as_fd()).unwrap();
@@ -280,7 +279,7 @@ fn where_it_cannot_be_services_are_reached_without() {
     }
     let backend = at(REMOTE[0], 8080);
     let frontend = outside.node_port(0, &[backend]);
-    let listener = outside.other.run(|| TcpListener::bind(backend)).unwrap();
+    let listener = outside.other.listen(backend);
     outside.connect(frontend).unwrap();
     drop(listener);
 }

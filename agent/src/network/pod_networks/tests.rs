@@ -130,6 +130,8 @@ async fn seen_address_of(which: usize, from: &PodNetwork, to: &PodNetwork) -> Ip
         let listener = TcpListener::bind(server).unwrap();
         std::thread::spawn(move || {
             let (mut stream, peer) = listener.accept().unwrap();
+            // The answer's end may be another server's beginning, at the same address.
+            drop(listener);
             write!(stream, "{}", peer.ip()).unwrap();
         });
         Ok(())
