@@ -420,7 +420,9 @@ async fn no_line_and_no_exit_code_is_lost_when_the_agent_dies() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_follower_loses_no_line_over_many_rotations() {
     with_fixture!(fx, {
-        let script = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); echo line $i; done";
+        // Slower than the looks at its log, also where those have to wait for a processor.
+        let script = "i=0; while [ $i -lt 20000 ]; do i=$((i+1)); echo line $i; \
+                      [ $((i%1000)) -ne 0 ] || sleep 0.2; done";
         let run = fx.run(script, json!({})).await.unwrap();
         fx.wait_for_log(&run, "line 10").await;
         let options = LogOptions {

@@ -658,9 +658,14 @@ fn serve(netns: &Netns, address: SocketAddr) -> Result<()> {
 
 /// Asks a server in the calling thread's namespace, and takes all it sends: the address that it sees.
 pub fn ask(server: SocketAddr) -> Result<IpAddr> {
+    ask_within(SOON, server)
+}
+
+/// The same of a server that may be silent for so long.
+pub fn ask_within(silence: Duration, server: SocketAddr) -> Result<IpAddr> {
     use std::io::Read;
     let mut stream = TcpStream::connect_timeout(&server, SHORT)?;
-    stream.set_read_timeout(Some(SOON))?;
+    stream.set_read_timeout(Some(silence))?;
     let mut text = [0; 40];
     stream.read_exact(&mut text)?;
     let mut much = Vec::new();
