@@ -111,13 +111,10 @@ impl Policies {
         live: impl Iterator<Item = &'a PodUid>,
     ) -> Result<(), DataplaneError> {
         let live: BTreeSet<u64> = live.map(|pod| label64(pod.as_str())).collect();
-        let rows: BTreeSet<u64> = self.pods.keys().filter_map(Result::ok).collect();
-        rows.difference(&live)
-            .filter(|id| !self.local.contains_key(id))
-            .copied()
-            .collect::<Vec<u64>>()
-            .into_iter()
-            .try_for_each(|id| self.detach_id(id))
+        let rows = self.pods.keys().filter_map(Result::ok);
+        let gone = rows.filter(|id| !live.contains(id) && !self.local.contains_key(id));
+        let gone: BTreeSet<u64> = gone.collect();
+        gone.into_iter().try_for_each(|id| self.detach_id(id))
     }
 
     fn detach_id(&mut self, id: u64) -> Result<(), DataplaneError> {
