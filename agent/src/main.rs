@@ -350,6 +350,7 @@ async fn agent(run: Run) -> Result<()> {
         resolver: Some(resolver.listen),
         masquerade,
         xdp: run.network.xdp,
+        fast_path: run.network.fast_path,
     };
     if let Err(error) = reserve_ports(&paths.run) {
         warn!("pods and node may take the same port to the outside: {error}");

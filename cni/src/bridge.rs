@@ -142,6 +142,15 @@ pub async fn add(
     attached
 }
 
+/// The node's side of an attachment that is in place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Standing {
+    /// The index of the veth end on the node.
+    pub port: u32,
+    /// See [`Attached::gateway_mac`].
+    pub gateway_mac: [u8; 6],
+}
+
 /// The node's side of an attachment, if it is in place: the veth is up, and a port of the bridge or
 /// with the ways to the pod, which are mended. Its other end lives and dies with it; addresses and routes
 /// in there are the container's to change.
@@ -150,7 +159,7 @@ pub async fn standing(
     network: &BridgeNetwork,
     owner: &Owner,
     addresses: &[IpAddr],
-) -> Result<Option<Link>, CniError> {
+) -> Result<Option<Standing>, CniError> {
     let port = host
         .link_by_name(&host_ifname(&network.name, owner))
         .await?;
@@ -160,9 +169,8 @@ pub async fn standing(
     match network.link {
         PodLink::Bridge => {
             let bridge = host.link_by_name(&network.bridge).await?;
-            let bridge = bridge.filter(|bridge| bridge.up);
-            let is_port = |bridge: Link| port.master == Some(bridge.index);
-            Ok(bridge.is_some_and(is_port).then_some(port))
+            let bridge = bridge.filter(|bridge| bridge.up && port.master == Some(bridge.index));
+            Ok(bridge.map(|bridge| Standing::of(&port, &bridge)))
         }
         PodLink::Routed => {
             let Some(first) = addresses.first().filter(|_| routed::is_of(&port)) else {
@@ -170,7 +178,16 @@ pub async fn standing(
             };
             let (bridge, mac) = (ensure_bridge(host, network).await?, mac_of(*first));
             routed::ensure_ways(host, network, &bridge, &port, mac, addresses).await?;
-            Ok(Some(port))
+            Ok(Some(Standing::of(&port, &port)))
+        }
+    }
+}
+
+impl Standing {
+    fn of(port: &Link, gateway: &Link) -> Self {
+        Self {
+            port: port.index,
+            gateway_mac: gateway.mac.unwrap_or_default(),
         }
     }
 }
@@ -208,6 +225,10 @@ async fn wire(
         host_ifname: host_name.clone(),
         host_ifindex: host_link.index,
         host_mac: host_link.mac.unwrap_or_default(),
+        gateway_mac: match network.link {
+            PodLink::Bridge => bridge.mac.unwrap_or_default(),
+            PodLink::Routed => host_link.mac.unwrap_or_default(),
+        },
         ifname: owner.ifname.clone(),
         mac: peer.mac.unwrap_or(veth.peer_mac),
         mtu: bridge.mtu,

@@ -29,6 +29,8 @@ pub struct Attached {
     pub host_ifindex: u32,
     /// Its hardware address.
     pub host_mac: [u8; 6],
+    /// What the container's packets to everybody else are addressed to: one of the two.
+    pub gateway_mac: [u8; 6],
     /// The veth end in the container.
     pub ifname: String,
     /// Its hardware address.
@@ -134,6 +136,7 @@ mod tests {
             host_ifname: "gvabc".into(),
             host_ifindex: 7,
             host_mac: [2, 0, 0, 0, 0, 1],
+            gateway_mac: [0x0a, 0x58, 10, 0, 0, 1],
             ifname: "eth0".into(),
             mac: [0x0a, 0x58, 10, 0, 0, 5],
             mtu: 1450,

@@ -404,6 +404,7 @@ impl Node {
             resolver: None,
             masquerade: Some(Masquerade::default()),
             xdp: XdpMode::Off,
+            fast_path: true,
         };
         let (of_paths, of_cgroup) = (paths.clone(), cgroup.clone());
         let dataplane =

@@ -26,6 +26,7 @@ use ebpf_maps::counter::COUNTER_NAMES;
 use ebpf_maps::device::DeviceRuleKey;
 use ebpf_maps::drop::DROP_NAMES;
 use ebpf_maps::services::Addr;
+use ebpf_maps::uplink::SWITCH_FAST_PATH;
 use gantry_api::k8s_openapi::api::core::v1::Pod;
 use tokio::sync::{Mutex, watch};
 
@@ -74,6 +75,8 @@ pub struct Options {
     pub masquerade: Option<Masquerade>,
     /// Where frames from outside are looked at first.
     pub xdp: XdpMode,
+    /// Packets between pods and other machines go past the node's IP stack.
+    pub fast_path: bool,
 }
 
 /// The programs and maps of this node. Dropping it leaves all of them in the kernel.
@@ -190,7 +193,8 @@ impl BpfDataplane {
         let traffic = tables.traffic();
         let traffic = traffic.map_err(|error| DataplaneError::kernel("map TRAFFIC", &error))?;
         let repair = Repair::start(paths, peers, traffic)?;
-        let uplinks = UplinkPrograms::take(&mut ebpf, paths, options.xdp)?;
+        let mut uplinks = UplinkPrograms::take(&mut ebpf, paths, options.xdp)?;
+        uplinks.switch(SWITCH_FAST_PATH, options.fast_path)?;
         let flows = Flows::take(&mut ebpf)?;
         let failures = FailureMap::take(&mut ebpf)?;
         let exempt = take_map(&mut ebpf, "DEVICE_EXEMPT")?.try_into();

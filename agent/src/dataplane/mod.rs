@@ -170,14 +170,15 @@ pub struct PodInterface {
     pub pod: PodUid,
     /// The host end of its veth.
     pub ifindex: u32,
-    /// Hardware address of the host end.
-    pub host_mac: [u8; 6],
+    /// Hardware address that the pod's packets to everybody else are addressed to: the bridge's, or that of
+    /// the host end.
+    pub gateway_mac: [u8; 6],
     /// Hardware address of the interface in the pod.
     pub pod_mac: [u8; 6],
     /// The pod's addresses: it may send from these and from no other.
     pub addresses: Vec<IpAddr>,
-    /// Packets from other pods of the node may be put into the pod at once: nothing else on the host
-    /// end must see them.
+    /// Packets may be put into the pod at once, and sent on as they leave it: nothing else on the host end
+    /// must see them.
     pub direct: bool,
     /// The programs are on it already: [`Dataplane::prepare_interface`] in this process.
     pub prepared: bool,

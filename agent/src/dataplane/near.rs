@@ -121,7 +121,7 @@ fn both(first: u32, second: u32) -> u64 {
 fn value_words(addr: &Addr, value: &EndpointValue) -> [u64; WORDS as usize] {
     let [a, b, c, d] = *addr;
     let [m0, m1, m2, m3, m4, m5] = value.pod_mac;
-    let [h0, h1, h2, h3, h4, h5] = value.host_mac;
+    let [h0, h1, h2, h3, h4, h5] = value.gateway_mac;
     [
         both(a, b),
         both(c, d),

@@ -201,7 +201,7 @@ impl PodPrograms {
         let value = InterfaceValue {
             pod_id,
             pod_mac: pod.pod_mac,
-            host_mac: pod.host_mac,
+            gateway_mac: pod.gateway_mac,
             flags: limited,
         };
         (self.interfaces.insert(pod.ifindex, value, 0))
@@ -213,7 +213,7 @@ impl PodPrograms {
                 ifindex: pod.ifindex,
                 flags: limited | if pod.direct { DIRECT } else { 0 },
                 pod_mac: pod.pod_mac,
-                host_mac: pod.host_mac,
+                gateway_mac: pod.gateway_mac,
                 _pad: [0; 4],
             };
             self.near.doubt(&addr)?;

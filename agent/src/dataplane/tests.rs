@@ -19,6 +19,7 @@ mod frames;
 mod maps;
 mod masquerade;
 mod masquerade_wires;
+mod onward;
 mod outside;
 mod outside_packets;
 mod outside_policy;

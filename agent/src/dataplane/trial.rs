@@ -101,8 +101,8 @@ pub struct TrialPod {
     pub ifindex: u32,
     /// Of the interface in the pod.
     pub pod_mac: [u8; 6],
-    /// Of the host end.
-    pub host_mac: [u8; 6],
+    /// See [`super::PodInterface`].
+    pub gateway_mac: [u8; 6],
 }
 
 /// Programs to try packets on. What one packet has begun the next ones go on with.
@@ -128,7 +128,7 @@ impl TrialPod {
         Self {
             ifindex,
             pod_mac: row.pod_mac,
-            host_mac: row.host_mac,
+            gateway_mac: row.gateway_mac,
         }
     }
 }
@@ -214,7 +214,7 @@ fn cause(error: &dyn std::error::Error) -> String {
 
 impl Trial for BpfTrial {
     fn sent(&mut self, pod: &TrialPod, packet: &TrialPacket) -> Result<Tried, DataplaneError> {
-        let frame = frame(packet, pod.host_mac, pod.pod_mac);
+        let frame = frame(packet, pod.gateway_mac, pod.pod_mac);
         self.run("from_pod", pod.ifindex, pod.ifindex, &frame)
     }
 
@@ -224,7 +224,7 @@ impl Trial for BpfTrial {
         packet: &TrialPacket,
         by_node: bool,
     ) -> Result<Tried, DataplaneError> {
-        let frame = frame(packet, pod.pod_mac, pod.host_mac);
+        let frame = frame(packet, pod.pod_mac, pod.gateway_mac);
         // Any interface that is not the pod's: programs ask only whether there was one.
         let from = if by_node { 0 } else { 1 };
         self.run("to_pod", pod.ifindex, from, &frame)

@@ -177,7 +177,7 @@ impl UplinkPrograms {
         wanted: Option<&BTreeMap<Prefix, u32>>,
     ) -> Result<(), DataplaneError> {
         if wanted.is_none() {
-            self.switch_masquerade(false)?;
+            self.switch(SWITCH_MASQUERADE, false)?;
         }
         let nothing = BTreeMap::new();
         let rows = wanted.unwrap_or(&nothing);
@@ -199,13 +199,14 @@ impl UplinkPrograms {
                 .map_err(|error| failed("remove from MASQUERADE", &error))?;
         }
         match wanted {
-            Some(_) => self.switch_masquerade(true),
+            Some(_) => self.switch(SWITCH_MASQUERADE, true),
             None => Ok(()),
         }
     }
 
-    fn switch_masquerade(&mut self, on: bool) -> Result<(), DataplaneError> {
-        (self.switches.set(SWITCH_MASQUERADE, u32::from(on), 0))
+    /// Whether something (`ebpf_maps::uplink::SWITCH_*`) is done at all.
+    pub(super) fn switch(&mut self, switch: u32, on: bool) -> Result<(), DataplaneError> {
+        (self.switches.set(switch, u32::from(on), 0))
             .map_err(|error| failed("write SWITCHES", &error))
     }
 

@@ -198,7 +198,7 @@ fn facts(states: &[State]) -> ClientFacts {
             interface: TrialPod {
                 ifindex: 1,
                 pod_mac: [0; 6],
-                host_mac: [0; 6],
+                gateway_mac: [0; 6],
             },
         }],
         uid,

@@ -31,19 +31,22 @@ pub(super) async fn find(
         Some(index) => host.link_by_index(index).await?,
         None => None,
     };
-    Ok(
-        judge(&link, outer.as_ref(), result).map(|(host_mac, pod_mac, ifindex)| PodInterface {
-            prepared: false,
-            bandwidth: Bandwidth::default(),
-            pod: pod.clone(),
-            ifindex,
-            host_mac,
-            pod_mac,
-            addresses: addresses.to_vec(),
-            // A shaper of the plugins may stand on the host end.
-            direct: false,
-        }),
-    )
+    let bridge = match outer.as_ref().and_then(|outer| outer.master) {
+        Some(index) => host.link_by_index(index).await?,
+        None => None,
+    };
+    let found = judge(&link, outer.as_ref(), result);
+    Ok(found.map(|(host_mac, pod_mac, ifindex)| PodInterface {
+        prepared: false,
+        bandwidth: Bandwidth::default(),
+        pod: pod.clone(),
+        ifindex,
+        gateway_mac: bridge.and_then(|bridge| bridge.mac).unwrap_or(host_mac),
+        pod_mac,
+        addresses: addresses.to_vec(),
+        // A shaper of the plugins may stand on the host end.
+        direct: false,
+    }))
 }
 
 type Ends = ([u8; 6], [u8; 6], u32);

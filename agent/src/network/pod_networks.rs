@@ -117,7 +117,7 @@ impl Attached {
         let interface = PodInterface {
             pod: pod.clone(),
             ifindex: attached.host_ifindex,
-            host_mac: attached.host_mac,
+            gateway_mac: attached.gateway_mac,
             pod_mac: attached.mac,
             addresses: addresses.clone(),
             direct: true,
@@ -281,13 +281,13 @@ impl PodNetworks {
                 if was_attached {
                     let addresses = &record.addresses;
                     let standing = bridge::standing(&host, &network, &owner, addresses).await;
-                    if let Some(port) = standing.map_err(from_cni)?
-                        && let (Some(host_mac), Some(first)) = (port.mac, record.addresses.first())
+                    if let Some(standing) = standing.map_err(from_cni)?
+                        && let Some(first) = record.addresses.first()
                     {
                         let interface = PodInterface {
                             pod: pod.clone(),
-                            ifindex: port.index,
-                            host_mac,
+                            ifindex: standing.port,
+                            gateway_mac: standing.gateway_mac,
                             pod_mac: mac_of(*first),
                             addresses: record.addresses.clone(),
                             direct: true,

@@ -73,6 +73,13 @@ pub struct NetworkFlags {
     /// Services for clients outside: where the node's interfaces look at frames first
     #[arg(long, value_name = "WHERE", value_enum, default_value_t)]
     pub xdp: XdpMode,
+    /// Packets between pods and other machines go past this node's IP stack, and its netfilter rules do not
+    /// see them
+    #[arg(
+        long, value_name = "BOOL", default_value_t = true, default_missing_value = "true",
+        num_args = 0..=1, require_equals = true, action = clap::ArgAction::Set
+    )]
+    pub fast_path: bool,
     /// How new pods are attached: bridge (ports of one), or routed (no bridge: a route to each address,
     /// for more than 1000 pods)
     #[arg(long, value_name = "HOW", default_value_t)]

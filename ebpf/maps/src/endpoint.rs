@@ -25,7 +25,7 @@ pub const INTERFACE_COUNT_MAX: u32 = 4_096;
 /// Entries of `NEAR`. 128 KiB, which the agent maps.
 pub const NEAR_COUNT: u32 = 2_048;
 
-/// `EndpointValue::flags`: packets from other pods of this node may be put into the pod at once.
+/// `EndpointValue::flags`: packets may be put into the pod at once, and sent on as they leave it.
 /// Not where something else on the host end must see them (a third party's shaper).
 pub const DIRECT: u32 = 1;
 
@@ -47,8 +47,8 @@ pub struct EndpointValue {
     pub flags: u32,
     /// Of the interface in the pod.
     pub pod_mac: Mac,
-    /// Of the host end.
-    pub host_mac: Mac,
+    /// What the pod's packets to everybody else are addressed to: of the bridge, or of the host end.
+    pub gateway_mac: Mac,
     /// Always 0.
     pub _pad: [u8; 4],
 }
@@ -86,8 +86,8 @@ pub struct InterfaceValue {
     pub pod_id: u64,
     /// Of the interface in the pod.
     pub pod_mac: Mac,
-    /// Of the host end.
-    pub host_mac: Mac,
+    /// As in [`EndpointValue`].
+    pub gateway_mac: Mac,
     /// [`LIMITED`].
     pub flags: u32,
 }
@@ -96,7 +96,7 @@ const _: () = {
     assert!(size_of::<EndpointValue>() == 32);
     assert!(offset_of!(EndpointValue, ifindex) == 8);
     assert!(offset_of!(EndpointValue, pod_mac) == 16);
-    assert!(offset_of!(EndpointValue, host_mac) == 22);
+    assert!(offset_of!(EndpointValue, gateway_mac) == 22);
     assert!(offset_of!(EndpointValue, _pad) == 28);
 
     assert!(NEAR_COUNT.is_power_of_two());
@@ -107,7 +107,7 @@ const _: () = {
 
     assert!(size_of::<InterfaceValue>() == 24);
     assert!(offset_of!(InterfaceValue, pod_mac) == 8);
-    assert!(offset_of!(InterfaceValue, host_mac) == 14);
+    assert!(offset_of!(InterfaceValue, gateway_mac) == 14);
     assert!(offset_of!(InterfaceValue, flags) == 20);
 };
 

@@ -43,6 +43,8 @@ pub const NEVER: u32 = 2;
 pub const SWITCH_COUNT: u32 = 8;
 /// `SWITCHES`: pods' packets to the outside leave from the node's own address.
 pub const SWITCH_MASQUERADE: u32 = 0;
+/// `SWITCHES`: packets between pods and other machines go past the node's IP stack.
+pub const SWITCH_FAST_PATH: u32 = 1;
 
 /// The first port that connections leave from with the node's own address: those from outside whose
 /// backend is on another node, those of pods to the outside. Above the kernel's own ephemeral ports (32768 to 60999) and the node ports, so no socket of the

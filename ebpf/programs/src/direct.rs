@@ -77,18 +77,24 @@ pub fn send(ctx: &TcContext, work: &mut Work) -> i32 {
     if let Err(reason) = age(ctx, work.packet.is_v6) {
         return drop(reason);
     }
+    to_neighbour(way.ifindex, work.packet.is_v6, &way.hop)
+}
+
+/// Sends the packet by an interface, to a host of its link.
+#[inline(always)]
+pub fn to_neighbour(ifindex: u32, is_v6: bool, addr: &Addr) -> i32 {
     // SAFETY: made of integers, for which zero is a value.
     let mut hop: NextHop = unsafe { core::mem::zeroed() };
-    if work.packet.is_v6 {
+    if is_v6 {
         hop.nh_family = AF_INET6.into();
-        hop.__bindgen_anon_1.ipv6_nh = way.hop;
+        hop.__bindgen_anon_1.ipv6_nh = *addr;
     } else {
         hop.nh_family = AF_INET.into();
-        hop.__bindgen_anon_1.ipv4_nh = way.hop[3];
+        hop.__bindgen_anon_1.ipv4_nh = addr[3];
     }
     let size = core::mem::size_of::<NextHop>() as i32;
     // SAFETY: any index is a valid argument; the helper reads the next hop that it is given.
-    unsafe { bpf_redirect_neigh(way.ifindex, &raw mut hop, size, 0) as i32 }
+    unsafe { bpf_redirect_neigh(ifindex, &raw mut hop, size, 0) as i32 }
 }
 
 /// False: not by an uplink, or nobody stands between.
@@ -96,23 +102,23 @@ pub fn send(ctx: &TcContext, work: &mut Work) -> i32 {
 fn find(hook: Hook, is_v6: bool, ends: &Ends, way: &mut Way) -> bool {
     // SAFETY: made of integers, for which zero is a value.
     let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
-    let found = hook.look_up(is_v6, ends, 0, &mut lookup);
+    let found = hook.look_up(is_v6, &ends.source, &ends.destination, 0, &mut lookup);
     if !is_found(found) || UPLINKS.get_ptr(&lookup.ifindex).is_none() {
         return false;
     }
     way.ifindex = lookup.ifindex;
-    way.hop = next_hop(&lookup, is_v6, ends);
+    way.hop = next_hop(&lookup, is_v6, &ends.destination);
     !same(&way.hop, &ends.destination)
 }
 
 /// Who stands between this node and the destination; the destination itself, if nobody does.
 #[inline(always)]
-pub fn next_hop(found: &FibLookup, is_v6: bool, ends: &Ends) -> Addr {
+pub fn next_hop(found: &FibLookup, is_v6: bool, destination: &Addr) -> Addr {
     // SAFETY: the helper has written the next hop in the place of the destination, of the same family.
     unsafe {
         match is_v6 {
             true => found.__bindgen_anon_4.ipv6_dst,
-            false => [0, 0, ends.destination[2], found.__bindgen_anon_4.ipv4_dst],
+            false => [0, 0, destination[2], found.__bindgen_anon_4.ipv4_dst],
         }
     }
 }

@@ -18,7 +18,7 @@ use aya_ebpf::programs::{SockAddrContext, TcContext};
 use ebpf_maps::drop;
 use ebpf_maps::event::{
     AT_INGRESS, BUDGET, BUDGET_DROPPED, BUDGET_PASSED, BUDGET_TICK_SHIFT, FlowEvent, IS_TRANSLATED,
-    NO_IP, NOT_DROPPED, POINT_CONNECT, POINT_FROM_OUTSIDE, POINT_SEND, SEEN_S,
+    NO_IP, NOT_DROPPED, POINT_CONNECT, POINT_FROM_OUTSIDE, POINT_SEND, POINT_TO_POD, SEEN_S,
 };
 use ebpf_maps::flow::{Ends, IS_REPLY};
 use ebpf_maps::services::{Addr, BackendValue, flow_hash, mix};
@@ -47,6 +47,8 @@ pub struct Notes {
     pub dropped_ns: u64,
     /// When `before` was noted.
     pub translated_ns: u64,
+    /// When it was noted that the packet is for a pod of this node.
+    pub arrived_ns: u64,
     /// What the packet said before it was translated.
     pub before: Ends,
     /// Why it is dropped.
@@ -125,6 +127,15 @@ fn keep_before(work: &mut Work) -> u32 {
     0
 }
 
+/// The packet has come by an uplink and is about to be put into a pod.
+#[inline(always)]
+pub fn note_arrived(work: &mut Work) {
+    if is_watched() {
+        // SAFETY: takes nothing, returns a number.
+        work.notes.arrived_ns = unsafe { bpf_ktime_get_ns() };
+    }
+}
+
 /// Tells of the packet in `Work`, if it is one to tell of.
 #[inline(never)]
 fn tell(ctx: &TcContext, point: u32) -> u32 {
@@ -133,10 +144,16 @@ fn tell(ctx: &TcContext, point: u32) -> u32 {
     };
     // SAFETY: takes nothing, returns a number.
     let now_ns = unsafe { bpf_ktime_get_ns() };
+    let has_arrived = now_ns.wrapping_sub(work.notes.arrived_ns) < NOTE_NS;
     let is_dropped = now_ns.wrapping_sub(work.notes.dropped_ns) < NOTE_NS;
     let is_translated = now_ns.wrapping_sub(work.notes.translated_ns) < NOTE_NS;
     work.notes.dropped_ns = 0;
     work.notes.translated_ns = 0;
+    work.notes.arrived_ns = 0;
+    let point = match has_arrived && !is_translated {
+        true => u32::from(POINT_TO_POD),
+        false => point,
+    };
     // By uplinks comes much that is none of the cluster's business; of that nothing is parsed either.
     if !is_dropped && !is_translated && point >= u32::from(POINT_FROM_OUTSIDE) {
         return 0;

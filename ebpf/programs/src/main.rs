@@ -7,8 +7,11 @@
 //!  a SYN goes, or is answered ─► failing           ──► who answers nobody, for the agent
 //!  open(), mknod()           ──► device::is_allowed
 //!  packet out of a pod       ──► pod::sent     ──► spoof ──► translate ──► policy ─┬► the node's network
+//!                                                                                ├► onward ─► another machine
 //!                                                                                └► pod::deliver
 //!  packet into a pod         ──► pod::received ──► pod::deliver ──► policy ──► translate ──► the pod
+//!  packet from outside       ──► outside ──► onward ─► pod::deliver, or the node's network
+//!  packet to the outside     ──► outside
 //! ```
 //! The service hooks attach to the root of cgroup v2, so they see every pod and the node's own
 //! processes; a Service costs once per connection and nothing per packet. The packet hooks attach
@@ -39,6 +42,7 @@ mod failing;
 mod maps;
 mod masquerade;
 mod nat;
+mod onward;
 mod outside;
 mod packet;
 mod pod;

@@ -6,7 +6,8 @@
 //!            a frontend            ─► source ranges, affinity, the flow's own backend, the flow begins
 //!            without backends      ─► refused at once; dropped if other nodes have some
 //!            who has an announced address? ─► answered
-//!  then      backend on this node  ─► the node's network; its answer is translated as it leaves
+//!  then      backend on this node  ─► into the pod, or by the node's network: see `onward`; its answer is
+//!                                     translated as it leaves
 //!            backend elsewhere     ─► leaves from the node's own address, for the answer to come back;
 //!                                     or as it is, to the backend's node: see `direct`
 //!  sent      an answer of this node's backends ─► comes from the frontend again
@@ -38,6 +39,7 @@ use ebpf_maps::services::{
 use ebpf_maps::uplink::NODE_OWN;
 use ebpf_maps::{counter, drop};
 
+use crate::checksum::mended;
 use crate::drop::{drop, packed, unpacked};
 use crate::maps::{BACKENDS, FRONTENDS, NODE_ADDRESSES, SOURCE_RANGES, UPLINKS, count, work};
 use crate::packet::{
@@ -47,7 +49,7 @@ use crate::service::{
     Client, Frontend, READ_ATTEMPTS, backend_at, count_chosen, read_frontend, takes_more, usable,
 };
 use crate::work::Work;
-use crate::{announce, conntrack, direct, event, failing, masquerade, nat, policy, reject};
+use crate::{announce, conntrack, direct, event, failing, masquerade, nat, onward, policy, reject};
 
 pub const AF_INET: u8 = 2;
 pub const AF_INET6: u8 = 10;
@@ -99,7 +101,7 @@ pub fn received(ctx: &TcContext) -> i32 {
         return announce::advertise(ctx, &work.packet);
     }
     match translate(ctx, work) {
-        Outcome::UNTOUCHED => TC_ACT_UNSPEC,
+        Outcome::UNTOUCHED => onward::arrive(ctx, work),
         Outcome::TRANSLATED => send_on(ctx, work),
         Outcome::REFUSED => refuse(ctx, work),
         Outcome::DIRECT => direct::send(ctx, work),
@@ -516,7 +518,7 @@ fn send_on(ctx: &TcContext, work: &mut Work) -> i32 {
     work.becomes = work.packet.ends();
     let out = route(Hook::of(ctx), work.packet.is_v6, &work.becomes);
     if UPLINKS.get_ptr(&out).is_none() {
-        return TC_ACT_UNSPEC;
+        return onward::arrive(ctx, work);
     }
     match age(ctx, work.packet.is_v6) {
         // SAFETY: any index is a valid argument; without a next hop the helper looks for it.
@@ -535,12 +537,17 @@ pub fn age(ctx: &TcContext, is_v6: bool) -> Result<(), u32> {
     if hops <= 1 {
         return Err(drop::TTL);
     }
-    if !is_v6 {
-        let word = |hops: u8| u64::from(u16::from_ne_bytes([hops, proto]));
-        ctx.l3_csum_replace(IP_OFFSET + 10, word(hops), word(hops - 1), 2)
-            .map_err(|_| drop::MALFORMED)?;
+    if is_v6 {
+        return ctx.store(at, &(hops - 1), 0).map_err(|_| drop::MALFORMED);
     }
-    ctx.store(at, &(hops - 1), 0).map_err(|_| drop::MALFORMED)
+    let Some(sum) = read::<u16>(ctx, at + 2) else {
+        return Err(drop::MALFORMED);
+    };
+    let word = |hops: u8| u16::from_ne_bytes([hops, proto]);
+    let change = u64::from(!word(hops)) + u64::from(word(hops - 1));
+    // In one call: calls are what costs.
+    let aged = [word(hops - 1), mended(sum, change)];
+    ctx.store(at, &aged, 0).map_err(|_| drop::MALFORMED)
 }
 
 /// Where a program runs: its context, of whatever kind, and the interface.
@@ -561,17 +568,24 @@ impl Hook {
 
     /// Asks the node's routes about such packets; with a length, also whether they are too long.
     #[inline(always)]
-    pub fn look_up(self, is_v6: bool, ends: &Ends, length: u16, lookup: &mut FibLookup) -> i64 {
+    pub fn look_up(
+        self,
+        is_v6: bool,
+        source: &Addr,
+        destination: &Addr,
+        length: u16,
+        lookup: &mut FibLookup,
+    ) -> i64 {
         lookup.ifindex = self.ifindex;
         lookup.__bindgen_anon_1.tot_len = length;
         if is_v6 {
             lookup.family = AF_INET6;
-            lookup.__bindgen_anon_3.ipv6_src = ends.source;
-            lookup.__bindgen_anon_4.ipv6_dst = ends.destination;
+            lookup.__bindgen_anon_3.ipv6_src = *source;
+            lookup.__bindgen_anon_4.ipv6_dst = *destination;
         } else {
             lookup.family = AF_INET;
-            lookup.__bindgen_anon_3.ipv4_src = ends.source[3];
-            lookup.__bindgen_anon_4.ipv4_dst = ends.destination[3];
+            lookup.__bindgen_anon_3.ipv4_src = source[3];
+            lookup.__bindgen_anon_4.ipv4_dst = destination[3];
         }
         let size = core::mem::size_of::<FibLookup>() as i32;
         // SAFETY: the helper takes this hook's context and fills the structure that it is given.
@@ -589,7 +603,8 @@ fn route(hook: Hook, is_v6: bool, ends: &Ends) -> u32 {
 fn route_from(ctx: *mut c_void, ifindex: u32, is_v6: bool, ends: &Ends) -> u32 {
     // SAFETY: made of integers, for which zero is a value.
     let mut lookup: FibLookup = unsafe { core::mem::zeroed() };
-    let found = Hook { ctx, ifindex }.look_up(is_v6, ends, 0, &mut lookup);
+    let hook = Hook { ctx, ifindex };
+    let found = hook.look_up(is_v6, &ends.source, &ends.destination, 0, &mut lookup);
     match is_found(found) {
         true => lookup.ifindex,
         false => 0,

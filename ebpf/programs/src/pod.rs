@@ -3,7 +3,8 @@
 //! ```text
 //!  sent      spoof ─► translate ─► policy (out) ─┬► another pod of this node: deliver, put into it at once
 //!                        └► refused: the answer  ├► itself, through a Service: put back into it
-//!                           is put back into it  └► anybody else: the node's network
+//!                           is put back into it  └► anybody else: onward, to another machine at once or by
+//!                                                  the node's network
 //!  received  deliver, and on into the pod
 //!  deliver   policy (in) ─► translate the answer back
 //! ```
@@ -29,10 +30,10 @@ use crate::maps::{INTERFACES, endpoint, work};
 use crate::packet::{Frame, parse, read, same_mac};
 use crate::translate::Outcome;
 use crate::work::Work;
-use crate::{bandwidth, conntrack, failing, policy, reject, spoof, translate};
+use crate::{bandwidth, conntrack, failing, onward, policy, reject, spoof, translate};
 
 /// For this machine's stack, whatever the hardware address said.
-const PACKET_HOST: u32 = 0;
+pub const PACKET_HOST: u32 = 0;
 
 /// What the pod sends.
 #[inline(always)]
@@ -78,7 +79,7 @@ pub fn sent(ctx: &TcContext) -> i32 {
     }
     let Some(to) = to else {
         failing::leaving(ctx, &work.packet);
-        return TC_ACT_UNSPEC;
+        return onward::leave(ctx, work);
     };
     if to.flags & DIRECT == 0 || to.ifindex == own {
         return TC_ACT_UNSPEC;
@@ -123,7 +124,7 @@ pub fn received(ctx: &TcContext) -> i32 {
 
 /// What is done to every packet that reaches a pod, whichever way.
 #[inline(always)]
-fn deliver(ctx: &TcContext, work: &mut Work, pod_id: u64, flags: u32) -> Result<(), u32> {
+pub fn deliver(ctx: &TcContext, work: &mut Work, pod_id: u64, flags: u32) -> Result<(), u32> {
     if !policy::allows_ingress(ctx, &work.packet, pod_id) {
         work.notes.at_ingress = true;
         return Err(drop::POLICY);
@@ -150,10 +151,10 @@ fn refuse(ctx: &TcContext, work: &Work, own: u32) -> i32 {
 
 /// Puts the packet into a pod, past everything on the way.
 #[inline(always)]
-fn put_into(ctx: &TcContext, to: &EndpointValue) -> i32 {
+pub fn put_into(ctx: &TcContext, to: &EndpointValue) -> i32 {
     // Addressed to the gateway until a Service was translated, or by a routed wiring.
     if read::<Mac>(ctx, 0).is_none_or(|mac| !same_mac(&mac, &to.pod_mac))
-        && ctx.store(0, &[to.pod_mac, to.host_mac], 0).is_err()
+        && ctx.store(0, &[to.pod_mac, to.gateway_mac], 0).is_err()
     {
         return drop(drop::MALFORMED);
     }

@@ -9,15 +9,15 @@
 
 use core::ffi::c_void;
 use core::mem::size_of;
+use core::ptr::{read_volatile, write_volatile};
 
 use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use aya_ebpf::helpers::bpf_jiffies64;
 use ebpf_maps::endpoint::Mac;
-use ebpf_maps::flow::Ends;
 use ebpf_maps::services::Addr;
 
 use crate::direct;
-use crate::maps::WAYS;
+use crate::maps::{UPLINKS, WAYS};
 use crate::outside::{FIB_SUCCESS, Hook, same, same_mac};
 
 /// Entries of `WAYS`, on each CPU.
@@ -45,14 +45,16 @@ pub struct Way {
     pub from: Mac,
     /// The longest IP packet that may leave so.
     pub length_max: u16,
-    /// 1: the next hop is the destination itself.
-    pub is_neighbour: u16,
+    /// 1: the interface is an uplink.
+    pub is_uplink: u16,
+    /// The next hop: the destination itself, or who stands between.
+    pub hop: Addr,
 }
 
-/// The way of packets with these ends; none: there is none, or the next hop is not known yet.
+/// The way of packets from one address to another; none: there is none, or the next hop is not known yet.
 #[inline(always)]
-pub fn of(hook: Hook, is_v6: bool, ends: &Ends) -> Option<&'static Way> {
-    let place = WAYS.get_ptr_mut(place_of(ends))?;
+pub fn of(hook: Hook, is_v6: bool, source: &Addr, destination: &Addr) -> Option<&'static Way> {
+    let place = WAYS.get_ptr_mut(place_of(hook.ifindex, source, destination))?;
     // SAFETY: this CPU's own element, checked by the lookup; programs of one CPU do not run in the middle of
     // each other at this hook.
     let way = unsafe { &mut *place };
@@ -61,52 +63,74 @@ pub fn of(hook: Hook, is_v6: bool, ends: &Ends) -> Option<&'static Way> {
     let is_fresh = way.ifindex != 0
         && jiffies.wrapping_sub(way.jiffies) < JIFFIES
         && way.came_by == hook.ifindex
-        && same(&way.destination, &ends.destination)
-        && same(&way.source, &ends.source);
-    if !is_fresh && ask(hook.ctx, hook.ifindex, is_v6, ends, way) != FIB_SUCCESS {
-        return None;
+        && same(&way.destination, destination)
+        && same(&way.source, source);
+    if !is_fresh {
+        way.came_by = hook.ifindex;
+        set(&mut way.source, source);
+        set(&mut way.destination, destination);
+        if ask(hook.ctx, is_v6, way) != FIB_SUCCESS {
+            return None;
+        }
     }
     Some(way)
 }
 
 #[inline(always)]
-fn place_of(ends: &Ends) -> u32 {
-    let sum = ends.destination[3]
+fn place_of(ifindex: u32, source: &Addr, destination: &Addr) -> u32 {
+    let sum = destination[3]
         .wrapping_mul(0x9e37_79b1)
-        .wrapping_add(ends.source[3].wrapping_mul(0x85eb_ca77));
+        .wrapping_add(source[3].wrapping_mul(0x85eb_ca77))
+        .wrapping_add(ifindex.wrapping_mul(0xc2b2_ae3d));
     sum >> (u32::BITS - WAY_COUNT.trailing_zeros())
 }
 
-/// Asks the kernel. What it answers, but for an answer that is of no use.
+/// Asks the kernel about the ends that stand in the way. What it answers, but for an answer that is of no use.
 #[inline(never)]
-fn ask(ctx: *mut c_void, ifindex: u32, is_v6: bool, ends: &Ends, way: &mut Way) -> i64 {
+fn ask(ctx: *mut c_void, is_v6: bool, way: &mut Way) -> i64 {
     way.ifindex = 0;
     // SAFETY: made of integers, for which zero is a value.
     let mut found: FibLookup = unsafe { core::mem::zeroed() };
-    let hook = Hook { ctx, ifindex };
-    let answer = hook.look_up(is_v6, ends, SOME_LENGTH, &mut found);
+    let hook = Hook {
+        ctx,
+        ifindex: way.came_by,
+    };
+    let answer = hook.look_up(
+        is_v6,
+        &way.source,
+        &way.destination,
+        SOME_LENGTH,
+        &mut found,
+    );
     if answer != FIB_SUCCESS {
         return answer;
     }
     if same_mac(&found.dmac, &NO_MAC) {
         return -1; // asked for, and has not answered yet
     }
-    way.source = ends.source;
-    way.destination = ends.destination;
     // SAFETY: takes nothing, returns a number.
     way.jiffies = unsafe { bpf_jiffies64() };
-    way.came_by = ifindex;
     way.to = found.dmac;
     way.from = found.smac;
     // SAFETY: the helper has written it in the place of the length that it was asked about.
     way.length_max = unsafe { found.__bindgen_anon_1.mtu_result };
-    let hop = direct::next_hop(&found, is_v6, ends);
-    way.is_neighbour = u16::from(same(&hop, &ends.destination));
+    way.hop = direct::next_hop(&found, is_v6, &way.destination);
+    way.is_uplink = u16::from(UPLINKS.get_ptr(&found.ifindex).is_some());
     way.ifindex = found.ifindex;
     answer
 }
 
+#[inline(always)]
+fn set(to: &mut Addr, from: &Addr) {
+    let mut word = 0;
+    while word < from.len() {
+        // SAFETY: references to words; volatile, so that the compiler makes no call of it.
+        unsafe { write_volatile(&mut to[word], read_volatile(&from[word])) };
+        word += 1;
+    }
+}
+
 const _: () = {
-    assert!(size_of::<Way>() == 64);
+    assert!(size_of::<Way>() == 80);
     assert!(WAY_COUNT.is_power_of_two());
 };

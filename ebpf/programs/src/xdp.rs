@@ -146,7 +146,7 @@ fn send(ctx: &XdpContext, work: &mut Work) -> Option<u32> {
         false => u16::from_be(read(ctx, IP_OFFSET + 2)?),
         true => u16::from_be(read::<u16>(ctx, IP_OFFSET + 4)?).checked_add(V6_LENGTH as u16)?,
     };
-    let way = way::of(hook, packet.is_v6, becomes)?;
+    let way = way::of(hook, packet.is_v6, &becomes.source, &becomes.destination)?;
     if length > way.length_max {
         return None;
     }
@@ -159,7 +159,7 @@ fn send(ctx: &XdpContext, work: &mut Work) -> Option<u32> {
     } else if !is_to(ctx, hook.ifindex) || !takes_frames(way.ifindex) {
         return None;
     }
-    if is_direct && way.is_neighbour != 0 {
+    if is_direct && same(&way.hop, &becomes.destination) {
         return None;
     }
     let done = match (packet.is_v6, is_direct) {

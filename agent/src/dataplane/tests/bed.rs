@@ -82,6 +82,7 @@ impl Bed {
             resolver,
             masquerade: None,
             xdp: XdpMode::Off,
+            fast_path: true,
         };
         BpfDataplane::start(&self.paths, &self.cgroup_v2, options).unwrap()
     }

@@ -45,7 +45,7 @@ fn node() -> Option<Programs> {
 }
 
 /// An event in words: `point reason flags source > destination [frontend]`.
-fn shown(event: &FlowEvent) -> String {
+pub(super) fn shown(event: &FlowEvent) -> String {
     let end = |addr, port: u16| format!("{}|{}", ip_of(addr), u16::from_be(port));
     let reason = match event.reason {
         NOT_DROPPED => "passes",

@@ -11,7 +11,7 @@ use ebpf_maps::services::{
     Addr, FRONTEND_DROP, FRONTEND_RESTRICTED, FrontendKey, FrontendValue, SCOPE_OUTSIDE_ADDRESS,
     SCOPE_OUTSIDE_NODE_PORT, SOURCE_RANGE_BITS, SourceRangeKey,
 };
-use ebpf_maps::uplink::{NODE_OWN, SOURCE_PORT_MIN};
+use ebpf_maps::uplink::{NODE_OWN, SOURCE_PORT_MIN, SWITCH_FAST_PATH};
 use gantry_cni::uplinks::Uplink;
 use nix::net::if_::if_nametoindex;
 
@@ -86,6 +86,7 @@ impl Outside {
             ip(&format!("addr add {}/32 dev lo", REMOTE[0]));
             ip(&format!("addr add {}/128 dev lo nodad", REMOTE[1]));
         });
+        (wires.uplinks).switch(SWITCH_FAST_PATH, true).unwrap();
         wires.node.run(|| {
             ip(&format!("route add 10.244.1.0/24 via {}", OTHER[0]));
             ip(&format!("-6 route add fd00:244:1::/64 via {}", OTHER[1]));

@@ -105,11 +105,11 @@ impl Programs {
 
     /// A pod of this node: its rows, as the agent writes them.
     pub(super) fn add_pod(&mut self, pod_id: u64, ifindex: u32, pod_mac: Mac, addresses: &[&str]) {
-        let host_mac = [0x0e, 0, 0, 0, 0, ifindex as u8];
+        let gateway_mac = [0x0e, 0, 0, 0, 0, ifindex as u8];
         let interface = InterfaceValue {
             pod_id,
             pod_mac,
-            host_mac,
+            gateway_mac,
             flags: 0,
         };
         self.set_policies(pod_id, POLICY_OPEN, POLICY_OPEN);
@@ -121,7 +121,7 @@ impl Programs {
                 ifindex,
                 flags: DIRECT,
                 pod_mac,
-                host_mac,
+                gateway_mac,
                 _pad: [0; 4],
             };
             let addr = addr_of(address.parse().unwrap());

@@ -97,8 +97,9 @@ pub(super) struct Wires {
 pub(super) const V4: [&str; 2] = ["10.244.0.2", "10.244.0.3"];
 pub(super) const V6: [&str; 2] = ["fd00:244::2", "fd00:244::3"];
 
-/// The node's address on the bridge.
+/// The node's address on the bridge, and the bridge's hardware address.
 pub(super) const GATEWAY: &str = "10.244.0.1";
+pub(super) const GATEWAY_MAC: [u8; 6] = [0x0a, 0x58, 10, 244, 0, 1];
 
 /// An address and a port.
 pub(super) fn at(address: &str, port: u16) -> SocketAddr {
@@ -163,8 +164,13 @@ impl Wires {
         let mut wires = Self::new()?;
         for pod in [0, 1] {
             unbridge(&wires.node, &wires.pods[pod], pod);
+            let programs = &mut wires.programs;
+            wires.node.run(|| {
+                let mut interface = interface(pod);
+                interface.gateway_mac = [0x0e, 0, 0, 0, 0, pod as u8 + 2];
+                programs.attach(&interface).unwrap();
+            });
         }
-        wires.attach();
         Some(wires)
     }
 
@@ -261,7 +267,7 @@ pub(super) fn interface(pod: usize) -> PodInterface {
     PodInterface {
         pod: uid(pod),
         ifindex: if_nametoindex(format!("gvpod{pod}").as_str()).unwrap(),
-        host_mac: [0x0e, 0, 0, 0, 0, last],
+        gateway_mac: GATEWAY_MAC,
         pod_mac: [0x0a, 0x58, 10, 244, 0, last],
         addresses: [V4[pod], V6[pod]].map(|text| text.parse().unwrap()).into(),
         direct: true,

@@ -3,10 +3,11 @@
 
 use aya::Ebpf;
 use aya::maps::lpm_trie::{Key, LpmTrie};
-use aya::maps::{Array, Map, PerCpuArray};
+use aya::maps::{Array, Map, MapData, PerCpuArray, RingBuf};
 use aya::programs::{Program, TestRun, TestRunOptions};
 use ebpf_maps::counter::XDP_SENT;
 use ebpf_maps::drop::DROP_NAMES;
+use ebpf_maps::event::FlowEvent;
 use ebpf_maps::flow::{FlowKey, FlowValue, IS_REPLY, REPLIED};
 use ebpf_maps::services::{
     FRONTEND_DIRECT_RETURN, FRONTEND_DROP, FRONTEND_RESTRICTED, SCOPE_OUTSIDE_ADDRESS,
@@ -26,7 +27,7 @@ use super::outside::{CLIENT, MAC, NODE, OTHER, Outside, REMOTE, ROUTED};
 use super::programs::Outcome;
 use super::wires::{V4, V6, at};
 use crate::dataplane::pods::Attachment;
-use crate::dataplane::{load, monotonic_ns, xdp};
+use crate::dataplane::{load, monotonic_ns, sys, xdp};
 use crate::services::index::addr_of;
 
 /// What sees a frame where the kernel has made a packet of it.
@@ -35,8 +36,8 @@ const LATER: &str = "from_netdev";
 const DROP: i32 = 1;
 const PASS: i32 = 2;
 const SEND_BACK: i32 = 3;
-const OTHER_MAC: Mac = [2, 0, 0, 0, 1, 2];
-const CLIENT_MAC: Mac = [2, 0, 0, 0, 1, 3];
+pub(super) const OTHER_MAC: Mac = [2, 0, 0, 0, 1, 2];
+pub(super) const CLIENT_MAC: Mac = [2, 0, 0, 0, 1, 3];
 /// The size of `struct xdp_md`, and where its fields are.
 const MD_BYTES: usize = 24;
 const MD_END: usize = 4;
@@ -46,17 +47,18 @@ const SK_BUFF_BYTES: usize = 192;
 const SK_IFINDEX: usize = 40;
 
 /// The node of `outside`, with programs that are run by hand on its maps.
-struct Node {
-    outside: Outside,
+pub(super) struct Node {
+    pub outside: Outside,
     ebpf: Ebpf,
-    ifindex: u32,
+    /// The uplink's.
+    pub ifindex: u32,
 }
 
 impl Node {
-    fn new() -> Option<Self> {
+    pub(super) fn new() -> Option<Self> {
         let outside = Outside::new(Some(Attachment::Clsact))?;
         let mut ebpf = load::open(&load::map_directory(&outside.wires.paths), true).unwrap();
-        for program in [xdp::PROGRAM, LATER] {
+        for program in [xdp::PROGRAM, LATER, "from_pod"] {
             load::load_program(&mut ebpf, program).unwrap();
         }
         let ifindex = outside.wires.node.run(|| {
@@ -93,9 +95,27 @@ impl Node {
 
     /// The same where the kernel has made a packet of it.
     fn run_later(&self, frame: &[u8]) -> Outcome {
+        self.run_at(LATER, self.ifindex, frame)
+    }
+
+    /// The frame has come by an interface, as a packet of the kernel's.
+    pub(super) fn run_at(&self, program: &str, ifindex: u32, frame: &[u8]) -> Outcome {
         let mut ctx = [0; SK_BUFF_BYTES];
-        ctx[SK_IFINDEX..SK_IFINDEX + 4].copy_from_slice(&self.ifindex.to_ne_bytes());
-        self.test_run(LATER, frame, &ctx, 1).0
+        ctx[SK_IFINDEX..SK_IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+        self.test_run(program, frame, &ctx, 1).0
+    }
+
+    /// Somebody watches from now on: the events since the last call.
+    pub(super) fn events(&mut self) -> Vec<FlowEvent> {
+        let watch = Array::<_, u64>::try_from(self.ebpf.map_mut("WATCH").unwrap());
+        watch.unwrap().set(0, u64::MAX, 0).unwrap();
+        let ring = self.ebpf.map_mut("EVENTS").unwrap();
+        let mut ring: RingBuf<&mut MapData> = ring.try_into().unwrap();
+        let mut events = Vec::new();
+        while let Some(item) = ring.next() {
+            events.push(sys::read_pod(&item).unwrap());
+        }
+        events
     }
 
     fn test_run(&self, program: &str, frame: &[u8], ctx: &[u8], repeat: u32) -> (Outcome, u128) {

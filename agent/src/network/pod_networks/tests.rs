@@ -502,7 +502,7 @@ impl PodNetworks {
 }
 
 /// Debian's containernetworking-plugins, or None with the reason printed.
-/// The data plane was told the pod's addresses and both ends of its veth as the kernel has them.
+/// The data plane was told the pod's addresses, its veth, and whom it sends by, as the kernel has them.
 async fn assert_in_the_packet_path(network: &PodNetwork, path: &PodInterface) {
     assert_eq!(path.addresses, network.addresses);
     let netns = Netns::open(network.netns.as_ref().unwrap()).unwrap();
@@ -511,9 +511,13 @@ async fn assert_in_the_packet_path(network: &PodNetwork, path: &PodInterface) {
     let host = Netlink::open().unwrap();
     let outer = host.link_by_index(path.ifindex).await.unwrap().unwrap();
     assert_eq!(inner.peer, Some(outer.index));
+    let gateway = match outer.master {
+        Some(bridge) => host.link_by_index(bridge).await.unwrap().unwrap(),
+        None => outer,
+    };
     assert_eq!(
-        (inner.mac, outer.mac),
-        (Some(path.pod_mac), Some(path.host_mac))
+        (inner.mac, gateway.mac),
+        (Some(path.pod_mac), Some(path.gateway_mac))
     );
 }
 

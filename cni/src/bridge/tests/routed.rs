@@ -112,7 +112,11 @@ fn a_routed_attachment_is_idempotent_mended_and_leaves_nothing() {
             "{words}"
         );
         let port = standing(&host, &network, &id, &all).await.unwrap();
-        assert_eq!(port.unwrap().index, first.host_ifindex);
+        let found = port.unwrap();
+        assert_eq!(
+            (found.port, found.gateway_mac),
+            (first.host_ifindex, first.host_mac)
+        );
         check(&host, &network, &id, &pod, &expected).await.unwrap();
         let bridge = host.link_by_name("gantry0").await.unwrap().unwrap();
         host.remove_link(bridge.index).await.unwrap();

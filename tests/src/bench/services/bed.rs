@@ -33,7 +33,8 @@ pub(super) const PREFIX: &str = "gantry-bench";
 pub(super) const BACKEND_COUNT: usize = 3;
 /// The node's address on the bridge.
 const GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 244, 0, 1);
-const GATEWAY_MAC: &str = "0a:58:0a:f4:00:01";
+/// Of the bridge.
+pub(super) const GATEWAY_MAC: [u8; 6] = [0x0a, 0x58, 10, 244, 0, 1];
 /// All pods: a client, the backends, another client.
 pub(super) const POD_COUNT: usize = BACKEND_COUNT + 2;
 /// The pod with the client.
@@ -178,9 +179,9 @@ impl Bed {
             .collect::<Result<_>>()?;
         let pods = std::iter::once(&client).chain(&backends);
         let pods: Vec<&Namespace> = pods.chain([&second]).collect();
-        let uplink = text_of(UPLINK_MAC);
+        let (uplink, gateway) = (text_of(UPLINK_MAC), text_of(GATEWAY_MAC));
         let mut links = format!(
-            "link add gantry0 address {GATEWAY_MAC} type bridge\nlink set gantry0 up\n\
+            "link add gantry0 address {gateway} type bridge\nlink set gantry0 up\n\
              addr add {GATEWAY}/16 dev gantry0\n\
              link add eth0 address {uplink} type veth peer name eth0 address {OUTSIDE_MAC} netns {}\n\
              link set eth0 up\naddr add {NODE_ADDRESS}/24 dev eth0\n",
@@ -221,7 +222,7 @@ impl Bed {
                 text += &format!("addr add {address}/16 dev eth0\n");
             }
             text += &format!("route add default via {GATEWAY}\n");
-            text += &format!("neigh add {GATEWAY} lladdr {GATEWAY_MAC} nud permanent dev eth0\n");
+            text += &format!("neigh add {GATEWAY} lladdr {gateway} nud permanent dev eth0\n");
             text += &neighbours("eth0", live);
             namespace.ip(&text)?;
         }
@@ -282,7 +283,7 @@ pub(super) fn pod_mac(pod: usize) -> [u8; 6] {
 }
 
 /// Hardware address of the host end of a pod's veth.
-pub(super) fn host_mac(pod: usize) -> [u8; 6] {
+fn host_mac(pod: usize) -> [u8; 6] {
     [0x0e, 0, 0, 0, 0, pod as u8 + 2]
 }
 

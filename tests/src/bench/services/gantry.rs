@@ -16,7 +16,7 @@ use nix::net::if_::if_nametoindex;
 use tokio::runtime::Runtime;
 
 use super::bed::{
-    self, Bed, CLIENT, NODE_ADDRESS, POD_COUNT, UPLINK_MAC, addresses, host_mac, pod_mac,
+    self, Bed, CLIENT, GATEWAY_MAC, NODE_ADDRESS, POD_COUNT, UPLINK_MAC, addresses, pod_mac,
 };
 use super::layout_gantry::{NODE, looped, node};
 use super::model::{Model, Service, TARGET_PORT};
@@ -49,6 +49,7 @@ impl Gantry {
             resolver: None,
             masquerade: None,
             xdp: XdpMode::Off,
+            fast_path: true,
         };
         let dataplane = BpfDataplane::start(&bed::paths(), &cgroup, options)?;
         let pods = (0..POD_COUNT).map(uid).collect::<Result<Vec<_>>>()?;
@@ -68,7 +69,7 @@ impl Gantry {
                 self.dataplane.attach_pod(&PodInterface {
                     pod: uid(pod)?,
                     ifindex: if_nametoindex(format!("gvpod{pod}").as_str())?,
-                    host_mac: host_mac(pod),
+                    gateway_mac: GATEWAY_MAC,
                     pod_mac: pod_mac(pod),
                     addresses: addresses.collect(),
                     direct: true,
@@ -199,7 +200,7 @@ fn uid(pod: usize) -> Result<PodUid> {
 /// updated, never checked.
 fn frame(frontend: Ipv4Addr) -> Vec<u8> {
     const DATA: usize = 64;
-    let mut frame = host_mac(0).to_vec();
+    let mut frame = GATEWAY_MAC.to_vec();
     frame.extend(pod_mac(0));
     frame.extend([0x08, 0]);
     let length = (20 + 20 + DATA) as u16;
