@@ -16,6 +16,7 @@
 
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::programs::TcContext;
+use ebpf_maps::endpoint::DIRECT;
 use ebpf_maps::flow::{DIRECT_RETURN, FlowKey, ZONE_FRAGMENTS, ZONE_OUTSIDE};
 use ebpf_maps::services::Addr;
 use ebpf_maps::uplink::{
@@ -24,7 +25,7 @@ use ebpf_maps::uplink::{
 use ebpf_maps::{counter, drop};
 
 use crate::drop::{packed, unpacked};
-use crate::maps::{FLOWS, MASQUERADE, NODE_ADDRESSES, UPLINKS, count, is_on};
+use crate::maps::{FLOWS, MASQUERADE, NODE_ADDRESSES, UPLINKS, count, endpoint, is_on};
 use crate::outside::{hash_of, ifindex, same};
 use crate::packet::{
     self, ACK, ICMP, ICMP_V6, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP,
@@ -184,7 +185,16 @@ fn id(ctx: &TcContext, packet: &Packet) -> [u16; 2] {
 /// The first one is a pod's address, the other one of somebody who knows no pods.
 #[inline(always)]
 fn is_between(pod: &Addr, other: &Addr) -> bool {
-    kind(pod) & POD != 0 && kind(other) & NEVER == 0 && !is_near_node(other)
+    is_pod(pod) && kind(other) & NEVER == 0 && !is_near_node(other)
+}
+
+/// Mostly of a pod that is known, which costs no call.
+#[inline(always)]
+fn is_pod(addr: &Addr) -> bool {
+    match endpoint(addr) {
+        Some(pod) if pod.flags & DIRECT != 0 => true,
+        _ => kind(addr) & POD != 0,
+    }
 }
 
 /// The address of a node whose answers to a pod come back by the way that they were asked.

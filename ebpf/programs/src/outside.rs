@@ -41,7 +41,9 @@ use ebpf_maps::{counter, drop};
 
 use crate::checksum::mended;
 use crate::drop::{drop, packed, unpacked};
-use crate::maps::{BACKENDS, FRONTENDS, NODE_ADDRESSES, SOURCE_RANGES, UPLINKS, count, work};
+use crate::maps::{
+    BACKENDS, FRONTENDS, NODE_ADDRESSES, SOURCE_RANGES, UPLINKS, count, endpoint, work,
+};
 use crate::packet::{
     ACK, Context, Frame, ICMP_V6, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP, parse, read,
 };
@@ -209,7 +211,8 @@ fn translate_here(ctx: &TcContext, work: &mut Work) -> Result<Outcome, u32> {
         work.becomes = work.flow.ends;
     } else {
         let chosen = match work.packet.proto {
-            TCP | UDP => choose(work),
+            // A pod's own address is no frontend; to look for it costs no call.
+            TCP | UDP if endpoint(&work.packet.destination).is_none() => choose(work),
             _ => NO_FRONTEND,
         };
         if chosen != NO_FRONTEND && is_for_another(ctx) {

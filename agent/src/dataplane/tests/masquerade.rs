@@ -591,6 +591,8 @@ fn measure_masquerade() {
     switch(&node, 1);
     measure(&mut node, "the node's own", &own);
     measure(&mut node, "of a pod to a pod elsewhere", &pod);
+    node.add_pod(7, 7, [2; 6], &["10.244.0.2"]);
+    measure(&mut node, "the same of a pod that is known", &pod);
     leaves(
         &mut node,
         &tcp("10.244.0.2:4000", "203.0.113.5:443", ACK, b""),

@@ -483,11 +483,14 @@ fn measure_xdp() {
         let ends = value.ends;
         flows.insert(FlowKey { ends, ..key }, again, 0).unwrap();
         let other = from_client(&packet(TCP, client, at(NODE[family], 22), ACK, &[0; 64]));
+        let pod = at([V4, V6][family][0], 8080);
+        let to_pod = from_client(&packet(TCP, client, pod, ACK, &[0; 64]));
         for (what, program, frame) in [
             ("nobody's port", xdp::PROGRAM, &other),
             ("a known flow", xdp::PROGRAM, &sent),
             ("nobody's port, later", LATER, &other),
             ("a known flow, later", LATER, &sent),
+            ("into a pod", LATER, &to_pod),
         ] {
             eprintln!("{what}, family {family}: {} ns", node.time(program, frame));
         }
