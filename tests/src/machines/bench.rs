@@ -37,13 +37,22 @@ pub fn run(installation: &Installation, place: &Place) -> Result<Value> {
     }
     let tunnel = wires(&nodes, "vxlan")?;
     for worker in &nodes.workers {
+        nodes.start_worker(worker, &["--fast-path=false"])?;
+    }
+    let stack = wires(&nodes, "stack")?;
+    for worker in &nodes.workers {
         nodes.start_worker(worker, &[])?;
     }
     let boot_s = boot_to_ready(&mut nodes)?;
     let mut ratios = serde_json::Map::new();
     let mut cases = serde_json::Map::new();
     let mut targets = Vec::new();
-    for (way, figures) in [("direct", &direct), ("VXLAN", &tunnel)] {
+    let ways = [
+        ("direct", &direct),
+        ("VXLAN", &tunnel),
+        ("direct, through the stack", &stack),
+    ];
+    for (way, figures) in ways {
         for (kind, [host, pod]) in KINDS.iter().zip(figures) {
             let unit = match *kind {
                 "rate" => "connections/s",
