@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  asked within two jiffies (2 to 20 ms, by the kernel's configuration) ─► as it was then
-//!  else ─► bpf_fib_lookup ─► remembered, unless it was no answer
+//!  else ─► bpf_fib_lookup ─► remembered, also that there is no way
 //! ```
 //! The kernel's lookup costs more than everything else that is done to a packet, and packets that are many
 //! are many to the same few. A place is of this CPU, and is overwritten by whoever is of the same place.
@@ -33,11 +33,11 @@ const SOME_LENGTH: u16 = 1;
 pub struct Way {
     source: Addr,
     destination: Addr,
-    /// When; 0 with an interface of 0: never.
+    /// When; 0: never.
     jiffies: u64,
     /// The interface that the packet has come by.
     came_by: u32,
-    /// The interface that it leaves by.
+    /// The interface that it leaves by; 0: there is no way, or the next hop is not known yet.
     pub ifindex: u32,
     /// The hardware address of the next hop.
     pub to: Mac,
@@ -60,7 +60,7 @@ pub fn of(hook: Hook, is_v6: bool, source: &Addr, destination: &Addr) -> Option<
     let way = unsafe { &mut *place };
     // SAFETY: takes nothing, returns a number.
     let jiffies = unsafe { bpf_jiffies64() };
-    let is_fresh = way.ifindex != 0
+    let is_fresh = way.jiffies != 0
         && jiffies.wrapping_sub(way.jiffies) < JIFFIES
         && way.came_by == hook.ifindex
         && same(&way.destination, destination)
@@ -69,11 +69,11 @@ pub fn of(hook: Hook, is_v6: bool, source: &Addr, destination: &Addr) -> Option<
         way.came_by = hook.ifindex;
         set(&mut way.source, source);
         set(&mut way.destination, destination);
-        if ask(hook.ctx, is_v6, way) != FIB_SUCCESS {
-            return None;
-        }
+        way.jiffies = jiffies;
+        way.ifindex = 0;
+        ask(hook.ctx, is_v6, way);
     }
-    Some(way)
+    (way.ifindex != 0).then_some(way)
 }
 
 #[inline(always)]
@@ -85,10 +85,10 @@ fn place_of(ifindex: u32, source: &Addr, destination: &Addr) -> u32 {
     sum >> (u32::BITS - WAY_COUNT.trailing_zeros())
 }
 
-/// Asks the kernel about the ends that stand in the way. What it answers, but for an answer that is of no use.
+/// Asks the kernel about the ends that stand in the way, which has no interface yet. What it answers, but for
+/// an answer that is of no use.
 #[inline(never)]
 fn ask(ctx: *mut c_void, is_v6: bool, way: &mut Way) -> i64 {
-    way.ifindex = 0;
     // SAFETY: made of integers, for which zero is a value.
     let mut found: FibLookup = unsafe { core::mem::zeroed() };
     let hook = Hook {
@@ -108,8 +108,6 @@ fn ask(ctx: *mut c_void, is_v6: bool, way: &mut Way) -> i64 {
     if same_mac(&found.dmac, &NO_MAC) {
         return -1; // asked for, and has not answered yet
     }
-    // SAFETY: takes nothing, returns a number.
-    way.jiffies = unsafe { bpf_jiffies64() };
     way.to = found.dmac;
     way.from = found.smac;
     // SAFETY: the helper has written it in the place of the length that it was asked about.

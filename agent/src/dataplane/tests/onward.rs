@@ -20,6 +20,11 @@ use super::wires::{
 };
 use super::xdp::{CLIENT_MAC, Node, OTHER_MAC};
 
+/// Longer than the programs remember an answer of the kernel's about a way, or that there was none yet.
+fn settle() {
+    std::thread::sleep(Duration::from_millis(50));
+}
+
 /// Packets of each family that the node's stack has forwarded.
 fn forwarded(node: &Namespace) -> [u64; 2] {
     let (v4, v6) = node.run(|| {
@@ -70,6 +75,7 @@ fn goes_past_the_stack(wires: Option<Wires>) {
     };
     // Neighbours are asked for by the stack.
     both_ways(&outside);
+    settle();
     let before = forwarded(&outside.wires.node);
     both_ways(&outside);
     everything_passes(&outside.wires);
@@ -79,6 +85,7 @@ fn goes_past_the_stack(wires: Option<Wires>) {
         let backend = at([V4, V6][family][0], 8090);
         let frontend = outside.node_port(family, &[backend]);
         outside.reaches(frontend, &outside.wires.pods[0], backend);
+        settle();
         let before = forwarded(&outside.wires.node);
         outside.reaches(frontend, &outside.wires.pods[0], backend);
         assert_eq!(forwarded(&outside.wires.node), before);
@@ -122,6 +129,7 @@ fn datagrams(outside: &Outside, family: usize) -> (UdpSocket, UdpSocket) {
     // The way is known from now on.
     client.send(b"first").unwrap();
     received(&server, &mut [0; 16]).unwrap();
+    settle();
     (client, server)
 }
 
