@@ -6,9 +6,9 @@
 //!  arrive  for a pod of this node, from where its answer would go to          ─► put into the pod
 //!  all else, of pods of a third party's wiring, or where it is switched off   ─► the node's stack
 //! ```
-//! Invariants: a packet is either sent here, or is what it was; where the stack would answer (no hops left,
-//! too long, no route), ask (who is the neighbour), refuse (a source from where no such packet should come) or
-//! look closer (options), it does.
+//! Invariants: a packet is either sent on or dropped here, or is what it was; where the stack would answer (no
+//! hops left, too long, no route), ask (who is the neighbour), refuse (a source from where no such packet should
+//! come) or look closer (options), it does.
 //!
 //! A route's own MTU counts where it is locked, as the kernel's lookup has it; else that of its interface does.
 //! Netfilter rules of the node do not see these packets, and into a pod of this node they have as many hops

@@ -501,7 +501,6 @@ impl PodNetworks {
     }
 }
 
-/// Debian's containernetworking-plugins, or None with the reason printed.
 /// The data plane was told the pod's addresses, its veth, and whom it sends by, as the kernel has them.
 async fn assert_in_the_packet_path(network: &PodNetwork, path: &PodInterface) {
     assert_eq!(path.addresses, network.addresses);
@@ -521,6 +520,7 @@ async fn assert_in_the_packet_path(network: &PodNetwork, path: &PodInterface) {
     );
 }
 
+/// Whether Debian's containernetworking-plugins are there; if not, the reason is printed.
 fn debian_plugins(names: &[&str]) -> bool {
     let missing = names
         .iter()
