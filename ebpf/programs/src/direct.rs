@@ -24,10 +24,11 @@ use ebpf_maps::drop;
 use ebpf_maps::flow::{DIRECT_RETURN, Ends, REPLIED, ZONE_OUTSIDE};
 use ebpf_maps::services::Addr;
 
+use crate::addr::same;
 use crate::conntrack;
 use crate::drop::drop;
 use crate::maps::{FLOWS, UPLINKS};
-use crate::outside::{AF_INET, AF_INET6, Hook, age, is_found, same};
+use crate::outside::{AF_INET, AF_INET6, Hook, age, is_found};
 use crate::work::Work;
 
 /// Where packets that become `ends` go.

@@ -18,6 +18,7 @@ use aya_ebpf::helpers::bpf_get_socket_cookie;
 use aya_ebpf::programs::TcContext;
 use ebpf_maps::services::{Addr, FailureKey, FailureValue, PeerValue};
 
+use crate::addr::same;
 use crate::maps::{FAILURES, PEERS};
 use crate::packet::{ACK, NO_L4, Packet, RST, SYN, TCP};
 use crate::policy;
@@ -143,10 +144,4 @@ pub fn note(addr: &Addr, port_be: u16, failure: Failure) -> u32 {
     };
     let _ = FAILURES.insert(&key, &value, 0);
     0
-}
-
-/// Equality without a call to memcmp.
-#[inline(always)]
-fn same(a: &Addr, b: &Addr) -> bool {
-    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }

@@ -30,6 +30,7 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod addr;
 mod announce;
 mod bandwidth;
 mod checksum;

@@ -24,9 +24,10 @@ use ebpf_maps::uplink::{
 };
 use ebpf_maps::{counter, drop};
 
+use crate::addr::same;
 use crate::drop::{packed, unpacked};
 use crate::maps::{FLOWS, MASQUERADE, NODE_ADDRESSES, UPLINKS, count, endpoint, is_on};
-use crate::outside::{hash_of, ifindex, same};
+use crate::outside::{hash_of, ifindex};
 use crate::packet::{
     self, ACK, ICMP, ICMP_V6, IP_OFFSET, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP,
 };

@@ -12,7 +12,7 @@
 //! `BPF_F_IPV6` (Linux 6.16) in the helper's flags; packets of veths never have it.
 
 use core::mem::{offset_of, size_of};
-use core::ptr::{read_volatile, write_volatile};
+use core::ptr::read_volatile;
 
 use aya_ebpf::bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR};
 use aya_ebpf::helpers::bpf_csum_diff;
@@ -21,6 +21,7 @@ use ebpf_maps::drop;
 use ebpf_maps::flow::Ends;
 use ebpf_maps::services::{Addr, v4_mapped};
 
+use crate::addr::{same, set};
 use crate::checksum::mended;
 use crate::conntrack;
 use crate::drop::{packed, unpacked};
@@ -315,16 +316,6 @@ fn both(first: u16, second: u16) -> u32 {
 }
 
 #[inline(always)]
-fn set(to: &mut Addr, from: &Addr) {
-    let mut word = 0;
-    while word < from.len() {
-        // SAFETY: references to words; volatile, so that the compiler makes no call of it.
-        unsafe { write_volatile(&mut to[word], read_volatile(&from[word])) };
-        word += 1;
-    }
-}
-
-#[inline(always)]
 fn mend(ctx: &TcContext, sum: usize, from: u64, to: u64, flags: u64) -> Result<(), u32> {
     ctx.l4_csum_replace(sum, from, to, flags)
         .map_err(|_| drop::MALFORMED)
@@ -333,11 +324,6 @@ fn mend(ctx: &TcContext, sum: usize, from: u64, to: u64, flags: u64) -> Result<(
 #[inline(always)]
 fn store<T>(ctx: &TcContext, offset: usize, value: &T) -> Result<(), u32> {
     ctx.store(offset, value, 0).map_err(|_| drop::MALFORMED)
-}
-
-#[inline(always)]
-fn same(a: &Addr, b: &Addr) -> bool {
-    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }
 
 const _: () = {

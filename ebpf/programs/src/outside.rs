@@ -39,6 +39,7 @@ use ebpf_maps::services::{
 use ebpf_maps::uplink::NODE_OWN;
 use ebpf_maps::{counter, drop};
 
+use crate::addr::same;
 use crate::checksum::mended;
 use crate::drop::{drop, packed, unpacked};
 use crate::maps::{
@@ -630,10 +631,4 @@ pub fn ifindex(ctx: &TcContext) -> u32 {
 #[inline(always)]
 pub fn same_mac(a: &Mac, b: &Mac) -> bool {
     a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4] && a[5] == b[5]
-}
-
-/// Equality without a call to memcmp.
-#[inline(always)]
-pub fn same(a: &Addr, b: &Addr) -> bool {
-    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }

@@ -19,6 +19,7 @@ use ebpf_maps::drop;
 use ebpf_maps::endpoint::{InterfaceValue, Mac};
 use ebpf_maps::services::{Addr, v4_mapped};
 
+use crate::addr::same;
 use crate::drop::{packed, unpacked};
 use crate::maps::{ENDPOINTS, INTERFACES, endpoint};
 use crate::packet::{self, Frame, ICMP_V6, IP_OFFSET, NO_L4, Packet, UDP};
@@ -243,11 +244,6 @@ fn ifindex(ctx: &TcContext) -> u32 {
 #[inline(always)]
 fn equal(a: &Mac, b: &Mac) -> bool {
     a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3] && a[4] == b[4] && a[5] == b[5]
-}
-
-#[inline(always)]
-fn same(a: &Addr, b: &Addr) -> bool {
-    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }
 
 const _: () = assert!(core::mem::size_of::<Arp>() == 28);

@@ -23,6 +23,7 @@ use ebpf_maps::drop;
 use ebpf_maps::flow::{FlowValue, HAIRPIN_V4, HAIRPIN_V6, IS_REPLY, ZONE_APART, ZONE_SERVICE};
 use ebpf_maps::services::{AFFINITY_POD, Addr, BackendValue, v4_mapped};
 
+use crate::addr::same;
 use crate::drop::{packed, unpacked};
 use crate::maps::{FRONTENDS, count};
 use crate::packet::{ACK, IS_FRAGMENT, NO_L4, Packet, SYN, TCP, UDP};
@@ -328,10 +329,4 @@ fn hairpin(is_v6: bool) -> Addr {
             u32::from_ne_bytes([m, n, o, p]),
         ],
     }
-}
-
-/// Equality without a call to memcmp.
-#[inline(always)]
-fn same(a: &Addr, b: &Addr) -> bool {
-    a[0] == b[0] && a[1] == b[1] && a[2] == b[2] && a[3] == b[3]
 }

@@ -9,16 +9,16 @@
 
 use core::ffi::c_void;
 use core::mem::size_of;
-use core::ptr::{read_volatile, write_volatile};
 
 use aya_ebpf::bindings::bpf_fib_lookup as FibLookup;
 use aya_ebpf::helpers::bpf_jiffies64;
 use ebpf_maps::endpoint::Mac;
 use ebpf_maps::services::Addr;
 
+use crate::addr::{same, set};
 use crate::direct;
 use crate::maps::{UPLINKS, WAYS};
-use crate::outside::{FIB_SUCCESS, Hook, same, same_mac};
+use crate::outside::{FIB_SUCCESS, Hook, same_mac};
 
 /// Entries of `WAYS`, on each CPU.
 pub const WAY_COUNT: u32 = 128;
@@ -116,16 +116,6 @@ fn ask(ctx: *mut c_void, is_v6: bool, way: &mut Way) -> i64 {
     way.is_uplink = u16::from(UPLINKS.get_ptr(&found.ifindex).is_some());
     way.ifindex = found.ifindex;
     answer
-}
-
-#[inline(always)]
-fn set(to: &mut Addr, from: &Addr) {
-    let mut word = 0;
-    while word < from.len() {
-        // SAFETY: references to words; volatile, so that the compiler makes no call of it.
-        unsafe { write_volatile(&mut to[word], read_volatile(&from[word])) };
-        word += 1;
-    }
 }
 
 const _: () = {

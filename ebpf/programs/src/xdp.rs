@@ -31,10 +31,11 @@ use ebpf_maps::flow::{DIRECT_RETURN, Ends, IS_REPLY, ZONE_OUTSIDE};
 use ebpf_maps::services::Addr;
 use ebpf_maps::uplink::XDP_OFF;
 
+use crate::addr::same;
 use crate::checksum::{difference, folded, mended};
 use crate::maps::{UPLINKS, count, work};
 use crate::outside::{
-    Hook, NO_BACKEND, NO_BACKEND_HERE, NO_FRONTEND, NOT_ADMITTED, is_to, same, same_mac,
+    Hook, NO_BACKEND, NO_BACKEND_HERE, NO_FRONTEND, NOT_ADMITTED, is_to, same_mac,
 };
 use crate::packet::{
     ACK, Frame, IP_OFFSET, Packet, SYN, TCP, UDP, V4_LENGTH, V6_LENGTH, parse, read,
