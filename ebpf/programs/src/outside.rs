@@ -519,10 +519,14 @@ fn refuse(ctx: &TcContext, work: &Work) -> i32 {
 /// A translated packet goes on: out again at once, or by the node's network.
 #[inline(always)]
 fn send_on(ctx: &TcContext, work: &mut Work) -> i32 {
+    // A pod of this node is reached by no uplink: no route is asked about it.
+    if endpoint(&work.packet.destination).is_some() {
+        return onward::arrive(ctx, work);
+    }
     work.becomes = work.packet.ends();
     let out = route(Hook::of(ctx), work.packet.is_v6, &work.becomes);
     if UPLINKS.get_ptr(&out).is_none() {
-        return onward::arrive(ctx, work);
+        return TC_ACT_UNSPEC;
     }
     match age(ctx, work.packet.is_v6) {
         // SAFETY: any index is a valid argument; without a next hop the helper looks for it.

@@ -111,8 +111,7 @@ fn a_routed_attachment_is_idempotent_mended_and_leaves_nothing() {
             words.contains("route to") && words.contains("missing"),
             "{words}"
         );
-        let port = standing(&host, &network, &id, &all).await.unwrap();
-        let found = port.unwrap();
+        let found = standing(&host, &network, &id, &all).await.unwrap().unwrap();
         assert_eq!(
             (found.port, found.gateway_mac),
             (first.host_ifindex, first.host_mac)
